@@ -1,0 +1,43 @@
+# Everything from a bare machine: each target makes the environment first if it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+
+# Two ranks share the model by tensor parallelism, on two GPUs or on the CPU; one GPU takes it alone.
+LAYOUT := $(if $(filter 1,$(GPUS)),run.ranks=1,run.ranks=2 parallel.tp=2)
+ARGS ?=
+
+.PHONY: train test test-slow test-gpu check format clean
+
+train: $(INSTALLED)
+	$(BIN)/megavit train $(LAYOUT) $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m "slow and not gpu" $(ARGS)
+
+test-gpu: $(INSTALLED)
+	$(BIN)/pytest -m gpu $(ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(INSTALLED): setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

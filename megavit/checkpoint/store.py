@@ -1,0 +1,185 @@
+"""Sharded checkpoints: written beside the training by every rank, read back into any layout.
+
+`RUN/checkpoints/step_00001000/` holds Megatron-Core's shards, `run.yaml` (the resolved configuration) and
+`state.json` (schema version, step, consumed samples). It is written under a temporary name and renamed when whole;
+`RUN/checkpoints/latest` then names it.
+"""
+
+import json
+import os
+import queue
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer import MegatronModule
+
+from megavit.errors import ConfigError
+
+SCHEMA_VERSION = 1
+
+# Of Megatron-Core's forms of the distributed optimizer's state, the one that loads in every layout (0.16.1).
+_SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "non_homogeneous_layers": True,
+    "chained_optim_avoid_prefix": True,
+}
+
+# What the checkpoint, not the configuration, decides in an optimizer's parameter group.
+_FROM_CHECKPOINT = ("params", "step")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands; with the configuration, all that data order, dropout and schedule depend on.
+
+    Attributes:
+        step: optimizer steps done.
+        consumed_samples: images seen.
+        metrics: the last evaluation's, for whoever inspects the checkpoint.
+    """
+
+    step: int
+    consumed_samples: int
+    metrics: dict[str, float]
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: `RUN/checkpoints`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def newest(self) -> Path | None:
+        """The checkpoint that `latest` names, None where there is none yet."""
+        latest = self.folder / "latest"
+        if not latest.exists():
+            return None
+        return self.folder / latest.read_text().strip()
+
+    def find(self, resume: str) -> Path | None:
+        """Resolve `checkpoint.resume` to a checkpoint, or None to start anew.
+
+        Raises:
+            ConfigError: if a named one is not there, or `never` would mix two runs in one folder.
+        """
+        newest = self.newest()
+        if resume == "auto":
+            return newest
+        if resume == "never":
+            if newest is not None:
+                raise ConfigError(
+                    f"checkpoint.resume=never, but {self.folder} already holds checkpoints up to {newest.name}; "
+                    f"choose another run.name or run.dir, or move that folder away"
+                )
+            return None
+        path = Path(resume)
+        named = CheckpointStore(path / "checkpoints").newest() if (path / "checkpoints").is_dir() else path
+        if named is None or not is_complete(named):
+            raise ConfigError(
+                f"checkpoint.resume={resume} is no checkpoint: give a run folder, one of its checkpoints/step_… "
+                f"folders, auto or never"
+            )
+        return named
+
+    def save(
+        self,
+        model: MegatronModule,
+        optimizer: MegatronOptimizer,
+        state: TrainingState,
+        *,
+        run_yaml: str,
+    ) -> Path:
+        """Write a checkpoint; every rank calls this.
+
+        Args:
+            model: this stage's chunk, unwrapped.
+            optimizer: its optimizer.
+            state: where the run stands.
+            run_yaml: the resolved configuration.
+
+        Returns:
+            The checkpoint's final path.
+        """
+        final = self.folder / f"step_{state.step:08d}"
+        temporary = self.folder / f".{final.name}.tmp"
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        # Megatron-Core would start a process to hold the queue of write results, 5 s for the first save of a run; a
+        # save that this process waits for needs no more than a queue of its own (0.16.1).
+        filesystem_async._results_queue = queue.Queue()
+        dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(temporary))
+        if dist.get_rank() == 0:
+            (temporary / "run.yaml").write_text(run_yaml)
+            _write_json(temporary / "state.json", {"schema_version": SCHEMA_VERSION, **asdict(state)})
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            new_latest = self.folder / ".latest.tmp"
+            new_latest.write_text(final.name)
+            os.replace(new_latest, self.folder / "latest")
+        dist.barrier()
+        return final
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a folder is a whole checkpoint: both Megatron-Core's last file and ours are there."""
+    return (checkpoint / "metadata.json").exists() and (checkpoint / "state.json").exists()
+
+
+def read_state(checkpoint: Path) -> TrainingState:
+    """Read where a checkpoint stands.
+
+    Raises:
+        ConfigError: if a later megavit wrote it.
+    """
+    fields = json.loads((checkpoint / "state.json").read_text())
+    version = fields.pop("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ConfigError(
+            f"{checkpoint} has schema version {version} and this megavit reads {SCHEMA_VERSION}; use the megavit "
+            f"that wrote it"
+        )
+    return TrainingState(**fields)
+
+
+def load(checkpoint: Path, model: MegatronModule, optimizer: MegatronOptimizer) -> None:
+    """Read a checkpoint of any layout into this one, in place; every rank calls this.
+
+    Learning rate, weight decay and the like stay as configured: a checkpoint holds state, not settings.
+
+    Args:
+        checkpoint: a whole checkpoint of the same model.
+        model: this stage's chunk, unwrapped.
+        optimizer: its optimizer.
+    """
+    settings = [
+        {key: value for key, value in group.items() if key not in _FROM_CHECKPOINT} for group in optimizer.param_groups
+    ]
+    loaded: dict[str, Any] = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(checkpoint))
+    model.load_state_dict(loaded["model"], strict=True)
+    optimizer.load_state_dict(loaded["optimizer"])
+    for group, configured in zip(optimizer.param_groups, settings, strict=True):
+        group.update(configured)
+
+
+def _sharded_state(model: MegatronModule, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
+    metadata = dict(_SHARDING)
+    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
+    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

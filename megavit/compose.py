@@ -1,0 +1,148 @@
+"""From the command line to a RunConfig: Hydra composes, we say what is wrong with it in one line."""
+
+import difflib
+import re
+from dataclasses import fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megavit.config import RunConfig
+from megavit.errors import ConfigError
+
+# Of each pair one is null; to override one clears the other.
+_EITHER_OR = (("train.steps", "train.epochs"), ("optim.lr", "optim.base_lr"))
+
+
+def config_dir() -> Path:
+    """The folder of YAML files, in the repository or in the installed package."""
+    return Path(str(files("megavit.conf").joinpath("train.yaml"))).parent
+
+
+def choices(group: str) -> list[str]:
+    """What can be chosen for a group, `model` or `recipe` for example."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def groups() -> list[str]:
+    """The groups one can choose from."""
+    return sorted(path.name for path in config_dir().iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+
+
+def compose(overrides: list[str]) -> RunConfig:
+    """Compose the configuration of a run.
+
+    Args:
+        overrides: Hydra's `key=value`, as typed.
+
+    Raises:
+        ConfigError: for a key or choice that is not there (the nearest one is named), or a value of a wrong type.
+    """
+    parsed = _parse(overrides)
+    for override in parsed:
+        _check_key(override)
+    typed = {override.key_or_group for override in parsed}
+    cleared = [
+        f"{loser}=null"
+        for pair in _EITHER_OR
+        for winner, loser in (pair, pair[::-1])
+        if winner in typed and loser not in typed
+    ]
+    ConfigStore.instance().store(name="run_config", node=RunConfig)
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            composed = hydra_compose("train", overrides=[*overrides, *cleared])
+        OmegaConf.resolve(composed)
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from error
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML, as it is kept in the run folder."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def from_yaml(text: str) -> RunConfig:
+    """Read what `to_yaml` wrote.
+
+    Raises:
+        ConfigError: if it does not fit this megavit's configuration.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(text)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from error
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted path."""
+    found: dict[str, Any] = {}
+    for part in fields(config):
+        value = getattr(config, part.name)
+        path = f"{prefix}{part.name}"
+        found |= leaves(value, f"{path}.") if is_dataclass(value) else {path: value}
+    return found
+
+
+def _parse(overrides: list[str]) -> list[Override]:
+    for text in overrides:
+        if "=" not in text and not text.startswith("~"):
+            raise ConfigError(f"'{text}' is no setting: write key=value, for example train.steps=100")
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+
+
+def _check_key(override: Override) -> None:
+    key = override.key_or_group
+    known_groups = groups()
+    if key in known_groups:
+        value = override.value()
+        if not isinstance(value, str) or value not in choices(key):
+            raise ConfigError(_unknown(f"{key}={value}", str(value), choices(key), form=f"{key}={{}}"))
+        return
+    known = list(leaves(RunConfig()))
+    if key in known:
+        return
+    if any(path.startswith(key + ".") for path in known):
+        raise ConfigError(
+            f"{key}={override.value_element_as_str()} sets a whole section; set its keys: "
+            + ", ".join(path for path in known if path.startswith(key + "."))
+        )
+    raise ConfigError(_unknown(f"the setting {key}", key, [*known, *known_groups], form="{}"))
+
+
+def _unknown(what: str, typed: str, known: list[str], *, form: str) -> str:
+    near = difflib.get_close_matches(typed, known, n=1, cutoff=0.5)
+    if not near:
+        # The last word alone, for `lr` where `optim.lr` was meant.
+        near = [path for path in known if path.rsplit(".", 1)[-1] == typed.rsplit(".", 1)[-1]][:1]
+    hint = f"did you mean {form.format(near[0])}?" if near else f"known: {', '.join(known)}"
+    return f"{what} does not exist; {hint}"
+
+
+def _explain(error: Exception) -> str:
+    """The setting, the value and what was expected, out of Hydra's and OmegaConf's messages."""
+    # OmegaConf's own message, at the bottom of the chain, names value and type; Hydra's above it names the file.
+    cause: BaseException = error
+    while cause.__cause__ is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    text = str(cause)
+    key = re.search(r"full_key: (\S+)", text) or re.search(r"full_key: (\S+)", str(error))
+    first = text.splitlines()[0]
+    return f"{key.group(1)}: {first}" if key else first

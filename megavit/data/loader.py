@@ -1,0 +1,177 @@
+"""The loader: every rank knows which samples are due, one rank of each tensor-parallel group reads them.
+
+Shapes: B images of a micro batch, C channels, Y rows, X columns.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from megavit.data.config import DataConfig
+from megavit.data.order import SampleKey, SampleOrder
+from megavit.data.source import Source
+from megavit.data.transforms import draw_shifts, shift_image
+from megavit.parallel.layout import ParallelLayout
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch, on the device; a field is None on the ranks whose stage does not need it.
+
+    Attributes:
+        images_BCYX: uint8.
+        labels_B: int64.
+        counted_B: bool, False for the padding at the end of an evaluation.
+        keys: which samples these are, known on every rank.
+    """
+
+    images_BCYX: Tensor | None
+    labels_B: Tensor | None
+    counted_B: Tensor
+    keys: list[SampleKey]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What this rank's pipeline stage reads of a batch."""
+
+    images: bool
+    labels: bool
+
+
+class _Samples(Dataset[tuple[Tensor, int]]):
+    """What a worker process runs: keys to augmented images and labels."""
+
+    def __init__(self, source: Source, config: DataConfig, needs: Needs, *, seed: int, augment: bool) -> None:
+        self.source, self.config, self.needs, self.seed, self.augment = source, config, needs, seed, augment
+
+    def __getitems__(self, keys: list[SampleKey]) -> list[tuple[Tensor, int]]:
+        """Read a micro batch, called by DataLoader; draws are made for all of it at once."""
+        labels = [self.source.label(key.sample_id) if self.needs.labels else -1 for key in keys]
+        if not self.needs.images:
+            return [(torch.empty(0, dtype=torch.uint8), label) for label in labels]
+        images = [self.source.image(key.sample_id) for key in keys]
+        if self.augment and self.config.shift:
+            shifts = draw_shifts(keys, pixels=self.config.shift, seed=self.seed)
+            images = [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]
+        return list(zip(images, labels, strict=True))
+
+
+class Loader:
+    """Micro batches for this rank, in the global order, from any position.
+
+    Args:
+        source: the samples.
+        config: the data group.
+        layout: this rank's place; a data-parallel rank takes every dp-th micro batch.
+        needs: what this rank's stage reads.
+        micro_batch: images per micro batch.
+        seed: `run.seed`.
+        train: in the order of training and augmented, or once in the source's own order.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        *,
+        layout: ParallelLayout,
+        needs: Needs,
+        micro_batch: int,
+        seed: int,
+        train: bool,
+    ) -> None:
+        self.source, self.config, self.layout, self.needs = source, config, layout, needs
+        self.micro_batch = micro_batch
+        self.order = SampleOrder(len(source), seed=seed) if train else None
+        self._samples = _Samples(source, config, needs, seed=seed, augment=train)
+        self._reads = layout.tp_rank == 0 and (needs.images or needs.labels)
+
+    def train_batches(self, consumed_samples: int, *, num_steps: int, global_batch: int) -> Iterator[Batch]:
+        """This rank's micro batches of the next steps, without an end of epoch.
+
+        Micro batch k of a step holds positions k·B to (k+1)·B of the step and belongs to data-parallel rank k mod dp.
+
+        Args:
+            consumed_samples: position to start from.
+            num_steps: steps to yield.
+            global_batch: images per step over all ranks.
+        """
+        assert self.order is not None
+        order, size, layout = self.order, self.micro_batch, self.layout
+
+        def rows() -> Iterator[list[SampleKey]]:
+            for step in range(num_steps):
+                start = consumed_samples + step * global_batch
+                for first in range(start + layout.dp_rank * size, start + global_batch, layout.dp * size):
+                    yield [order.at(position) for position in range(first, first + size)]
+
+        everything = torch.ones(size, dtype=torch.bool, device=layout.device)
+        yield from self._load(rows(), lambda row: everything)
+
+    def evaluation_batches(self) -> Iterator[Batch]:
+        """This rank's share of the whole source, once: padded to whole micro batches, the padding not counted."""
+        size, total, device = self.micro_batch, len(self.source), self.layout.device
+
+        def rows() -> Iterator[list[SampleKey]]:
+            for index in range(self.num_evaluation_batches):
+                first = (index * self.layout.dp + self.layout.dp_rank) * size
+                # Padding repeats the last sample; its epoch −1 marks it.
+                yield [SampleKey(i, 0) if i < total else SampleKey(total - 1, -1) for i in range(first, first + size)]
+
+        yield from self._load(rows(), lambda row: torch.tensor([key.epoch == 0 for key in row], device=device))
+
+    @property
+    def num_evaluation_batches(self) -> int:
+        """Micro batches per data-parallel rank that cover the source; the same on every rank."""
+        return -(-len(self.source) // (self.micro_batch * self.layout.dp))
+
+    def _load(self, rows: Iterator[list[SampleKey]], counted: Callable[[list[SampleKey]], Tensor]) -> Iterator[Batch]:
+        if not self._reads:
+            for row in rows:
+                images, labels = self._share(None, None)
+                yield Batch(images, labels, counted(row), row)
+            return
+        due: list[list[SampleKey]] = []
+
+        def remember() -> Iterator[list[SampleKey]]:
+            for row in rows:
+                due.append(row)
+                yield row
+
+        loader = DataLoader(
+            self._samples,
+            batch_sampler=remember(),  # type: ignore[arg-type]
+            num_workers=self.config.workers,
+            pin_memory=self.layout.device.type == "cuda",
+        )
+        for images, labels in loader:
+            row = due.pop(0)
+            images, labels = self._share(images, labels)
+            yield Batch(images, labels, counted(row), row)
+
+    def _share(self, images: Tensor | None, labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Move a micro batch to the device and, from tensor-parallel rank 0, to its peers."""
+        layout, shape = self.layout, (self.micro_batch, self.config.channels, *self.config.image_size)
+        shared: list[Tensor | None] = []
+        for needed, tensor, size, dtype in (
+            (self.needs.images, images, shape, torch.uint8),
+            (self.needs.labels, labels, (self.micro_batch,), torch.int64),
+        ):
+            if not needed:
+                shared.append(None)
+                continue
+            if tensor is None:
+                tensor = torch.empty(size, dtype=dtype, device=layout.device)
+            else:
+                assert tensor.shape == size, f"{tuple(tensor.shape)} is not {size}"
+                tensor = tensor.to(layout.device, non_blocking=True)
+            if layout.tp > 1:
+                group = layout.groups.tp
+                dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
+            shared.append(tensor)
+        return shared[0], shared[1]

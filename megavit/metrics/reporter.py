@@ -1,0 +1,109 @@
+"""What a run says: on the console, in `metrics.jsonl`, in TensorBoard. One rank speaks."""
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from megavit.metrics.config import MetricsConfig
+
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "top1": "top-1 {:.4f}",
+    "lr": "lr {:.2e}",
+    "grad_norm": "grad norm {:.3f}",
+    "images_per_s": "{:,.0f} images/s",
+    "mfu": "mfu {:.1%}",
+}
+
+
+class Reporter:
+    """Console and files of one run; on every rank but 0 it is silent.
+
+    Args:
+        config: the metrics group.
+        run_dir: the run's folder.
+        speaks: whether this rank is the one that does.
+        first_step: steps done before this process.
+        num_steps: steps of the whole run.
+    """
+
+    def __init__(self, config: MetricsConfig, run_dir: Path, *, speaks: bool, first_step: int, num_steps: int) -> None:
+        self._speaks, self._run_dir = speaks, run_dir
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._tensorboard: Any = None
+        self._lines: TextIO | None = None
+        self._log: TextIO | None = None
+        if not speaks:
+            return
+        self.console = Console(soft_wrap=True, highlight=False)
+        self._lines = (run_dir / "metrics.jsonl").open("a")
+        self._log = (run_dir / "train.log").open("a")
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(run_dir / "tensorboard")
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("", completed=first_step, total=num_steps)
+
+    def __enter__(self) -> "Reporter":
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        for file in (self._tensorboard, self._lines, self._log):
+            if file is not None:
+                file.close()
+
+    def say(self, text: str) -> None:
+        """Print a line and keep it in `train.log`."""
+        if not self._speaks:
+            return
+        assert self._log is not None
+        self._log.write(text + "\n")
+        self._log.flush()
+        self.console.print(text, markup=False)
+
+    def record(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Write one line of metrics.
+
+        Args:
+            step: optimizer steps done.
+            split: `train` or `val`.
+            values: by name; a name that the console knows is shown there too.
+        """
+        if not self._speaks:
+            return
+        assert self._lines is not None
+        # JSON knows no NaN: a loss that is not finite is null, so that every reader can read the file.
+        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, "split": split, **plain}) + "\n")
+        self._lines.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+        shown = "  ".join(form.format(values[name]) for name, form in _SHOWN.items() if name in values)
+        if split == "train" and self._progress is not None:
+            assert self._task is not None and self._log is not None
+            self._progress.update(self._task, completed=step, description=shown)
+            self._log.write(f"step {step}  {shown}\n")
+        else:
+            self.say(f"step {step}  {'validation  ' if split == 'val' else ''}{shown}")

@@ -1,0 +1,74 @@
+"""Images to tokens: patches, class tokens, positions.
+
+Shapes: B images, C channels, P patches, V = C · patch² values of a patch, N = class tokens + P, H hidden.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megavit.model.config import ModelConfig, Positions
+
+
+def patchify(images_BCYX: Tensor, patch_size: int) -> Tensor:
+    """Cut images into patches_BPV, row by row; a patch's values are ordered channel, row, column, as a convolution's
+    weights are, so that `[H, C, p, p]` weights load by a reshape.
+    """
+    b, c, height, width = images_BCYX.shape
+    p = patch_size
+    patches = images_BCYX.reshape(b, c, height // p, p, width // p, p)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, (height // p) * (width // p), c * p * p)
+
+
+def sincos_positions(grid: tuple[int, int], hidden_size: int, *, class_tokens: int) -> Tensor:
+    """Fixed positions_NH: half of the channels tell the column, half the row, each sine then cosine over
+    geometric wavelengths from 2π to 10000 · 2π; class tokens stand at zero.
+
+    Source: arXiv 2104.02057, section 4 (MoCo v3), in the channel order that MAE checkpoints hold.
+    """
+    quarter = hidden_size // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    rows, columns = torch.meshgrid(
+        torch.arange(grid[0], dtype=torch.float64), torch.arange(grid[1], dtype=torch.float64), indexing="ij"
+    )
+    across, down = columns.flatten().outer(frequency), rows.flatten().outer(frequency)
+    patches_PH = torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], dim=1)
+    return F.pad(patches_PH, (0, 0, class_tokens, 0)).float()
+
+
+class PatchEmbedding(torch.nn.Module):
+    """Patches through one matrix, class tokens in front, positions added; whole on every tensor-parallel rank.
+
+    Args:
+        config: the model group.
+        image_size: [height, width] in pixels.
+        channels: of an image.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, image_size: list[int], channels: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.dropout = config.hidden_dropout
+        hidden = config.hidden_size
+        patch_values = channels * config.patch_size**2
+        self.proj = torch.nn.Linear(patch_values, hidden, bias=config.patch_bias, dtype=dtype)
+        self.cls_token: torch.nn.Parameter | None = None
+        if config.class_tokens:
+            self.cls_token = torch.nn.Parameter(torch.zeros(config.class_tokens, 1, hidden, dtype=dtype))
+        num_tokens = config.num_tokens(image_size)
+        if config.positions is Positions.learned:
+            self.pos_embed = torch.nn.Parameter(torch.zeros(num_tokens, 1, hidden, dtype=dtype))
+        else:
+            fixed = sincos_positions(config.patch_grid(image_size), hidden, class_tokens=config.class_tokens)
+            self.register_buffer("pos_embed", fixed.unsqueeze(1).to(dtype), persistent=False)
+
+    def forward(self, images_BCYX: Tensor) -> Tensor:
+        """Map normalised images to tokens_NBH."""
+        tokens_NBH = self.proj(patchify(images_BCYX, self.patch_size).to(self.proj.weight.dtype)).transpose(0, 1)
+        if self.cls_token is not None:
+            tokens_NBH = torch.cat([self.cls_token.expand(-1, tokens_NBH.shape[1], -1), tokens_NBH])
+        tokens_NBH = tokens_NBH + self.pos_embed
+        return F.dropout(tokens_NBH, self.dropout, training=self.training)

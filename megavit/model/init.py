@@ -1,0 +1,60 @@
+"""Initial weights, identical in every layout: drawn whole, by the parameter's global name, then sliced."""
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from megavit.model.config import ModelConfig
+from megavit.model.vit import VisionTransformer, parameter_names
+from megavit.parallel.layout import ParallelLayout
+from megavit.parallel.rng import hash_int64
+
+
+def initialise(model: VisionTransformer, config: ModelConfig, layout: ParallelLayout, *, seed: int) -> None:
+    """Fill this stage's parameters, in place, with this rank's slice of the whole model's initial weights.
+
+    Args:
+        model: one pipeline stage, on the CPU.
+        config: the model group.
+        layout: which slice is this rank's.
+        seed: `run.seed`.
+    """
+    for name, parameter in parameter_names(model).items():
+        parallel = getattr(parameter, "tensor_model_parallel", False)
+        axis = parameter.partition_dim if parallel else 0  # type: ignore[attr-defined]
+        ranks, rank = (layout.tp, layout.tp_rank) if parallel else (1, 0)
+        shape = list(parameter.shape)
+        shape[axis] *= ranks
+        whole = initial_weight(name, torch.Size(shape), config, seed=seed)
+        with torch.no_grad():
+            parameter.copy_(whole.chunk(ranks, axis)[rank])
+
+
+def initial_weight(name: str, shape: torch.Size, config: ModelConfig, *, seed: int) -> Tensor:
+    """Draw one whole weight in fp32.
+
+    Matrices are Xavier-uniform, the patch matrix and the fused `qkv` taken as they stand (as MAE does); the
+    classifier, class tokens and positions are truncated normal with deviation 0.02; norms are one; biases zero, but
+    the classifier's as configured.
+
+    Args:
+        name: the parameter's name in the whole model; the draw depends on it and the seed alone.
+        shape: of the whole weight.
+        config: for layer scale and the head's bias.
+        seed: `run.seed`.
+    """
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "gamma":
+        assert config.layer_scale is not None
+        return torch.full(shape, config.layer_scale)
+    if leaf == "bias":
+        return torch.full(shape, config.head_bias if name == "head.out.bias" else 0.0)
+    if leaf == "weight" and len(shape) == 1:
+        return torch.ones(shape)
+    drawn_for = int(hash_int64(seed, zlib.crc32(name.encode()))) & (2**62 - 1)
+    generator = torch.Generator().manual_seed(drawn_for)
+    weight = torch.empty(shape)
+    if leaf == "weight" and name != "head.out.weight":
+        return torch.nn.init.xavier_uniform_(weight, generator=generator)
+    return torch.nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04, generator=generator)

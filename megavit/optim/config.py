@@ -1,0 +1,80 @@
+"""How weights are updated."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from megavit.errors import ConfigError
+
+
+class Optimizer(Enum):
+    """The update rule."""
+
+    adamw = "adamw"
+    sgd = "sgd"
+
+
+class Decay(Enum):
+    """How the learning rate falls after warm-up."""
+
+    cosine = "cosine"
+    constant = "constant"
+
+
+@dataclass
+class OptimConfig:
+    """Group `optim`.
+
+    Attributes:
+        name: the update rule.
+        lr: peak learning rate; or null and base_lr.
+        base_lr: peak learning rate per 256 images: lr = base_lr · global_batch / 256.
+        min_lr: learning rate at the last step.
+        decay: how it falls from lr to min_lr.
+        warmup_steps: steps of linear warm-up from 0.
+        weight_decay: on matrices; biases, norms, class tokens and positions have none.
+        betas: Adam's two; null for other rules.
+        eps: Adam's; null for other rules.
+        momentum: SGD's; null for other rules.
+        clip: largest gradient norm over the whole model; 0 to not clip.
+    """
+
+    name: Optimizer = Optimizer.adamw
+    lr: float | None = 1e-3
+    base_lr: float | None = None
+    min_lr: float = 0.0
+    decay: Decay = Decay.cosine
+    warmup_steps: int = 0
+    weight_decay: float = 0.05
+    betas: list[float] | None = None
+    eps: float | None = None
+    momentum: float | None = None
+    clip: float = 1.0
+
+    def peak_lr(self, global_batch: int) -> float:
+        """The learning rate after warm-up, with whichever of lr and base_lr is set."""
+        if self.base_lr is not None:
+            return self.base_lr * global_batch / 256
+        assert self.lr is not None
+        return self.lr
+
+    def check(self) -> None:
+        """Raise ConfigError where this group contradicts itself."""
+        if (self.lr is None) == (self.base_lr is None):
+            raise ConfigError(f"set one of optim.lr={self.lr} and optim.base_lr={self.base_lr}, and the other to null")
+        for key in ("lr", "base_lr", "min_lr", "weight_decay", "warmup_steps", "clip"):
+            value = getattr(self, key)
+            if value is not None and value < 0:
+                raise ConfigError(f"optim.{key}={value} must be at least 0")
+        takes = {Optimizer.adamw: {"betas", "eps"}, Optimizer.sgd: {"momentum"}}[self.name]
+        for key in ("betas", "eps", "momentum"):
+            value = getattr(self, key)
+            if key in takes and value is None:
+                raise ConfigError(f"optim.name={self.name.value} needs optim.{key}; choose optim={self.name.value}")
+            if key not in takes and value is not None:
+                raise ConfigError(
+                    f"optim.{key}={value} would be ignored by optim.name={self.name.value}; set it to null"
+                )
+        if self.betas is not None and (len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas)):
+            raise ConfigError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
+        if self.decay is Decay.constant and self.min_lr:
+            raise ConfigError(f"optim.min_lr={self.min_lr} would be ignored by optim.decay=constant; set it to 0")

@@ -1,0 +1,119 @@
+"""This rank's place in the world: sizes, coordinates, device and process groups."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from megavit.parallel import cpu
+from megavit.parallel.config import ParallelConfig
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Sizes and this rank's coordinates along tensor (tp), pipeline (pp) and data (dp) parallelism.
+
+    Ranks are numbered tensor-parallel fastest, then data, then pipeline, as Megatron-Core does: the ranks that talk
+    most sit on one node.
+    """
+
+    tp: int
+    pp: int
+    dp: int
+    sequence_parallel: bool
+    rank: int
+    world_size: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    device: torch.device
+    groups: "ProcessGroupCollection"
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds the images."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pp_rank == self.pp - 1
+
+    def describe(self) -> str:
+        """The layout in a line, as the log shows it."""
+        sequence = " + SP" if self.sequence_parallel else ""
+        return f"{self.world_size} ranks = TP {self.tp}{sequence} × PP {self.pp} × DP {self.dp} on {self.device.type}"
+
+    @classmethod
+    def create(cls, config: ParallelConfig, *, timeout_s: float) -> "ParallelLayout":
+        """Join the process group (a world of one without a launcher) and carve the parallel groups out of it.
+
+        Args:
+            config: the sizes; already checked against the world size.
+            timeout_s: seconds after which a collective that waits for a lost rank fails.
+        """
+        device = _choose_device()
+        if not dist.is_initialized():
+            join_world(device, timeout_s=timeout_s)
+        if device.type == "cpu":
+            cpu.finish_retarget()
+        from megatron.core import parallel_state
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        if parallel_state.is_initialized():
+            parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            config.tp, config.pp, distributed_timeout_minutes=max(1, round(timeout_s / 60))
+        )
+        return cls(
+            tp=config.tp,
+            pp=config.pp,
+            dp=parallel_state.get_data_parallel_world_size(),
+            sequence_parallel=config.sequence_parallel,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            device=device,
+            groups=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+
+
+def world_size_from_environment() -> int:
+    """Ranks the launcher (torchrun, Slurm through torchrun) started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_from_environment() -> int:
+    """This process's global rank; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _choose_device() -> torch.device:
+    if cpu.run_on_cpu():
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_ranks))
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def join_world(device: torch.device, *, timeout_s: float) -> None:
+    """Initialise torch.distributed for this device; the launcher's environment says where the others are."""
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    timeout = timedelta(seconds=timeout_s)
+    if world_size_from_environment() == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(
+            backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    else:
+        dist.init_process_group(backend, timeout=timeout)

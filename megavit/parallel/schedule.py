@@ -1,0 +1,70 @@
+"""Micro batches through the pipeline, by Megatron-Core's schedules."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megavit.parallel.layout import ParallelLayout
+
+# A batch and the model to the model's output, and a function of that output to (loss, metric sums).
+ForwardStep = Callable[[Any, torch.nn.Module], tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]]
+
+
+def run_microbatches(
+    forward_step: ForwardStep,
+    model: torch.nn.Module,
+    batches: Iterator[Any],
+    *,
+    num_microbatches: int,
+    num_tokens: int,
+    micro_batch: int,
+    forward_only: bool,
+) -> dict[str, Tensor]:
+    """Run one step's micro batches, 1F1B over the stages, gradients reduced over the data-parallel ranks at its end.
+
+    Args:
+        forward_step: what a stage does with a micro batch.
+        model: this stage's chunk.
+        batches: this rank's micro batches, in order.
+        num_microbatches: of this step, per data-parallel rank.
+        num_tokens: tokens per image; with the micro batch and the width, the shape that crosses a stage.
+        micro_batch: images per micro batch.
+        forward_only: without gradients.
+
+    Returns:
+        The metric sums of this rank's micro batches, added up; empty except on the last stage.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def step(iterator: Iterator[Any], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        return forward_step(next(iterator), chunk)
+
+    outputs: list[dict[str, Tensor]] = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=batches,
+        model=model,
+        num_microbatches=num_microbatches,
+        seq_length=num_tokens,
+        micro_batch_size=micro_batch,
+        forward_only=forward_only,
+    )
+    names = outputs[0] if outputs else {}
+    return {name: torch.stack([output[name] for output in outputs]).sum() for name in names}
+
+
+def sum_over_world(sums: dict[str, Tensor], names: tuple[str, ...], layout: ParallelLayout) -> dict[str, float]:
+    """Add the metric sums of every data-parallel rank, counting each image once, for every rank to see.
+
+    Args:
+        sums: from `run_microbatches`; only the last stage has any.
+        names: what to add up, the same on every rank.
+        layout: this rank's place.
+    """
+    values = torch.zeros(len(names), dtype=torch.float64, device=layout.device)
+    if layout.is_last_stage and layout.tp_rank == 0:
+        values = torch.stack([sums[name].double() for name in names])
+    dist.all_reduce(values)
+    return dict(zip(names, values.tolist(), strict=True))

@@ -1,0 +1,278 @@
+"""The training loop, the only one: its parts are built in the order in which data flows."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavit.checkpoint import store
+from megavit.checkpoint.store import CheckpointStore, TrainingState
+from megavit.compose import from_yaml, leaves, to_yaml
+from megavit.config import RunConfig
+from megavit.data.loader import Batch, Loader
+from megavit.data.source import open_source
+from megavit.data.transforms import Normalize
+from megavit.errors import ConfigError
+from megavit.metrics.pictures import draw_curves
+from megavit.metrics.reporter import Reporter
+from megavit.metrics.throughput import Throughput, peak_memory_bytes
+from megavit.model.block import transformer_config
+from megavit.model.init import initialise
+from megavit.optim.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
+from megavit.outcome import FINISHED, STOPPED
+from megavit.parallel.layout import ParallelLayout
+from megavit.parallel.rng import seed_step
+from megavit.parallel.schedule import run_microbatches, sum_over_world
+from megavit.parallel.stages import plan_stages
+from megavit.plan.flops import training_flops
+from megavit.task.classify import Classify
+
+
+class Trainer:
+    """One rank of a run.
+
+    Args:
+        config: checked against the world size.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.run_dir = Path(config.run.dir)
+        self.store = CheckpointStore(self.run_dir / "checkpoints")
+        self.layout = layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
+
+        # Data
+        train_source, val_source = open_source(config.data, "train"), open_source(config.data, "val")
+        self.num_steps = config.num_steps(len(train_source))
+        self.num_microbatches = config.num_microbatches(layout.world_size)
+        self.task = Classify(config.task, normalize=Normalize(config.data.mean, config.data.std), layout=layout)
+        loader = partial(
+            Loader,
+            config=config.data,
+            layout=layout,
+            needs=self.task.needs,
+            micro_batch=config.train.micro_batch,
+            seed=config.run.seed,
+        )
+        self.train_loader = loader(train_source, train=True)
+        self.val_loader = loader(val_source, train=False)
+
+        # Model
+        shape = config.encoder_shape(num_classes=len(train_source.classes))
+        self.stages = plan_stages(config.parallel, shape)
+        self.num_tokens = shape.tokens
+        block = transformer_config(config.model, layout, stages=self.stages, dtype=torch.float32)
+        self.chunk = self.task.build_model(
+            config.model,
+            block=block,
+            layout=layout,
+            stages=self.stages,
+            image_size=config.data.image_size,
+            channels=config.data.channels,
+            num_classes=len(train_source.classes),
+        )
+        initialise(self.chunk, config.model, layout, seed=config.run.seed)
+        self.chunk.to(layout.device)
+        self.model = wrap_for_data_parallel(self.chunk, block, config.optim)
+
+        # Optimizer and schedule
+        peak_lr = config.optim.peak_lr(config.train.global_batch)
+        self.optimizer = build_optimizer(self.model, block, config.optim, peak_lr=peak_lr)
+        self.schedule = build_schedule(self.optimizer, config.optim, peak_lr=peak_lr, num_steps=self.num_steps)
+
+        # Restore
+        self.step, self.consumed_samples = 0, 0
+        self.last_validation: dict[str, float] = {}
+        self.resumed_from = self._restore()
+        self.throughput = Throughput(
+            flops_per_image=training_flops(shape), num_devices=layout.world_size, device=layout.device
+        )
+
+    def run(self) -> int:
+        """Train to the last step.
+
+        Returns:
+            The exit code: finished, or stopped at `train.stop_at`.
+        """
+        config, layout = self.config, self.layout
+        if layout.rank == 0:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "config.yaml").write_text(to_yaml(config))
+        reporter = Reporter(
+            config.metrics,
+            self.run_dir,
+            speaks=layout.rank == 0,
+            first_step=self.step,
+            num_steps=self.num_steps,
+        )
+        with reporter:
+            self._introduce(reporter)
+            if self.step >= self.num_steps:
+                self._say_complete(reporter)
+                return FINISHED
+            batches = self.throughput.timed(
+                self.train_loader.train_batches(
+                    self.consumed_samples,
+                    num_steps=self.num_steps - self.step,
+                    global_batch=config.train.global_batch,
+                )
+            )
+            self._train(reporter, batches)
+            if self.step < self.num_steps:
+                reporter.say(f"stopped after step {self.step} of {self.num_steps}, saved; run again to go on")
+                return STOPPED
+            self._say_complete(reporter)
+            return FINISHED
+
+    def _train(self, reporter: Reporter, batches: Any) -> None:
+        train = self.config.train
+        last = min(self.num_steps, train.stop_at or self.num_steps)
+        window: dict[str, Tensor] = {}
+        while self.step < last:
+            seed_step(self.layout, seed=self.config.run.seed, step=self.step)
+            self.schedule.step(1)
+            self.model.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            sums = self._run_microbatches(batches, self.num_microbatches, forward_only=False)
+            _, grad_norm, _ = self.optimizer.step()
+            self.step += 1
+            self.consumed_samples += train.global_batch
+            self.throughput.count(train.global_batch)
+            _stop_if_not_finite(grad_norm, self.step)
+            window = {name: window[name] + value if window else value for name, value in sums.items()}
+            if self.step % self.config.metrics.every == 0 or self.step == last:
+                self._report(reporter, window, grad_norm)
+                window = {}
+            self._evaluate_and_save_if_due(reporter, is_last=self.step == last)
+
+    def _run_microbatches(self, batches: Any, count: int, *, forward_only: bool) -> dict[str, Tensor]:
+        def forward_step(batch: Batch, model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            return model(self.task.inputs(batch)), lambda output: self.task.loss(output, batch)
+
+        return run_microbatches(
+            forward_step,
+            self.model,
+            batches,
+            num_microbatches=count,
+            num_tokens=self.num_tokens,
+            micro_batch=self.config.train.micro_batch,
+            forward_only=forward_only,
+        )
+
+    def _report(self, reporter: Reporter, window: dict[str, Tensor], grad_norm: float) -> None:
+        """Log the steps since the last report: their mean loss and accuracy, the last step's rate and norm."""
+        totals = sum_over_world(window, ("loss", "top1", "count"), self.layout)
+        speed = self.throughput.report()
+        reporter.record(
+            self.step,
+            "train",
+            {
+                "consumed_samples": self.consumed_samples,
+                "loss": totals["loss"] / totals["count"],
+                "top1": totals["top1"] / totals["count"],
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "grad_norm": grad_norm,
+                **speed,
+                "peak_memory_bytes": peak_memory_bytes(self.layout.device),
+            },
+        )
+
+    def _evaluate_and_save_if_due(self, reporter: Reporter, *, is_last: bool) -> None:
+        finished = self.step == self.num_steps
+        every, eval_every = self.config.checkpoint.every, self.config.train.eval_every
+        evaluates = finished or (eval_every is not None and self.step % eval_every == 0)
+        saves = is_last or (every is not None and self.step % every == 0)
+        if not (evaluates or saves):
+            return
+        self.throughput.pause()
+        if evaluates:
+            self.last_validation = self.evaluate()
+            reporter.record(self.step, "val", {"consumed_samples": self.consumed_samples, **self.last_validation})
+        if saves:
+            state = TrainingState(self.step, self.consumed_samples, self.last_validation)
+            self.store.save(self.chunk, self.optimizer, state, run_yaml=to_yaml(self.config))
+            if self.layout.rank == 0:
+                draw_curves(self.run_dir / "metrics.jsonl", self.run_dir / "pictures" / "curves.png")
+        self.throughput.resume()
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and top-1 over the whole validation set, each image once, in any layout."""
+        self.model.eval()
+        with torch.no_grad():
+            sums = self._run_microbatches(
+                self.val_loader.evaluation_batches(), self.val_loader.num_evaluation_batches, forward_only=True
+            )
+        self.model.train()
+        totals = sum_over_world(sums, ("loss", "top1", "count"), self.layout)
+        count = totals["count"]
+        return {"loss": totals["loss"] / count, "top1": totals["top1"] / count, "count": count}
+
+    def _restore(self) -> Path | None:
+        """Go on from a checkpoint, in this order: find it, compare the model, weights and optimizer, position,
+        schedule. Dropout and data need nothing: they are functions of step and position.
+        """
+        checkpoint = self.store.find(self.config.checkpoint.resume)
+        if checkpoint is None:
+            return None
+        if not store.is_complete(checkpoint):
+            raise ConfigError(
+                f"{checkpoint}, which checkpoints/latest names, is not whole; name another with checkpoint.resume=PATH"
+            )
+        saved = from_yaml((checkpoint / "run.yaml").read_text())
+        self._refuse_another_model(checkpoint, saved)
+        state = store.read_state(checkpoint)
+        store.load(checkpoint, self.chunk, self.optimizer)
+        self.step, self.consumed_samples = state.step, state.consumed_samples
+        self.last_validation = state.metrics
+        self.schedule.step(self.step)
+        return checkpoint
+
+    def _refuse_another_model(self, checkpoint: Path, saved: RunConfig) -> None:
+        def shape(config: RunConfig) -> dict[str, Any]:
+            free = ("dropout", "drop_path", "attention", "linears", "head_bias", "norm_eps")
+            network = {f"model.{key}": value for key, value in leaves(config.model).items() if not key.endswith(free)}
+            if config.model.layer_scale is not None:
+                network["model.layer_scale"] = "some"
+            return {
+                **network,
+                "data.image_size": config.data.image_size,
+                "data.channels": config.data.channels,
+                "optim.name": config.optim.name,
+            }
+
+        ours, theirs = shape(self.config), shape(saved)
+        differ = [f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key]]
+        if differ:
+            raise ConfigError(
+                f"{checkpoint} is of another model: {'; '.join(differ)}. Choose another run.name to start anew, or "
+                f"the settings it was made with"
+            )
+
+    def _introduce(self, reporter: Reporter) -> None:
+        config = self.config
+        reporter.say(f"run {config.run.name} in {self.run_dir}: {self.layout.describe()}")
+        stages = f", layers per stage {self.stages}" if self.layout.pp > 1 else ""
+        reporter.say(
+            f"{self.num_tokens} tokens, {config.model.num_layers} layers of {config.model.hidden_size}{stages}; "
+            f"{config.train.global_batch} images per step = {self.num_microbatches} micro batches of "
+            f"{config.train.micro_batch} × DP {self.layout.dp}"
+        )
+        if self.resumed_from is not None:
+            reporter.say(f"goes on from {self.resumed_from} at step {self.step} of {self.num_steps}")
+
+    def _say_complete(self, reporter: Reporter) -> None:
+        top1 = self.last_validation.get("top1")
+        result = f"; validation top-1 {top1:.4f}" if top1 is not None else ""
+        reporter.say(f"complete: step {self.step} of {self.num_steps}{result}. Raise train.steps to go on")
+
+
+def _stop_if_not_finite(grad_norm: float, step: int) -> None:
+    # Every rank holds the same norm, so all leave together; the optimizer has read it back to the host already.
+    if not torch.isfinite(torch.tensor(grad_norm)):
+        raise FloatingPointError(
+            f"step {step}: the gradient norm is {grad_norm}; the last checkpoint is untouched. Lower optim.lr, raise "
+            f"optim.warmup_steps or lower optim.clip"
+        )

@@ -1,0 +1,50 @@
+"""megavit's package: conf/ and launch/ ship inside it as megavit.conf and megavit.launch."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megavit" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="megavit",
+    version=VERSION,
+    description="Vision Transformers and masked autoencoders with model parallelism, on Megatron-Core",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["megavit", "megavit.*"]), "megavit.conf", "megavit.launch"],
+    package_dir={"megavit.conf": "conf", "megavit.launch": "launch"},
+    package_data={"megavit.conf": ["*.yaml", "*/*.yaml"]},
+    entry_points={"console_scripts": ["megavit=megavit.__main__:main"]},
+    install_requires=[
+        # Read and measured in exactly this version; the CPU retarget counts what it rewrites in it.
+        "megatron-core==0.16.1",
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "numpy>=1.26",
+        "hydra-core>=1.3,<1.4",
+        "omegaconf>=2.3,<2.4",
+        # Megatron-Core's checkpoint writer hangs without it.
+        "psutil",
+        "rich>=13",
+        "matplotlib>=3.8",
+        "tensorboard>=2.16",
+        "scikit-learn>=1.4",
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.7"],
+        "te": ["transformer-engine[pytorch]>=2.0"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout",
+            "timm>=1.0",
+            "ruff>=0.9",
+            "mypy>=1.13",
+            "import-linter>=2.1",
+        ],
+    },
+)
