@@ -121,7 +121,7 @@ def _check_key(override: Override) -> None:
         return
     if any(path.startswith(key + ".") for path in known):
         raise ConfigError(
-            f"{key}={override.value_element_as_str()} sets a whole section; set its keys: "
+            f"{key}={override.get_value_element_as_str()} sets a whole section; set its keys: "
             + ", ".join(path for path in known if path.startswith(key + "."))
         )
     raise ConfigError(_unknown(f"the setting {key}", key, [*known, *known_groups], form="{}"))

@@ -110,12 +110,15 @@ class RunConfig:
         else:
             assert self.train.epochs is not None
             steps = max(1, -int(-self.train.epochs * num_samples // self.train.global_batch))
+        self._check_warmup(steps)
+        return steps
+
+    def _check_warmup(self, steps: int) -> None:
         if self.optim.warmup_steps >= steps:
             raise ConfigError(
                 f"optim.warmup_steps={self.optim.warmup_steps} must be below the run's {steps} steps; lower it or "
                 f"raise train.steps or train.epochs"
             )
-        return steps
 
     def check(self, world_size: int) -> None:
         """Refuse what cannot run in a world of this size.
@@ -141,6 +144,8 @@ class RunConfig:
                 raise ConfigError(f"train.{key}={value} must be positive")
         if not self.run.name or "/" in self.run.name:
             raise ConfigError(f"run.name={self.run.name!r} must be a word without a slash; run.dir takes a path")
+        if train.steps is not None:
+            self._check_warmup(train.steps)
         peak = self.optim.peak_lr(train.global_batch)
         if self.optim.min_lr > peak:
             raise ConfigError(f"optim.min_lr={self.optim.min_lr} is above the peak learning rate {peak:g}; lower it")

@@ -45,7 +45,8 @@ def run_as_rank(work: Callable[[], int], *, run_dir: Callable[[], Path | None]) 
 
 def write_exit(run_dir: Path | None, code: int, error: str | None) -> None:
     """Leave the exit code where an outer launcher's own code would hide it."""
-    if run_dir is not None and run_dir.is_dir():
+    if run_dir is not None:
+        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "exit.json").write_text(json.dumps({"code": code, "error": error}) + "\n")
 
 

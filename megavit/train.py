@@ -1,5 +1,6 @@
 """What every rank runs: compose the configuration, check it, train. `torchrun -m megavit.train key=value …`."""
 
+import logging
 import os
 import sys
 import warnings
@@ -20,19 +21,24 @@ def main(overrides: list[str]) -> int:
         The exit code (see `megavit.outcome`).
     """
     run_dir: Path | None = None
-    # Megatron-Core warns at import of every optional package that is not there, on every rank.
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    _quieten_imports()
 
     def work() -> int:
         nonlocal run_dir
         config = compose(overrides)
-        config.check(world_size_from_environment())
         run_dir = Path(config.run.dir)
+        config.check(world_size_from_environment())
         from megavit.trainer import Trainer
 
         return Trainer(config).run()
 
     return run_as_rank(work, run_dir=lambda: run_dir)
+
+
+def _quieten_imports() -> None:
+    # Each rank would say of every optional package, and of CUDA, that it is not there.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

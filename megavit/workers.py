@@ -21,12 +21,13 @@ def num_ranks(config: RunConfig) -> int:
     return torch.cuda.device_count()
 
 
-def start_ranks(overrides: list[str], *, ranks: int) -> int:
-    """Run `python -m megavit.train` in every rank, through torch's elastic launcher.
+def start_ranks(arguments: list[str], *, ranks: int, module: str = "megavit.train") -> int:
+    """Run `python -m module` in every rank, through torch's elastic launcher.
 
     Args:
-        overrides: the command line, handed on.
+        arguments: the command line, handed on.
         ranks: processes on this machine.
+        module: what each rank runs.
 
     Returns:
         The code that the first rank to fail left with, or 0.
@@ -49,7 +50,7 @@ def start_ranks(overrides: list[str], *, ranks: int) -> int:
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
     )
     try:
-        elastic_launch(launch, sys.executable)("-m", "megavit.train", *overrides)
+        elastic_launch(launch, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
         return _first_code(error)
     return FINISHED

@@ -148,6 +148,9 @@ class Loader:
             batch_sampler=remember(),  # type: ignore[arg-type]
             num_workers=self.config.workers,
             pin_memory=self.layout.device.type == "cuda",
+            # DataLoader draws a seed for its workers when it starts; from the default generator that would move the
+            # dropout of the step in which it happens to start, and a resumed run would not be bit-equal.
+            generator=torch.Generator(),
         )
         for images, labels in loader:
             row = due.pop(0)

@@ -70,5 +70,6 @@ class PatchEmbedding(torch.nn.Module):
         tokens_NBH = self.proj(patchify(images_BCYX, self.patch_size).to(self.proj.weight.dtype)).transpose(0, 1)
         if self.cls_token is not None:
             tokens_NBH = torch.cat([self.cls_token.expand(-1, tokens_NBH.shape[1], -1), tokens_NBH])
-        tokens_NBH = tokens_NBH + self.pos_embed
+        # Contiguous also without class tokens, where nothing has copied the transpose: gloo and NCCL send no views.
+        tokens_NBH = (tokens_NBH + self.pos_embed).contiguous()
         return F.dropout(tokens_NBH, self.dropout, training=self.training)

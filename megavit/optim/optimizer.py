@@ -65,6 +65,10 @@ def build_optimizer(
             ParamKey(with_name_predicate=ParamWithNamePredicate("no_decay", _is_not_decayed)): {"wd_mult": 0.0}
         },
     )
+    if not adam:
+        # Before a load, state must exist to be filled; for SGD Megatron-Core knows no way to make it (0.16.1).
+        (inner,) = optimizer.chained_optimizers
+        inner.init_state_fn = _make_momentum
     block.grad_scale_func = optimizer.scale_loss
     block.finalize_model_grads_func = finalize_model_grads
     return optimizer
@@ -96,6 +100,12 @@ def build_schedule(
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+
+
+def _make_momentum(optimizer: torch.optim.Optimizer, config: OptimizerConfig | None = None) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            optimizer.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
 
 
 def _is_not_decayed(param: torch.nn.Parameter, name: str) -> bool:

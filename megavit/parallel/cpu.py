@@ -169,7 +169,7 @@ def _make_cpu_tracker(mcore_random: Any) -> Any:
 
         @contextlib.contextmanager
         def fork(self, name: str = mcore_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-            outer_name: str = self._current_state_name
+            outer_name = self._current_state_name  # type: ignore[has-type]
             outer_state = torch.get_rng_state()
             if outer_name != "default-rng":
                 self.states_[outer_name] = outer_state

@@ -1,0 +1,67 @@
+"""The CPU retarget touches what it must, on the CPU, and nothing else."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megavit.parallel import cpu
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_another_count_of_rewrites_is_refused():
+    code = """
+import megavit
+from megavit.parallel import cpu
+cpu._EXPECTED_REWRITES["timers"] += 1
+import megatron.core.timers
+"""
+    result = run_python(code, MEGAVIT_DEVICE="cpu")
+    assert "3 places name CUDA where megavit knows 4" in result.stderr
+
+
+def test_importing_megatron_first_is_named():
+    code = """
+import megatron.core.parallel_state
+from megavit.parallel import cpu
+cpu.finish_retarget()
+"""
+    assert "import megavit first" in run_python(code, MEGAVIT_DEVICE="cpu").stderr
+
+
+def test_torch_itself_is_not_patched():
+    code = """
+import torch
+before = {name: id(getattr(torch.cuda, name)) for name in dir(torch.cuda)}
+import megavit
+import megatron.core.parallel_state
+from megavit.parallel import cpu
+cpu.finish_retarget()
+assert before == {name: id(getattr(torch.cuda, name)) for name in before}
+assert isinstance(megatron.core.parallel_state.__loader__, cpu._Loader)
+print("good")
+"""
+    result = run_python(code, MEGAVIT_DEVICE="cpu")
+    assert result.stdout.strip() == "good", result.stderr
+
+
+def test_with_a_gpu_megatron_is_imported_as_it_is(monkeypatch):
+    monkeypatch.setattr(cpu, "run_on_cpu", lambda: False)
+    assert cpu._Finder().find_spec("megatron.core.timers", None) is None
+
+
+@pytest.mark.parametrize("value", ["cpu", "CPU"])
+def test_the_environment_asks_for_the_cpu(value, monkeypatch):
+    monkeypatch.setenv("MEGAVIT_DEVICE", value)
+    cpu.run_on_cpu.cache_clear()
+    try:
+        assert cpu.run_on_cpu()
+    finally:
+        cpu.run_on_cpu.cache_clear()

@@ -1,0 +1,89 @@
+"""What distributed tests run on every rank: the product's own trainer."""
+
+import json
+from pathlib import Path
+
+
+def train(overrides: list[str], *, evaluates: bool = False) -> dict:
+    """Train through the real Trainer; losses and norms of each step, whole weights in the plain form on rank 0."""
+    from megavit.checkpoint.names import to_plain
+    from megavit.checkpoint.whole import gather_whole
+    from megavit.compose import compose
+    from megavit.model.vit import parameter_names
+    from megavit.parallel.layout import world_size_from_environment
+    from megavit.trainer import Trainer
+
+    config = compose(overrides)
+    config.check(world_size_from_environment())
+    trainer = Trainer(config)
+    trainer.store.save = lambda *_, **__: None
+    if not evaluates:
+        # Half of a short test's time would go into the validation set.
+        trainer.evaluate = no_evaluation
+    code = trainer.run()
+    whole = gather_whole(parameter_names(trainer.chunk), trainer.layout)
+    if whole is None:
+        return {}
+    rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    training = [row for row in rows if row["split"] == "train"]
+    return {
+        "code": code,
+        "losses": [row["loss"] for row in training],
+        "grad_norms": [row["grad_norm"] for row in training],
+        "validation": [row for row in rows if row["split"] == "val"],
+        "weights": {name: weight.clone() for name, weight in to_plain(whole, config.model).items()},
+    }
+
+
+def train_and_evaluate(overrides: list[str]) -> dict:
+    return train(overrides, evaluates=True)
+
+
+def no_evaluation() -> dict[str, float]:
+    return {"loss": 0.0, "top1": 0.0, "count": 0.0}
+
+
+def resume(*runs: list[str]) -> dict:
+    """Train one run after the other in one world; the state of the last and all that was logged."""
+    result = {}
+    for overrides in runs:
+        result = train_and_keep(overrides)
+    return result
+
+
+def train_and_keep(overrides: list[str]) -> dict:
+    """Train and save; this rank's weights and optimizer state, every logged loss, the samples that were due."""
+    from megavit.compose import compose
+    from megavit.parallel.layout import world_size_from_environment
+    from megavit.trainer import Trainer
+
+    config = compose(overrides)
+    config.check(world_size_from_environment())
+    trainer = Trainer(config)
+    trainer.evaluate = no_evaluation
+    due = []
+    original = trainer.task.inputs
+
+    def inputs(batch):
+        due.append([key.sample_id for key in batch.keys])
+        return original(batch)
+
+    trainer.task.inputs = inputs
+    code = trainer.run()
+    optimizer = trainer.optimizer.chained_optimizers[0].optimizer
+    rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "code": code,
+        "weights": {
+            name: value.detach().clone() for name, value in trainer.chunk.state_dict().items() if value is not None
+        },
+        "optimizer": [
+            {key: value.clone() for key, value in optimizer.state[param].items()}
+            for group in optimizer.param_groups
+            for param in group["params"]
+        ],
+        "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+        "losses": {row["step"]: row["loss"] for row in rows if row["split"] == "train"},
+        "validation": {row["step"]: row for row in rows if row["split"] == "val"},
+        "due": due,
+    }

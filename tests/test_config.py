@@ -1,0 +1,95 @@
+"""Wrong settings get one message with the arithmetic and the way out; every choice in conf/ composes."""
+
+import pytest
+
+from megavit import compose as composing
+from megavit.compose import compose, from_yaml, to_yaml
+from megavit.config import RunConfig
+from megavit.errors import ConfigError
+
+CHOICES = [(group, choice) for group in composing.groups() for choice in composing.choices(group)]
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{g}={c}" for g, c in CHOICES])
+def test_every_choice_composes(group, choice):
+    extra = ["data.image_size=[224,224]"] if choice.endswith("16") else []
+    if (group, choice) == ("optim", "sgd"):
+        extra.append("optim.lr=0.1")
+    config = compose([f"{group}={choice}", *extra])
+    config.check(1)
+    assert from_yaml(to_yaml(config)) == config
+
+
+def test_every_group_is_a_folder_and_a_field():
+    fields = set(RunConfig.__dataclass_fields__)
+    assert set(composing.groups()) - {"recipe"} == fields - {"run", "train"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "message"),
+    [
+        (["model.hiden_size=3"], 1, r"model\.hiden_size does not exist; did you mean model\.hidden_size\?"),
+        (["lr=1"], 1, r"the setting lr does not exist; did you mean optim\.lr\?"),
+        (["+trainer.steps=1"], 1, r"trainer\.steps does not exist; did you mean train\.steps\?"),
+        (["model=vit_b61"], 1, r"model=vit_b61 does not exist; did you mean model=vit_b16\?"),
+        (["recipe=mnist"], 1, "recipe=mnist does not exist; known: digits"),
+        (
+            ["model.num_layers=many"],
+            1,
+            "model.num_layers: Value 'many' of type 'str' could not be converted to Integer",
+        ),
+        (["model.pool=max"], 1, r"model.pool: Invalid value 'max', expected one of \[cls, mean\]"),
+        (["train.steps"], 1, "write key=value"),
+        (["train={steps: 1}"], 1, "sets a whole section; set its keys: train.steps"),
+        (
+            ["parallel.tp=4", "parallel.pp=3"],
+            8,
+            r"world size 8 is not a multiple of parallel.tp=4 × parallel.pp=3 = 12; launch 12",
+        ),
+        (["parallel.tp=2", "parallel.pp=2"], 6, r"world size 6 .* = 4; launch 4 or 8 ranks"),
+        (
+            ["model.num_heads=2", "parallel.tp=4"],
+            4,
+            r"model.num_heads=2 is not divided by parallel.tp=4: 2 mod 4 = 2; set parallel.tp=2",
+        ),
+        (["model.num_heads=3"], 1, r"64 mod 3 = 1"),
+        (
+            ["parallel.tp=2", "parallel.sequence_parallel=true"],
+            2,
+            r"16 patches \+ 1 class tokens = 17 tokens .* 17 mod 2 = 1; set model.class_tokens=0 \(16 \+ 0 = 16\) or model.class_tokens=8 \(16 \+ 8 = 24\) or parallel.sequence_parallel=false",
+        ),
+        (["parallel.sequence_parallel=true"], 1, "parallel.tp=1 has one"),
+        (
+            ["train.global_batch=100"],
+            1,
+            r"train.global_batch=100 is not a multiple of train.micro_batch=64 × data-parallel size 1 = 64; set train.global_batch=128",
+        ),
+        (["train.global_batch=64"], 2, "train.micro_batch=64 × data-parallel size 2 = 128"),
+        (["data.image_size=[9,8]"], 1, r"9 mod 2 = 1"),
+        (["data.mean=[0.5,0.5]"], 1, "has 2 values and data.channels=1"),
+        (["train.steps=50"], 1, "optim.warmup_steps=100 must be below the run's 50 steps"),
+        (["train.steps=null"], 1, "set one of train.steps=None and train.epochs=None"),
+        (["model.class_tokens=0"], 1, "model.pool=cls needs a class token"),
+        (["model.drop_path=1"], 1, r"model.drop_path=1.0 must be in \[0, 1\)"),
+        (["parallel.tp=0"], 1, "parallel.tp=0 must be at least 1"),
+        (["data.source=imagenet"], 1, "known: digits"),
+        (["run.name=a/b"], 1, "without a slash"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_wrong_settings_are_refused_with_the_way_out(overrides, world, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        compose(overrides).check(world)
+    assert "\n" not in str(refused.value)
+
+
+def test_typing_epochs_clears_steps():
+    config = compose(["train.epochs=2"])
+    assert (config.train.steps, config.train.epochs) == (None, 2)
+    # 2 · 1437 / 64 = 44.9: the run ends with the step that completes the second epoch.
+    config.optim.warmup_steps = 1
+    assert config.num_steps(1437) == 45
+
+
+def test_what_is_typed_decides_over_the_recipe():
+    assert compose(["recipe=digits", "model=vit_ti16"]).model.hidden_size == 192
