@@ -12,6 +12,7 @@ def train(overrides: list[str], *, evaluates: bool = False) -> dict:
     from megavit.model.vit import parameter_names
     from megavit.parallel.layout import world_size_from_environment
     from megavit.trainer import Trainer
+    from tests.reference import dims_of
 
     config = compose(overrides)
     config.check(world_size_from_environment())
@@ -31,7 +32,7 @@ def train(overrides: list[str], *, evaluates: bool = False) -> dict:
         "losses": [row["loss"] for row in training],
         "grad_norms": [row["grad_norm"] for row in training],
         "validation": [row for row in rows if row["split"] == "val"],
-        "weights": {name: weight.clone() for name, weight in to_plain(whole, config.model).items()},
+        "weights": {name: weight.clone() for name, weight in to_plain(whole, dims_of(config.model)).items()},
     }
 
 

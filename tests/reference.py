@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from megavit.checkpoint.names import to_plain
+from megavit.checkpoint.names import Dims, to_plain
 from megavit.compose import compose
 from megavit.config import RunConfig
 from megavit.data.digits import Digits
@@ -41,19 +41,23 @@ class Result:
     weights: dict[str, torch.Tensor]
 
 
+def dims_of(config: ModelConfig) -> Dims:
+    return Dims(config.num_heads, config.patch_size)
+
+
 def plain_model(config: RunConfig) -> PlainViT:
     """The plain ViT with the weights that megavit starts from."""
     from megavit.model.init import initial_weight
 
     model = PlainViT(config.model, image_size=config.data.image_size, channels=config.data.channels, num_classes=10)
-    model.load_state_dict(to_plain(initial_weights(model, config, initial_weight), config.model))
+    model.load_state_dict(to_plain(initial_weights(model, config, initial_weight), dims_of(config.model)))
     return model
 
 
 def initial_weights(model: PlainViT, config: RunConfig, initial_weight) -> dict[str, torch.Tensor]:
     from megavit.checkpoint.names import from_plain
 
-    ours = from_plain(model.state_dict(), config.model)
+    ours = from_plain(model.state_dict(), dims_of(config.model))
     return {
         name: initial_weight(name, weight.shape, config.model, seed=config.run.seed) for name, weight in ours.items()
     }
@@ -108,7 +112,3 @@ def train_plain(overrides: list[str]) -> Result:
         result.grad_norms.append(norm.item())
     result.weights = {name: weight.detach() for name, weight in model.state_dict().items()}
     return result
-
-
-def model_config(*overrides: str) -> ModelConfig:
-    return compose(list(overrides)).model

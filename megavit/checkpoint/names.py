@@ -9,38 +9,44 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megavit.model.config import ModelConfig
+
+@dataclass(frozen=True)
+class Dims:
+    """What the transforms need to know of a model."""
+
+    num_heads: int
+    patch_size: int
 
 
-def _same(weight: Tensor, config: ModelConfig) -> Tensor:
+def _same(weight: Tensor, dims: Dims) -> Tensor:
     return weight
 
 
-def _flat_to_patch(weight_HV: Tensor, config: ModelConfig) -> Tensor:
-    p = config.patch_size
+def _flat_to_patch(weight_HV: Tensor, dims: Dims) -> Tensor:
+    p = dims.patch_size
     return weight_HV.reshape(weight_HV.shape[0], -1, p, p)
 
 
-def _patch_to_flat(weight_HCpp: Tensor, config: ModelConfig) -> Tensor:
+def _patch_to_flat(weight_HCpp: Tensor, dims: Dims) -> Tensor:
     return weight_HCpp.flatten(1)
 
 
-def _swap_first_two(weight: Tensor, config: ModelConfig) -> Tensor:
+def _swap_first_two(weight: Tensor, dims: Dims) -> Tensor:
     return weight.transpose(0, 1)
 
 
-def _heads_to_parts(weight: Tensor, config: ModelConfig) -> Tensor:
+def _heads_to_parts(weight: Tensor, dims: Dims) -> Tensor:
     """Rows head by head (query, key, value of each) to all queries, all keys, all values."""
-    rows = weight.unflatten(0, (config.num_heads, 3, -1))
+    rows = weight.unflatten(0, (dims.num_heads, 3, -1))
     return rows.transpose(0, 1).flatten(0, 2)
 
 
-def _parts_to_heads(weight: Tensor, config: ModelConfig) -> Tensor:
-    rows = weight.unflatten(0, (3, config.num_heads, -1))
+def _parts_to_heads(weight: Tensor, dims: Dims) -> Tensor:
+    rows = weight.unflatten(0, (3, dims.num_heads, -1))
     return rows.transpose(0, 1).flatten(0, 2)
 
 
-Transform = Callable[[Tensor, ModelConfig], Tensor]
+Transform = Callable[[Tensor, Dims], Tensor]
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ TABLE = (
 )
 
 
-def to_plain(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def to_plain(weights: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
     """Rename and reshape whole weights of ours to the plain model's.
 
     Raises:
@@ -100,17 +106,17 @@ def to_plain(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tenso
     renamed = {}
     for name, weight in weights.items():
         row, layer = _find(table, name)
-        renamed[row.plain.replace("#", layer)] = row.to_plain(weight, config)
+        renamed[row.plain.replace("#", layer)] = row.to_plain(weight, dims)
     return renamed
 
 
-def from_plain(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def from_plain(weights: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
     """The inverse of `to_plain`."""
     table = {row.plain: row for row in TABLE}
     renamed = {}
     for name, weight in weights.items():
         row, layer = _find(table, name)
-        renamed[row.ours.replace("#", layer)] = row.from_plain(weight, config)
+        renamed[row.ours.replace("#", layer)] = row.from_plain(weight, dims)
     return renamed
 
 
