@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+# As CUDA_VISIBLE_DEVICES leaves them.
+GPUS = $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count())")
 
 # Two ranks share the model by tensor parallelism, on two GPUs or on the CPU; one GPU takes it alone.
-LAYOUT := $(if $(filter 1,$(GPUS)),run.ranks=1,run.ranks=2 parallel.tp=2)
+LAYOUT = $(if $(filter 1,$(GPUS)),run.ranks=1,run.ranks=2 parallel.tp=2)
 ARGS ?=
 
 .PHONY: train test test-slow test-gpu check format clean
@@ -21,7 +22,7 @@ test-slow: $(INSTALLED)
 	$(BIN)/pytest -m "slow and not gpu" $(ARGS)
 
 test-gpu: $(INSTALLED)
-	$(BIN)/pytest -m gpu $(ARGS)
+	MEGAVIT_DEVICE=cuda $(BIN)/pytest -m gpu $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

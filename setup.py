@@ -23,8 +23,8 @@ setup(
     install_requires=[
         # Read and measured in exactly this version; the CPU retarget counts what it rewrites in it.
         "megatron-core==0.16.1",
-        "torch>=2.6",
-        "torchvision>=0.21",
+        "torch>=2.11",
+        "torchvision>=0.26",
         "numpy>=1.26",
         "hydra-core>=1.3,<1.4",
         "omegaconf>=2.3,<2.4",

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 
 from megavit.errors import ConfigError
-from megavit.outcome import USER_ERROR
+from megavit.exits import USER_ERROR
 
 _USAGE = """\
 megavit VERB key=value …
@@ -13,7 +13,7 @@ verbs
   train    train a model; RUN/checkpoints, RUN/metrics.jsonl and RUN/pictures are left in the run's folder
 
 examples
-  megavit train                                       the embedded digits, one process
+  megavit train                                       the embedded digits: all GPUs, or one CPU process
   megavit train run.ranks=4 parallel.tp=2 parallel.pp=2
   megavit train --cfg                                 show the configuration and start nothing
 
@@ -44,8 +44,9 @@ def main() -> int:
 
 def train(arguments: list[str]) -> int:
     """Check the configuration here, once, then start the ranks."""
+    from pathlib import Path
+
     from megavit.compose import compose, to_yaml
-    from megavit.train import main as train_as_rank
     from megavit.workers import num_ranks, start_ranks
 
     overrides = [argument for argument in arguments if argument != "--cfg"]
@@ -55,9 +56,11 @@ def train(arguments: list[str]) -> int:
         return 0
     ranks = num_ranks(config)
     config.check(ranks)
-    if ranks == 1:
-        return train_as_rank(overrides)
-    return start_ranks(overrides, ranks=ranks)
+    if ranks > 1:
+        return start_ranks(overrides, ranks=ranks, run_dir=Path(config.run.dir))
+    from megavit.train import main as train_as_rank
+
+    return train_as_rank(overrides)
 
 
 if __name__ == "__main__":

@@ -57,10 +57,12 @@ def compose(overrides: list[str]) -> RunConfig:
         for winner, loser in (pair, pair[::-1])
         if winner in typed and loser not in typed
     ]
+    # Hydra deletes a group's choice with a tilde; to a user, null says the same.
+    given = ["~recipe" if text == "recipe=null" else text for text in overrides]
     ConfigStore.instance().store(name="run_config", node=RunConfig)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = hydra_compose("train", overrides=[*overrides, *cleared])
+            composed = hydra_compose("train", overrides=[*given, *cleared])
         OmegaConf.resolve(composed)
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
@@ -113,6 +115,8 @@ def _check_key(override: Override) -> None:
     known_groups = groups()
     if key in known_groups:
         value = override.value()
+        if key == "recipe" and value is None:
+            return
         if not isinstance(value, str) or value not in choices(key):
             raise ConfigError(_unknown(f"{key}={value}", str(value), choices(key), form=f"{key}={{}}"))
         return

@@ -1,6 +1,5 @@
-"""How a process ends: exit codes, and one rank that speaks for all."""
+"""How a rank ends: one of them speaks for all, and none leaves before it has."""
 
-import json
 import os
 import sys
 import traceback
@@ -9,15 +8,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megavit.errors import ConfigError
+from megavit.exits import FAULT, USER_ERROR, write_exit
 from megavit.parallel.layout import rank_from_environment, world_size_from_environment
 
-FINISHED, FAULT, USER_ERROR, STOPPED = 0, 1, 2, 75
-
-_FAILURE = "megavit/failure"
-_REPORTED = "megavit/failure_reported"
 _WAIT_S = 20
 
 
@@ -34,37 +31,62 @@ def run_as_rank(work: Callable[[], int], *, run_dir: Callable[[], Path | None]) 
     """
     try:
         code = work()
+        if rank_from_environment() == 0:
+            write_exit(run_dir(), code, None)
+        if dist.is_initialized():
+            # The launcher ends all ranks as soon as one leaves with another code than 0, such as 75.
+            dist.barrier()
     except ConfigError as error:
         return _fail(USER_ERROR, f"megavit: {error}", run_dir())
+    except KeyboardInterrupt:
+        return _fail(FAULT, "megavit: interrupted; what was saved last is whole, run again to go on from it", run_dir())
     except Exception:
         return _fail(FAULT, traceback.format_exc(), run_dir())
-    if rank_from_environment() == 0:
-        write_exit(run_dir(), code, None)
     return code
 
 
-def write_exit(run_dir: Path | None, code: int, error: str | None) -> None:
-    """Leave the exit code where an outer launcher's own code would hide it."""
-    if run_dir is not None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "exit.json").write_text(json.dumps({"code": code, "error": error}) + "\n")
-
-
 def _fail(code: int, message: str, run_dir: Path | None) -> int:
-    store = _shared_store()
-    if store is None:
-        print(message, file=sys.stderr, flush=True)
+    claim = _claim(code)
+    if claim is not None:
+        return claim
+    print(message, file=sys.stderr, flush=True)
+    try:
         write_exit(run_dir, code, message)
-        return code
-    mine = f"{rank_from_environment()} {code}"
-    first = store.compare_set(_FAILURE, "", mine).decode()
-    if first == mine:
-        print(message, file=sys.stderr, flush=True)
-        write_exit(run_dir, code, message)
-        store.set(_REPORTED, "1")
-        return code
-    store.wait([_REPORTED], timedelta(seconds=_WAIT_S))
-    return int(first.split()[1])
+    except OSError as error:
+        print(f"megavit: the exit code could not be kept in {run_dir}: {error}", file=sys.stderr, flush=True)
+    _mark_reported()
+    return code
+
+
+def _claim(code: int) -> int | None:
+    """Claim to be the first rank that failed: None if so, else that rank's code, once it has reported."""
+    try:
+        store = _shared_store()
+        if store is None:
+            return None
+        mine = f"{rank_from_environment()} {code}"
+        first = store.compare_set(_key("failure"), "", mine).decode()
+        if first == mine:
+            return None
+        store.wait([_key("reported")], timedelta(seconds=_WAIT_S))
+        return int(first.split()[1])
+    except (RuntimeError, OSError):
+        # The store is gone, or the rank that claimed the failure is: better said twice than not at all.
+        return None
+
+
+def _mark_reported() -> None:
+    try:
+        store = _shared_store()
+        if store is not None:
+            store.set(_key("reported"), "1")
+    except (RuntimeError, OSError):
+        pass  # nobody is left to be told
+
+
+def _key(name: str) -> str:
+    # A launcher that restarts its workers keeps its store.
+    return f"megavit/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _shared_store() -> Any:

@@ -67,7 +67,7 @@ def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, timeout
     answers: dict[int, tuple[bool, Any]] = {}
     pending: dict[Any, int] = {pipe: rank for rank, (_, pipe) in enumerate(workers)}
     # One rank's failure leaves the others waiting for it: give them a moment, then end them.
-    patience = timeout_s
+    patience, died = timeout_s, False
     while pending:
         ready: list[Any] = wait(list(pending), timeout=patience)
         if not ready:
@@ -78,10 +78,11 @@ def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, timeout
                 answers[rank] = answering.recv()
             except EOFError:
                 answers[rank] = (False, "the process died")
+                died = True
             if not answers[rank][0]:
                 patience = min(patience, 5)
     failed = {rank: answer for rank, (good, answer) in sorted(answers.items()) if not good}
-    if pending:
+    if pending or died:
         _pool.stop()
     if pending or failed:
         silent = "".join(f"\nrank {rank}: no answer" for rank in pending.values())

@@ -7,8 +7,10 @@ import warnings
 from pathlib import Path
 
 from megavit.compose import compose
+from megavit.errors import ConfigError
+from megavit.exits import write_exit
 from megavit.outcome import run_as_rank
-from megavit.parallel.layout import world_size_from_environment
+from megavit.parallel.layout import rank_from_environment, world_size_from_environment
 
 
 def main(overrides: list[str]) -> int:
@@ -18,14 +20,21 @@ def main(overrides: list[str]) -> int:
         overrides: Hydra's `key=value`.
 
     Returns:
-        The exit code (see `megavit.outcome`).
+        The exit code (see `megavit.exits`).
     """
     run_dir: Path | None = None
     _quieten_imports()
 
     def work() -> int:
         nonlocal run_dir
-        config = compose(overrides)
+        try:
+            config = compose(overrides)
+        except ConfigError:
+            # Some setting is wrong; where the run's folder is may still be clear, and exit.json belongs there.
+            run_dir = _folder_alone(overrides)
+            raise
+        if rank_from_environment() == 0:
+            _open_folder(Path(config.run.dir))
         run_dir = Path(config.run.dir)
         config.check(world_size_from_environment())
         from megavit.trainer import Trainer
@@ -33,6 +42,21 @@ def main(overrides: list[str]) -> int:
         return Trainer(config).run()
 
     return run_as_rank(work, run_dir=lambda: run_dir)
+
+
+def _open_folder(run_dir: Path) -> None:
+    # The last run's code must not stand for this one's.
+    try:
+        write_exit(run_dir, None, None)
+    except OSError as error:
+        raise ConfigError(f"run.dir={run_dir} cannot be written: {error.strerror}; choose another") from error
+
+
+def _folder_alone(overrides: list[str]) -> Path | None:
+    try:
+        return Path(compose([text for text in overrides if text.startswith(("run.dir=", "run.name="))]).run.dir)
+    except ConfigError:
+        return None
 
 
 def _quieten_imports() -> None:

@@ -1,6 +1,7 @@
 """The training loop, the only one: its parts are built in the order in which data flows."""
 
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,26 @@ from torch import Tensor
 from megavit.checkpoint import store
 from megavit.checkpoint.store import CheckpointStore, TrainingState
 from megavit.compose import from_yaml, leaves, to_yaml
-from megavit.config import RunConfig
+from megavit.config import Compile, GradReduce, Precision, RunConfig
 from megavit.data.loader import Batch, Loader
 from megavit.data.source import open_source
 from megavit.data.transforms import Normalize
 from megavit.errors import ConfigError
+from megavit.exits import FINISHED, STOPPED
 from megavit.metrics.pictures import draw_curves
 from megavit.metrics.reporter import Reporter
 from megavit.metrics.throughput import Throughput, peak_memory_bytes
 from megavit.model.block import transformer_config
+from megavit.model.config import Attention
 from megavit.model.init import initialise
+from megavit.model.kernels import sdpa_choice
+from megavit.optim.config import Decay
 from megavit.optim.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
-from megavit.outcome import FINISHED, STOPPED
+from megavit.parallel.agree import from_rank_zero
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
 from megavit.parallel.schedule import run_microbatches, sum_over_world
-from megavit.parallel.stages import plan_stages
+from megavit.parallel.stages import plan_stages, rank_stages
 from megavit.plan.flops import training_flops
 from megavit.task.classify import Classify
 
@@ -47,6 +52,7 @@ class Trainer:
         # Data
         train_source, val_source = open_source(config.data, "train"), open_source(config.data, "val")
         self.num_steps = config.num_steps(len(train_source))
+        self.micro_batch = config.micro_batch(layout.world_size)
         self.num_microbatches = config.num_microbatches(layout.world_size)
         self.task = Classify(config.task, normalize=Normalize(config.data.mean, config.data.std), layout=layout)
         loader = partial(
@@ -54,7 +60,7 @@ class Trainer:
             config=config.data,
             layout=layout,
             needs=self.task.needs,
-            micro_batch=config.train.micro_batch,
+            micro_batch=self.micro_batch,
             seed=config.run.seed,
         )
         self.train_loader = loader(train_source, train=True)
@@ -64,19 +70,30 @@ class Trainer:
         shape = config.encoder_shape(num_classes=len(train_source.classes))
         self.stages = plan_stages(config.parallel, shape)
         self.num_tokens = shape.tokens
-        block = transformer_config(config.model, layout, stages=self.stages, dtype=torch.float32)
-        self.chunk = self.task.build_model(
+        dtype = torch.bfloat16 if config.train.precision is Precision.bf16_o2 else torch.float32
+        block = transformer_config(config.model, config.parallel, layout, stages=self.stages, dtype=dtype)
+        self.chunks = self.task.build_chunks(
             config.model,
             block=block,
             layout=layout,
-            stages=self.stages,
+            stage_layers=rank_stages(self.stages, config.parallel, layout.pp_rank),
+            recompute=config.parallel.recompute,
             image_size=config.data.image_size,
             channels=config.data.channels,
             num_classes=len(train_source.classes),
         )
-        initialise(self.chunk, config.model, layout, seed=config.run.seed)
-        self.chunk.to(layout.device)
-        self.model = wrap_for_data_parallel(self.chunk, block, config.optim)
+        for chunk in self.chunks:
+            initialise(chunk, config.model, layout, seed=config.run.seed)
+            chunk.to(layout.device)
+            if config.train.compile is Compile.layer:
+                chunk.compile_layers()
+        self.model = wrap_for_data_parallel(
+            self.chunks,
+            block,
+            config.optim,
+            config.parallel,
+            bf16_reduce=config.train.grad_reduce is GradReduce.bf16,
+        )
 
         # Optimizer and schedule
         peak_lr = config.optim.peak_lr(config.train.global_batch)
@@ -86,6 +103,7 @@ class Trainer:
         # Restore
         self.step, self.consumed_samples = 0, 0
         self.last_validation: dict[str, float] = {}
+        self.saved_config: RunConfig | None = None
         self.resumed_from = self._restore()
         self.throughput = Throughput(
             flops_per_image=training_flops(shape), num_devices=layout.world_size, device=layout.device
@@ -134,7 +152,8 @@ class Trainer:
         while self.step < last:
             seed_step(self.layout, seed=self.config.run.seed, step=self.step)
             self.schedule.step(1)
-            self.model.zero_grad_buffer()
+            for chunk in self.model:
+                chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             sums = self._run_microbatches(batches, self.num_microbatches, forward_only=False)
             _, grad_norm, _ = self.optimizer.step()
@@ -158,21 +177,20 @@ class Trainer:
             batches,
             num_microbatches=count,
             num_tokens=self.num_tokens,
-            micro_batch=self.config.train.micro_batch,
+            micro_batch=self.micro_batch,
             forward_only=forward_only,
         )
 
     def _report(self, reporter: Reporter, window: dict[str, Tensor], grad_norm: float) -> None:
         """Log the steps since the last report: their mean loss and accuracy, the last step's rate and norm."""
-        totals = sum_over_world(window, ("loss", "top1", "count"), self.layout)
+        totals = sum_over_world(window, self.task.sums, self.layout)
         speed = self.throughput.report()
         reporter.record(
             self.step,
             "train",
             {
                 "consumed_samples": self.consumed_samples,
-                "loss": totals["loss"] / totals["count"],
-                "top1": totals["top1"] / totals["count"],
+                **_means(totals),
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "grad_norm": grad_norm,
                 **speed,
@@ -188,32 +206,49 @@ class Trainer:
         if not (evaluates or saves):
             return
         self.throughput.pause()
+        if self.config.parallel.overlap_param_gather:
+            # The last step's gather runs under the next forward pass: here nothing else waits for it.
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)
         if evaluates:
             self.last_validation = self.evaluate()
             reporter.record(self.step, "val", {"consumed_samples": self.consumed_samples, **self.last_validation})
         if saves:
             state = TrainingState(self.step, self.consumed_samples, self.last_validation)
-            self.store.save(self.chunk, self.optimizer, state, run_yaml=to_yaml(self.config))
+            self.store.save(self.chunks, self.optimizer, state, run_yaml=to_yaml(self.config))
             if self.layout.rank == 0:
                 draw_curves(self.run_dir / "metrics.jsonl", self.run_dir / "pictures" / "curves.png")
         self.throughput.resume()
 
     def evaluate(self) -> dict[str, float]:
         """Loss and top-1 over the whole validation set, each image once, in any layout."""
-        self.model.eval()
+        loader = self.val_loader
+        for chunk in self.model:
+            chunk.eval()
         with torch.no_grad():
-            sums = self._run_microbatches(
-                self.val_loader.evaluation_batches(), self.val_loader.num_evaluation_batches, forward_only=True
-            )
-        self.model.train()
-        totals = sum_over_world(sums, ("loss", "top1", "count"), self.layout)
-        count = totals["count"]
-        return {"loss": totals["loss"] / count, "top1": totals["top1"] / count, "count": count}
+            sums = self._run_microbatches(loader.evaluation_batches(), loader.num_evaluation_batches, forward_only=True)
+        for chunk in self.model:
+            chunk.train()
+        totals = sum_over_world(sums, self.task.sums, self.layout)
+        return {**_means(totals), "count": totals["count"]}
 
     def _restore(self) -> Path | None:
         """Go on from a checkpoint, in this order: find it, compare the model, weights and optimizer, position,
         schedule. Dropout and data need nothing: they are functions of step and position.
         """
+        checkpoint = from_rank_zero(self._find_checkpoint)
+        if checkpoint is None:
+            return None
+        path, saved, state = checkpoint
+        store.load(path, self.chunks, self.optimizer)
+        self.step, self.consumed_samples = state.step, state.consumed_samples
+        self.last_validation = state.metrics
+        self.schedule.step(self.step)
+        self.saved_config = saved
+        return path
+
+    def _find_checkpoint(self) -> tuple[Path, RunConfig, TrainingState] | None:
+        """The checkpoint to go on from, the configuration and the place it was saved at; refuse one of another run."""
         checkpoint = self.store.find(self.config.checkpoint.resume)
         if checkpoint is None:
             return None
@@ -222,33 +257,43 @@ class Trainer:
                 f"{checkpoint}, which checkpoints/latest names, is not whole; name another with checkpoint.resume=PATH"
             )
         saved = from_yaml((checkpoint / "run.yaml").read_text())
-        self._refuse_another_model(checkpoint, saved)
+        self._refuse_another_run(checkpoint, saved)
         state = store.read_state(checkpoint)
-        store.load(checkpoint, self.chunk, self.optimizer)
-        self.step, self.consumed_samples = state.step, state.consumed_samples
-        self.last_validation = state.metrics
-        self.schedule.step(self.step)
-        return checkpoint
+        stop_at = self.config.train.stop_at
+        if stop_at is not None and stop_at <= state.step:
+            raise ConfigError(
+                f"train.stop_at={stop_at} is not after step {state.step}, where {checkpoint} stands; raise it or leave "
+                f"it away"
+            )
+        return checkpoint, saved, state
 
-    def _refuse_another_model(self, checkpoint: Path, saved: RunConfig) -> None:
+    def _refuse_another_run(self, checkpoint: Path, saved: RunConfig) -> None:
         def shape(config: RunConfig) -> dict[str, Any]:
-            free = ("dropout", "drop_path", "attention", "linears", "head_bias", "norm_eps")
+            free = ("dropout", "drop_path", "attention", "linears", "head_bias", "layer_scale")
             network = {f"model.{key}": value for key, value in leaves(config.model).items() if not key.endswith(free)}
             if config.model.layer_scale is not None:
                 network["model.layer_scale"] = "some"
             return {
                 **network,
+                "data.source": config.data.source,
                 "data.image_size": config.data.image_size,
                 "data.channels": config.data.channels,
+                "data.num_classes": config.data.num_classes,
+                "data.num_samples": config.data.num_samples,
                 "optim.name": config.optim.name,
+                "run.seed": config.run.seed,
             }
 
         ours, theirs = shape(self.config), shape(saved)
-        differ = [f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key]]
+        differ = [
+            f"{key} {_shown(theirs.get(key))} there, {_shown(ours.get(key))} here"
+            for key in ours | theirs
+            if ours.get(key) != theirs.get(key)
+        ]
         if differ:
             raise ConfigError(
-                f"{checkpoint} is of another model: {'; '.join(differ)}. Choose another run.name to start anew, or "
-                f"the settings it was made with"
+                f"{checkpoint} is of another model or run: {'; '.join(differ)}. Choose another run.name to start anew, "
+                f"or the settings it was made with"
             )
 
     def _introduce(self, reporter: Reporter) -> None:
@@ -258,15 +303,42 @@ class Trainer:
         reporter.say(
             f"{self.num_tokens} tokens, {config.model.num_layers} layers of {config.model.hidden_size}{stages}; "
             f"{config.train.global_batch} images per step = {self.num_microbatches} micro batches of "
-            f"{config.train.micro_batch} × DP {self.layout.dp}"
+            f"{self.micro_batch} × DP {self.layout.dp}"
         )
+        kernel = config.model.attention.value
+        if config.model.attention is Attention.sdpa:
+            heads, width = config.model.num_heads // self.layout.tp, config.model.hidden_size // config.model.num_heads
+            dtype = next(self.chunks[0].parameters()).dtype
+            queries = torch.empty(1, heads, self.num_tokens, width, dtype=dtype, device=self.layout.device)
+            kernel = f"sdpa, for which torch takes {sdpa_choice(queries)}"
+        reporter.say(f"precision {config.train.precision.value}; attention kernel {kernel}")
         if self.resumed_from is not None:
             reporter.say(f"goes on from {self.resumed_from} at step {self.step} of {self.num_steps}")
+            self._tell_of_another_schedule(reporter)
+
+    def _tell_of_another_schedule(self, reporter: Reporter) -> None:
+        assert self.saved_config is not None
+        before, decay = self.saved_config.num_steps(len(self.train_loader.source)), self.config.optim.decay
+        if before == self.num_steps or decay is Decay.constant:
+            return
+        rate = self.schedule.get_lr(self.optimizer.param_groups[0])
+        reporter.say(
+            f"the run was of {before} steps and is of {self.num_steps} now: {decay.value} is that of the whole new "
+            f"length, so the learning rate goes on at {rate:.2e}"
+        )
 
     def _say_complete(self, reporter: Reporter) -> None:
         top1 = self.last_validation.get("top1")
         result = f"; validation top-1 {top1:.4f}" if top1 is not None else ""
         reporter.say(f"complete: step {self.step} of {self.num_steps}{result}. Raise train.steps to go on")
+
+
+def _means(totals: dict[str, float]) -> dict[str, float]:
+    return {name: total / totals["count"] for name, total in totals.items() if name != "count"}
+
+
+def _shown(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
 
 
 def _stop_if_not_finite(grad_norm: float, step: int) -> None:

@@ -2,10 +2,12 @@
 
 import logging
 import os
+import signal
 import sys
+from pathlib import Path
 
 from megavit.config import RunConfig
-from megavit.outcome import FAULT, FINISHED
+from megavit.exits import FAULT, FINISHED, write_exit
 
 
 def num_ranks(config: RunConfig) -> int:
@@ -21,17 +23,19 @@ def num_ranks(config: RunConfig) -> int:
     return torch.cuda.device_count()
 
 
-def start_ranks(arguments: list[str], *, ranks: int, module: str = "megavit.train") -> int:
+def start_ranks(arguments: list[str], *, ranks: int, run_dir: Path | None = None, module: str = "megavit.train") -> int:
     """Run `python -m module` in every rank, through torch's elastic launcher.
 
     Args:
         arguments: the command line, handed on.
         ranks: processes on this machine.
+        run_dir: where to leave the exit code of ranks that could not do it themselves.
         module: what each rank runs.
 
     Returns:
         The code that the first rank to fail left with, or 0.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -45,6 +49,8 @@ def start_ranks(arguments: list[str], *, ranks: int, module: str = "megavit.trai
         run_id="megavit",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        # Not this machine's name on the network, which a laptop may not resolve.
+        local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.1,
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
@@ -52,12 +58,24 @@ def start_ranks(arguments: list[str], *, ranks: int, module: str = "megavit.trai
     try:
         elastic_launch(launch, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
-        return _first_code(error)
+        return _explain(error, run_dir)
+    except SignalException as error:
+        name = signal.Signals(error.sigval).name
+        return _report(f"ended by {name}; what was saved last is whole, run again to go on from it", run_dir)
     return FINISHED
 
 
-def _first_code(error: BaseException) -> int:
-    failures = getattr(error, "failures", {})
-    first = min(failures.values(), key=lambda failure: failure.timestamp, default=None)
-    # A rank that a signal ended has a negative code.
-    return first.exitcode if first is not None and first.exitcode > 0 else FAULT
+def _explain(error: BaseException, run_dir: Path | None) -> int:
+    """The first failed rank's code; a rank that a signal ended could not speak for itself."""
+    rank, failure = min(getattr(error, "failures").items(), key=lambda item: item[1].timestamp)  # noqa: B009
+    if failure.exitcode > 0:
+        return failure.exitcode
+    name = signal.Signals(-failure.exitcode).name
+    hint = " (often the machine ran out of memory: dmesg tells)" if name == "SIGKILL" else ""
+    return _report(f"rank {rank} was ended by {name}{hint}", run_dir)
+
+
+def _report(message: str, run_dir: Path | None) -> int:
+    print(f"megavit: {message}", file=sys.stderr, flush=True)
+    write_exit(run_dir, FAULT, message)
+    return FAULT

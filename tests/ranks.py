@@ -22,7 +22,8 @@ def train(overrides: list[str], *, evaluates: bool = False) -> dict:
         # Half of a short test's time would go into the validation set.
         trainer.evaluate = no_evaluation
     code = trainer.run()
-    whole = gather_whole(parameter_names(trainer.chunk), trainer.layout)
+    parameters = {name: value for chunk in trainer.chunks for name, value in parameter_names(chunk).items()}
+    whole = gather_whole(parameters, trainer.layout)
     if whole is None:
         return {}
     rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
@@ -66,7 +67,8 @@ def train_and_keep(overrides: list[str]) -> dict:
     original = trainer.task.inputs
 
     def inputs(batch):
-        due.append([key.sample_id for key in batch.keys])
+        if batch is not None:
+            due.append([key.sample_id for key in batch.keys])
         return original(batch)
 
     trainer.task.inputs = inputs
@@ -76,7 +78,10 @@ def train_and_keep(overrides: list[str]) -> dict:
     return {
         "code": code,
         "weights": {
-            name: value.detach().clone() for name, value in trainer.chunk.state_dict().items() if value is not None
+            f"{index}.{name}": value.detach().clone()
+            for index, chunk in enumerate(trainer.chunks)
+            for name, value in chunk.state_dict().items()
+            if value is not None
         },
         "optimizer": [
             {key: value.clone() for key, value in optimizer.state[param].items()}
@@ -87,4 +92,23 @@ def train_and_keep(overrides: list[str]) -> dict:
         "losses": {row["step"]: row["loss"] for row in rows if row["split"] == "train"},
         "validation": {row["step"]: row for row in rows if row["split"] == "val"},
         "due": due,
+    }
+
+
+def dtypes(overrides: list[str]) -> dict:
+    """The number formats of weights, fp32 masters, Adam's moments and gradients."""
+    from megavit.compose import compose
+    from megavit.trainer import Trainer
+
+    trainer = Trainer(compose(overrides))
+    trainer.store.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
+    trainer.run()
+    optimizer = trainer.optimizer.chained_optimizers[0].optimizer
+    masters = [param for group in optimizer.param_groups for param in group["params"]]
+    weights = [param for chunk in trainer.chunks for param in chunk.parameters()]
+    return {
+        "weights": {weight.dtype for weight in weights},
+        "masters": {master.dtype for master in masters},
+        "moments": {moment.dtype for master in masters for moment in optimizer.state[master].values()},
+        "gradients": {weight.main_grad.dtype for weight in weights},
     }

@@ -13,7 +13,7 @@ from megavit.data.digits import Digits
 from megavit.data.order import SampleOrder
 from megavit.model.config import ModelConfig
 from megavit.model.plain import PlainViT
-from megavit.optim.config import Optimizer
+from megavit.optim.config import Decay, Optimizer
 
 # A model small enough for a test and odd enough to show a mistake; ten steps on real digits without augmentation.
 SMALL = [
@@ -71,7 +71,13 @@ def learning_rate(config: RunConfig, step: int, steps: int) -> float:
     peak, warmup = config.optim.peak_lr(config.train.global_batch), config.optim.warmup_steps
     if step <= warmup:
         return peak * step / warmup
+    if config.optim.decay is Decay.constant:
+        return peak
     fraction = (step - warmup) / (steps - warmup)
+    if config.optim.decay is Decay.wsd:
+        fraction = max(0, step - (steps - config.optim.decay_steps)) / config.optim.decay_steps
+    if config.optim.decay in (Decay.linear, Decay.wsd):
+        return peak + (config.optim.min_lr - peak) * fraction
     return config.optim.min_lr + (peak - config.optim.min_lr) * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
@@ -101,10 +107,10 @@ def train_plain(overrides: list[str]) -> Result:
         images = torch.stack([source.image(i) for i in ids]).float() / 255
         images = (images - config.data.mean[0]) / config.data.std[0]
         labels = torch.tensor([source.label(i) for i in ids])
-        loss = F.cross_entropy(model(images), labels)
+        loss = F.cross_entropy(model(images), labels, label_smoothing=config.task.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step + 1, steps)
         optimizer.step()

@@ -12,7 +12,9 @@ CHOICES = [(group, choice) for group in composing.groups() for choice in composi
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{g}={c}" for g, c in CHOICES])
 def test_every_choice_composes(group, choice):
-    extra = ["data.image_size=[224,224]"] if choice.endswith("16") else []
+    extra = ["data=synthetic"] if group == "model" and choice != "vit_digits" else []
+    if (group, choice) == ("data", "synthetic"):
+        extra = ["model=vit_ti16"]
     if (group, choice) == ("optim", "sgd"):
         extra.append("optim.lr=0.1")
     config = compose([f"{group}={choice}", *extra])
@@ -60,19 +62,28 @@ def test_every_group_is_a_folder_and_a_field():
         ),
         (["parallel.sequence_parallel=true"], 1, "parallel.tp=1 has one"),
         (
-            ["train.global_batch=100"],
+            ["train.global_batch=100", "train.micro_batch=64"],
             1,
             r"train.global_batch=100 is not a multiple of train.micro_batch=64 × data-parallel size 1 = 64; set train.global_batch=128",
         ),
-        (["train.global_batch=64"], 2, "train.micro_batch=64 × data-parallel size 2 = 128"),
+        (["train.global_batch=64", "train.micro_batch=64"], 2, "train.micro_batch=64 × data-parallel size 2 = 128"),
         (["data.image_size=[9,8]"], 1, r"9 mod 2 = 1"),
         (["data.mean=[0.5,0.5]"], 1, "has 2 values and data.channels=1"),
         (["train.steps=50"], 1, "optim.warmup_steps=100 must be below the run's 50 steps"),
         (["train.steps=null"], 1, "set one of train.steps=None and train.epochs=None"),
         (["model.class_tokens=0"], 1, "model.pool=cls needs a class token"),
-        (["model.drop_path=1"], 1, r"model.drop_path=1.0 must be in \[0, 1\)"),
-        (["parallel.tp=0"], 1, "parallel.tp=0 must be at least 1"),
+        (["model.drop_path=1"], 1, "model.drop_path=1.0 must be a finite number at least 0 and below 1"),
+        (["parallel.tp=0"], 1, "parallel.tp=0 must be a finite number at least 1"),
         (["data.source=imagenet"], 1, "known: digits"),
+        (["data.num_samples=5"], 1, "every other knows its own"),
+        (["optim.lr=nan"], 1, "optim.lr=nan must be a finite number"),
+        (["train.epochs=inf"], 1, "train.epochs=inf must be a finite number"),
+        (["run.ranks=0"], 1, "run.ranks=0 must be a finite number at least 1"),
+        (["run.ranks=4"], 2, "another launcher has started 2 ranks"),
+        (["run.timeout_s=1"], 1, "at least 60"),
+        (["run.name=.."], 1, "must be a word"),
+        (["train.stop_at=9999"], 1, "is after the last step"),
+        (["parallel.pp=8"], 8, "model.num_layers=4 cannot fill parallel.pp=8"),
         (["run.name=a/b"], 1, "without a slash"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -93,3 +104,30 @@ def test_typing_epochs_clears_steps():
 
 def test_what_is_typed_decides_over_the_recipe():
     assert compose(["recipe=digits", "model=vit_ti16"]).model.hidden_size == 192
+
+
+def test_a_recipe_may_be_left_away():
+    config = compose(["recipe=null", "data=synthetic", "train.steps=3", "model=vit_b16", "train.global_batch=8"])
+    config.check(2)
+    assert config.micro_batch(2) == 4
+    assert config.run.name == "run"
+
+
+def test_data_that_does_not_match_the_settings_is_named():
+    from megavit.data.source import open_source
+
+    config = compose(["data.image_size=[16,16]"])
+    with pytest.raises(ConfigError, match=r"images have 1 channels and \[8, 8\] pixels; set data.channels=1"):
+        open_source(config.data, "train")
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    from megavit.parallel.cpu import run_on_cpu
+
+    monkeypatch.setenv("MEGAVIT_DEVICE", "tpu")
+    run_on_cpu.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match=r"MEGAVIT_DEVICE=tpu .* known: cpu, cuda"):
+            run_on_cpu()
+    finally:
+        run_on_cpu.cache_clear()

@@ -7,7 +7,8 @@ from megavit.testing import run_ranks
 from tests import ranks
 from tests.reference import SMALL
 
-TWENTY_STEPS = [*SMALL, "train.steps=20", "data.shift=1"]
+# Stopped after 3, and 10 more.
+THIRTEEN_STEPS = [*SMALL, "train.steps=13", "data.shift=1"]
 DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1", "model.drop_path=0.2"]
 
 
@@ -35,9 +36,9 @@ def assert_bit_equal(got: dict, want: dict) -> None:
     ids=["TP 1", "TP 2", "PP 2", "DP 2", "TP 2 under SGD"],
 )
 def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(world, overrides, tmp_path):
-    overrides = [*TWENTY_STEPS, *DROPOUT, *overrides]
+    overrides = [*THIRTEEN_STEPS, *DROPOUT, *overrides]
     want = run_ranks(ranks.train_and_keep, world, [*overrides, f"run.dir={tmp_path}/whole"])
-    stopped = [*overrides, f"run.dir={tmp_path}/parts", "train.stop_at=10"]
+    stopped = [*overrides, f"run.dir={tmp_path}/parts", "train.stop_at=3"]
     got = run_ranks(ranks.resume, world, stopped, [*overrides, f"run.dir={tmp_path}/parts"])
     for mine, whole in zip(got, want, strict=True):
         assert mine["code"] == 0
@@ -48,21 +49,21 @@ def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(world, overrides, tmp_
 
 
 def test_resume_in_other_layouts_continues_the_same_run(tmp_path, figure):
-    overrides = [*TWENTY_STEPS, "train.steps=30"]
+    overrides = [*THIRTEEN_STEPS, "train.steps=16"]
     want = run_ranks(ranks.train_and_keep, 1, [*overrides, f"run.dir={tmp_path}/whole"])[0]
     parts = [*overrides, f"run.dir={tmp_path}/parts"]
-    for world, layout, stop in [(2, ["parallel.pp=2"], 10), (1, [], 20), (2, ["parallel.tp=2"], 30)]:
+    for world, layout, stop in [(2, ["parallel.pp=2"], 3), (1, [], 6), (2, ["parallel.tp=2"], 16)]:
         got = run_ranks(ranks.train_and_keep, world, [*parts, *layout, f"train.stop_at={stop}"])[0]
-        assert got["code"] == (0 if stop == 30 else 75)
-    assert got["losses"].keys() == want["losses"].keys() == set(range(1, 31))
+        assert got["code"] == (0 if stop == 16 else 75)
+    assert got["losses"].keys() == want["losses"].keys() == set(range(1, 17))
     worst = max(abs(got["losses"][step] - loss) for step, loss in want["losses"].items())
-    figure(f"PP 2 → PP 1 → TP 2, resumed every 10 steps: largest |Δloss| {worst:.1e} in 30 steps")
+    figure(f"PP 2 → PP 1 → TP 2, stopped after 3 and 6: largest |Δloss| {worst:.1e} in 16 steps")
     # Measured: 2.4e-7.
     assert worst <= 1e-6
 
 
 def test_data_parallel_size_may_change_in_mid_epoch(tmp_path):
-    overrides = [*TWENTY_STEPS, "train.steps=12"]
+    overrides = [*THIRTEEN_STEPS, "train.steps=12"]
     want = run_ranks(ranks.train_and_keep, 1, [*overrides, f"run.dir={tmp_path}/whole"])[0]
     for world, stop in [(1, 4), (4, 8), (2, 12)]:
         got = run_ranks(
@@ -82,3 +83,36 @@ def test_raised_steps_go_on_and_settings_come_from_the_configuration(tmp_path):
     assert decayed["max_lr"] == 5e-4
     assert decayed["weight_decay"] == 0.2
     assert decayed["step"] == 9
+
+
+def test_a_run_may_start_from_another_runs_checkpoint_and_then_goes_on_from_its_own(tmp_path):
+    overrides = [*SMALL, "train.steps=8"]
+    want = run_ranks(ranks.train_and_keep, 1, [*overrides, f"run.dir={tmp_path}/whole", "checkpoint.every=4"])[0]
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000004"
+    assert checkpoint.is_dir()
+    branch = [*overrides, f"run.dir={tmp_path}/branch", f"checkpoint.resume={checkpoint}"]
+    run_ranks(ranks.train_and_keep, 1, [*branch, "train.stop_at=6"])
+    got = run_ranks(ranks.train_and_keep, 1, branch)[0]
+    assert got["losses"] == {step: want["losses"][step] for step in (5, 6, 7, 8)}
+
+
+def test_another_seed_or_network_is_refused_by_name(tmp_path):
+    run = [*SMALL, f"run.dir={tmp_path}", "train.steps=3"]
+    run_ranks(ranks.train_and_keep, 2, run)
+    for change, named in [("run.seed=1", "run.seed 0 there, 1 here"), ("model.pool=mean", "model.pool cls there")]:
+        with pytest.raises(AssertionError, match=f"is of another model or run: {named}") as refused:
+            run_ranks(ranks.train_and_keep, 2, [*run, "train.steps=4", change])
+        assert str(refused.value).count("ConfigError: ") == 2, "every rank raises it alike"
+
+
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_sgd_resumes_with_and_without_momentum(momentum, tmp_path):
+    run = [*SMALL, f"run.dir={tmp_path}", "optim=sgd", "optim.lr=0.01", f"optim.momentum={momentum}", "train.steps=4"]
+    assert run_ranks(ranks.resume, 1, [*run, "train.stop_at=2"], run)[0]["code"] == 0
+
+
+def test_a_norm_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(tmp_path):
+    run = [*SMALL, f"run.dir={tmp_path}", "optim.lr=1e30", "optim.warmup_steps=0", "checkpoint.every=1", "optim.clip=0"]
+    with pytest.raises(AssertionError, match="the gradient norm is nan; the last checkpoint is untouched"):
+        run_ranks(ranks.train_and_keep, 1, run)
+    assert (tmp_path / "checkpoints" / "latest").exists()

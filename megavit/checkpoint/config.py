@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megavit.errors import ConfigError
+from megavit.checks import require_number
 
 
 @dataclass
@@ -12,7 +12,8 @@ class CheckpointConfig:
     Attributes:
         every: steps between saves; null saves at the end alone.
         resume: `auto` goes on from the newest checkpoint of the run if there is one, `never` starts anew in a run
-            folder without checkpoints, a path goes on from that checkpoint.
+            folder without checkpoints, a path starts from that checkpoint or run; once the run has a checkpoint of its
+            own it goes on from that, so that a restarted job does not fall back.
     """
 
     every: int | None = None
@@ -20,5 +21,4 @@ class CheckpointConfig:
 
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
-        if self.every is not None and self.every < 1:
-            raise ConfigError(f"checkpoint.every={self.every} must be at least 1, or null to save at the end alone")
+        require_number("checkpoint", self, "every", at_least=1)

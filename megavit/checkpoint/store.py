@@ -7,7 +7,6 @@
 
 import json
 import os
-import queue
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import MegatronModule
 
+from megavit.checkpoint.writer import write_in_threads
 from megavit.errors import ConfigError
 
 SCHEMA_VERSION = 1
@@ -74,7 +73,7 @@ class CheckpointStore:
             ConfigError: if a named one is not there, or `never` would mix two runs in one folder.
         """
         newest = self.newest()
-        if resume == "auto":
+        if resume == "auto" or (resume != "never" and newest is not None):
             return newest
         if resume == "never":
             if newest is not None:
@@ -94,7 +93,7 @@ class CheckpointStore:
 
     def save(
         self,
-        model: MegatronModule,
+        chunks: list[MegatronModule],
         optimizer: MegatronOptimizer,
         state: TrainingState,
         *,
@@ -103,8 +102,8 @@ class CheckpointStore:
         """Write a checkpoint; every rank calls this.
 
         Args:
-            model: this stage's chunk, unwrapped.
-            optimizer: its optimizer.
+            chunks: this rank's stages, unwrapped.
+            optimizer: theirs.
             state: where the run stands.
             run_yaml: the resolved configuration.
 
@@ -117,18 +116,22 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        # Megatron-Core would start a process to hold the queue of write results, 5 s for the first save of a run; a
-        # save that this process waits for needs no more than a queue of its own (0.16.1).
-        filesystem_async._results_queue = queue.Queue()
-        dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(temporary))
+        write_in_threads()
+        dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(temporary))
         if dist.get_rank() == 0:
             (temporary / "run.yaml").write_text(run_yaml)
             _write_json(temporary / "state.json", {"schema_version": SCHEMA_VERSION, **asdict(state)})
-            shutil.rmtree(final, ignore_errors=True)
+            _sync(temporary)
+            # A checkpoint of this very step is moved aside first: at no moment is `latest` without a whole one.
+            aside = self.folder / f".{final.name}.old"
+            shutil.rmtree(aside, ignore_errors=True)
+            if final.exists():
+                os.replace(final, aside)
             os.replace(temporary, final)
             new_latest = self.folder / ".latest.tmp"
             new_latest.write_text(final.name)
             os.replace(new_latest, self.folder / "latest")
+            shutil.rmtree(aside, ignore_errors=True)
         dist.barrier()
         return final
 
@@ -154,31 +157,51 @@ def read_state(checkpoint: Path) -> TrainingState:
     return TrainingState(**fields)
 
 
-def load(checkpoint: Path, model: MegatronModule, optimizer: MegatronOptimizer) -> None:
+def load(checkpoint: Path, chunks: list[MegatronModule], optimizer: MegatronOptimizer) -> None:
     """Read a checkpoint of any layout into this one, in place; every rank calls this.
 
     Learning rate, weight decay and the like stay as configured: a checkpoint holds state, not settings.
 
     Args:
         checkpoint: a whole checkpoint of the same model.
-        model: this stage's chunk, unwrapped.
-        optimizer: its optimizer.
+        chunks: this rank's stages, unwrapped.
+        optimizer: theirs.
     """
     settings = [
         {key: value for key, value in group.items() if key not in _FROM_CHECKPOINT} for group in optimizer.param_groups
     ]
-    loaded: dict[str, Any] = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(checkpoint))
-    model.load_state_dict(loaded["model"], strict=True)
+    loaded: dict[str, Any] = dist_checkpointing.load(
+        _sharded_state(chunks, optimizer, is_loading=True), str(checkpoint)
+    )
+    for name, chunk in _named(chunks).items():
+        chunk.load_state_dict(loaded[name], strict=True)
     optimizer.load_state_dict(loaded["optimizer"])
     for group, configured in zip(optimizer.param_groups, settings, strict=True):
         group.update(configured)
 
 
-def _sharded_state(model: MegatronModule, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(chunks: list[MegatronModule], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
     metadata = dict(_SHARDING)
-    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
+    state: dict[str, Any] = {
+        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks).items()
+    }
     state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
+
+
+def _named(chunks: list[MegatronModule]) -> dict[str, MegatronModule]:
+    # The keys that Megatron-Core's optimizer looks for; the weights' own names, within, count over the whole model.
+    return {"model" if len(chunks) == 1 else f"model{index}": chunk for index, chunk in enumerate(chunks)}
+
+
+def _sync(folder: Path) -> None:
+    """Have the files of this rank's machine on the disk before the folder's new name says that they are."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _write_json(path: Path, content: Any) -> None:

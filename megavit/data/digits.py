@@ -20,7 +20,8 @@ class Digits:
         split: `train` or `val`.
     """
 
-    classes = tuple("0123456789")
+    classes: tuple[str, ...] = tuple("0123456789")
+    image_shape: tuple[int, ...] = (1, 8, 8)
 
     def __init__(self, split: str) -> None:
         images, labels = _split()[split]

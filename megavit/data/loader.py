@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from megavit.data.config import DataConfig
 from megavit.data.order import SampleKey, SampleOrder
 from megavit.data.source import Source
 from megavit.data.transforms import draw_shifts, shift_image
+from megavit.errors import ConfigError
 from megavit.parallel.layout import ParallelLayout
 
 
@@ -44,13 +45,23 @@ class Needs:
 
 
 class _Samples(Dataset[tuple[Tensor, int]]):
-    """What a worker process runs: keys to augmented images and labels."""
+    """Keys to augmented images and labels, here or in a worker process."""
 
     def __init__(self, source: Source, config: DataConfig, needs: Needs, *, seed: int, augment: bool) -> None:
         self.source, self.config, self.needs, self.seed, self.augment = source, config, needs, seed, augment
 
-    def __getitems__(self, keys: list[SampleKey]) -> list[tuple[Tensor, int]]:
-        """Read a micro batch, called by DataLoader; draws are made for all of it at once."""
+    def __getitems__(self, keys: list[SampleKey]) -> list[tuple[Tensor, int]] | ConfigError:
+        """Read a micro batch, called by DataLoader.
+
+        A user's error comes back as a value: raised in a worker, DataLoader would bury its message in a traceback.
+        """
+        try:
+            return self._read(keys)
+        except ConfigError as error:
+            return error
+
+    def _read(self, keys: list[SampleKey]) -> list[tuple[Tensor, int]]:
+        # Draws are made for all of the micro batch at once.
         labels = [self.source.label(key.sample_id) if self.needs.labels else -1 for key in keys]
         if not self.needs.images:
             return [(torch.empty(0, dtype=torch.uint8), label) for label in labels]
@@ -59,6 +70,10 @@ class _Samples(Dataset[tuple[Tensor, int]]):
             shifts = draw_shifts(keys, pixels=self.config.shift, seed=self.seed)
             images = [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]
         return list(zip(images, labels, strict=True))
+
+
+def _collate(samples: list[tuple[Tensor, int]] | ConfigError) -> tuple[Tensor, Tensor] | ConfigError:
+    return samples if isinstance(samples, ConfigError) else default_collate(samples)
 
 
 class Loader:
@@ -127,8 +142,13 @@ class Loader:
 
     @property
     def num_evaluation_batches(self) -> int:
-        """Micro batches per data-parallel rank that cover the source; the same on every rank."""
-        return -(-len(self.source) // (self.micro_batch * self.layout.dp))
+        """Micro batches per data-parallel rank that cover the source; the same on every rank.
+
+        An interleaved pipeline takes them in multiples of its ranks; the last may be padding alone.
+        """
+        covering = -(-len(self.source) // (self.micro_batch * self.layout.dp))
+        group = self.layout.pp if self.layout.vpp > 1 else 1
+        return -(-covering // group) * group
 
     def _load(self, rows: Iterator[list[SampleKey]], counted: Callable[[list[SampleKey]], Tensor]) -> Iterator[Batch]:
         if not self._reads:
@@ -151,10 +171,13 @@ class Loader:
             # DataLoader draws a seed for its workers when it starts; from the default generator that would move the
             # dropout of the step in which it happens to start, and a resumed run would not be bit-equal.
             generator=torch.Generator(),
+            collate_fn=_collate,
         )
-        for images, labels in loader:
+        for read in loader:
+            if isinstance(read, ConfigError):
+                raise read
             row = due.pop(0)
-            images, labels = self._share(images, labels)
+            images, labels = self._share(*read)
             yield Batch(images, labels, counted(row), row)
 
     def _share(self, images: Tensor | None, labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

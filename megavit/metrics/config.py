@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megavit.errors import ConfigError
+from megavit.checks import require_number
 
 
 @dataclass
@@ -19,5 +19,4 @@ class MetricsConfig:
 
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
-        if self.every < 1:
-            raise ConfigError(f"metrics.every={self.every} must be at least 1")
+        require_number("metrics", self, "every", at_least=1)

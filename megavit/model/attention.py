@@ -6,13 +6,14 @@ Shapes: N tokens, B images, H hidden, A heads, D head width; on a rank, A is the
 from contextlib import nullcontext
 from typing import Any
 
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
+from megavit.model.kernels import Kernel
+from megavit.model.linears import apply_linear
 from megavit.model.norm import LayerNorm
 
 
@@ -24,19 +25,27 @@ class SelfAttention(MegatronModule):
 
     Args:
         config: widths, heads, dropout, qk-norm.
-        qkv: spec of the column-parallel linear.
-        proj: spec of the row-parallel linear.
+        kernel: computes the attention itself.
+        column: class of the column-parallel linear.
+        row: class of the row-parallel linear.
         pg_collection: groups; `tp` is used.
     """
 
     def __init__(
-        self, config: TransformerConfig, *, qkv: Any, proj: Any, pg_collection: ProcessGroupCollection
+        self,
+        config: TransformerConfig,
+        *,
+        kernel: Kernel,
+        column: type,
+        row: type,
+        pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
         self.tp_group = pg_collection.tp
+        self.kernel = kernel
         self.num_heads = config.num_attention_heads // config.tensor_model_parallel_size
         self.head_dim = config.kv_channels
-        linear = dict(
+        linear: dict[str, Any] = dict(
             config=config,
             init_method=config.init_method,
             bias=True,
@@ -44,7 +53,7 @@ class SelfAttention(MegatronModule):
             is_expert=False,
             tp_group=pg_collection.tp,
         )
-        self.qkv = build_module(qkv, config.hidden_size, 3 * config.hidden_size, gather_output=False, **linear)
+        self.qkv = build_module(column, config.hidden_size, 3 * config.hidden_size, gather_output=False, **linear)
         # Named as Megatron-Core's finalize_model_grads expects them: every rank norms its own heads with the same
         # weights, so their gradients are summed over the tensor-parallel ranks.
         self.q_layernorm: LayerNorm | None = None
@@ -52,21 +61,23 @@ class SelfAttention(MegatronModule):
         if config.qk_layernorm:
             self.q_layernorm = LayerNorm(config, self.head_dim, config.layernorm_epsilon, splits_tokens=False)
             self.k_layernorm = LayerNorm(config, self.head_dim, config.layernorm_epsilon, splits_tokens=False)
-        self.proj = build_module(proj, config.hidden_size, config.hidden_size, input_is_parallel=True, **linear)
+        self.proj = build_module(row, config.hidden_size, config.hidden_size, input_is_parallel=True, **linear)
 
     def forward(self, tokens_NBH: Tensor) -> Tensor:
-        qkv = self.qkv(tokens_NBH)[0]
+        qkv = apply_linear(self.qkv, tokens_NBH)
         n, b, _ = qkv.shape
         q_BAND, k_BAND, v_BAND = qkv.view(n, b, self.num_heads, 3, self.head_dim).permute(3, 1, 2, 0, 4)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q_BAND, k_BAND = self.q_layernorm(q_BAND), self.k_layernorm(k_BAND)
         mixed_BAND = self._mix(q_BAND, k_BAND, v_BAND)
-        return self.proj(mixed_BAND.permute(2, 0, 1, 3).reshape(n, b, -1))[0]
+        # The kernels lay their output out as B, N, A, D: flattening its last two dims copies nothing, so that what
+        # the kernel and what `proj` keep for the backward pass is one tensor, not two.
+        return apply_linear(self.proj, mixed_BAND.permute(2, 0, 1, 3).flatten(2))
 
     def _mix(self, q_BAND: Tensor, k_BAND: Tensor, v_BAND: Tensor) -> Tensor:
         dropout = self.config.attention_dropout if self.training else 0.0
         # Heads differ between tensor-parallel ranks, so must their dropout; under sequence parallelism the whole
         # block already runs in the rank's own generator state.
-        own_state = dropout > 0 and not self.config.sequence_parallel
+        own_state = dropout > 0 and self.config.tensor_model_parallel_size > 1 and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if own_state else nullcontext():
-            return F.scaled_dot_product_attention(q_BAND, k_BAND, v_BAND, dropout_p=dropout)
+            return self.kernel(q_BAND, k_BAND, v_BAND, dropout)

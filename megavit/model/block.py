@@ -6,6 +6,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megavit.model.config import ModelConfig
+from megavit.parallel.config import ParallelConfig, Recompute, RecomputeMethod
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.stages import megatron_layout
 
@@ -17,16 +18,18 @@ def _left_to_initialise(weight: Tensor) -> Tensor:
 
 
 def transformer_config(
-    config: ModelConfig, layout: ParallelLayout, *, stages: list[int], dtype: torch.dtype
+    config: ModelConfig, parallel: ParallelConfig, layout: ParallelLayout, *, stages: list[int], dtype: torch.dtype
 ) -> TransformerConfig:
     """Describe the encoder to TransformerBlock and to the pipeline schedules.
 
     Args:
         config: the model group.
-        layout: the parallel sizes and the device.
-        stages: encoder layers per pipeline stage.
+        parallel: the parallel group.
+        layout: this rank's place and device.
+        stages: encoder layers per stage.
         dtype: of parameters and of what crosses a stage.
     """
+    full = parallel.recompute is Recompute.full
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -41,6 +44,12 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pp,
         pipeline_model_parallel_layout=megatron_layout(stages) if layout.pp > 1 else None,
         sequence_parallel=layout.sequence_parallel,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        # TransformerBlock recomputes whole layers; what `selective` means is our layer's own affair.
+        recompute_granularity="full" if full else None,
+        recompute_method=(parallel.recompute_method or RecomputeMethod.uniform).value if full else None,
+        recompute_num_layers=(parallel.recompute_layers or 1) if full else None,
+        bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         use_cpu_initialization=True,
@@ -50,7 +59,10 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         bias_dropout_fusion=False,
-        batch_p2p_comm=layout.device.type == "cuda",
+        # Megatron-Core's default waits for the whole device after every exchange.
+        batch_p2p_sync=False,
+        overlap_p2p_comm=parallel.overlap_p2p,
+        batch_p2p_comm=layout.device.type == "cuda" and not parallel.overlap_p2p,
         # Freed outputs gave NaN on gloo, which may still be sending them (Megatron-Core 0.16.1).
         deallocate_pipeline_outputs=layout.device.type == "cuda",
     )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from megavit.checks import require_number
 from megavit.errors import ConfigError
 
 
@@ -28,9 +29,16 @@ class Head(Enum):
 
 
 class Attention(Enum):
-    """The attention kernel, by explicit name."""
+    """The attention kernel, by explicit name.
+
+    `sdpa`: torch chooses. `sdpa_flash`: torch's FlashAttention-2 or an error. `flash_attn`: the package of that name,
+    version 2. `te`: Transformer Engine's.
+    """
 
     sdpa = "sdpa"
+    sdpa_flash = "sdpa_flash"
+    flash_attn = "flash_attn"
+    te = "te"
 
 
 class Linears(Enum):
@@ -108,9 +116,10 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
-        for key in ("hidden_size", "ffn_size", "num_heads", "num_layers", "patch_size"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"model.{key}={getattr(self, key)} must be at least 1")
+        require_number("model", self, "hidden_size", "ffn_size", "num_heads", "num_layers", "patch_size", at_least=1)
+        require_number("model", self, "layer_scale", "norm_eps", above=0)
+        require_number("model", self, "hidden_dropout", "attention_dropout", "drop_path", at_least=0, below=1)
+        require_number("model", self, "head_bias", at_least=-1e6)
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"model.hidden_size={self.hidden_size} is not divided by model.num_heads={self.num_heads}: "
@@ -125,8 +134,3 @@ class ModelConfig:
                 f"model.positions=sincos needs model.hidden_size in multiples of 4 (sine and cosine, down and "
                 f"across), not {self.hidden_size}"
             )
-        if self.layer_scale is not None and self.layer_scale <= 0:
-            raise ConfigError(f"model.layer_scale={self.layer_scale} must be positive, or null for none")
-        for key in ("hidden_dropout", "attention_dropout", "drop_path"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ConfigError(f"model.{key}={getattr(self, key)} must be in [0, 1)")

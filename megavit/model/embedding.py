@@ -36,6 +36,13 @@ def sincos_positions(grid: tuple[int, int], hidden_size: int, *, class_tokens: i
     return F.pad(patches_PH, (0, 0, class_tokens, 0)).float()
 
 
+def _not_decayed(value: Tensor) -> torch.nn.Parameter:
+    """A parameter that weight decay leaves alone, though it is no vector."""
+    parameter = torch.nn.Parameter(value)
+    parameter.no_decay = True  # type: ignore[attr-defined]
+    return parameter
+
+
 class PatchEmbedding(torch.nn.Module):
     """Patches through one matrix, class tokens in front, positions added; whole on every tensor-parallel rank.
 
@@ -57,10 +64,10 @@ class PatchEmbedding(torch.nn.Module):
         self.proj = torch.nn.Linear(patch_values, hidden, bias=config.patch_bias, dtype=dtype)
         self.cls_token: torch.nn.Parameter | None = None
         if config.class_tokens:
-            self.cls_token = torch.nn.Parameter(torch.zeros(config.class_tokens, 1, hidden, dtype=dtype))
+            self.cls_token = _not_decayed(torch.zeros(config.class_tokens, 1, hidden, dtype=dtype))
         num_tokens = config.num_tokens(image_size)
         if config.positions is Positions.learned:
-            self.pos_embed = torch.nn.Parameter(torch.zeros(num_tokens, 1, hidden, dtype=dtype))
+            self.pos_embed = _not_decayed(torch.zeros(num_tokens, 1, hidden, dtype=dtype))
         else:
             fixed = sincos_positions(config.patch_grid(image_size), hidden, class_tokens=config.class_tokens)
             self.register_buffer("pos_embed", fixed.unsqueeze(1).to(dtype), persistent=False)

@@ -1,6 +1,6 @@
 """megavit's encoder layer, pre-norm attention and MLP, placed in Megatron-Core's TransformerBlock by a spec.
 
-Shapes: N tokens (of this rank, under sequence parallelism), B images, H hidden.
+Shapes: N tokens (of this rank, under sequence parallelism), B images, H hidden, F inside the MLP.
 """
 
 from dataclasses import dataclass
@@ -8,58 +8,43 @@ from typing import Any
 
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.module import GraphableMegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
-from megavit.errors import ConfigError
 from megavit.model.attention import SelfAttention
-from megavit.model.config import Linears
+from megavit.model.kernels import Kernel
+from megavit.model.linears import apply_linear
 from megavit.model.norm import LayerNorm
 from megavit.model.residual import Residual
 
 
 @dataclass
 class EncoderLayerSubmodules:
-    """The parts a spec may exchange: the four parallel linears."""
+    """The parts a spec may exchange: the classes of the parallel linears and the attention kernel."""
 
     column: type
     row: type
+    kernel: Kernel
 
 
-def encoder_layer_spec(linears: Linears, *, drop_path: float, layer_scale: float | None) -> ModuleSpec:
+def encoder_layer_spec(
+    submodules: EncoderLayerSubmodules, *, drop_path: float, layer_scale: float | None, recompute_selectively: bool
+) -> ModuleSpec:
     """Describe the encoder layer to TransformerBlock.
 
     Args:
-        linears: whose parallel linears to build it of.
+        submodules: what to build it of.
         drop_path: the last layer's probability; layer i of L gets drop_path · i / (L − 1).
         layer_scale: start value of the residual scale, None for none.
-
-    Raises:
-        ConfigError: if Transformer Engine is asked for and missing.
+        recompute_selectively: drop the outputs of both norms, fc1 and GELU until the backward pass.
     """
-    column, row = _parallel_linears(linears)
-    return ModuleSpec(
-        module=EncoderLayer,
-        params={"drop_path": drop_path, "layer_scale": layer_scale},
-        submodules=EncoderLayerSubmodules(column=column, row=row),
-    )
-
-
-def _parallel_linears(linears: Linears) -> tuple[type, type]:
-    if linears is Linears.local:
-        return ColumnParallelLinear, RowParallelLinear
-    from megatron.core.extensions import transformer_engine as te
-
-    if not te.HAVE_TE:
-        raise ConfigError(
-            "model.linears=te needs Transformer Engine, which is not installed: pip install 'megavit[te]' on a "
-            "machine with CUDA, or set model.linears=local"
-        )
-    return te.TEColumnParallelLinear, te.TERowParallelLinear
+    settings = dict(drop_path=drop_path, layer_scale=layer_scale, recompute_selectively=recompute_selectively)
+    return ModuleSpec(module=EncoderLayer, params=settings, submodules=submodules)
 
 
 class Mlp(MegatronModule):
@@ -70,7 +55,7 @@ class Mlp(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.tp_group = pg_collection.tp
-        linear = dict(
+        linear: dict[str, Any] = dict(
             config=config,
             init_method=config.init_method,
             bias=True,
@@ -82,20 +67,25 @@ class Mlp(MegatronModule):
         self.fc1 = build_module(column, h, f, gather_output=False, **linear)
         self.fc2 = build_module(row, f, h, input_is_parallel=True, **linear)
 
-    def forward(self, tokens_NBH: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(tokens_NBH)[0]))[0]
+    def widen(self, tokens_NBH: Tensor) -> Tensor:
+        """gelu(fc1(x)), the half that is wide and cheap to compute again."""
+        return F.gelu(apply_linear(self.fc1, tokens_NBH))
+
+    def narrow(self, wide_NBF: Tensor) -> Tensor:
+        """fc2."""
+        return apply_linear(self.fc2, wide_NBF)
 
 
-class EncoderLayer(MegatronModule, BaseTransformerLayer):
+class EncoderLayer(GraphableMegatronModule, BaseTransformerLayer):
     """x + attn(norm1(x)), then x + mlp(norm2(x)).
 
     Args:
         config: Megatron-Core's configuration of the block.
-        submodules: whose linears.
-        layer_number: 1-based within the pipeline stage; kept as the number within the whole model.
+        submodules: whose linears and kernel.
+        layer_number: 1-based within the stage; kept as the number within the whole model.
         pg_collection: process groups; `tp` and `pp` are used.
         vp_stage: virtual pipeline stage.
-        drop_path, layer_scale: see `encoder_layer_spec`.
+        drop_path, layer_scale, recompute_selectively: see `encoder_layer_spec`.
 
     Source: arXiv 2010.11929, section 3.1.
     """
@@ -110,6 +100,7 @@ class EncoderLayer(MegatronModule, BaseTransformerLayer):
         vp_stage: int | None = None,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        recompute_selectively: bool = False,
         **_: Any,
     ) -> None:
         super().__init__(config)
@@ -117,14 +108,15 @@ class EncoderLayer(MegatronModule, BaseTransformerLayer):
         # stages collide: rank 0 raises, the others hang (Megatron-Core 0.16.1).
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, get_pg_rank(pg_collection.pp))
         self.tp_group = pg_collection.tp
+        self.recompute_selectively = recompute_selectively
         depth = (self.layer_number - 1) / max(1, config.num_layers - 1)
-        residual = dict(drop_path=drop_path * depth, layer_scale=layer_scale)
-        parts = dict(pg_collection=pg_collection)
+        residual: dict[str, Any] = dict(drop_path=drop_path * depth, layer_scale=layer_scale)
+        linears: dict[str, Any] = dict(column=submodules.column, row=submodules.row, pg_collection=pg_collection)
         self.norm1 = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
-        self.attn = SelfAttention(config, qkv=submodules.column, proj=submodules.row, **parts)
+        self.attn = SelfAttention(config, kernel=submodules.kernel, **linears)
         self.residual1 = Residual(config, **residual)
         self.norm2 = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
-        self.mlp = Mlp(config, column=submodules.column, row=submodules.row, **parts)
+        self.mlp = Mlp(config, **linears)
         self.residual2 = Residual(config, **residual)
 
     def forward(
@@ -133,6 +125,22 @@ class EncoderLayer(MegatronModule, BaseTransformerLayer):
         """Map tokens_NBH to tokens_NBH; the second value is the context that TransformerBlock expects, always None."""
         assert attention_mask is None, "a ViT attends to every token"
         tokens_NBH = hidden_states
-        tokens_NBH = self.residual1(tokens_NBH, self.attn(self.norm1(tokens_NBH)))
-        tokens_NBH = self.residual2(tokens_NBH, self.mlp(self.norm2(tokens_NBH)))
+        tokens_NBH = self.residual1(tokens_NBH, self._then(self._normed1, self.attn, tokens_NBH))
+        tokens_NBH = self.residual2(tokens_NBH, self._then(self._widened, self.mlp.narrow, tokens_NBH))
         return tokens_NBH, None
+
+    def _normed1(self, tokens_NBH: Tensor) -> Tensor:
+        return self.norm1(tokens_NBH)
+
+    def _widened(self, tokens_NBH: Tensor) -> Tensor:
+        return self.mlp.widen(self.norm2(tokens_NBH))
+
+    def _then(self, cheap: Any, costly: Any, tokens_NBH: Tensor) -> Tensor:
+        """costly(cheap(x)); under selective recompute what `cheap` makes is freed until the backward pass needs it."""
+        if not (self.recompute_selectively and self.training):
+            return costly(cheap(tokens_NBH))
+        # fp8=None: False would be taken for a request of FP8 contexts (Megatron-Core 0.16.1).
+        recompute = CheckpointWithoutOutput(fp8=None)
+        output_NBH = costly(recompute.checkpoint(cheap, tokens_NBH))
+        recompute.discard_output_and_register_recompute(output_NBH)
+        return output_NBH

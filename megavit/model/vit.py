@@ -16,8 +16,11 @@ from torch import Tensor
 from megavit.model.config import ModelConfig, Pool
 from megavit.model.embedding import PatchEmbedding
 from megavit.model.heads import ClassifierHead
-from megavit.model.layer import encoder_layer_spec
+from megavit.model.kernels import attention_kernel
+from megavit.model.layer import EncoderLayerSubmodules, encoder_layer_spec
+from megavit.model.linears import parallel_linears
 from megavit.model.norm import LayerNorm
+from megavit.parallel.config import Recompute
 from megavit.parallel.layout import ParallelLayout
 
 
@@ -28,7 +31,9 @@ class VisionTransformer(MegatronModule):
         config: the model group.
         block: Megatron-Core's configuration (`model/block.py`).
         layout: this rank's place.
-        stages: encoder layers per pipeline stage.
+        num_layers: encoder layers of this stage.
+        virtual_stage: which of this rank's stages, from 0.
+        recompute: what the backward pass computes again.
         image_size: [height, width] in pixels.
         channels: of an image.
         num_classes: K.
@@ -42,15 +47,18 @@ class VisionTransformer(MegatronModule):
         *,
         block: TransformerConfig,
         layout: ParallelLayout,
-        stages: list[int],
+        num_layers: int,
+        virtual_stage: int,
+        recompute: Recompute,
         image_size: list[int],
         channels: int,
         num_classes: int,
     ) -> None:
         super().__init__(block)
         # Read by Megatron-Core's schedules and by finalize_model_grads.
-        self.pre_process, self.post_process = layout.is_first_stage, layout.is_last_stage
-        self.vp_stage = None
+        self.pre_process = layout.is_first_stage(virtual_stage)
+        self.post_process = layout.is_last_stage(virtual_stage)
+        self.vp_stage = virtual_stage if layout.vpp > 1 else None
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self.tp_group = layout.groups.tp
@@ -58,18 +66,31 @@ class VisionTransformer(MegatronModule):
         self.embed: PatchEmbedding | None = None
         if self.pre_process:
             self.embed = PatchEmbedding(config, image_size=image_size, channels=channels, dtype=block.params_dtype)
-        spec = encoder_layer_spec(config.linears, drop_path=config.drop_path, layer_scale=config.layer_scale)
+        column, row = parallel_linears(config.linears)
+        kernel = attention_kernel(config.attention, block, layout.groups, device=layout.device)
+        spec = encoder_layer_spec(
+            EncoderLayerSubmodules(column=column, row=row, kernel=kernel),
+            drop_path=config.drop_path,
+            layer_scale=config.layer_scale,
+            recompute_selectively=recompute is Recompute.selective,
+        )
         self.blocks = TransformerBlock(
             block,
-            TransformerBlockSubmodules(layer_specs=[spec] * stages[layout.pp_rank], layer_norm=LayerNorm),
+            TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=LayerNorm),
             post_layer_norm=config.pool is Pool.cls,
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=layout.groups,
+            vp_stage=self.vp_stage,
         )
         self.head: ClassifierHead | None = None
         if self.post_process:
             self.head = ClassifierHead(config, block=block, num_classes=num_classes)
+
+    def compile_layers(self) -> None:
+        """Hand each encoder layer to torch.compile as one graph; a break in it is an error."""
+        for layer in self.blocks.layers:
+            layer.compile(fullgraph=True)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
         """Take what the previous stage sent; called by Megatron-Core's schedules."""

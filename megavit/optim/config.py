@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from megavit.checks import require_number
 from megavit.errors import ConfigError
 
 
@@ -14,10 +15,22 @@ class Optimizer(Enum):
 
 
 class Decay(Enum):
-    """How the learning rate falls after warm-up."""
+    """How the learning rate falls after warm-up: over all steps, not at all, or linearly over the last `decay_steps`
+    (warm-up, stable, decay).
+    """
 
     cosine = "cosine"
+    linear = "linear"
     constant = "constant"
+    wsd = "wsd"
+
+
+class Implementation(Enum):
+    """Whose fused AdamW computes the update."""
+
+    megavit = "megavit"
+    apex = "apex"
+    te = "te"
 
 
 @dataclass
@@ -26,10 +39,12 @@ class OptimConfig:
 
     Attributes:
         name: the update rule.
+        implementation: whose fused AdamW; megavit's needs nothing installed. Null for other rules.
         lr: peak learning rate; or null and base_lr.
         base_lr: peak learning rate per 256 images: lr = base_lr · global_batch / 256.
         min_lr: learning rate at the last step.
         decay: how it falls from lr to min_lr.
+        decay_steps: the last steps, over which `wsd` falls; null for the others.
         warmup_steps: steps of linear warm-up from 0.
         weight_decay: on matrices; biases, norms, class tokens and positions have none.
         betas: Adam's two; null for other rules.
@@ -39,10 +54,12 @@ class OptimConfig:
     """
 
     name: Optimizer = Optimizer.adamw
+    implementation: Implementation | None = None
     lr: float | None = 1e-3
     base_lr: float | None = None
     min_lr: float = 0.0
     decay: Decay = Decay.cosine
+    decay_steps: int | None = None
     warmup_steps: int = 0
     weight_decay: float = 0.05
     betas: list[float] | None = None
@@ -61,12 +78,11 @@ class OptimConfig:
         """Raise ConfigError where this group contradicts itself."""
         if (self.lr is None) == (self.base_lr is None):
             raise ConfigError(f"set one of optim.lr={self.lr} and optim.base_lr={self.base_lr}, and the other to null")
-        for key in ("lr", "base_lr", "min_lr", "weight_decay", "warmup_steps", "clip"):
-            value = getattr(self, key)
-            if value is not None and value < 0:
-                raise ConfigError(f"optim.{key}={value} must be at least 0")
-        takes = {Optimizer.adamw: {"betas", "eps"}, Optimizer.sgd: {"momentum"}}[self.name]
-        for key in ("betas", "eps", "momentum"):
+        require_number("optim", self, "lr", "base_lr", "min_lr", "weight_decay", "warmup_steps", "clip", at_least=0)
+        require_number("optim", self, "eps", above=0)
+        require_number("optim", self, "momentum", at_least=0, below=1)
+        takes = {Optimizer.adamw: {"betas", "eps", "implementation"}, Optimizer.sgd: {"momentum"}}[self.name]
+        for key in ("betas", "eps", "implementation", "momentum"):
             value = getattr(self, key)
             if key in takes and value is None:
                 raise ConfigError(f"optim.name={self.name.value} needs optim.{key}; choose optim={self.name.value}")
@@ -76,5 +92,11 @@ class OptimConfig:
                 )
         if self.betas is not None and (len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas)):
             raise ConfigError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
+        require_number("optim", self, "decay_steps", at_least=1)
+        if (self.decay is Decay.wsd) != (self.decay_steps is not None):
+            raise ConfigError(
+                f"optim.decay={self.decay.value} with optim.decay_steps={self.decay_steps}: wsd needs the number of "
+                f"steps it falls over, the others have none"
+            )
         if self.decay is Decay.constant and self.min_lr:
             raise ConfigError(f"optim.min_lr={self.min_lr} would be ignored by optim.decay=constant; set it to 0")

@@ -55,7 +55,7 @@ class FusedAdam(torch.optim.Optimizer):
                 if not state:
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
             beta1, beta2 = group["betas"]
-            step = torch.tensor(float(group["step"]), device=params[0].device)
+            step = torch.full((), float(group["step"]), device=params[0].device)
             torch._fused_adamw_(
                 params,
                 [param.grad for param in params],
@@ -73,11 +73,11 @@ class FusedAdam(torch.optim.Optimizer):
             )
 
 
-def offer_to_megatron() -> None:
-    """Put FusedAdam where Megatron-Core would have put apex's."""
+def offer_to_megatron(adam: type) -> None:
+    """Put a fused Adam, ours or another, where Megatron-Core looks for one."""
     import megatron.core.optimizer as mcore_optimizer
     import megatron.core.optimizer.distrib_optimizer as mcore_distributed
 
-    mcore_optimizer.Adam, mcore_optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
-    mcore_distributed.Adam = FusedAdam
+    mcore_optimizer.Adam, mcore_optimizer.USING_PYTORCH_OPTIMIZER = adam, False
+    mcore_distributed.Adam = adam
     mcore_distributed.HAVE_APEX_OR_TE, mcore_distributed.USING_APEX_OPTIMIZER = True, True

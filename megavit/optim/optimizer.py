@@ -1,34 +1,62 @@
 """Gradients to weights: data-parallel wrapping, the optimizer, the schedule."""
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.module import Float16Module
 
-from megavit.optim.config import OptimConfig, Optimizer
-from megavit.optim.fused_adam import offer_to_megatron
+from megavit.errors import ConfigError
+from megavit.optim import fused_adam, grad_norm
+from megavit.optim.config import Decay, Implementation, OptimConfig, Optimizer
+from megavit.parallel.config import ParallelConfig
 
 
 def wrap_for_data_parallel(
-    model: MegatronModule, block: TransformerConfig, config: OptimConfig
-) -> DistributedDataParallel:
-    """Give the model gradient buffers in fp32 that are reduced over the data-parallel ranks.
+    chunks: list[MegatronModule],
+    block: TransformerConfig,
+    config: OptimConfig,
+    parallel: ParallelConfig,
+    *,
+    bf16_reduce: bool,
+) -> list[DistributedDataParallel]:
+    """Give this rank's stages gradient buffers that are reduced over the data-parallel ranks.
 
     Args:
-        model: this stage's chunk, on its device.
-        block: Megatron-Core's configuration.
+        chunks: this rank's stages, on their device.
+        block: Megatron-Core's configuration; gets the hooks with which the schedules overlap communication.
         config: the optim group; Adam's gradients are reduced and scattered, others' all-reduced.
+        parallel: the parallel group, for what is overlapped.
+        bf16_reduce: accumulate and reduce in bf16 instead of fp32.
     """
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=config.name is Optimizer.adamw
+        grad_reduce_in_fp32=not bf16_reduce,
+        use_distributed_optimizer=config.name is Optimizer.adamw,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
     )
-    return DistributedDataParallel(block, ddp, model)
+    stages = [Float16Module(block, chunk) for chunk in chunks] if block.bf16 else chunks
+    # Only the first stage's reduction is on the critical path, so only that is cut into buckets.
+    model = [
+        DistributedDataParallel(block, ddp, stage, disable_bucketing=index > 0) for index, stage in enumerate(stages)
+    ]
+    if parallel.overlap_grad_reduce:
+        block.no_sync_func = _one_or_all([chunk.no_sync for chunk in model])
+    if parallel.overlap_param_gather:
+        block.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in model])
+    return model
+
+
+def _one_or_all(functions: list[Any]) -> Any:
+    return functions[0] if len(functions) == 1 else functions
 
 
 def build_optimizer(
-    model: DistributedDataParallel, block: TransformerConfig, config: OptimConfig, *, peak_lr: float
+    model: list[DistributedDataParallel], block: TransformerConfig, config: OptimConfig, *, peak_lr: float
 ) -> MegatronOptimizer:
     """Build Megatron-Core's optimizer: for Adam always the distributed one, so that one checkpoint form exists.
 
@@ -39,10 +67,9 @@ def build_optimizer(
         peak_lr: learning rate after warm-up.
     """
     adam = config.name is Optimizer.adamw
-    if adam:
-        offer_to_megatron()
     numbers = {}
     if adam:
+        _choose_adam(config.implementation)
         assert config.betas is not None and config.eps is not None
         numbers = dict(adam_beta1=config.betas[0], adam_beta2=config.betas[1], adam_eps=config.eps)
     else:
@@ -56,11 +83,12 @@ def build_optimizer(
             weight_decay=config.weight_decay,
             # Also where nothing is clipped: the norm is logged, and a norm that is not finite stops the run.
             clip_grad=config.clip or float("inf"),
-            params_dtype=torch.float32,
+            bf16=block.bf16,
+            params_dtype=block.params_dtype,
             use_distributed_optimizer=adam,
             **numbers,
         ),
-        [model],
+        model,
         config_overrides={
             ParamKey(with_name_predicate=ParamWithNamePredicate("no_decay", _is_not_decayed)): {"wd_mult": 0.0}
         },
@@ -69,9 +97,33 @@ def build_optimizer(
         # Before a load, state must exist to be filled; for SGD Megatron-Core knows no way to make it (0.16.1).
         (inner,) = optimizer.chained_optimizers
         inner.init_state_fn = _make_momentum
+    grad_norm.offer_to_megatron()
     block.grad_scale_func = optimizer.scale_loss
     block.finalize_model_grads_func = finalize_model_grads
     return optimizer
+
+
+def _choose_adam(implementation: Implementation | None) -> None:
+    """Have Megatron-Core take the named class; by itself it would take whichever is installed.
+
+    Raises:
+        ConfigError: if the named one is missing.
+    """
+    if implementation is Implementation.megavit:
+        fused_adam.offer_to_megatron(fused_adam.FusedAdam)
+        return
+    try:
+        if implementation is Implementation.apex:
+            from apex.optimizers import FusedAdam
+        else:
+            from transformer_engine.pytorch.optimizers import FusedAdam
+    except ImportError as error:
+        assert implementation is not None
+        raise ConfigError(
+            f"optim.implementation={implementation.value} is not installed (the `apex` of the package index is an "
+            f"unrelated project; NVIDIA's container has both); set optim.implementation=megavit"
+        ) from error
+    fused_adam.offer_to_megatron(FusedAdam)
 
 
 def build_schedule(
@@ -85,7 +137,7 @@ def build_schedule(
         optimizer: whose groups it writes to.
         config: the optim group.
         peak_lr: learning rate after warm-up.
-        num_steps: of the whole run; the cosine ends there.
+        num_steps: of the whole run; where the fall ends.
     """
     return OptimizerParamScheduler(
         optimizer,
@@ -94,7 +146,9 @@ def build_schedule(
         min_lr=config.min_lr,
         lr_warmup_steps=config.warmup_steps,
         lr_decay_steps=num_steps,
-        lr_decay_style=config.decay.value,
+        lr_decay_style="WSD" if config.decay is Decay.wsd else config.decay.value,
+        wsd_decay_steps=config.decay_steps,
+        lr_wsd_decay_style="linear",
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=0,
@@ -104,9 +158,9 @@ def build_schedule(
 
 def _make_momentum(optimizer: torch.optim.Optimizer, config: OptimizerConfig | None = None) -> None:
     for group in optimizer.param_groups:
-        for param in group["params"]:
+        for param in group["params"] if group["momentum"] else ():
             optimizer.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
 
 
 def _is_not_decayed(param: torch.nn.Parameter, name: str) -> bool:
-    return param.ndim == 1 or name.endswith((".bias", "cls_token", "pos_embed"))
+    return param.ndim == 1 or getattr(param, "no_decay", False)

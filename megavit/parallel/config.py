@@ -1,25 +1,67 @@
 """Who holds what: the sizes of the parallel dimensions."""
 
 from dataclasses import dataclass
+from enum import Enum
 
+from megavit.checks import require_number
 from megavit.errors import ConfigError
+
+
+class Recompute(Enum):
+    """What the backward pass computes again instead of keeping it.
+
+    `selective` drops, in every layer, both norms' outputs, fc1's and GELU's, and computes them again: of the saved
+    bytes per token and layer, 8h + (8h + 4f)/tp in bf16, it leaves 4h + 8h/tp. `full` keeps each layer's input alone.
+    """
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class RecomputeMethod(Enum):
+    """Which layers full recompute covers: groups of equal size over all layers, or the first ones of a stage."""
+
+    uniform = "uniform"
+    block = "block"
 
 
 @dataclass
 class ParallelConfig:
-    """Group `parallel`. Data parallelism is what is left: world size / (tp · pp).
+    """Group `parallel`. Data parallelism is what is left: world size / (tp · pp · cp).
 
     Attributes:
         tp: tensor-parallel size, the ranks that share each layer's matrices.
-        pp: pipeline-parallel size, the stages that the layers are spread over.
+        pp: pipeline-parallel size, the ranks that the layers are spread over.
+        vpp: virtual pipeline size: stages on each pipeline rank, interleaved, so that the bubble shrinks by as much.
+        cp: context-parallel size; reserved, only 1 works.
         sequence_parallel: keep the tokens between the matrices split over the tensor-parallel ranks.
-        stages: encoder layers of each pipeline stage, first to last; null balances them by their FLOPs.
+        stages: encoder layers of each of the pp · vpp stages, in the order of the layers; null balances them by FLOPs.
+        recompute: what the backward pass computes again.
+        recompute_method: with `full`, which layers; null is uniform.
+        recompute_layers: with `full`, layers per group (uniform) or recomputed layers per stage (block); null is 1.
+        overlap_grad_reduce: reduce gradients over the data-parallel ranks while the backward pass still runs.
+        overlap_param_gather: gather updated weights while the next forward pass already runs.
+        overlap_p2p: send between stages while computing; interleaved pipelines alone can.
     """
 
     tp: int = 1
     pp: int = 1
+    vpp: int = 1
+    cp: int = 1
     sequence_parallel: bool = False
     stages: list[int] | None = None
+    recompute: Recompute = Recompute.none
+    recompute_method: RecomputeMethod | None = None
+    recompute_layers: int | None = None
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    overlap_p2p: bool = False
+
+    @property
+    def num_stages(self) -> int:
+        """Stages that the layers are cut into."""
+        return self.pp * self.vpp
 
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that hold the same weights and see different images.
@@ -27,7 +69,7 @@ class ParallelConfig:
         Raises:
             ConfigError: if the world does not divide into tp · pp.
         """
-        model_ranks = self.tp * self.pp
+        model_ranks = self.tp * self.pp * self.cp
         if world_size % model_ranks:
             fits = sorted(
                 {max(1, world_size // model_ranks) * model_ranks, (world_size // model_ranks + 1) * model_ranks}
@@ -41,11 +83,37 @@ class ParallelConfig:
 
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
-        for key in ("tp", "pp"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"parallel.{key}={getattr(self, key)} must be at least 1")
+        require_number("parallel", self, "tp", "pp", "vpp", "cp", at_least=1)
+        if self.cp > 1:
+            raise ConfigError(f"parallel.cp={self.cp}: context parallelism does not work yet; set parallel.cp=1")
+        if self.vpp > 1 and self.pp == 1:
+            raise ConfigError(
+                f"parallel.vpp={self.vpp} interleaves the stages of a pipeline, and parallel.pp=1 has none; raise "
+                f"parallel.pp or set parallel.vpp=1"
+            )
+        if self.overlap_p2p and self.vpp == 1:
+            raise ConfigError("parallel.overlap_p2p=true needs an interleaved pipeline; set parallel.vpp=2 or more")
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ConfigError(
+                "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true, whose buckets it uses"
+            )
+        self._check_recompute()
         if self.sequence_parallel and self.tp == 1:
             raise ConfigError(
                 "parallel.sequence_parallel=true splits tokens over tensor-parallel ranks, and parallel.tp=1 has one; "
                 "raise parallel.tp or set parallel.sequence_parallel=false"
+            )
+
+    def _check_recompute(self) -> None:
+        if self.recompute is not Recompute.full:
+            for key in ("recompute_method", "recompute_layers"):
+                if getattr(self, key) is not None:
+                    raise ConfigError(
+                        f"parallel.{key} would be ignored by parallel.recompute={self.recompute.value}; set it to "
+                        f"null, or parallel.recompute=full"
+                    )
+        elif self.recompute_layers is not None and self.recompute_layers < 1:
+            raise ConfigError(
+                f"parallel.recompute_layers={self.recompute_layers} saves nothing; set at least 1, or "
+                f"parallel.recompute=none"
             )

@@ -16,6 +16,8 @@ from functools import cache
 from types import CodeType, ModuleType
 from typing import Any
 
+from megavit.errors import ConfigError
+
 _CORE = "megatron.core."
 
 # Rewrites counted in Megatron-Core 0.16.1. Another count means another Megatron-Core: look before you trust it.
@@ -51,11 +53,18 @@ _ONLY_THESE = {
 @cache
 def run_on_cpu() -> bool:
     """Whether this process computes on the CPU: asked for by `MEGAVIT_DEVICE=cpu`, or no CUDA device is there."""
-    if os.environ.get("MEGAVIT_DEVICE", "").lower() == "cpu":
+    wanted = os.environ.get("MEGAVIT_DEVICE", "").lower()
+    if wanted == "cpu":
         return True
     import torch
 
-    return not torch.cuda.is_available()
+    there = torch.cuda.is_available()
+    if wanted not in ("", "cuda") or (wanted == "cuda" and not there):
+        raise ConfigError(
+            f"MEGAVIT_DEVICE={wanted} in the environment: {'no CUDA device is there' if wanted == 'cuda' else 'known'}"
+            f"{'' if wanted == 'cuda' else ': cpu, cuda'}; unset it to take CUDA where there is one"
+        )
+    return not there
 
 
 class _Retarget(ast.NodeTransformer):

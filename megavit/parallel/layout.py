@@ -1,5 +1,6 @@
 """This rank's place in the world: sizes, coordinates, device and process groups."""
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from megavit.errors import ConfigError
 from megavit.parallel import cpu
 from megavit.parallel.config import ParallelConfig
 
@@ -25,6 +27,7 @@ class ParallelLayout:
 
     tp: int
     pp: int
+    vpp: int
     dp: int
     sequence_parallel: bool
     rank: int
@@ -36,19 +39,29 @@ class ParallelLayout:
     groups: "ProcessGroupCollection"
 
     @property
-    def is_first_stage(self) -> bool:
+    def holds_first_stage(self) -> bool:
         """Whether this rank embeds the images."""
         return self.pp_rank == 0
 
     @property
-    def is_last_stage(self) -> bool:
+    def holds_last_stage(self) -> bool:
         """Whether this rank computes the loss."""
         return self.pp_rank == self.pp - 1
+
+    def is_first_stage(self, virtual_stage: int) -> bool:
+        """Whether one of this rank's stages, counted from 0, is the first of all."""
+        return self.holds_first_stage and virtual_stage == 0
+
+    def is_last_stage(self, virtual_stage: int) -> bool:
+        """Whether one of this rank's stages, counted from 0, is the last of all."""
+        return self.holds_last_stage and virtual_stage == self.vpp - 1
 
     def describe(self) -> str:
         """The layout in a line, as the log shows it."""
         sequence = " + SP" if self.sequence_parallel else ""
-        return f"{self.world_size} ranks = TP {self.tp}{sequence} × PP {self.pp} × DP {self.dp} on {self.device.type}"
+        virtual = f" (VPP {self.vpp})" if self.vpp > 1 else ""
+        sizes = f"TP {self.tp}{sequence} × PP {self.pp}{virtual} × DP {self.dp}"
+        return f"{self.world_size} {'rank' if self.world_size == 1 else 'ranks'} = {sizes} on {self.device.type}"
 
     @classmethod
     def create(cls, config: ParallelConfig, *, timeout_s: float) -> "ParallelLayout":
@@ -69,11 +82,15 @@ class ParallelLayout:
         if parallel_state.is_initialized():
             parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
-            config.tp, config.pp, distributed_timeout_minutes=max(1, round(timeout_s / 60))
+            config.tp,
+            config.pp,
+            config.vpp if config.vpp > 1 else None,
+            distributed_timeout_minutes=math.ceil(timeout_s / 60),
         )
         return cls(
             tp=config.tp,
             pp=config.pp,
+            vpp=config.vpp,
             dp=parallel_state.get_data_parallel_world_size(),
             sequence_parallel=config.sequence_parallel,
             rank=dist.get_rank(),
@@ -102,6 +119,12 @@ def _choose_device() -> torch.device:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_ranks))
         return torch.device("cpu")
+    local_ranks, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if local_ranks > devices:
+        raise ConfigError(
+            f"{local_ranks} ranks on this machine and {devices} CUDA devices: each rank needs its own; start at most "
+            f"{devices} (run.ranks), or set MEGAVIT_DEVICE=cpu in the environment"
+        )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
@@ -111,7 +134,7 @@ def join_world(device: torch.device, *, timeout_s: float) -> None:
     """Initialise torch.distributed for this device; the launcher's environment says where the others are."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=timeout_s)
-    if world_size_from_environment() == 1 and "MASTER_ADDR" not in os.environ:
+    if world_size_from_environment() == 1 and "RANK" not in os.environ:
         dist.init_process_group(
             backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout
         )

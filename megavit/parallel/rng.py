@@ -51,14 +51,16 @@ def seed_step(layout: ParallelLayout, *, seed: int, step: int) -> None:
     """Seed the dropout of one training step from (seed, step, rank coordinates).
 
     The default generator is alike on the ranks of one tensor-parallel group, whose replicated activations must drop
-    alike; the model-parallel state differs between them, for what they split (heads, and tokens under sequence
-    parallelism).
+    alike, and so is the tracker's data-parallel state, for drop path under sequence parallelism; its model-parallel
+    state differs between them, for what they split (heads, and tokens under sequence parallelism).
     """
     from megatron.core.tensor_parallel import random as mcore_random
 
-    common = int(hash_int64(seed, step, layout.dp_rank, layout.pp_rank)) & (2**62 - 1)
-    own = int(hash_int64(seed, step, layout.dp_rank, layout.pp_rank, 1 + layout.tp_rank)) & (2**62 - 1)
-    torch.manual_seed(common)
+    place = (seed, step, layout.dp_rank, layout.pp_rank)
+    default, common, own = (
+        int(hash_int64(*place, *purpose)) & (2**62 - 1) for purpose in ((0,), (1,), (2, layout.tp_rank))
+    )
+    torch.manual_seed(default)
     tracker = mcore_random.get_cuda_rng_tracker()
     tracker.reset()
     tracker.add(mcore_random.get_data_parallel_rng_tracker_name(), common)

@@ -1,6 +1,7 @@
 """Micro batches through the pipeline, by Megatron-Core's schedules."""
 
 from collections.abc import Callable, Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ ForwardStep = Callable[[Any, torch.nn.Module], tuple[Tensor, Callable[[Tensor], 
 
 def run_microbatches(
     forward_step: ForwardStep,
-    model: torch.nn.Module,
+    chunks: list[torch.nn.Module],
     batches: Iterator[Any],
     *,
     num_microbatches: int,
@@ -27,8 +28,9 @@ def run_microbatches(
 
     Args:
         forward_step: what a stage does with a micro batch.
-        model: this stage's chunk.
-        batches: this rank's micro batches, in order.
+        chunks: this rank's stages, wrapped.
+        batches: this rank's micro batches, in order; where a rank holds several stages, the one that embeds or the
+            one that computes the loss reads them and the others get None.
         num_microbatches: of this step, per data-parallel rank.
         num_tokens: tokens per image; with the micro batch and the width, the shape that crosses a stage.
         micro_batch: images per micro batch.
@@ -42,10 +44,14 @@ def run_microbatches(
     def step(iterator: Iterator[Any], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         return forward_step(next(iterator), chunk)
 
+    if len(chunks) == 1:
+        feeds: Any = batches
+    else:
+        feeds = [batches if _reads(chunk) else repeat(None) for chunk in chunks]
     outputs: list[dict[str, Tensor]] = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=batches,
-        model=model,
+        data_iterator=feeds,
+        model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=num_microbatches,
         seq_length=num_tokens,
         micro_batch_size=micro_batch,
@@ -53,6 +59,13 @@ def run_microbatches(
     )
     names = outputs[0] if outputs else {}
     return {name: torch.stack([output[name] for output in outputs]).sum() for name in names}
+
+
+def _reads(chunk: torch.nn.Module) -> bool:
+    from megatron.core.utils import unwrap_model
+
+    stage = unwrap_model(chunk)
+    return stage.pre_process or stage.post_process
 
 
 def sum_over_world(sums: dict[str, Tensor], names: tuple[str, ...], layout: ParallelLayout) -> dict[str, float]:
@@ -64,7 +77,7 @@ def sum_over_world(sums: dict[str, Tensor], names: tuple[str, ...], layout: Para
         layout: this rank's place.
     """
     values = torch.zeros(len(names), dtype=torch.float64, device=layout.device)
-    if layout.is_last_stage and layout.tp_rank == 0:
+    if layout.holds_last_stage and layout.tp_rank == 0:
         values = torch.stack([sums[name].double() for name in names])
     dist.all_reduce(values)
     return dict(zip(names, values.tolist(), strict=True))

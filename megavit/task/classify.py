@@ -12,6 +12,7 @@ from megavit.data.loader import Batch, Needs
 from megavit.data.transforms import Normalize
 from megavit.model.config import ModelConfig
 from megavit.model.vit import VisionTransformer
+from megavit.parallel.config import Recompute
 from megavit.parallel.layout import ParallelLayout
 from megavit.task.config import TaskConfig
 
@@ -25,36 +26,47 @@ class Classify:
         layout: this rank's place.
     """
 
+    # What `loss` adds up.
+    sums = ("loss", "top1", "count")
+
     def __init__(self, config: TaskConfig, *, normalize: Normalize, layout: ParallelLayout) -> None:
         self.config = config
         self.normalize = normalize.to(layout.device)
-        self.needs = Needs(images=layout.is_first_stage, labels=layout.is_last_stage)
+        self.needs = Needs(images=layout.holds_first_stage, labels=layout.holds_last_stage)
 
-    def build_model(
+    def build_chunks(
         self,
         config: ModelConfig,
         *,
         block: TransformerConfig,
         layout: ParallelLayout,
-        stages: list[int],
+        stage_layers: list[int],
+        recompute: Recompute,
         image_size: list[int],
         channels: int,
         num_classes: int,
-    ) -> VisionTransformer:
-        """Build this stage of the network, on the CPU, its weights not drawn yet."""
-        return VisionTransformer(
-            config,
-            block=block,
-            layout=layout,
-            stages=stages,
-            image_size=image_size,
-            channels=channels,
-            num_classes=num_classes,
-        )
+    ) -> list[VisionTransformer]:
+        """Build this rank's stages of the network, on the CPU, their weights not drawn yet."""
+        return [
+            VisionTransformer(
+                config,
+                block=block,
+                layout=layout,
+                num_layers=num_layers,
+                virtual_stage=virtual_stage,
+                recompute=recompute,
+                image_size=image_size,
+                channels=channels,
+                num_classes=num_classes,
+            )
+            for virtual_stage, num_layers in enumerate(stage_layers)
+        ]
 
-    def inputs(self, batch: Batch) -> Tensor | None:
-        """What the model's forward takes on this stage."""
-        return None if batch.images_BCYX is None else self.normalize(batch.images_BCYX)
+    def inputs(self, batch: Batch | None) -> Tensor | None:
+        """What the model's forward takes: images on the first stage, nothing on others."""
+        if batch is None or batch.images_BCYX is None:
+            return None
+        return self.normalize(batch.images_BCYX)
 
     def loss(self, logits_BK: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of a micro batch, for the gradient, and sums over its counted images, for the metrics.

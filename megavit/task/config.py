@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megavit.checks import require_number
 from megavit.errors import ConfigError
 
 
@@ -21,5 +22,4 @@ class TaskConfig:
         """Raise ConfigError where this group contradicts itself."""
         if self.name != "classify":
             raise ConfigError(f"task.name={self.name} is not known; known: classify")
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(f"task.label_smoothing={self.label_smoothing} must be in [0, 1)")
+        require_number("task", self, "label_smoothing", at_least=0, below=1)

@@ -10,10 +10,13 @@ from megavit.data.digits import Digits
 from megavit.data.loader import Loader, Needs
 from megavit.data.order import SampleKey
 from megavit.data.transforms import Normalize, draw_shifts, shift_image
+from megavit.errors import ConfigError
 
 
 def make_loader(*, dp=1, dp_rank=0, micro_batch=4, train=True, workers=0, shift=1, needs=None) -> Loader:
-    layout = SimpleNamespace(tp=1, tp_rank=0, dp=dp, dp_rank=dp_rank, device=torch.device("cpu"), groups=None)
+    layout = SimpleNamespace(
+        tp=1, tp_rank=0, pp=1, vpp=1, dp=dp, dp_rank=dp_rank, device=torch.device("cpu"), groups=None
+    )
     return Loader(
         Digits("train"),
         DataConfig(shift=shift, workers=workers),
@@ -82,6 +85,18 @@ def test_a_stage_that_needs_labels_alone_decodes_no_image():
     batch = next(loader.train_batches(consumed_samples=0, num_steps=1, global_batch=4))
     assert batch.images_BCYX is None
     assert batch.labels_B.shape == (4,)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_users_error_arrives_as_itself_also_from_a_worker_process(workers):
+    loader = make_loader(workers=workers)
+    loader.source.image = broken_image
+    with pytest.raises(ConfigError, match=r"^sample \d+ is broken$"):
+        list(loader.train_batches(consumed_samples=0, num_steps=2, global_batch=4))
+
+
+def broken_image(index):
+    raise ConfigError(f"sample {index} is broken")
 
 
 def test_shifts_cover_their_range_evenly_and_depend_on_the_epoch():

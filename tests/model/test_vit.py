@@ -18,17 +18,20 @@ def build_chunk(overrides: list[str]):
     from megavit.model.vit import VisionTransformer
     from megavit.parallel.layout import ParallelLayout
     from megavit.parallel.rng import seed_step
-    from megavit.parallel.stages import plan_stages
+    from megavit.parallel.stages import plan_stages, rank_stages
 
     config = compose(overrides)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
     stages = plan_stages(config.parallel, config.encoder_shape(num_classes=10))
-    block = transformer_config(config.model, layout, stages=stages, dtype=torch.float32)
+    block = transformer_config(config.model, config.parallel, layout, stages=stages, dtype=torch.float32)
+    (num_layers,) = rank_stages(stages, config.parallel, layout.pp_rank)
     chunk = VisionTransformer(
         config.model,
         block=block,
         layout=layout,
-        stages=stages,
+        num_layers=num_layers,
+        virtual_stage=0,
+        recompute=config.parallel.recompute,
         image_size=config.data.image_size,
         channels=config.data.channels,
         num_classes=10,
@@ -124,19 +127,46 @@ def test_tensor_parallel_ranks_agree_whatever_is_dropped(sequence_parallel):
     assert not torch.allclose(first, evaluated[0], atol=1e-3), "nothing was dropped"
 
 
-def test_attention_dropout_differs_between_tensor_parallel_ranks():
-    first, second = run_ranks(drawn_mask, 2, [*SMALL, "parallel.tp=2"])
-    assert not torch.equal(first["own"], second["own"])
-    assert torch.equal(first["common"], second["common"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_heads_drop_differently_and_images_alike_on_tensor_parallel_ranks(sequence_parallel):
+    overrides = [*SMALL, *DROPS, "parallel.tp=2", "model.class_tokens=8"]
+    overrides.append(f"parallel.sequence_parallel={sequence_parallel}")
+    first, second = run_ranks(what_a_layer_drops, 2, overrides)
+    assert not torch.equal(first["attention"], second["attention"])
+    assert torch.equal(first["images"], second["images"])
+    # Split tokens drop differently on each rank, replicated ones alike.
+    assert torch.equal(first["tokens"], second["tokens"]) is not sequence_parallel
 
 
-def drawn_mask(overrides: list[str]):
+def what_a_layer_drops(overrides: list[str]):
+    """What the last layer's parts make of the same values on every rank, in the generator state the block runs in."""
+    from contextlib import nullcontext
+
     from megatron.core import tensor_parallel
 
-    build_chunk(overrides)
-    with tensor_parallel.get_cuda_rng_tracker().fork():
-        own = torch.rand(100)
-    return {"own": own, "common": torch.rand(100)}
+    chunk, _, layout = build_chunk(overrides)
+    layer = chunk.blocks.layers[-1].train()
+    same = torch.ones(2, 2, 24, 8)
+    with tensor_parallel.get_cuda_rng_tracker().fork() if layout.sequence_parallel else nullcontext():
+        attention = layer.attn._mix(same, same, same)
+        images = layer.residual1._draw_keep(torch.ones(24, 64, 32))
+        layer.residual1.drop_path = 0.0
+        tokens = layer.residual1(torch.zeros(24, 64, 32), torch.ones(24, 64, 32))
+    return {"attention": attention, "images": images, "tokens": tokens.detach()}
+
+
+def test_replicated_weights_stay_equal_on_tensor_parallel_ranks_when_trained_with_dropout(tmp_path):
+    from tests import ranks
+
+    for name, sequence_parallel in [("tp", "false"), ("sp", "true")]:
+        overrides = [*SMALL, *DROPS, "parallel.tp=2", "model.class_tokens=8", f"run.dir={tmp_path}/{name}"]
+        overrides += [f"parallel.sequence_parallel={sequence_parallel}", "train.steps=4"]
+        first, second = run_ranks(ranks.train_and_keep, 2, overrides)
+        replicated = [key for key in first["weights"] if not any(part in key for part in ("qkv", "fc1"))]
+        replicated = [key for key in replicated if not key.endswith(("attn.proj.weight", "mlp.fc2.weight"))]
+        assert len(replicated) > 20
+        for key in replicated:
+            assert torch.equal(first["weights"][key], second["weights"][key]), key
 
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean():

@@ -4,6 +4,9 @@ import torch
 from megavit.compose import compose
 from megavit.errors import ConfigError
 from megavit.optim.fused_adam import FusedAdam
+from megavit.testing import run_ranks
+from tests import ranks
+from tests.reference import SMALL
 
 
 def test_fused_adam_equals_torchs_adamw():
@@ -38,9 +41,20 @@ def test_base_lr_is_scaled_by_the_batch():
         (["optim.betas=[0.9]"], "must be two numbers"),
         (["optim.lr=1e-3", "optim.base_lr=1e-3"], "set one of optim.lr"),
         (["optim.decay=constant", "optim.min_lr=1e-5"], "would be ignored by optim.decay=constant"),
+        (["optim.decay=wsd"], "wsd needs the number of steps"),
+        (["optim.decay_steps=5"], "the others have none"),
+        (["optim.decay=wsd", "optim.decay_steps=1450"], r"100 \+ optim.decay_steps=1450 = 1550 is more than"),
+        (["optim=sgd", "optim.lr=1", "optim.implementation=te"], "would be ignored by optim.name=sgd"),
         (["optim.min_lr=1"], "optim.min_lr=1.0 is above the peak learning rate"),
     ],
 )
 def test_settings_that_contradict_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         compose(overrides).check(1)
+
+
+@pytest.mark.parametrize("implementation", ["apex", "te"])
+def test_another_fused_adam_is_named_when_missing(implementation):
+    pytest.importorskip("megatron.core")
+    with pytest.raises(AssertionError, match=f"ConfigError: optim.implementation={implementation} is not installed"):
+        run_ranks(ranks.train, 1, [*SMALL, f"optim.implementation={implementation}"])

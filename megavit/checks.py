@@ -1,0 +1,40 @@
+"""What every group's `check` asks of numbers."""
+
+import math
+from typing import Any
+
+from megavit.errors import ConfigError
+
+
+def require_number(
+    group: str,
+    config: Any,
+    *keys: str,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float = math.inf,
+) -> None:
+    """Refuse settings that are not finite or not in their range; null passes.
+
+    Args:
+        group: the group's name, for the message.
+        config: its dataclass.
+        keys: its fields.
+        at_least: smallest allowed value.
+        above: exclusive lower bound, instead of at_least.
+        below: exclusive upper bound.
+
+    Raises:
+        ConfigError: naming the setting, its value and the range.
+    """
+    for key in keys:
+        value = getattr(config, key)
+        if value is None:
+            continue
+        low_enough = value < below
+        high_enough = (at_least is None or value >= at_least) and (above is None or value > above)
+        if math.isfinite(value) and low_enough and high_enough:
+            continue
+        low = f"at least {at_least}" if at_least is not None else f"above {above}"
+        high = f" and below {below:g}" if below < math.inf else ""
+        raise ConfigError(f"{group}.{key}={value} must be a finite number {low}{high}")

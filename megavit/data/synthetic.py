@@ -1,0 +1,34 @@
+"""Noise with labels, of any size and number: for layouts to be tried and steps to be timed without data."""
+
+import torch
+from torch import Tensor
+
+from megavit.data.config import DataConfig
+
+
+class Synthetic:
+    """Images of uniform noise, a function of their index; as many classes and samples as are asked for.
+
+    Args:
+        config: the data group, for shapes and numbers.
+        split: `train`, or `val` of a hundredth of the samples.
+    """
+
+    def __init__(self, config: DataConfig, split: str) -> None:
+        assert config.num_classes is not None
+        assert config.num_samples is not None
+        self.classes = tuple(map(str, range(config.num_classes)))
+        self.image_shape: tuple[int, ...] = (config.channels, *config.image_size)
+        self._num_samples = config.num_samples if split == "train" else max(1, config.num_samples // 100)
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def image(self, index: int) -> Tensor:
+        """One image_CYX, uint8."""
+        generator = torch.Generator().manual_seed(index)
+        return torch.randint(0, 256, self.image_shape, dtype=torch.uint8, generator=generator)
+
+    def label(self, index: int) -> int:
+        """The index, wrapped."""
+        return index % len(self.classes)

@@ -1,0 +1,13 @@
+"""How a process ends: exit codes, and where they are kept."""
+
+import json
+from pathlib import Path
+
+FINISHED, FAULT, USER_ERROR, STOPPED = 0, 1, 2, 75
+
+
+def write_exit(run_dir: Path | None, code: int | None, error: str | None) -> None:
+    """Leave the exit code in `RUN/exit.json`, where an outer launcher's own code would hide it; null while it runs."""
+    if run_dir is not None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "exit.json").write_text(json.dumps({"code": code, "error": error}) + "\n")

@@ -1,0 +1,108 @@
+"""The attention kernels, each by its explicit name; none stands in for another.
+
+Shapes: B images, A heads (of this rank), N tokens, D head width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megavit.errors import ConfigError
+from megavit.model.config import Attention
+
+# q_BAND, k_BAND, v_BAND, dropout probability → mixed_BAND.
+Kernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def attention_kernel(
+    attention: Attention, config: TransformerConfig, pg_collection: ProcessGroupCollection, *, device: torch.device
+) -> Kernel:
+    """The kernel that the configuration names.
+
+    Args:
+        attention: the name.
+        config: heads and head width.
+        pg_collection: groups; Transformer Engine reads `tp`.
+        device: where it will run.
+
+    Raises:
+        ConfigError: if it cannot run here, with what to install or to set instead.
+    """
+    if attention is Attention.sdpa:
+        return _sdpa
+    if device.type != "cuda":
+        raise ConfigError(
+            f"model.attention={attention.value} runs on CUDA alone and this run is on {device.type}; set "
+            f"model.attention=sdpa"
+        )
+    if attention is Attention.sdpa_flash:
+        return _sdpa_flash
+    if attention is Attention.flash_attn:
+        return _flash_attn()
+    return _transformer_engine(config, pg_collection)
+
+
+def sdpa_choice(q_BAND: Tensor) -> str:
+    """The kernel that torch takes for `sdpa` on such queries, for the log."""
+    return SDPBackend(torch._fused_sdp_choice(q_BAND, q_BAND, q_BAND)).name.lower()
+
+
+def _sdpa(q_BAND: Tensor, k_BAND: Tensor, v_BAND: Tensor, dropout: float) -> Tensor:
+    return F.scaled_dot_product_attention(q_BAND, k_BAND, v_BAND, dropout_p=dropout)
+
+
+def _sdpa_flash(q_BAND: Tensor, k_BAND: Tensor, v_BAND: Tensor, dropout: float) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q_BAND, k_BAND, v_BAND, dropout_p=dropout)
+
+
+def _flash_attn() -> Kernel:
+    try:
+        # Version 4's `flash_attn.cute` can be there without this: its functions differ and are not meant.
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        raise ConfigError(
+            "model.attention=flash_attn needs the flash-attn package, version 2, which is not installed: pip install "
+            "'megavit[flash]' on a machine with CUDA's compiler, or set model.attention=sdpa_flash (torch's own copy)"
+        ) from error
+
+    def kernel(q_BAND: Tensor, k_BAND: Tensor, v_BAND: Tensor, dropout: float) -> Tensor:
+        q_BNAD, k_BNAD, v_BNAD = (part.transpose(1, 2) for part in (q_BAND, k_BAND, v_BAND))
+        return flash_attn_func(q_BNAD, k_BNAD, v_BNAD, dropout_p=dropout).transpose(1, 2)
+
+    return kernel
+
+
+def _transformer_engine(config: TransformerConfig, pg_collection: ProcessGroupCollection) -> Kernel:
+    from megatron.core.extensions import transformer_engine as te
+
+    if not te.HAVE_TE:
+        raise ConfigError(
+            "model.attention=te needs Transformer Engine, which is not installed: pip install 'megavit[te]' on a "
+            "machine with CUDA, or set model.attention=sdpa_flash"
+        )
+    from transformer_engine.pytorch import DotProductAttention
+
+    core: Any = DotProductAttention(
+        config.num_attention_heads,
+        config.kv_channels,
+        attention_dropout=config.attention_dropout,
+        qkv_format="bshd",
+        attn_mask_type="no_mask",
+        tp_size=config.tensor_model_parallel_size,
+        tp_group=pg_collection.tp,
+    )
+
+    def kernel(q_BAND: Tensor, k_BAND: Tensor, v_BAND: Tensor, dropout: float) -> Tensor:
+        core.train(dropout > 0)
+        q_BNAD, k_BNAD, v_BNAD = (part.transpose(1, 2) for part in (q_BAND, k_BAND, v_BAND))
+        mixed_BNH = core(q_BNAD, k_BNAD, v_BNAD)
+        return mixed_BNH.unflatten(2, (-1, config.kv_channels)).transpose(1, 2)
+
+    return kernel

@@ -1,0 +1,39 @@
+"""The parallel linears of the encoder layer: Megatron-Core's own, or Transformer Engine's."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+from megavit.errors import ConfigError
+from megavit.model.config import Linears
+
+
+def parallel_linears(linears: Linears) -> tuple[type, type]:
+    """The column-parallel and the row-parallel class.
+
+    Raises:
+        ConfigError: if Transformer Engine is asked for and missing.
+    """
+    if linears is Linears.local:
+        return ColumnParallelLinear, RowParallelLinear
+    from megatron.core.extensions import transformer_engine as te
+
+    if not te.HAVE_TE:
+        raise ConfigError(
+            "model.linears=te needs Transformer Engine, which is not installed: pip install 'megavit[te]' on a "
+            "machine with CUDA, or set model.linears=local"
+        )
+    return te.TEColumnParallelLinear, te.TERowParallelLinear
+
+
+def apply_linear(linear: Any, x: Tensor) -> Tensor:
+    """Apply a parallel linear, its bias included.
+
+    Megatron-Core's own is one fused product at tensor-parallel size 1: its autograd functions exist for communication
+    that is not there, and each breaks a compiled graph (0.16.1).
+    """
+    if isinstance(linear, ColumnParallelLinear | RowParallelLinear) and linear.tp_group.size() == 1:
+        return F.linear(x, linear.weight, linear.bias)
+    return linear(x)[0]

@@ -1,0 +1,34 @@
+"""One rank looks, all ranks see the same."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megavit.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def from_rank_zero(look: Callable[[], T]) -> T:
+    """Ask rank 0 and give its answer to every rank; every rank calls this.
+
+    A shared file system may show the nodes different states of one folder: what decides where a run goes on must be
+    read once.
+
+    Args:
+        look: called on rank 0; its result is pickled.
+
+    Raises:
+        ConfigError: on every rank, if rank 0's look raised one.
+    """
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = look()
+        except ConfigError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise ConfigError(answer[1])
+    return answer[0]

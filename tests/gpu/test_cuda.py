@@ -1,0 +1,139 @@
+"""What only a GPU can show, on one: `make test-gpu`. The process itself is the only rank."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.reference import SMALL, train_plain
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(os.environ.get("MEGAVIT_DEVICE") == "cpu", reason="MEGAVIT_DEVICE=cpu; run make test-gpu"),
+]
+
+LAYER = ["model.hidden_size=1024", "model.ffn_size=4096", "model.num_heads=16", "model.num_layers=4"]
+BF16 = ["train.precision=bf16_o2"]
+
+
+def on_gpu(function: str, *overrides: str) -> str:
+    """Run a function of this file in a process of its own: Megatron-Core's state does not outlive a test."""
+    code = f"from tests.gpu.test_cuda import {function}; {function}({list(overrides)!r})"
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def ten_steps(overrides: list[str]) -> None:
+    from tests import ranks
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    result = ranks.train(overrides)
+    print("LOSSES", *result["losses"])
+
+
+def losses_of(output: str) -> list[float]:
+    (line,) = [line for line in output.splitlines() if line.startswith("LOSSES")]
+    return [float(word) for word in line.split()[1:]]
+
+
+def test_ten_steps_on_the_gpu_equal_plain_torch_on_the_cpu(tmp_path, figure):
+    got = losses_of(on_gpu("ten_steps", *SMALL, f"run.dir={tmp_path}"))
+    worst = max(abs(a - b) for a, b in zip(got, train_plain(SMALL).losses, strict=True))
+    figure(f"one GPU, fp32: largest |Δloss| {worst:.1e} against plain torch on the CPU, 10 steps")
+    assert worst <= 1e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "sdpa_flash", "flash_attn"])
+def test_a_kernel_agrees_with_attention_in_fp32(attention):
+    if attention == "flash_attn":
+        pytest.importorskip("flash_attn")
+    on_gpu("compare_kernel", f"model.attention={attention}", *BF16, *LAYER, "model.class_tokens=1")
+
+
+def compare_kernel(overrides: list[str]) -> None:
+    from megavit.compose import compose
+    from megavit.model.block import transformer_config
+    from megavit.model.kernels import attention_kernel
+    from megavit.parallel.layout import ParallelLayout
+
+    config = compose(overrides)
+    layout = ParallelLayout.create(config.parallel, timeout_s=60)
+    block = transformer_config(config.model, config.parallel, layout, stages=[4], dtype=torch.bfloat16)
+    kernel = attention_kernel(config.model.attention, block, layout.groups, device=layout.device)
+    q, k, v = (torch.randn(8, 16, 197, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    scores = (q.float() @ k.float().transpose(-1, -2) / 8).softmax(-1)
+    # bf16 keeps 8 bits: values of order 1 differ by 4e-3.
+    assert (kernel(q, k, v, 0.0).float() - scores @ v.float()).abs().max() < 2e-2
+
+
+def test_a_step_waits_for_the_device_once(tmp_path):
+    on_gpu("count_synchronisations", *SMALL, "metrics.every=100", f"run.dir={tmp_path}")
+
+
+def count_synchronisations(overrides: list[str]) -> None:
+    import warnings
+
+    from megavit.compose import compose
+    from megavit.trainer import Trainer
+
+    trainer = Trainer(compose(overrides))
+    trainer.store.save, trainer.evaluate = lambda *_, **__: None, lambda: {"loss": 0.0, "top1": 0.0}
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.run()
+    waits = [str(warning.filename) for warning in caught if "synchroniz" in str(warning.message)]
+    # Ten steps' norms, and the report at the end.
+    assert len(waits) <= 12, waits
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_peak_memory_of_the_layers_follows_the_formula(recompute, figure):
+    output = on_gpu("peak_memory", *LAYER, *BF16, f"parallel.recompute={recompute}", "model.attention=sdpa_flash")
+    measured, formula = map(float, output.split()[-2:])
+    figure(
+        f"one GPU, {recompute} recompute: {measured / 2**20:.1f} MiB kept by 4 layers, formula {formula / 2**20:.1f}"
+    )
+    assert measured == pytest.approx(formula, rel=0.05)
+
+
+def peak_memory(overrides: list[str]) -> None:
+    from megavit.compose import compose
+    from megavit.model.block import transformer_config
+    from megavit.model.init import initialise
+    from megavit.model.vit import VisionTransformer
+    from megavit.parallel.layout import ParallelLayout
+    from megavit.parallel.rng import seed_step
+
+    config = compose(overrides)
+    layout = ParallelLayout.create(config.parallel, timeout_s=60)
+    block = transformer_config(config.model, config.parallel, layout, stages=[4], dtype=torch.bfloat16)
+    chunk = VisionTransformer(
+        config.model,
+        block=block,
+        layout=layout,
+        num_layers=4,
+        virtual_stage=0,
+        recompute=config.parallel.recompute,
+        image_size=[8, 8],
+        channels=1,
+        num_classes=10,
+    )
+    initialise(chunk, config.model, layout, seed=0)
+    chunk.to(layout.device)
+    seed_step(layout, seed=0, step=0)
+    n, b, h, f = 256, 32, 1024, 4096
+    tokens = torch.randn(n, b, h, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    kept = chunk.blocks(tokens, None)
+    torch.cuda.synchronize()
+    measured = torch.cuda.memory_allocated() - before
+    per_token = {"none": 16 + 4 * f / h, "selective": 12, "full": 2}[config.parallel.recompute.value]
+    # The block's input lives outside; its last layer's output and the final norm's stand in for it.
+    print(measured, 4 * n * b * h * per_token + 2 * n * b * h)
+    del kept
