@@ -1,7 +1,6 @@
 """The training loop, the only one: its parts are built in the order in which data flows."""
 
 from collections.abc import Callable
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ from torch import Tensor
 
 from megavit.checkpoint import store
 from megavit.checkpoint.store import CheckpointStore, TrainingState
-from megavit.compose import from_yaml, leaves, to_yaml
+from megavit.compose import to_yaml
 from megavit.config import Compile, GradReduce, Precision, RunConfig
 from megavit.data.loader import Batch, Loader
 from megavit.data.source import open_source
 from megavit.data.transforms import Normalize
-from megavit.errors import ConfigError
 from megavit.exits import FINISHED, STOPPED
 from megavit.metrics.pictures import draw_curves
 from megavit.metrics.reporter import Reporter
@@ -33,6 +31,7 @@ from megavit.parallel.rng import seed_step
 from megavit.parallel.schedule import run_microbatches, sum_over_world
 from megavit.parallel.stages import plan_stages, rank_stages
 from megavit.plan.flops import training_flops
+from megavit.restore import Origin, find_origin
 from megavit.task.classify import Classify
 
 
@@ -103,8 +102,7 @@ class Trainer:
         # Restore
         self.step, self.consumed_samples = 0, 0
         self.last_validation: dict[str, float] = {}
-        self.saved_config: RunConfig | None = None
-        self.resumed_from = self._restore()
+        self.origin = self._restore()
         self.throughput = Throughput(
             flops_per_image=training_flops(shape), num_devices=layout.world_size, device=layout.device
         )
@@ -232,69 +230,18 @@ class Trainer:
         totals = sum_over_world(sums, self.task.sums, self.layout)
         return {**_means(totals), "count": totals["count"]}
 
-    def _restore(self) -> Path | None:
-        """Go on from a checkpoint, in this order: find it, compare the model, weights and optimizer, position,
+    def _restore(self) -> Origin | None:
+        """Go on from a checkpoint, in this order: find it, once for all ranks; weights and optimizer; position;
         schedule. Dropout and data need nothing: they are functions of step and position.
         """
-        checkpoint = from_rank_zero(self._find_checkpoint)
-        if checkpoint is None:
+        origin = from_rank_zero(lambda: find_origin(self.store, self.config))
+        if origin is None:
             return None
-        path, saved, state = checkpoint
-        store.load(path, self.chunks, self.optimizer)
-        self.step, self.consumed_samples = state.step, state.consumed_samples
-        self.last_validation = state.metrics
+        store.load(origin.path, self.chunks, self.optimizer)
+        self.step, self.consumed_samples = origin.state.step, origin.state.consumed_samples
+        self.last_validation = origin.state.metrics
         self.schedule.step(self.step)
-        self.saved_config = saved
-        return path
-
-    def _find_checkpoint(self) -> tuple[Path, RunConfig, TrainingState] | None:
-        """The checkpoint to go on from, the configuration and the place it was saved at; refuse one of another run."""
-        checkpoint = self.store.find(self.config.checkpoint.resume)
-        if checkpoint is None:
-            return None
-        if not store.is_complete(checkpoint):
-            raise ConfigError(
-                f"{checkpoint}, which checkpoints/latest names, is not whole; name another with checkpoint.resume=PATH"
-            )
-        saved = from_yaml((checkpoint / "run.yaml").read_text())
-        self._refuse_another_run(checkpoint, saved)
-        state = store.read_state(checkpoint)
-        stop_at = self.config.train.stop_at
-        if stop_at is not None and stop_at <= state.step:
-            raise ConfigError(
-                f"train.stop_at={stop_at} is not after step {state.step}, where {checkpoint} stands; raise it or leave "
-                f"it away"
-            )
-        return checkpoint, saved, state
-
-    def _refuse_another_run(self, checkpoint: Path, saved: RunConfig) -> None:
-        def shape(config: RunConfig) -> dict[str, Any]:
-            free = ("dropout", "drop_path", "attention", "linears", "head_bias", "layer_scale")
-            network = {f"model.{key}": value for key, value in leaves(config.model).items() if not key.endswith(free)}
-            if config.model.layer_scale is not None:
-                network["model.layer_scale"] = "some"
-            return {
-                **network,
-                "data.source": config.data.source,
-                "data.image_size": config.data.image_size,
-                "data.channels": config.data.channels,
-                "data.num_classes": config.data.num_classes,
-                "data.num_samples": config.data.num_samples,
-                "optim.name": config.optim.name,
-                "run.seed": config.run.seed,
-            }
-
-        ours, theirs = shape(self.config), shape(saved)
-        differ = [
-            f"{key} {_shown(theirs.get(key))} there, {_shown(ours.get(key))} here"
-            for key in ours | theirs
-            if ours.get(key) != theirs.get(key)
-        ]
-        if differ:
-            raise ConfigError(
-                f"{checkpoint} is of another model or run: {'; '.join(differ)}. Choose another run.name to start anew, "
-                f"or the settings it was made with"
-            )
+        return origin
 
     def _introduce(self, reporter: Reporter) -> None:
         config = self.config
@@ -312,13 +259,12 @@ class Trainer:
             queries = torch.empty(1, heads, self.num_tokens, width, dtype=dtype, device=self.layout.device)
             kernel = f"sdpa, for which torch takes {sdpa_choice(queries)}"
         reporter.say(f"precision {config.train.precision.value}; attention kernel {kernel}")
-        if self.resumed_from is not None:
-            reporter.say(f"goes on from {self.resumed_from} at step {self.step} of {self.num_steps}")
-            self._tell_of_another_schedule(reporter)
+        if self.origin is not None:
+            reporter.say(f"goes on from {self.origin.path} at step {self.step} of {self.num_steps}")
+            self._tell_of_another_schedule(reporter, self.origin.config)
 
-    def _tell_of_another_schedule(self, reporter: Reporter) -> None:
-        assert self.saved_config is not None
-        before, decay = self.saved_config.num_steps(len(self.train_loader.source)), self.config.optim.decay
+    def _tell_of_another_schedule(self, reporter: Reporter, saved: RunConfig) -> None:
+        before, decay = saved.num_steps(len(self.train_loader.source)), self.config.optim.decay
         if before == self.num_steps or decay is Decay.constant:
             return
         rate = self.schedule.get_lr(self.optimizer.param_groups[0])
@@ -335,10 +281,6 @@ class Trainer:
 
 def _means(totals: dict[str, float]) -> dict[str, float]:
     return {name: total / totals["count"] for name, total in totals.items() if name != "count"}
-
-
-def _shown(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value
 
 
 def _stop_if_not_finite(grad_norm: float, step: int) -> None:

@@ -1,5 +1,6 @@
 """BF16 O2, recompute, interleaved pipeline, overlap, compiled layers: the same training, or a stated bound."""
 
+import tempfile
 from functools import cache
 
 import pytest
@@ -73,14 +74,19 @@ def test_recompute_is_bit_equal_to_none_with_dropout_on(mode, world, tmp_path, f
 BF16 = ["train.precision=bf16_o2"]
 
 
+@cache
+def bf16_in_one_process(overrides: tuple[str, ...]) -> dict:
+    with tempfile.TemporaryDirectory() as run_dir:
+        return run_ranks(ranks.train, 1, [*SMALL, *BF16, *overrides, f"run.dir={run_dir}"])[0]
+
+
 @pytest.mark.parametrize(
     ("world", "layout"),
     [(2, ["parallel.tp=2"]), (2, SP), (4, GRID), (2, VPP), (2, [])],
     ids=["TP 2", "TP 2 + SP", "TP 2 × PP 2", "VPP 2", "DP 2"],
 )
 def test_bf16_in_every_layout_agrees_with_bf16_in_one_process(world, layout, tmp_path, figure):
-    serial = [text for text in layout if not text.startswith("parallel.")]
-    want = run_ranks(ranks.train, 1, [*SMALL, *BF16, *serial, f"run.dir={tmp_path}/serial"])[0]
+    want = bf16_in_one_process(tuple(text for text in layout if not text.startswith("parallel.")))
     got = run_ranks(ranks.train, world, [*SMALL, *BF16, *layout, f"run.dir={tmp_path}/parallel"])[0]
     worst = max(abs(a - b) for a, b in zip(got["losses"], want["losses"], strict=True))
     figure(f"bf16 O2, {' '.join(layout) or 'DP 2'}: largest |Δloss| {worst:.1e} against one process, 10 steps")

@@ -1,0 +1,92 @@
+"""Where a run goes on: its checkpoint, and whether that is of the same model and run."""
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from megavit.checkpoint.store import CheckpointStore, TrainingState, is_complete, read_state
+from megavit.compose import from_yaml, leaves
+from megavit.config import RunConfig
+from megavit.errors import ConfigError
+
+# Of the model, what may change between two parts of a run: it changes neither the weights' shapes nor their meaning.
+_MAY_CHANGE = ("dropout", "drop_path", "attention", "linears", "head_bias", "layer_scale")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run goes on from.
+
+    Attributes:
+        path: its folder.
+        config: what it was made with.
+        state: where it stands.
+    """
+
+    path: Path
+    config: RunConfig
+    state: TrainingState
+
+
+def find_origin(store: CheckpointStore, config: RunConfig) -> Origin | None:
+    """Find the checkpoint to go on from, None to start anew.
+
+    Args:
+        store: the run's checkpoints.
+        config: what the run is to be.
+
+    Raises:
+        ConfigError: if the checkpoint is not whole, of another model or run, or already where this one would stop.
+    """
+    path = store.find(config.checkpoint.resume)
+    if path is None:
+        return None
+    if not is_complete(path):
+        raise ConfigError(
+            f"{path}, which checkpoints/latest names, is not whole; take an older one: put its name into "
+            f"{store.folder / 'latest'}"
+        )
+    saved = from_yaml((path / "run.yaml").read_text())
+    _refuse_another_run(path, saved, config)
+    state = read_state(path)
+    stop_at = config.train.stop_at
+    if stop_at is not None and stop_at <= state.step:
+        raise ConfigError(
+            f"train.stop_at={stop_at} is not after step {state.step}, where {path} stands; raise it or leave it away"
+        )
+    return Origin(path, saved, state)
+
+
+def _refuse_another_run(path: Path, saved: RunConfig, config: RunConfig) -> None:
+    ours, theirs = _identity(config), _identity(saved)
+    differ = [
+        f"{key} {_shown(theirs.get(key))} there, {_shown(ours.get(key))} here"
+        for key in ours | theirs
+        if ours.get(key) != theirs.get(key)
+    ]
+    if differ:
+        raise ConfigError(
+            f"{path} is of another model or run: {'; '.join(differ)}. Choose another run.name to start anew, or the "
+            f"settings it was made with"
+        )
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """What makes two configurations the same model, in the same order of data."""
+    network = {f"model.{key}": value for key, value in leaves(config.model).items() if not key.endswith(_MAY_CHANGE)}
+    return {
+        **network,
+        "model.layer_scale": "none" if config.model.layer_scale is None else "some",
+        "data.source": config.data.source,
+        "data.image_size": config.data.image_size,
+        "data.channels": config.data.channels,
+        "data.num_classes": config.data.num_classes,
+        "data.num_samples": config.data.num_samples,
+        "optim.name": config.optim.name,
+        "run.seed": config.run.seed,
+    }
+
+
+def _shown(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
