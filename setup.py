@@ -15,7 +15,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[*find_packages(include=["megavit", "megavit.*"]), "megavit.conf", "megavit.launch"],
     package_dir={"megavit.conf": "conf", "megavit.launch": "launch"},
     package_data={"megavit.conf": ["*.yaml", "*/*.yaml"]},
