@@ -104,10 +104,16 @@ def _parse(overrides: list[str]) -> list[Override]:
     for text in overrides:
         if "=" not in text and not text.startswith("~"):
             raise ConfigError(f"'{text}' is no setting: write key=value, for example train.steps=100")
-    try:
-        return OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+    parser, parsed = OverridesParser.create(), []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException as error:
+            raise ConfigError(
+                f"'{text}' cannot be read ({str(error).splitlines()[0]}); a value with signs such as = or , goes in "
+                f"quotes that the shell leaves: key='\"value\"'"
+            ) from error
+    return parsed
 
 
 def _check_key(override: Override) -> None:

@@ -42,6 +42,7 @@ def test_every_group_is_a_folder_and_a_field():
         ),
         (["model.pool=max"], 1, r"model.pool: Invalid value 'max', expected one of \[cls, mean\]"),
         (["train.steps"], 1, "write key=value"),
+        (["run.dir=/tmp/tp=2"], 1, r"'run.dir=/tmp/tp=2' cannot be read .* goes in quotes"),
         (["train={steps: 1}"], 1, "sets a whole section; set its keys: train.steps"),
         (
             ["parallel.tp=4", "parallel.pp=3"],
