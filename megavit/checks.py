@@ -1,6 +1,7 @@
-"""What every group's `check` asks of numbers."""
+"""What every group's `check` needs."""
 
 import math
+from enum import Enum
 from typing import Any
 
 from megavit.errors import ConfigError
@@ -38,3 +39,8 @@ def require_number(
         low = f"at least {at_least}" if at_least is not None else f"above {above}"
         high = f" and below {below:g}" if below < math.inf else ""
         raise ConfigError(f"{group}.{key}={value} must be a finite number {low}{high}")
+
+
+def shown(value: Any) -> Any:
+    """A setting's value as a user writes it."""
+    return value.value if isinstance(value, Enum) else value

@@ -4,10 +4,9 @@ A folder of `megavit/` is a Hydra group in `conf/` is a field of `RunConfig`; `r
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 from megavit.checkpoint.config import CheckpointConfig
-from megavit.checks import require_number
+from megavit.checks import require_number, shown
 from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
 from megavit.metrics.config import MetricsConfig
@@ -15,94 +14,9 @@ from megavit.model.config import Attention, Linears, ModelConfig
 from megavit.optim.config import OptimConfig, Optimizer
 from megavit.parallel.config import ParallelConfig, Recompute
 from megavit.parallel.stages import plan_stages
-from megavit.plan.flops import EncoderShape
-from megavit.task.config import TaskConfig
-
-
-class Precision(Enum):
-    """Number formats of weights, gradients and activations.
-
-    `bf16_o2`: weights and activations in bf16; the optimizer's weights and gradients in fp32.
-    """
-
-    fp32 = "fp32"
-    bf16_o2 = "bf16_o2"
-
-
-class GradReduce(Enum):
-    """The format in which gradients are accumulated and reduced over the data-parallel ranks."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Compile(Enum):
-    """What torch.compile gets: nothing, or each encoder layer as one graph without a break."""
-
-    none = "none"
-    layer = "layer"
-
-
-@dataclass
-class RunSection:
-    """Section `run`: the run itself.
-
-    Attributes:
-        name: names the run; its folder derives from it, so that all ranks and every restart agree.
-        dir: the run's folder.
-        seed: of initial weights, data order, augmentation and dropout.
-        ranks: processes that `megavit train` starts; null: one per GPU, without GPUs tp · pp.
-        timeout_s: seconds after which a collective that waits for a lost rank fails.
-    """
-
-    name: str = "run"
-    dir: str = "runs/${run.name}"
-    seed: int = 0
-    ranks: int | None = None
-    timeout_s: float = 600.0
-
-    def check(self, world_size: int) -> None:
-        """Raise ConfigError where this section contradicts itself or the world it runs in."""
-        require_number("run", self, "ranks", at_least=1)
-        # Megatron-Core counts its groups' time-out in whole minutes.
-        require_number("run", self, "timeout_s", at_least=60)
-        require_number("run", self, "seed", at_least=0)
-        if self.ranks is not None and self.ranks != world_size:
-            raise ConfigError(
-                f"run.ranks={self.ranks} would be ignored: another launcher has started {world_size} ranks; leave "
-                f"run.ranks away"
-            )
-        if self.name in ("", ".", "..") or "/" in self.name:
-            raise ConfigError(f"run.name={self.name!r} must be a word without a slash; run.dir takes a path")
-        if not self.dir:
-            raise ConfigError("run.dir is empty; leave it away to take runs/NAME")
-
-
-@dataclass
-class TrainSection:
-    """Section `train`: how long and in what portions.
-
-    Attributes:
-        steps: optimizer steps of the whole run; or null and epochs.
-        epochs: passes over the training data; or null and steps.
-        global_batch: images per step, over all ranks.
-        micro_batch: images that pass the model at once on one rank; null takes all of a rank's at once.
-        precision: number formats.
-        grad_reduce: format of gradient accumulation and reduction; bf16 halves its bytes and loses digits.
-        compile: what torch.compile gets.
-        eval_every: steps between evaluations of the whole validation set; null evaluates at the end alone.
-        stop_at: save and leave after this step, as if signalled (exit code 75).
-    """
-
-    steps: int | None = None
-    epochs: float | None = None
-    global_batch: int = 64
-    micro_batch: int | None = None
-    precision: Precision = Precision.fp32
-    grad_reduce: GradReduce = GradReduce.fp32
-    compile: Compile = Compile.none
-    eval_every: int | None = None
-    stop_at: int | None = None
+from megavit.plan.flops import DecoderShape, NetworkShape
+from megavit.sections import Compile, GradReduce, Precision, RunSection, TrainSection
+from megavit.task.config import TaskConfig, TaskName
 
 
 @dataclass
@@ -119,17 +33,43 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
-    def encoder_shape(self, *, num_classes: int) -> EncoderShape:
-        """What the encoder's FLOPs depend on."""
+    @property
+    def num_patches(self) -> int:
+        """Patches that an image is cut into."""
         rows, columns = self.model.patch_grid(self.data.image_size)
-        return EncoderShape(
+        return rows * columns
+
+    @property
+    def seen_patches(self) -> int:
+        """Patches of an image that the encoder sees."""
+        patches = self.num_patches
+        return self.task.kept_patches(patches) if self.task.name is TaskName.mae else patches
+
+    @property
+    def encoder_tokens(self) -> int:
+        """Tokens of an image in the encoder: the patches it sees and the class tokens."""
+        return self.seen_patches + self.model.class_tokens
+
+    def network_shape(self, *, num_classes: int) -> NetworkShape:
+        """What the network's FLOPs depend on.
+
+        Args:
+            num_classes: of a classifier; a masked autoencoder has none.
+        """
+        decoder = None
+        if self.task.name is TaskName.mae:
+            sizes = (self.task.decoder_hidden_size, self.task.decoder_ffn_size, self.task.decoder_num_layers)
+            hidden, ffn, layers = (size or 0 for size in sizes)
+            decoder = DecoderShape(hidden, ffn, layers, tokens=self.num_patches + self.model.class_tokens)
+        return NetworkShape(
             hidden=self.model.hidden_size,
             ffn=self.model.ffn_size,
             layers=self.model.num_layers,
-            tokens=self.model.num_tokens(self.data.image_size),
-            patches=rows * columns,
+            tokens=self.encoder_tokens,
+            patches=self.seen_patches,
             patch_values=self.data.channels * self.model.patch_size**2,
-            classes=num_classes,
+            classes=num_classes if decoder is None else 0,
+            decoder=decoder,
         )
 
     def micro_batch(self, world_size: int) -> int:
@@ -183,11 +123,12 @@ class RunConfig:
         for group in (self.parallel, self.model, self.task, self.data, self.optim, self.checkpoint, self.metrics):
             group.check()
         self._check_train()
+        self._check_task()
         self._check_tensor_parallel()
         self._check_batch(world_size)
         self._check_precision()
         self._check_overlap(world_size)
-        plan_stages(self.parallel, self.encoder_shape(num_classes=self.data.num_classes or 0))
+        plan_stages(self.parallel, self.network_shape(num_classes=self.data.num_classes or 0))
 
     def _check_train(self) -> None:
         train = self.train
@@ -255,28 +196,43 @@ class RunConfig:
                 f"train.micro_batch"
             )
 
-    def _check_tensor_parallel(self) -> None:
-        tp = self.parallel.tp
-        for key in ("num_heads", "ffn_size"):
-            value = getattr(self.model, key)
-            if value % tp:
-                fits = [
-                    size for size in range(tp, 0, -1) if self.model.num_heads % size == 0 == self.model.ffn_size % size
-                ]
+    def _check_task(self) -> None:
+        if self.task.name is not TaskName.mae:
+            return
+        used = ModelConfig()
+        for key in ("pool", "head", "head_bias"):
+            if getattr(self.model, key) != getattr(used, key):
                 raise ConfigError(
-                    f"model.{key}={value} is not divided by parallel.tp={tp}: {value} mod {tp} = {value % tp}; "
-                    f"set parallel.tp={fits[0]}, or change model.{key}"
+                    f"model.{key}={shown(getattr(self.model, key))} would be ignored by task.name=mae, which has no "
+                    f"classifier; leave it at {shown(getattr(used, key))}"
                 )
-        tokens = self.model.num_tokens(self.data.image_size)
+
+    def _check_tensor_parallel(self) -> None:
+        for group, prefix in (("model", ""), ("task", "decoder_")):
+            self._check_splits(group, f"{prefix}num_heads", f"{prefix}ffn_size")
+        tp, tokens, seen = self.parallel.tp, self.encoder_tokens, self.seen_patches
         if self.parallel.sequence_parallel and tokens % tp:
-            patches = tokens - self.model.class_tokens
-            others = [count for count in (0, 1, 8) if (patches + count) % tp == 0]
-            ways = [f"model.class_tokens={count} ({patches} + {count} = {patches + count})" for count in others]
+            hides = f" (task.mask_ratio={self.task.mask_ratio} hides {self.num_patches - seen})"
+            others = [count for count in (0, 1, 8) if (seen + count) % tp == 0]
+            ways = [f"model.class_tokens={count} ({seen} + {count} = {seen + count})" for count in others]
             raise ConfigError(
-                f"parallel.sequence_parallel=true splits {patches} patches + {self.model.class_tokens} class tokens = "
+                f"parallel.sequence_parallel=true splits {seen} patches{hides if seen < self.num_patches else ''} + "
+                f"{self.model.class_tokens} class tokens = "
                 f"{tokens} tokens over parallel.tp={tp} ranks: {tokens} mod {tp} = {tokens % tp}; "
                 f"set {' or '.join([*ways, 'parallel.sequence_parallel=false'])}, or change data.image_size"
             )
+
+    def _check_splits(self, group: str, heads_key: str, ffn_key: str) -> None:
+        """Refuse heads or an MLP that the tensor-parallel ranks cannot share."""
+        tp, config = self.parallel.tp, getattr(self, group)
+        heads, ffn = getattr(config, heads_key), getattr(config, ffn_key)
+        for key, value in ((heads_key, heads), (ffn_key, ffn)):
+            if value is not None and value % tp:
+                fits = next(size for size in range(tp, 0, -1) if heads % size == 0 == ffn % size)
+                raise ConfigError(
+                    f"{group}.{key}={value} is not divided by parallel.tp={tp}: {value} mod {tp} = {value % tp}; "
+                    f"set parallel.tp={fits}, or change {group}.{key}"
+                )
 
     def _check_batch(self, world_size: int) -> None:
         dp = self.parallel.data_parallel_size(world_size)

@@ -1,17 +1,19 @@
 """Where a run goes on: its checkpoint, and whether that is of the same model and run."""
 
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from megavit.checkpoint.store import CheckpointStore, TrainingState, is_complete, read_state
+from megavit.checks import shown
 from megavit.compose import from_yaml, leaves
 from megavit.config import RunConfig
 from megavit.errors import ConfigError
 
 # Of the model, what may change between two parts of a run: it changes neither the weights' shapes nor their meaning.
 _MAY_CHANGE = ("dropout", "drop_path", "attention", "linears", "head_bias", "layer_scale")
+
+_TASK_MAY_CHANGE = ("label_smoothing", "baseline_samples")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def find_origin(store: CheckpointStore, config: RunConfig) -> Origin | None:
 def _refuse_another_run(path: Path, saved: RunConfig, config: RunConfig) -> None:
     ours, theirs = _identity(config), _identity(saved)
     differ = [
-        f"{key} {_shown(theirs.get(key))} there, {_shown(ours.get(key))} here"
+        f"{key} {shown(theirs.get(key))} there, {shown(ours.get(key))} here"
         for key in ours | theirs
         if ours.get(key) != theirs.get(key)
     ]
@@ -83,10 +85,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
         "data.channels": config.data.channels,
         "data.num_classes": config.data.num_classes,
         "data.num_samples": config.data.num_samples,
+        **{f"task.{key}": value for key, value in leaves(config.task).items() if key not in _TASK_MAY_CHANGE},
         "optim.name": config.optim.name,
         "run.seed": config.run.seed,
     }
-
-
-def _shown(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value

@@ -1,6 +1,5 @@
 """The training loop, the only one: its parts are built in the order in which data flows."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,25 @@ from torch import Tensor
 from megavit.checkpoint import store
 from megavit.checkpoint.store import CheckpointStore, TrainingState
 from megavit.compose import to_yaml
-from megavit.config import Compile, GradReduce, Precision, RunConfig
-from megavit.data.loader import Batch, Loader
+from megavit.config import RunConfig
+from megavit.data.loader import Loader
+from megavit.data.order import SampleOrder
 from megavit.data.source import open_source
-from megavit.data.transforms import Normalize
 from megavit.exits import FINISHED, STOPPED
+from megavit.introduce import introduction
 from megavit.metrics.pictures import draw_curves
 from megavit.metrics.reporter import Reporter
 from megavit.metrics.throughput import Throughput, peak_memory_bytes
-from megavit.model.block import transformer_config
-from megavit.model.config import Attention
-from megavit.model.init import initialise
-from megavit.model.kernels import sdpa_choice
+from megavit.network import build_network
 from megavit.optim.config import Decay
 from megavit.optim.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
 from megavit.parallel.agree import from_rank_zero
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
-from megavit.parallel.schedule import run_microbatches, sum_over_world
-from megavit.parallel.stages import plan_stages, rank_stages
+from megavit.parallel.schedule import ForwardStep, run_microbatches, sum_over_world
 from megavit.plan.flops import training_flops
 from megavit.restore import Origin, find_origin
-from megavit.task.classify import Classify
+from megavit.sections import GradReduce
 
 
 class Trainer:
@@ -48,12 +44,25 @@ class Trainer:
         self.store = CheckpointStore(self.run_dir / "checkpoints")
         self.layout = layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
 
-        # Data
+        # Length
         train_source, val_source = open_source(config.data, "train"), open_source(config.data, "val")
         self.num_steps = config.num_steps(len(train_source))
         self.micro_batch = config.micro_batch(layout.world_size)
         self.num_microbatches = config.num_microbatches(layout.world_size)
-        self.task = Classify(config.task, normalize=Normalize(config.data.mean, config.data.std), layout=layout)
+
+        # Network
+        self.network = network = build_network(config, layout, num_classes=len(train_source.classes))
+        self.task, self.chunks = network.task, network.chunks
+        self.boundary = self.task.boundary(self.micro_batch, network.block)
+        self.model = wrap_for_data_parallel(
+            list(self.chunks.values()),
+            network.block,
+            config.optim,
+            config.parallel,
+            bf16_reduce=config.train.grad_reduce is GradReduce.bf16,
+        )
+
+        # Data
         loader = partial(
             Loader,
             config=config.data,
@@ -64,39 +73,13 @@ class Trainer:
         )
         self.train_loader = loader(train_source, train=True)
         self.val_loader = loader(val_source, train=False)
-
-        # Model
-        shape = config.encoder_shape(num_classes=len(train_source.classes))
-        self.stages = plan_stages(config.parallel, shape)
-        self.num_tokens = shape.tokens
-        dtype = torch.bfloat16 if config.train.precision is Precision.bf16_o2 else torch.float32
-        block = transformer_config(config.model, config.parallel, layout, stages=self.stages, dtype=dtype)
-        self.chunks = self.task.build_chunks(
-            config.model,
-            block=block,
-            layout=layout,
-            stage_layers=rank_stages(self.stages, config.parallel, layout.pp_rank),
-            recompute=config.parallel.recompute,
-            image_size=config.data.image_size,
-            channels=config.data.channels,
-            num_classes=len(train_source.classes),
-        )
-        for chunk in self.chunks:
-            initialise(chunk, config.model, layout, seed=config.run.seed)
-            chunk.to(layout.device)
-            if config.train.compile is Compile.layer:
-                chunk.compile_layers()
-        self.model = wrap_for_data_parallel(
-            self.chunks,
-            block,
-            config.optim,
-            config.parallel,
-            bf16_reduce=config.train.grad_reduce is GradReduce.bf16,
-        )
+        if self.task.baseline_samples:
+            shown = SampleOrder(len(train_source), seed=config.run.seed).first(self.task.baseline_samples)
+            self.task.prepare(loader(train_source, train=False, only=shown).evaluation_batches())
 
         # Optimizer and schedule
         peak_lr = config.optim.peak_lr(config.train.global_batch)
-        self.optimizer = build_optimizer(self.model, block, config.optim, peak_lr=peak_lr)
+        self.optimizer = build_optimizer(self.model, network.block, config.optim, peak_lr=peak_lr)
         self.schedule = build_schedule(self.optimizer, config.optim, peak_lr=peak_lr, num_steps=self.num_steps)
 
         # Restore
@@ -104,7 +87,7 @@ class Trainer:
         self.last_validation: dict[str, float] = {}
         self.origin = self._restore()
         self.throughput = Throughput(
-            flops_per_image=training_flops(shape), num_devices=layout.world_size, device=layout.device
+            flops_per_image=training_flops(network.shape), num_devices=layout.world_size, device=layout.device
         )
 
     def run(self) -> int:
@@ -153,7 +136,7 @@ class Trainer:
             for chunk in self.model:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            sums = self._run_microbatches(batches, self.num_microbatches, forward_only=False)
+            sums = self._run_microbatches(self.task.forward, batches, self.num_microbatches, forward_only=False)
             _, grad_norm, _ = self.optimizer.step()
             self.step += 1
             self.consumed_samples += train.global_batch
@@ -165,17 +148,16 @@ class Trainer:
                 window = {}
             self._evaluate_and_save_if_due(reporter, is_last=self.step == last)
 
-    def _run_microbatches(self, batches: Any, count: int, *, forward_only: bool) -> dict[str, Tensor]:
-        def forward_step(batch: Batch, model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-            return model(self.task.inputs(batch)), lambda output: self.task.loss(output, batch)
-
+    def _run_microbatches(
+        self, forward_step: ForwardStep, batches: Any, count: int, *, forward_only: bool
+    ) -> dict[str, Tensor]:
         return run_microbatches(
             forward_step,
             self.model,
             batches,
             num_microbatches=count,
-            num_tokens=self.num_tokens,
-            micro_batch=self.micro_batch,
+            boundary=self.boundary,
+            layout=self.layout,
             forward_only=forward_only,
         )
 
@@ -188,7 +170,7 @@ class Trainer:
             "train",
             {
                 "consumed_samples": self.consumed_samples,
-                **_means(totals),
+                **self.task.metrics(totals),
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "grad_norm": grad_norm,
                 **speed,
@@ -219,16 +201,18 @@ class Trainer:
         self.throughput.resume()
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and top-1 over the whole validation set, each image once, in any layout."""
+        """The task's metrics over the whole validation set, each image once, in any layout."""
         loader = self.val_loader
         for chunk in self.model:
             chunk.eval()
         with torch.no_grad():
-            sums = self._run_microbatches(loader.evaluation_batches(), loader.num_evaluation_batches, forward_only=True)
+            sums = self._run_microbatches(
+                self.task.forward, loader.evaluation_batches(), loader.num_evaluation_batches, forward_only=True
+            )
         for chunk in self.model:
             chunk.train()
         totals = sum_over_world(sums, self.task.sums, self.layout)
-        return {**_means(totals), "count": totals["count"]}
+        return {**self.task.metrics(totals), "count": totals["count"]}
 
     def _restore(self) -> Origin | None:
         """Go on from a checkpoint, in this order: find it, once for all ranks; weights and optimizer; position;
@@ -244,21 +228,8 @@ class Trainer:
         return origin
 
     def _introduce(self, reporter: Reporter) -> None:
-        config = self.config
-        reporter.say(f"run {config.run.name} in {self.run_dir}: {self.layout.describe()}")
-        stages = f", layers per stage {self.stages}" if self.layout.pp > 1 else ""
-        reporter.say(
-            f"{self.num_tokens} tokens, {config.model.num_layers} layers of {config.model.hidden_size}{stages}; "
-            f"{config.train.global_batch} images per step = {self.num_microbatches} micro batches of "
-            f"{self.micro_batch} × DP {self.layout.dp}"
-        )
-        kernel = config.model.attention.value
-        if config.model.attention is Attention.sdpa:
-            heads, width = config.model.num_heads // self.layout.tp, config.model.hidden_size // config.model.num_heads
-            dtype = next(self.chunks[0].parameters()).dtype
-            queries = torch.empty(1, heads, self.num_tokens, width, dtype=dtype, device=self.layout.device)
-            kernel = f"sdpa, for which torch takes {sdpa_choice(queries)}"
-        reporter.say(f"precision {config.train.precision.value}; attention kernel {kernel}")
+        for line in introduction(self.config, self.layout, self.network):
+            reporter.say(line)
         if self.origin is not None:
             reporter.say(f"goes on from {self.origin.path} at step {self.step} of {self.num_steps}")
             self._tell_of_another_schedule(reporter, self.origin.config)
@@ -274,13 +245,8 @@ class Trainer:
         )
 
     def _say_complete(self, reporter: Reporter) -> None:
-        top1 = self.last_validation.get("top1")
-        result = f"; validation top-1 {top1:.4f}" if top1 is not None else ""
+        result = f"; {self.task.summary(self.last_validation)}" if self.last_validation else ""
         reporter.say(f"complete: step {self.step} of {self.num_steps}{result}. Raise train.steps to go on")
-
-
-def _means(totals: dict[str, float]) -> dict[str, float]:
-    return {name: total / totals["count"] for name, total in totals.items() if name != "count"}
 
 
 def _stop_if_not_finite(grad_norm: float, step: int) -> None:

@@ -22,7 +22,7 @@ def train(overrides: list[str], *, evaluates: bool = False) -> dict:
         # Half of a short test's time would go into the validation set.
         trainer.evaluate = no_evaluation
     code = trainer.run()
-    parameters = {name: value for chunk in trainer.chunks for name, value in parameter_names(chunk).items()}
+    parameters = {name: value for chunk in trainer.chunks.values() for name, value in parameter_names(chunk).items()}
     whole = gather_whole(parameters, trainer.layout)
     if whole is None:
         return {}
@@ -64,14 +64,14 @@ def train_and_keep(overrides: list[str]) -> dict:
     trainer = Trainer(config)
     trainer.evaluate = no_evaluation
     due = []
-    original = trainer.task.inputs
+    original = trainer.task.forward
 
-    def inputs(batch):
+    def forward(batch, model):
         if batch is not None:
             due.append([key.sample_id for key in batch.keys])
-        return original(batch)
+        return original(batch, model)
 
-    trainer.task.inputs = inputs
+    trainer.task.forward = forward
     code = trainer.run()
     optimizer = trainer.optimizer.chained_optimizers[0].optimizer
     rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
@@ -79,7 +79,7 @@ def train_and_keep(overrides: list[str]) -> dict:
         "code": code,
         "weights": {
             f"{index}.{name}": value.detach().clone()
-            for index, chunk in enumerate(trainer.chunks)
+            for index, chunk in enumerate(trainer.chunks.values())
             for name, value in chunk.state_dict().items()
             if value is not None
         },
@@ -105,7 +105,7 @@ def dtypes(overrides: list[str]) -> dict:
     trainer.run()
     optimizer = trainer.optimizer.chained_optimizers[0].optimizer
     masters = [param for group in optimizer.param_groups for param in group["params"]]
-    weights = [param for chunk in trainer.chunks for param in chunk.parameters()]
+    weights = [param for chunk in trainer.chunks.values() for param in chunk.parameters()]
     return {
         "weights": {weight.dtype for weight in weights},
         "masters": {master.dtype for master in masters},

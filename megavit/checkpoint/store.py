@@ -8,6 +8,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ class CheckpointStore:
 
     def save(
         self,
-        chunks: list[MegatronModule],
+        chunks: Mapping[str, MegatronModule],
         optimizer: MegatronOptimizer,
         state: TrainingState,
         *,
@@ -102,7 +103,7 @@ class CheckpointStore:
         """Write a checkpoint; every rank calls this.
 
         Args:
-            chunks: this rank's stages, unwrapped.
+            chunks: this rank's stages by name, unwrapped.
             optimizer: theirs.
             state: where the run stands.
             run_yaml: the resolved configuration.
@@ -157,14 +158,14 @@ def read_state(checkpoint: Path) -> TrainingState:
     return TrainingState(**fields)
 
 
-def load(checkpoint: Path, chunks: list[MegatronModule], optimizer: MegatronOptimizer) -> None:
+def load(checkpoint: Path, chunks: Mapping[str, MegatronModule], optimizer: MegatronOptimizer) -> None:
     """Read a checkpoint of any layout into this one, in place; every rank calls this.
 
     Learning rate, weight decay and the like stay as configured: a checkpoint holds state, not settings.
 
     Args:
         checkpoint: a whole checkpoint of the same model.
-        chunks: this rank's stages, unwrapped.
+        chunks: this rank's stages by name, unwrapped.
         optimizer: theirs.
     """
     settings = [
@@ -173,25 +174,33 @@ def load(checkpoint: Path, chunks: list[MegatronModule], optimizer: MegatronOpti
     loaded: dict[str, Any] = dist_checkpointing.load(
         _sharded_state(chunks, optimizer, is_loading=True), str(checkpoint)
     )
-    for name, chunk in _named(chunks).items():
+    for name, chunk in chunks.items():
         chunk.load_state_dict(loaded[name], strict=True)
     optimizer.load_state_dict(loaded["optimizer"])
     for group, configured in zip(optimizer.param_groups, settings, strict=True):
         group.update(configured)
 
 
-def _sharded_state(chunks: list[MegatronModule], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
+def load_weights(checkpoint: Path, chunks: Mapping[str, MegatronModule]) -> None:
+    """Read the weights alone, in place, in any layout; every rank calls this.
+
+    Args:
+        checkpoint: a whole checkpoint of the same model.
+        chunks: this rank's stages by name.
+    """
+    state = {name: chunk.sharded_state_dict(metadata=dict(_SHARDING)) for name, chunk in chunks.items()}
+    loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint))
+    for name, chunk in chunks.items():
+        chunk.load_state_dict(loaded[name], strict=True)
+
+
+def _sharded_state(
+    chunks: Mapping[str, MegatronModule], optimizer: MegatronOptimizer, *, is_loading: bool
+) -> dict[str, Any]:
     metadata = dict(_SHARDING)
-    state: dict[str, Any] = {
-        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks).items()
-    }
+    state: dict[str, Any] = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in chunks.items()}
     state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
-
-
-def _named(chunks: list[MegatronModule]) -> dict[str, MegatronModule]:
-    # The keys that Megatron-Core's optimizer looks for; the weights' own names, within, count over the whole model.
-    return {"model" if len(chunks) == 1 else f"model{index}": chunk for index, chunk in enumerate(chunks)}
 
 
 def _sync(folder: Path) -> None:

@@ -3,7 +3,7 @@
 Shapes: B images of a micro batch, C channels, Y rows, X columns.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,10 @@ class Batch:
     labels_B: Tensor | None
     counted_B: Tensor
     keys: list[SampleKey]
+
+    def key_columns(self) -> tuple[Tensor, ...]:
+        """The keys as int64 tensors on the CPU: sample_ids_B, epochs_B, occurrences_B."""
+        return torch.tensor([(key.sample_id, key.epoch, key.occurrence) for key in self.keys]).unbind(dim=1)
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Loader:
         micro_batch: images per micro batch.
         seed: `run.seed`.
         train: in the order of training and augmented, or once in the source's own order.
+        only: without training, these samples alone.
     """
 
     def __init__(
@@ -99,10 +104,13 @@ class Loader:
         micro_batch: int,
         seed: int,
         train: bool,
+        only: Sequence[int] | None = None,
     ) -> None:
+        assert only is None or not train
         self.source, self.config, self.layout, self.needs = source, config, layout, needs
         self.micro_batch = micro_batch
         self.order = SampleOrder(len(source), seed=seed) if train else None
+        self._evaluated = range(len(source)) if only is None else only
         self._samples = _Samples(source, config, needs, seed=seed, augment=train)
         self._reads = layout.tp_rank == 0 and (needs.images or needs.labels)
 
@@ -130,13 +138,15 @@ class Loader:
 
     def evaluation_batches(self) -> Iterator[Batch]:
         """This rank's share of the whole source, once: padded to whole micro batches, the padding not counted."""
-        size, total, device = self.micro_batch, len(self.source), self.layout.device
+        size, ids, device = self.micro_batch, self._evaluated, self.layout.device
+        total = len(ids)
 
         def rows() -> Iterator[list[SampleKey]]:
             for index in range(self.num_evaluation_batches):
                 first = (index * self.layout.dp + self.layout.dp_rank) * size
                 # Padding repeats the last sample; its epoch −1 marks it.
-                yield [SampleKey(i, 0) if i < total else SampleKey(total - 1, -1) for i in range(first, first + size)]
+                places = range(first, first + size)
+                yield [SampleKey(ids[i], 0) if i < total else SampleKey(ids[-1], -1) for i in places]
 
         yield from self._load(rows(), lambda row: torch.tensor([key.epoch == 0 for key in row], device=device))
 
@@ -146,7 +156,7 @@ class Loader:
 
         An interleaved pipeline takes them in multiples of its ranks; the last may be padding alone.
         """
-        covering = -(-len(self.source) // (self.micro_batch * self.layout.dp))
+        covering = -(-len(self._evaluated) // (self.micro_batch * self.layout.dp))
         group = self.layout.pp if self.layout.vpp > 1 else 1
         return -(-covering // group) * group
 

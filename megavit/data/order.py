@@ -45,3 +45,7 @@ class SampleOrder:
             generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
             self._permutation, self._epoch = generator.permutation(self.num_samples), epoch
         return SampleKey(int(self._permutation[index]), epoch)
+
+    def first(self, count: int) -> list[int]:
+        """The ids of the first samples of training, at most all of them: a random choice, the same in every layout."""
+        return [self.at(position).sample_id for position in range(min(count, self.num_samples))]

@@ -44,3 +44,7 @@ class Normalize(torch.nn.Module):
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
         return (images_BCYX.float() / 255 - self.mean_C11) / self.std_C11
+
+    def undo(self, normalized_BCYX: Tensor) -> Tensor:
+        """Back to values of which [0, 1] can be shown."""
+        return normalized_BCYX * self.std_C11 + self.mean_C11

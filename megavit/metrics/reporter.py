@@ -14,6 +14,7 @@ from megavit.metrics.config import MetricsConfig
 _SHOWN = {
     "loss": "loss {:.4f}",
     "top1": "top-1 {:.4f}",
+    "loss_ratio": "of the mean image's {:.3f}",
     "lr": "lr {:.2e}",
     "grad_norm": "grad norm {:.3f}",
     "images_per_s": "{:,.0f} images/s",

@@ -1,11 +1,16 @@
-"""megavit's configuration in Megatron-Core's words."""
+"""Megatron-Core's TransformerBlock, of our layers: megavit's configuration in its words, and the block itself."""
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor
 
 from megavit.model.config import ModelConfig
+from megavit.model.kernels import attention_kernel
+from megavit.model.layer import EncoderLayerSubmodules, encoder_layer_spec
+from megavit.model.linears import parallel_linears
+from megavit.model.norm import LayerNorm
 from megavit.parallel.config import ParallelConfig, Recompute, RecomputeMethod
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.stages import megatron_layout
@@ -65,4 +70,48 @@ def transformer_config(
         batch_p2p_comm=layout.device.type == "cuda" and not parallel.overlap_p2p,
         # Freed outputs gave NaN on gloo, which may still be sending them (Megatron-Core 0.16.1).
         deallocate_pipeline_outputs=layout.device.type == "cuda",
+    )
+
+
+def encoder_block(
+    config: ModelConfig,
+    block: TransformerConfig,
+    layout: ParallelLayout,
+    *,
+    num_layers: int,
+    recompute: Recompute,
+    final_norm: bool,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> TransformerBlock:
+    """Build one stage's layers.
+
+    Args:
+        config: the model group, or one like it for a decoder.
+        block: from `transformer_config`, of the same sizes.
+        layout: this rank's place.
+        num_layers: layers of this stage.
+        recompute: what the backward pass computes again.
+        final_norm: whether the last stage norms its tokens.
+        pre_process: whether this is the first stage: it is given its tokens, others read what was sent to them.
+        post_process: whether this is the last stage.
+        vp_stage: virtual pipeline stage.
+    """
+    column, row = parallel_linears(config.linears)
+    kernel = attention_kernel(config.attention, block, layout.groups, device=layout.device)
+    spec = encoder_layer_spec(
+        EncoderLayerSubmodules(column=column, row=row, kernel=kernel),
+        drop_path=config.drop_path,
+        layer_scale=config.layer_scale,
+        recompute_selectively=recompute is Recompute.selective,
+    )
+    return TransformerBlock(
+        block,
+        TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=LayerNorm),
+        post_layer_norm=final_norm,
+        pre_process=pre_process,
+        post_process=post_process,
+        pg_collection=layout.groups,
+        vp_stage=vp_stage,
     )

@@ -1,6 +1,7 @@
 """Images to tokens: patches, class tokens, positions.
 
-Shapes: B images, C channels, P patches, V = C · patch² values of a patch, N = class tokens + P, H hidden.
+Shapes: B images, C channels, P patches, K kept ones, V = C · patch² values of a patch, H hidden,
+N = class tokens + P (or K).
 """
 
 import torch
@@ -20,6 +21,19 @@ def patchify(images_BCYX: Tensor, patch_size: int) -> Tensor:
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, (height // p) * (width // p), c * p * p)
 
 
+def unpatchify(patches_BPV: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """The inverse of `patchify`: patches back to images_BCYX.
+
+    Args:
+        patches_BPV: row by row.
+        grid: patches down and across.
+        patch_size: side of a patch, in pixels.
+    """
+    (rows, columns), p = grid, patch_size
+    patches = patches_BPV.unflatten(2, (-1, p, p)).unflatten(1, (rows, columns))
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
 def sincos_positions(grid: tuple[int, int], hidden_size: int, *, class_tokens: int) -> Tensor:
     """Fixed positions_NH: half of the channels tell the column, half the row, each sine then cosine over
     geometric wavelengths from 2π to 10000 · 2π; class tokens stand at zero.
@@ -36,7 +50,7 @@ def sincos_positions(grid: tuple[int, int], hidden_size: int, *, class_tokens: i
     return F.pad(patches_PH, (0, 0, class_tokens, 0)).float()
 
 
-def _not_decayed(value: Tensor) -> torch.nn.Parameter:
+def not_decayed(value: Tensor) -> torch.nn.Parameter:
     """A parameter that weight decay leaves alone, though it is no vector."""
     parameter = torch.nn.Parameter(value)
     parameter.no_decay = True  # type: ignore[attr-defined]
@@ -57,26 +71,40 @@ class PatchEmbedding(torch.nn.Module):
         self, config: ModelConfig, *, image_size: list[int], channels: int, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        self.patch_size = config.patch_size
+        self.patch_size, self.class_tokens = config.patch_size, config.class_tokens
         self.dropout = config.hidden_dropout
         hidden = config.hidden_size
         patch_values = channels * config.patch_size**2
         self.proj = torch.nn.Linear(patch_values, hidden, bias=config.patch_bias, dtype=dtype)
         self.cls_token: torch.nn.Parameter | None = None
         if config.class_tokens:
-            self.cls_token = _not_decayed(torch.zeros(config.class_tokens, 1, hidden, dtype=dtype))
+            self.cls_token = not_decayed(torch.zeros(config.class_tokens, 1, hidden, dtype=dtype))
         num_tokens = config.num_tokens(image_size)
         if config.positions is Positions.learned:
-            self.pos_embed = _not_decayed(torch.zeros(num_tokens, 1, hidden, dtype=dtype))
+            self.pos_embed = not_decayed(torch.zeros(num_tokens, 1, hidden, dtype=dtype))
         else:
             fixed = sincos_positions(config.patch_grid(image_size), hidden, class_tokens=config.class_tokens)
             self.register_buffer("pos_embed", fixed.unsqueeze(1).to(dtype), persistent=False)
 
-    def forward(self, images_BCYX: Tensor) -> Tensor:
-        """Map normalised images to tokens_NBH."""
-        tokens_NBH = self.proj(patchify(images_BCYX, self.patch_size).to(self.proj.weight.dtype)).transpose(0, 1)
+    def forward(self, images_BCYX: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        """Map normalised images to tokens_NBH.
+
+        Args:
+            images_BCYX: floats.
+            keep_BK: int64, the patches to embed, in the order of their tokens; None for all.
+        """
+        patches_BPV = patchify(images_BCYX, self.patch_size)
+        if keep_BK is not None:
+            patches_BPV = patches_BPV.take_along_dim(keep_BK.unsqueeze(2), dim=1)
+        positions = self.pos_embed if keep_BK is None else self._positions_of(keep_BK)
+        tokens_NBH = self.proj(patches_BPV.to(self.proj.weight.dtype)).transpose(0, 1)
         if self.cls_token is not None:
             tokens_NBH = torch.cat([self.cls_token.expand(-1, tokens_NBH.shape[1], -1), tokens_NBH])
         # Contiguous also without class tokens, where nothing has copied the transpose: gloo and NCCL send no views.
-        tokens_NBH = (tokens_NBH + self.pos_embed).contiguous()
+        tokens_NBH = (tokens_NBH + positions).contiguous()
         return F.dropout(tokens_NBH, self.dropout, training=self.training)
+
+    def _positions_of(self, keep_BK: Tensor) -> Tensor:
+        """The positions_NBH of the class tokens and of each image's kept patches."""
+        patches = self.pos_embed[self.class_tokens :, 0][keep_BK.transpose(0, 1)]
+        return torch.cat([self.pos_embed[: self.class_tokens].expand(-1, patches.shape[1], -1), patches])

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from megavit.model.config import ModelConfig
-from megavit.model.vit import VisionTransformer, parameter_names
+from megavit.model.vit import EncoderStage, parameter_names
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import hash_int64
 
 
-def initialise(model: VisionTransformer, config: ModelConfig, layout: ParallelLayout, *, seed: int) -> None:
+def initialise(model: EncoderStage, config: ModelConfig, layout: ParallelLayout, *, seed: int) -> None:
     """Fill this stage's parameters, in place, with this rank's slice of the whole model's initial weights.
 
     Args:
@@ -35,8 +35,8 @@ def initial_weight(name: str, shape: torch.Size, config: ModelConfig, *, seed: i
     """Draw one whole weight in fp32.
 
     Matrices are Xavier-uniform, the patch matrix and the fused `qkv` taken as they stand (as MAE does); the
-    classifier, class tokens and positions are truncated normal with deviation 0.02; norms are one; biases zero, but
-    the classifier's as configured.
+    classifier, class tokens, mask token and positions are truncated normal with deviation 0.02; norms are one; biases
+    zero, but the classifier's as configured.
 
     Args:
         name: the parameter's name in the whole model; the draw depends on it and the seed alone.

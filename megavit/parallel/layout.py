@@ -2,7 +2,8 @@
 
 import math
 import os
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,17 @@ class ParallelLayout:
     def is_last_stage(self, virtual_stage: int) -> bool:
         """Whether one of this rank's stages, counted from 0, is the last of all."""
         return self.holds_last_stage and virtual_stage == self.vpp - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """The first of the global ranks that compute the loss."""
+        return self.world_size // self.pp * (self.pp - 1)
+
+    def on_one_stage(self) -> "ParallelLayout":
+        """This rank's place for a network that stands whole on its pipeline stage, its tokens not split."""
+        groups = copy(self.groups)
+        groups.pp = None
+        return replace(self, pp=1, vpp=1, pp_rank=0, sequence_parallel=False, groups=groups)
 
     def describe(self) -> str:
         """The layout in a line, as the log shows it."""

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megavit.parallel.boundary import BoundarySpec
 from megavit.parallel.layout import ParallelLayout
 
 # A batch and the model to the model's output, and a function of that output to (loss, metric sums).
@@ -20,8 +21,8 @@ def run_microbatches(
     batches: Iterator[Any],
     *,
     num_microbatches: int,
-    num_tokens: int,
-    micro_batch: int,
+    boundary: BoundarySpec,
+    layout: ParallelLayout,
     forward_only: bool,
 ) -> dict[str, Tensor]:
     """Run one step's micro batches, 1F1B over the stages, gradients reduced over the data-parallel ranks at its end.
@@ -32,8 +33,8 @@ def run_microbatches(
         batches: this rank's micro batches, in order; where a rank holds several stages, the one that embeds or the
             one that computes the loss reads them and the others get None.
         num_microbatches: of this step, per data-parallel rank.
-        num_tokens: tokens per image; with the micro batch and the width, the shape that crosses a stage.
-        micro_batch: images per micro batch.
+        boundary: what crosses from stage to stage.
+        layout: this rank's place.
         forward_only: without gradients.
 
     Returns:
@@ -48,14 +49,21 @@ def run_microbatches(
         feeds: Any = batches
     else:
         feeds = [batches if _reads(chunk) else repeat(None) for chunk in chunks]
+    first, described = boundary.tensors[0], {}
+    if layout.pp > 1 and len(chunks) == 1:
+        shapes = boundary.local_shapes(layout)
+        described = {"adjust_tensor_shapes_fn": lambda received, sent: (shapes, shapes)}
+    else:
+        assert len(boundary.tensors) == 1, "an interleaved pipeline sends one tensor (Megatron-Core 0.16.1)"
     outputs: list[dict[str, Tensor]] = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=feeds,
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=num_microbatches,
-        seq_length=num_tokens,
-        micro_batch_size=micro_batch,
+        seq_length=first.shape[0],
+        micro_batch_size=first.shape[1],
         forward_only=forward_only,
+        **described,
     )
     names = outputs[0] if outputs else {}
     return {name: torch.stack([output[name] for output in outputs]).sum() for name in names}

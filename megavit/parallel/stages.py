@@ -2,11 +2,11 @@
 
 from megavit.errors import ConfigError
 from megavit.parallel.config import ParallelConfig, Recompute, RecomputeMethod
-from megavit.plan.flops import EncoderShape, embedding_flops, head_flops, layer_flops
+from megavit.plan.flops import NetworkShape, embedding_flops, head_flops, layer_flops
 from megavit.plan.stages import balance_layers
 
 
-def plan_stages(config: ParallelConfig, shape: EncoderShape) -> list[int]:
+def plan_stages(config: ParallelConfig, shape: NetworkShape) -> list[int]:
     """Choose how many encoder layers each stage holds.
 
     Args:
@@ -35,7 +35,7 @@ def megatron_layout(stages: list[int]) -> str:
     return "E" + "|".join(rows) + "L"
 
 
-def _balanced_stages(config: ParallelConfig, shape: EncoderShape) -> list[int]:
+def _balanced_stages(config: ParallelConfig, shape: NetworkShape) -> list[int]:
     if shape.layers < config.num_stages:
         raise ConfigError(
             f"model.num_layers={shape.layers} cannot fill {_stage_arithmetic(config)} pipeline stages; lower "
@@ -50,7 +50,7 @@ def _balanced_stages(config: ParallelConfig, shape: EncoderShape) -> list[int]:
     )
 
 
-def _given_stages(config: ParallelConfig, shape: EncoderShape) -> list[int]:
+def _given_stages(config: ParallelConfig, shape: NetworkShape) -> list[int]:
     stages = config.stages
     assert stages is not None
     if len(stages) != config.num_stages:

@@ -7,7 +7,24 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class EncoderShape:
+class DecoderShape:
+    """What a masked autoencoder's decoder costs.
+
+    Attributes:
+        hidden: token width.
+        ffn: width inside the MLP.
+        layers: decoder layers.
+        tokens: tokens per image, mask tokens and class tokens included.
+    """
+
+    hidden: int
+    ffn: int
+    layers: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class NetworkShape:
     """What the FLOPs depend on.
 
     Attributes:
@@ -18,6 +35,7 @@ class EncoderShape:
         patches: patches per image that are embedded.
         patch_values: values per patch, patch height · width · channels.
         classes: outputs of the head, 0 without one.
+        decoder: behind the encoder, None for a classifier.
     """
 
     hidden: int
@@ -27,29 +45,35 @@ class EncoderShape:
     patches: int
     patch_values: int
     classes: int
+    decoder: DecoderShape | None = None
 
 
-def layer_flops(shape: EncoderShape) -> int:
-    """Forward FLOPs of one encoder layer for one image: 2N(4h² + 2hf) + 4N²h."""
+def layer_flops(shape: NetworkShape | DecoderShape) -> int:
+    """Forward FLOPs of one layer for one image: 2N(4h² + 2hf) + 4N²h."""
     n, h, f = shape.tokens, shape.hidden, shape.ffn
     return 2 * n * (4 * h * h + 2 * h * f) + 4 * n * n * h
 
 
-def embedding_flops(shape: EncoderShape) -> int:
+def embedding_flops(shape: NetworkShape) -> int:
     """Forward FLOPs of the patch embedding for one image."""
     return 2 * shape.patches * shape.patch_values * shape.hidden
 
 
-def head_flops(shape: EncoderShape) -> int:
-    """Forward FLOPs of a linear head for one image."""
-    return 2 * shape.hidden * shape.classes
+def head_flops(shape: NetworkShape) -> int:
+    """Forward FLOPs, for one image, of what follows the encoder: the linear head, or the whole decoder."""
+    decoder = shape.decoder
+    if decoder is None:
+        return 2 * shape.hidden * shape.classes
+    entering = 2 * shape.tokens * shape.hidden * decoder.hidden
+    leaving = 2 * decoder.tokens * decoder.hidden * shape.patch_values
+    return entering + decoder.layers * layer_flops(decoder) + leaving
 
 
-def forward_flops(shape: EncoderShape) -> int:
+def forward_flops(shape: NetworkShape) -> int:
     """Forward FLOPs of the whole model for one image (B/16 at 197 tokens and 1000 classes: 35.1 G)."""
     return shape.layers * layer_flops(shape) + embedding_flops(shape) + head_flops(shape)
 
 
-def training_flops(shape: EncoderShape) -> int:
+def training_flops(shape: NetworkShape) -> int:
     """FLOPs of a training step for one image: three forwards, less the gradient that images do not need."""
     return 3 * forward_flops(shape) - embedding_flops(shape)

@@ -3,17 +3,23 @@
 Shapes: B images, K classes.
 """
 
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megavit.data.config import DataConfig
 from megavit.data.loader import Batch, Needs
 from megavit.data.transforms import Normalize
 from megavit.model.config import ModelConfig
-from megavit.model.vit import VisionTransformer
-from megavit.parallel.config import Recompute
+from megavit.model.vit import EncoderStage, VisionTransformer
+from megavit.parallel.boundary import BoundarySpec, tokens_boundary
+from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
+from megavit.task.chunks import name_stages
 from megavit.task.config import TaskConfig
 
 
@@ -22,62 +28,59 @@ class Classify:
 
     Args:
         config: the task group.
-        normalize: images to floats.
+        model: the model group.
+        data: the data group.
+        num_classes: K.
         layout: this rank's place.
     """
 
-    # What `loss` adds up.
-    sums = ("loss", "top1", "count")
+    sums: tuple[str, ...] = ("loss", "top1", "count")
+    baseline_samples = 0
+    panels: tuple[str, ...] = ()
 
-    def __init__(self, config: TaskConfig, *, normalize: Normalize, layout: ParallelLayout) -> None:
-        self.config = config
-        self.normalize = normalize.to(layout.device)
+    def __init__(
+        self, config: TaskConfig, *, model: ModelConfig, data: DataConfig, num_classes: int, layout: ParallelLayout
+    ) -> None:
+        assert config.label_smoothing is not None
+        self.label_smoothing = config.label_smoothing
+        self.model, self.data, self.num_classes, self.layout = model, data, num_classes, layout
+        self.normalize = Normalize(data.mean, data.std).to(layout.device)
         self.needs = Needs(images=layout.holds_first_stage, labels=layout.holds_last_stage)
 
     def build_chunks(
-        self,
-        config: ModelConfig,
-        *,
-        block: TransformerConfig,
-        layout: ParallelLayout,
-        stage_layers: list[int],
-        recompute: Recompute,
-        image_size: list[int],
-        channels: int,
-        num_classes: int,
-    ) -> list[VisionTransformer]:
-        """Build this rank's stages of the network, on the CPU, their weights not drawn yet."""
-        return [
-            VisionTransformer(
-                config,
-                block=block,
-                layout=layout,
-                num_layers=num_layers,
-                virtual_stage=virtual_stage,
-                recompute=recompute,
-                image_size=image_size,
-                channels=channels,
-                num_classes=num_classes,
-            )
-            for virtual_stage, num_layers in enumerate(stage_layers)
-        ]
+        self, block: TransformerConfig, *, parallel: ParallelConfig, stage_layers: list[int]
+    ) -> dict[str, EncoderStage]:
+        """Build this rank's stages of the classifier (see `Task`)."""
+        return name_stages(
+            lambda stage: VisionTransformer(
+                self.model, block=block, layout=self.layout, stage=stage, num_classes=self.num_classes
+            ),
+            parallel=parallel,
+            data=self.data,
+            stage_layers=stage_layers,
+        )
 
-    def inputs(self, batch: Batch | None) -> Tensor | None:
-        """What the model's forward takes: images on the first stage, nothing on others."""
-        if batch is None or batch.images_BCYX is None:
-            return None
-        return self.normalize(batch.images_BCYX)
+    def boundary(self, micro_batch: int, block: TransformerConfig) -> BoundarySpec:
+        """All tokens cross."""
+        tokens = self.model.num_tokens(self.data.image_size)
+        return tokens_boundary(tokens, micro_batch, self.model.hidden_size, block.pipeline_dtype)
 
-    def loss(self, logits_BK: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def prepare(self, batches: Iterator[Batch]) -> None:
+        """Nothing to compare with."""
+
+    def forward(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+        """Images on the first stage to scores on the last."""
+        images = None if batch is None or batch.images_BCYX is None else self.normalize(batch.images_BCYX)
+        return model(images), lambda logits_BK: self.loss(logits_BK, batch)
+
+    def loss(self, logits_BK: Tensor, batch: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of a micro batch, for the gradient, and sums over its counted images, for the metrics.
 
         Returns:
             The loss, and sums `loss`, `top1` and `count`; dividing by `count` is left to whoever has added them all.
         """
-        assert batch.labels_B is not None
-        losses_B = F.cross_entropy(
-            logits_BK, batch.labels_B, label_smoothing=self.config.label_smoothing, reduction="none"
-        )
+        assert batch is not None and batch.labels_B is not None
+        losses_B = F.cross_entropy(logits_BK, batch.labels_B, label_smoothing=self.label_smoothing, reduction="none")
         with torch.no_grad():
             counted_B = batch.counted_B
             sums = {
@@ -86,3 +89,15 @@ class Classify:
                 "count": counted_B.sum().float(),
             }
         return losses_B.mean(), sums
+
+    def metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        """Mean `loss` and `top1`."""
+        return {name: totals[name] / totals["count"] for name in ("loss", "top1")}
+
+    def summary(self, validation: dict[str, float]) -> str:
+        """Top-1."""
+        return f"validation top-1 {validation['top1']:.4f}"
+
+    def paint(self, batch: Batch | None, model: torch.nn.Module) -> NoReturn:
+        """A classifier has no panels."""
+        raise AssertionError("a classifier paints nothing")

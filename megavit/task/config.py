@@ -1,25 +1,99 @@
 """What is learned."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 from megavit.checks import require_number
 from megavit.errors import ConfigError
 
 
+class TaskName(Enum):
+    """Supervised classification, or a masked autoencoder."""
+
+    classify = "classify"
+    mae = "mae"
+
+
+_CLASSIFY = ("label_smoothing",)
+_MAE = (
+    "mask_ratio",
+    "norm_pix",
+    "decoder_hidden_size",
+    "decoder_ffn_size",
+    "decoder_num_heads",
+    "decoder_num_layers",
+    "baseline_samples",
+)
+
+
 @dataclass
 class TaskConfig:
-    """Group `task`.
+    """Group `task`. What belongs to another task is null.
 
     Attributes:
         name: the task.
         label_smoothing: probability spread over all classes, in [0, 1).
+        mask_ratio: share of the patches that the encoder does not see, in (0, 1).
+        norm_pix: compare with each patch's pixels less their mean, over their deviation; else with the pixels.
+        decoder_hidden_size: the decoder's token width.
+        decoder_ffn_size: width inside its MLP.
+        decoder_num_heads: its attention heads.
+        decoder_num_layers: its layers; all of them stand on the last pipeline stage.
+        baseline_samples: training images that the mean image is measured over, at most.
     """
 
-    name: str = "classify"
-    label_smoothing: float = 0.0
+    name: TaskName = TaskName.classify
+    label_smoothing: float | None = None
+    mask_ratio: float | None = None
+    norm_pix: bool | None = None
+    decoder_hidden_size: int | None = None
+    decoder_ffn_size: int | None = None
+    decoder_num_heads: int | None = None
+    decoder_num_layers: int | None = None
+    baseline_samples: int | None = None
+
+    def kept_patches(self, num_patches: int) -> int:
+        """Patches that the encoder sees: int(P · (1 − mask_ratio)).
+
+        Raises:
+            ConfigError: if that is none or all of them.
+        """
+        assert self.mask_ratio is not None
+        # Rounded first: 1 − 0.9 is a little less than 0.1, and 10 patches of 100 are meant.
+        kept = int(round(num_patches * (1 - self.mask_ratio), 6))
+        if not 0 < kept < num_patches:
+            raise ConfigError(
+                f"task.mask_ratio={self.mask_ratio} keeps {kept} of {num_patches} patches: int({num_patches} × (1 − "
+                f"{self.mask_ratio})) = {kept}; choose a ratio between {1 / num_patches:.4g} and "
+                f"{1 - 1 / num_patches:.4g}"
+            )
+        return kept
 
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
-        if self.name != "classify":
-            raise ConfigError(f"task.name={self.name} is not known; known: classify")
+        takes = {TaskName.classify: _CLASSIFY, TaskName.mae: _MAE}[self.name]
+        for key in (*_CLASSIFY, *_MAE):
+            value = getattr(self, key)
+            if key in takes and value is None:
+                raise ConfigError(f"task.name={self.name.value} needs task.{key}; choose task={self.name.value}")
+            if key not in takes and value is not None:
+                raise ConfigError(f"task.{key}={value} would be ignored by task.name={self.name.value}; set it to null")
         require_number("task", self, "label_smoothing", at_least=0, below=1)
+        require_number("task", self, "mask_ratio", at_least=0, below=1)
+        require_number("task", self, *(key for key in _MAE if key not in ("mask_ratio", "norm_pix")), at_least=1)
+        if self.name is TaskName.mae:
+            self._check_decoder()
+
+    def _check_decoder(self) -> None:
+        assert self.decoder_hidden_size is not None and self.decoder_num_heads is not None
+        hidden, heads = self.decoder_hidden_size, self.decoder_num_heads
+        if hidden % heads:
+            raise ConfigError(
+                f"task.decoder_hidden_size={hidden} is not divided by task.decoder_num_heads={heads}: {hidden} mod "
+                f"{heads} = {hidden % heads}"
+            )
+        if hidden % 4:
+            raise ConfigError(
+                f"task.decoder_hidden_size={hidden} must be a multiple of 4: the decoder's positions are sine and "
+                f"cosine, down and across"
+            )

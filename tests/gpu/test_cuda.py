@@ -105,7 +105,7 @@ def peak_memory(overrides: list[str]) -> None:
     from megavit.compose import compose
     from megavit.model.block import transformer_config
     from megavit.model.init import initialise
-    from megavit.model.vit import VisionTransformer
+    from megavit.model.vit import Stage, VisionTransformer
     from megavit.parallel.layout import ParallelLayout
     from megavit.parallel.rng import seed_step
 
@@ -116,11 +116,7 @@ def peak_memory(overrides: list[str]) -> None:
         config.model,
         block=block,
         layout=layout,
-        num_layers=4,
-        virtual_stage=0,
-        recompute=config.parallel.recompute,
-        image_size=[8, 8],
-        channels=1,
+        stage=Stage(4, 0, config.parallel.recompute, [8, 8], 1),
         num_classes=10,
     )
     initialise(chunk, config.model, layout, seed=0)

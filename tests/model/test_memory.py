@@ -21,7 +21,7 @@ def saved_bytes(overrides: list[str]) -> int:
     """Bytes of distinct storages that the encoder keeps on this rank after its forward pass, weights left out."""
     from megavit.compose import compose
     from megavit.model.block import transformer_config
-    from megavit.model.vit import VisionTransformer
+    from megavit.model.vit import Stage, VisionTransformer
     from megavit.parallel.layout import ParallelLayout
 
     config = compose(overrides)
@@ -31,11 +31,7 @@ def saved_bytes(overrides: list[str]) -> int:
         config.model,
         block=block,
         layout=layout,
-        num_layers=3,
-        virtual_stage=0,
-        recompute=config.parallel.recompute,
-        image_size=[8, 8],
-        channels=1,
+        stage=Stage(3, 0, config.parallel.recompute, [8, 8], 1),
         num_classes=10,
     ).train()
     with torch.no_grad():

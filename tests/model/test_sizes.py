@@ -39,7 +39,7 @@ def parameters_per_rank(overrides: list[str], tp: int, pp: int) -> list[int]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megavit.model.block import transformer_config
-    from megavit.model.vit import VisionTransformer
+    from megavit.model.vit import Stage, VisionTransformer
     from megavit.parallel.layout import ParallelLayout
     from megavit.parallel.stages import plan_stages, rank_stages
 
@@ -49,18 +49,20 @@ def parameters_per_rank(overrides: list[str], tp: int, pp: int) -> list[int]:
     for pp_rank in range(pp):
         dist.init_process_group("fake", store=FakeStore(), rank=pp_rank * tp, world_size=tp * pp)
         layout = ParallelLayout.create(config.parallel, timeout_s=60)
-        stages = plan_stages(config.parallel, config.encoder_shape(num_classes=1000))
+        stages = plan_stages(config.parallel, config.network_shape(num_classes=1000))
         block = transformer_config(config.model, config.parallel, layout, stages=stages, dtype=torch.bfloat16)
         with torch.device("meta"):
             chunk = VisionTransformer(
                 config.model,
                 block=block,
                 layout=layout,
-                num_layers=rank_stages(stages, config.parallel, pp_rank)[0],
-                virtual_stage=0,
-                recompute=config.parallel.recompute,
-                image_size=config.data.image_size,
-                channels=config.data.channels,
+                stage=Stage(
+                    rank_stages(stages, config.parallel, pp_rank)[0],
+                    0,
+                    config.parallel.recompute,
+                    config.data.image_size,
+                    config.data.channels,
+                ),
                 num_classes=1000,
             )
         split = whole = 0

@@ -15,25 +15,21 @@ def build_chunk(overrides: list[str]):
     """This rank's chunk of the model, in the layout that the overrides ask for."""
     from megavit.model.block import transformer_config
     from megavit.model.init import initialise
-    from megavit.model.vit import VisionTransformer
+    from megavit.model.vit import Stage, VisionTransformer
     from megavit.parallel.layout import ParallelLayout
     from megavit.parallel.rng import seed_step
     from megavit.parallel.stages import plan_stages, rank_stages
 
     config = compose(overrides)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
-    stages = plan_stages(config.parallel, config.encoder_shape(num_classes=10))
+    stages = plan_stages(config.parallel, config.network_shape(num_classes=10))
     block = transformer_config(config.model, config.parallel, layout, stages=stages, dtype=torch.float32)
     (num_layers,) = rank_stages(stages, config.parallel, layout.pp_rank)
     chunk = VisionTransformer(
         config.model,
         block=block,
         layout=layout,
-        num_layers=num_layers,
-        virtual_stage=0,
-        recompute=config.parallel.recompute,
-        image_size=config.data.image_size,
-        channels=config.data.channels,
+        stage=Stage(num_layers, 0, config.parallel.recompute, config.data.image_size, config.data.channels),
         num_classes=10,
     )
     initialise(chunk, config.model, layout, seed=config.run.seed)

@@ -5,10 +5,10 @@ import pytest
 from megavit.errors import ConfigError
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.stages import megatron_layout, plan_stages
-from megavit.plan.flops import EncoderShape
+from megavit.plan.flops import NetworkShape
 from megavit.plan.stages import balance_layers
 
-SHAPE = EncoderShape(hidden=64, ffn=256, layers=8, tokens=17, patches=16, patch_values=4, classes=10)
+SHAPE = NetworkShape(hidden=64, ffn=256, layers=8, tokens=17, patches=16, patch_values=4, classes=10)
 
 
 def slowest(counts, first, last):

@@ -1,6 +1,6 @@
-from megavit.plan.flops import EncoderShape, forward_flops, training_flops
+from megavit.plan.flops import NetworkShape, forward_flops, training_flops
 
-B16 = EncoderShape(hidden=768, ffn=3072, layers=12, tokens=197, patches=196, patch_values=768, classes=1000)
+B16 = NetworkShape(hidden=768, ffn=3072, layers=12, tokens=197, patches=196, patch_values=768, classes=1000)
 
 
 def test_vit_b16_takes_35_gigaflops_forward():
@@ -15,7 +15,7 @@ def test_flops_agree_with_torchs_own_count():
     from megavit.model.plain import PlainViT
 
     config = ModelConfig(hidden_size=32, ffn_size=96, num_heads=4, num_layers=3, patch_size=4)
-    shape = EncoderShape(hidden=32, ffn=96, layers=3, tokens=17, patches=16, patch_values=48, classes=10)
+    shape = NetworkShape(hidden=32, ffn=96, layers=3, tokens=17, patches=16, patch_values=48, classes=10)
     model = PlainViT(config, image_size=[16, 16], channels=3, num_classes=10)
     with FlopCounterMode(display=False) as counter:
         loss = model(torch.randn(2, 3, 16, 16)).sum()

@@ -1,0 +1,68 @@
+"""What a run says of itself before its first step: layout, batch, kernel, where it goes on."""
+
+from collections.abc import Iterator
+
+import torch
+
+from megavit.config import RunConfig
+from megavit.model.config import Attention
+from megavit.model.kernels import sdpa_choice
+from megavit.network import Network
+from megavit.parallel.layout import ParallelLayout
+from megavit.plan.flops import NetworkShape, embedding_flops, head_flops, layer_flops
+from megavit.plan.stages import useful_stages
+
+
+def introduction(config: RunConfig, layout: ParallelLayout, network: Network) -> Iterator[str]:
+    """The lines, in order.
+
+    Args:
+        config: the run's.
+        layout: the speaking rank's place.
+        network: its part of the network.
+    """
+    model = config.model
+    yield f"run {config.run.name} in {config.run.dir}: {layout.describe()}"
+    stages = f", layers per stage {network.stages}" if layout.pp > 1 else ""
+    micro_batch, portions = config.micro_batch(layout.world_size), config.num_microbatches(layout.world_size)
+    yield (
+        f"{config.encoder_tokens} tokens, {model.num_layers} layers of {model.hidden_size}{stages}; "
+        f"{config.train.global_batch} images per step = {portions} micro batches of {micro_batch} × DP {layout.dp}"
+    )
+    decoder = network.shape.decoder
+    if decoder is not None:
+        yield (
+            f"{config.seen_patches} of {config.num_patches} patches are seen; the decoder, {decoder.layers} layers of "
+            f"{decoder.hidden} on {decoder.tokens} tokens, costs as much as "
+            f"{head_flops(network.shape) / layer_flops(network.shape):.1f} encoder layers"
+        )
+    yield from _idle_stages(config, network.shape)
+    yield f"precision {config.train.precision.value}; attention kernel {_kernel(config, layout, network)}"
+
+
+def _idle_stages(config: RunConfig, shape: NetworkShape) -> Iterator[str]:
+    """Say where the last stage, which holds the decoder whole, is what all others wait for."""
+    parallel = config.parallel
+    if shape.decoder is None or parallel.pp == 1 or parallel.stages is not None or parallel.vpp > 1:
+        return
+    layer = layer_flops(shape)
+    costs = {"first_cost": embedding_flops(shape) / layer, "last_cost": head_flops(shape) / layer}
+    useful = useful_stages(shape.layers, parallel.pp, **costs)
+    if useful == parallel.pp:
+        return
+    whole = shape.layers + sum(costs.values())
+    yield (
+        f"parallel.pp={parallel.pp} is no faster than {useful}: the last stage holds the whole decoder, "
+        f"{costs['last_cost']:.1f} of {whole:.1f} encoder layers, and the others wait for it; at most "
+        f"{whole / costs['last_cost']:.1f} times one stage's speed. Give the ranks to data or tensor parallelism"
+    )
+
+
+def _kernel(config: RunConfig, layout: ParallelLayout, network: Network) -> str:
+    model = config.model
+    if model.attention is not Attention.sdpa:
+        return model.attention.value
+    heads, width = model.num_heads // layout.tp, model.hidden_size // model.num_heads
+    dtype = network.block.params_dtype
+    queries = torch.empty(1, heads, config.encoder_tokens, width, dtype=dtype, device=layout.device)
+    return f"sdpa, for which torch takes {sdpa_choice(queries)}"

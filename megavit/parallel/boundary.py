@@ -1,0 +1,41 @@
+"""What crosses from one pipeline stage to the next."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megavit.parallel.layout import ParallelLayout
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a boundary.
+
+    Attributes:
+        shape: whole, before sequence parallelism splits its first dimension; for tokens [tokens, batch, hidden].
+        dtype: of its values.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class BoundarySpec:
+    """The tensors that every stage hands to the next, in order.
+
+    Attributes:
+        tensors: at least one; an interleaved pipeline sends exactly one (Megatron-Core 0.16.1).
+    """
+
+    tensors: tuple[TensorSpec, ...]
+
+    def local_shapes(self, layout: ParallelLayout) -> list[tuple[int, ...]]:
+        """The shapes as one rank sends them."""
+        split = layout.tp if layout.sequence_parallel else 1
+        return [(spec.shape[0] // split, *spec.shape[1:]) for spec in self.tensors]
+
+
+def tokens_boundary(num_tokens: int, micro_batch: int, hidden_size: int, dtype: torch.dtype) -> BoundarySpec:
+    """The boundary of an encoder: its tokens_NBH and nothing else."""
+    return BoundarySpec((TensorSpec((num_tokens, micro_batch, hidden_size), dtype),))

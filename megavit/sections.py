@@ -1,0 +1,93 @@
+"""The two sections of a run's configuration that have no folder: `run` and `train`."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from megavit.checks import require_number
+from megavit.errors import ConfigError
+
+
+class Precision(Enum):
+    """Number formats of weights, gradients and activations.
+
+    `bf16_o2`: weights and activations in bf16; the optimizer's weights and gradients in fp32.
+    """
+
+    fp32 = "fp32"
+    bf16_o2 = "bf16_o2"
+
+
+class GradReduce(Enum):
+    """The format in which gradients are accumulated and reduced over the data-parallel ranks."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Compile(Enum):
+    """What torch.compile gets: nothing, or each encoder layer as one graph without a break."""
+
+    none = "none"
+    layer = "layer"
+
+
+@dataclass
+class RunSection:
+    """Section `run`: the run itself.
+
+    Attributes:
+        name: names the run; its folder derives from it, so that all ranks and every restart agree.
+        dir: the run's folder.
+        seed: of initial weights, data order, augmentation and dropout.
+        ranks: processes that `megavit train` starts; null: one per GPU, without GPUs tp · pp.
+        timeout_s: seconds after which a collective that waits for a lost rank fails.
+    """
+
+    name: str = "run"
+    dir: str = "runs/${run.name}"
+    seed: int = 0
+    ranks: int | None = None
+    timeout_s: float = 600.0
+
+    def check(self, world_size: int) -> None:
+        """Raise ConfigError where this section contradicts itself or the world it runs in."""
+        require_number("run", self, "ranks", at_least=1)
+        # Megatron-Core counts its groups' time-out in whole minutes.
+        require_number("run", self, "timeout_s", at_least=60)
+        require_number("run", self, "seed", at_least=0)
+        if self.ranks is not None and self.ranks != world_size:
+            raise ConfigError(
+                f"run.ranks={self.ranks} would be ignored: another launcher has started {world_size} ranks; leave "
+                f"run.ranks away"
+            )
+        if self.name in ("", ".", "..") or "/" in self.name:
+            raise ConfigError(f"run.name={self.name!r} must be a word without a slash; run.dir takes a path")
+        if not self.dir:
+            raise ConfigError("run.dir is empty; leave it away to take runs/NAME")
+
+
+@dataclass
+class TrainSection:
+    """Section `train`: how long and in what portions.
+
+    Attributes:
+        steps: optimizer steps of the whole run; or null and epochs.
+        epochs: passes over the training data; or null and steps.
+        global_batch: images per step, over all ranks.
+        micro_batch: images that pass the model at once on one rank; null takes all of a rank's at once.
+        precision: number formats.
+        grad_reduce: format of gradient accumulation and reduction; bf16 halves its bytes and loses digits.
+        compile: what torch.compile gets.
+        eval_every: steps between evaluations of the whole validation set; null evaluates at the end alone.
+        stop_at: save and leave after this step, as if signalled (exit code 75).
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    global_batch: int = 64
+    micro_batch: int | None = None
+    precision: Precision = Precision.fp32
+    grad_reduce: GradReduce = GradReduce.fp32
+    compile: Compile = Compile.none
+    eval_every: int | None = None
+    stop_at: int | None = None

@@ -1,0 +1,207 @@
+"""Masked autoencoder: see a few patches, predict the pixels of the others.
+
+Shapes: B images, C channels, P patches, K kept ones, V = C · patch² values of a patch.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megavit.data.config import DataConfig
+from megavit.data.loader import Batch, Needs
+from megavit.data.transforms import Normalize
+from megavit.model.config import ModelConfig
+from megavit.model.embedding import patchify, unpatchify
+from megavit.model.mae import MaskedAutoencoder
+from megavit.model.vit import EncoderStage
+from megavit.parallel.boundary import BoundarySpec, tokens_boundary
+from megavit.parallel.config import ParallelConfig
+from megavit.parallel.layout import ParallelLayout
+from megavit.task.chunks import name_stages
+from megavit.task.config import TaskConfig
+from megavit.task.masking import hidden_mask, random_keep
+
+
+class Mae:
+    """Squared error of the hidden patches' pixels, beside that of the best constant guess.
+
+    The constant guess is the training images' mean at each position, in the target's own space; a ratio of 1 means
+    that nothing but the mean image has been learned.
+
+    Args:
+        config: the task group.
+        model: the model group.
+        data: the data group.
+        layout: this rank's place.
+        seed: `run.seed`, of the masks.
+
+    Source: arXiv 2111.06377, sections 3 and 4.1 (normalised targets).
+    """
+
+    sums: tuple[str, ...] = ("loss", "baseline", "count")
+    panels: tuple[str, ...] = ("original", "masked", "reconstruction", "with visible")
+
+    def __init__(
+        self, config: TaskConfig, *, model: ModelConfig, data: DataConfig, layout: ParallelLayout, seed: int
+    ) -> None:
+        assert config.norm_pix is not None and config.baseline_samples is not None
+        self.norm_pix, self.baseline_samples = config.norm_pix, config.baseline_samples
+        self.model, self.data, self.layout, self.seed = model, data, layout, seed
+        self.decoder = decoder_config(config, model)
+        self.grid = model.patch_grid(data.image_size)
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.num_kept = config.kept_patches(self.num_patches)
+        self.normalize = Normalize(data.mean, data.std).to(layout.device)
+        # The last stage compares with the images.
+        self.needs = Needs(images=layout.holds_first_stage or layout.holds_last_stage, labels=False)
+        self.mean_PV: Tensor | None = None
+
+    def build_chunks(
+        self, block: TransformerConfig, *, parallel: ParallelConfig, stage_layers: list[int]
+    ) -> dict[str, EncoderStage]:
+        """Build this rank's stages of the autoencoder (see `Task`)."""
+        return name_stages(
+            lambda stage: MaskedAutoencoder(
+                self.model, self.decoder, block=block, layout=self.layout, parallel=parallel, stage=stage
+            ),
+            parallel=parallel,
+            data=self.data,
+            stage_layers=stage_layers,
+        )
+
+    def boundary(self, micro_batch: int, block: TransformerConfig) -> BoundarySpec:
+        """The kept patches' tokens cross, and the class tokens'."""
+        tokens = self.num_kept + self.model.class_tokens
+        return tokens_boundary(tokens, micro_batch, self.model.hidden_size, block.pipeline_dtype)
+
+    def prepare(self, batches: Iterator[Batch]) -> None:
+        """Measure the mean target at each position, where the loss is computed."""
+        if not self.layout.holds_last_stage:
+            return
+        values = self.data.channels * self.model.patch_size**2
+        total = torch.zeros(self.num_patches, values, dtype=torch.float64, device=self.layout.device)
+        count = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+        for batch in batches:
+            assert batch.images_BCYX is not None
+            target_BPV = self.target(self.normalize(batch.images_BCYX)).double()
+            total += (target_BPV * batch.counted_B.view(-1, 1, 1)).sum(dim=0)
+            count += batch.counted_B.sum()
+        for part in (total, count):
+            dist.all_reduce(part, group=self.layout.groups.dp)
+        self.mean_PV = (total / count).float()
+
+    def keep(self, batch: Batch) -> Tensor:
+        """The patches keep_BK that the encoder sees."""
+        ids_B, epochs_B, occurrences_B = (
+            column.to(self.layout.device, non_blocking=True) for column in batch.key_columns()
+        )
+        return random_keep(ids_B, epochs_B, occurrences_B, self.num_patches, num_kept=self.num_kept, seed=self.seed)
+
+    def target(self, images_BCYX: Tensor) -> Tensor:
+        """What the decoder is to predict, target_BPV, of normalised images."""
+        target_BPV = patchify(images_BCYX, self.model.patch_size)
+        if not self.norm_pix:
+            return target_BPV
+        mean, deviation = patch_statistics(target_BPV)
+        return (target_BPV - mean) / deviation
+
+    def forward(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+        """Visible patches on the first stage to every patch's pixels on the last."""
+        if batch is None or batch.images_BCYX is None:
+            return model(None, None), _no_loss
+        images_BCYX, keep_BK = self.normalize(batch.images_BCYX), self.keep(batch)
+        return model(images_BCYX, keep_BK), lambda pixels_BPV: self.loss(
+            pixels_BPV, images_BCYX, keep_BK, batch.counted_B
+        )
+
+    def loss(
+        self, pixels_BPV: Tensor, images_BCYX: Tensor, keep_BK: Tensor, counted_B: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error over the hidden patches, and sums `loss`, `baseline` (the mean image's) and `count`."""
+        target_BPV = self.target(images_BCYX)
+        hidden_BP = hidden_mask(keep_BK, self.num_patches)
+        losses_B = _hidden_error(pixels_BPV, target_BPV, hidden_BP)
+        assert self.mean_PV is not None, "prepare comes first"
+        with torch.no_grad():
+            sums = {
+                "loss": (losses_B * counted_B).sum(),
+                "baseline": (_hidden_error(self.mean_PV, target_BPV, hidden_BP) * counted_B).sum(),
+                "count": counted_B.sum().float(),
+            }
+        return losses_B.mean(), sums
+
+    def metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        """Mean `loss`, and `loss_ratio` to the mean image's on the same patches."""
+        return {"loss": totals["loss"] / totals["count"], "loss_ratio": totals["loss"] / totals["baseline"]}
+
+    def summary(self, validation: dict[str, float]) -> str:
+        """The ratio to the mean image."""
+        return f"validation loss {validation['loss_ratio']:.3f} of the mean image's"
+
+    def paint(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+        """Forward, and the pictures of each image for `panels`."""
+        output, loss = self.forward(batch, model)
+        if loss is _no_loss:
+            return output, loss
+        assert batch is not None and batch.images_BCYX is not None
+        images_BCYX, keep_BK = batch.images_BCYX, self.keep(batch)
+        return output, lambda pixels_BPV: (
+            pixels_BPV.mean(),
+            {"panels": self.pictures(pixels_BPV, images_BCYX, keep_BK)},
+        )
+
+    def pictures(self, pixels_BPV: Tensor, images_BCYX: Tensor, keep_BK: Tensor) -> Tensor:
+        """What a person looks at: uint8 [image, panel, channel, row, column], panels as named in `panels`.
+
+        Args:
+            pixels_BPV: the decoder's output. With normalised targets it knows a patch's contrast and brightness only
+                relative to the patch's own, which are put back from the original.
+            images_BCYX: the originals, uint8.
+            keep_BK: what the encoder saw.
+        """
+        normalized_BCYX = self.normalize(images_BCYX)
+        if self.norm_pix:
+            mean, deviation = patch_statistics(patchify(normalized_BCYX, self.model.patch_size))
+            pixels_BPV = pixels_BPV * deviation + mean
+        guessed = unpatchify(pixels_BPV, self.grid, self.model.patch_size)
+        guessed = (self.normalize.undo(guessed).clamp(0, 1) * 255).round().to(torch.uint8)
+        hidden_BP1 = hidden_mask(keep_BK, self.num_patches).unsqueeze(2).expand(-1, -1, pixels_BPV.shape[2])
+        hidden = unpatchify(hidden_BP1, self.grid, self.model.patch_size)
+        grey = torch.full_like(images_BCYX, 127)
+        panels = [images_BCYX, grey.where(hidden, images_BCYX), guessed, guessed.where(hidden, images_BCYX)]
+        return torch.stack(panels, dim=1)
+
+
+def decoder_config(config: TaskConfig, model: ModelConfig) -> ModelConfig:
+    """The decoder as a model group: its own sizes, the encoder's patches, class tokens and kernels."""
+    assert config.decoder_hidden_size is not None and config.decoder_ffn_size is not None
+    assert config.decoder_num_heads is not None and config.decoder_num_layers is not None
+    return replace(
+        model,
+        hidden_size=config.decoder_hidden_size,
+        ffn_size=config.decoder_ffn_size,
+        num_heads=config.decoder_num_heads,
+        num_layers=config.decoder_num_layers,
+        drop_path=0.0,
+        layer_scale=None,
+    )
+
+
+def patch_statistics(patches_BPV: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each patch's values (unbiased variance + 1e-6), [images, patches, 1]."""
+    mean = patches_BPV.mean(dim=2, keepdim=True)
+    return mean, (patches_BPV.var(dim=2, keepdim=True) + 1e-6).sqrt()
+
+
+def _hidden_error(guess: Tensor, target_BPV: Tensor, hidden_BP: Tensor) -> Tensor:
+    """Each image's mean squared error over its hidden patches, errors_B."""
+    errors_BP = (guess - target_BPV).square().mean(dim=2)
+    return (errors_BP * hidden_BP).sum(dim=1) / hidden_BP.sum(dim=1)
+
+
+def _no_loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    raise AssertionError("only the last stage computes the loss")

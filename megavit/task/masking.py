@@ -1,0 +1,45 @@
+"""Which patches a masked autoencoder hides.
+
+Shapes: B images, P patches, K kept ones.
+"""
+
+import torch
+from torch import Tensor
+
+from megavit.parallel.rng import hash_int64
+
+# Sets these draws apart from the augmentation's, which are made for the same samples.
+_MASK = 1000
+
+
+def random_keep(
+    sample_ids_B: Tensor, epochs_B: Tensor, occurrences_B: Tensor, num_patches: int, *, num_kept: int, seed: int
+) -> Tensor:
+    """Choose, per image, the patches the encoder sees.
+
+    A pure function of its arguments, on whatever device they are: every rank agrees without communication, recompute
+    cannot redraw, resume is exact. Each patch draws 64 bits; the lowest are kept, equal draws in the patches' order.
+
+    Args:
+        sample_ids_B: int64, the samples' positions in the dataset.
+        epochs_B: int64, each sample's epoch (a batch may straddle two).
+        occurrences_B: int64, which view of the sample within its epoch.
+        num_patches: patches per image, class tokens excluded.
+        num_kept: K, how many of them the encoder sees.
+        seed: `run.seed`.
+
+    Returns:
+        keep_BK: int64 indices of the kept patches, ascending.
+
+    Source: arXiv 2111.06377, section 3.
+    """
+    keys = (part.unsqueeze(1) for part in (epochs_B, sample_ids_B, occurrences_B))
+    patches = torch.arange(num_patches, device=sample_ids_B.device)
+    draws_BP = hash_int64(seed, *keys, _MASK, patches)
+    return draws_BP.argsort(dim=1, stable=True)[:, :num_kept].sort(dim=1).values
+
+
+def hidden_mask(keep_BK: Tensor, num_patches: int) -> Tensor:
+    """The other side of `random_keep`: hidden_BP, bool, True where a patch is hidden and so is scored."""
+    everything = torch.ones(keep_BK.shape[0], num_patches, dtype=torch.bool, device=keep_BK.device)
+    return everything.scatter(1, keep_BK, False)

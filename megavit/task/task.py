@@ -1,0 +1,92 @@
+"""What every task offers to the training loop."""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megavit.data.config import DataConfig
+from megavit.data.loader import Batch, Needs
+from megavit.model.config import ModelConfig
+from megavit.model.vit import EncoderStage
+from megavit.parallel.boundary import BoundarySpec
+from megavit.parallel.config import ParallelConfig
+from megavit.parallel.layout import ParallelLayout
+from megavit.task.classify import Classify
+from megavit.task.config import TaskConfig, TaskName
+from megavit.task.mae import Mae
+
+# A micro batch's output to its mean loss, for the gradient, and sums over its counted images, for the metrics.
+LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Task(Protocol):
+    """A network's parts, what it is given, and how its output is judged.
+
+    Attributes:
+        needs: what this rank's stage reads of a batch.
+        sums: what the loss function adds up; `count`, the counted images, is among them.
+        baseline_samples: training images that `prepare` is to be shown; 0 for none.
+        panels: titles of the pictures that `paint` makes of an image; empty where there is nothing to see.
+    """
+
+    needs: Needs
+    sums: tuple[str, ...]
+    baseline_samples: int
+    panels: tuple[str, ...]
+
+    def build_chunks(
+        self, block: TransformerConfig, *, parallel: ParallelConfig, stage_layers: list[int]
+    ) -> dict[str, EncoderStage]:
+        """Build this rank's stages of the network by name, on the CPU, their weights not drawn yet.
+
+        Args:
+            block: Megatron-Core's configuration of the encoder.
+            parallel: the parallel group.
+            stage_layers: encoder layers of each of this rank's stages.
+        """
+        ...
+
+    def boundary(self, micro_batch: int, block: TransformerConfig) -> BoundarySpec:
+        """What crosses from stage to stage for a micro batch of so many images."""
+        ...
+
+    def prepare(self, batches: Iterator[Batch]) -> None:
+        """Look at some training images, not augmented, before training; every rank calls this."""
+        ...
+
+    def forward(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+        """Run one stage on a micro batch; the batch is None on stages that neither embed nor judge."""
+        ...
+
+    def metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        """What is reported of the sums over all ranks."""
+        ...
+
+    def summary(self, validation: dict[str, float]) -> str:
+        """The result in a few words."""
+        ...
+
+    def paint(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+        """Like `forward`, but the sums are one entry: `panels`, uint8 pictures [image, panel, channel, row, column]."""
+        ...
+
+
+def open_task(
+    config: TaskConfig, *, model: ModelConfig, data: DataConfig, num_classes: int, layout: ParallelLayout, seed: int
+) -> Task:
+    """The task that the configuration names.
+
+    Args:
+        config: the task group.
+        model: the model group.
+        data: the data group.
+        num_classes: of the data; a masked autoencoder does not look at labels.
+        layout: this rank's place.
+        seed: `run.seed`, of the masks.
+    """
+    if config.name is TaskName.mae:
+        return Mae(config, model=model, data=data, layout=layout, seed=seed)
+    return Classify(config, model=model, data=data, num_classes=num_classes, layout=layout)
