@@ -10,7 +10,7 @@ from megavit.checks import require_number, shown
 from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
 from megavit.metrics.config import MetricsConfig
-from megavit.model.config import Attention, Linears, ModelConfig
+from megavit.model.config import Attention, Linears, ModelConfig, Pool
 from megavit.optim.config import OptimConfig, Optimizer
 from megavit.parallel.config import ParallelConfig, Recompute
 from megavit.parallel.stages import plan_stages
@@ -198,8 +198,13 @@ class RunConfig:
 
     def _check_task(self) -> None:
         if self.task.name is not TaskName.mae:
+            if self.metrics.pictures_every is not None:
+                raise ConfigError(
+                    f"metrics.pictures_every={self.metrics.pictures_every} would be ignored by task.name="
+                    f"{self.task.name.value}, which has nothing to paint; set it to null"
+                )
             return
-        used = ModelConfig()
+        used = ModelConfig(pool=Pool.cls if self.model.class_tokens else Pool.mean)
         for key in ("pool", "head", "head_bias"):
             if getattr(self.model, key) != getattr(used, key):
                 raise ConfigError(

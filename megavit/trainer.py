@@ -22,13 +22,15 @@ from megavit.metrics.throughput import Throughput, peak_memory_bytes
 from megavit.network import build_network
 from megavit.optim.config import Decay
 from megavit.optim.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
-from megavit.parallel.agree import from_rank_zero
+from megavit.parallel.agree import broadcast_from, from_rank_zero
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
-from megavit.parallel.schedule import ForwardStep, run_microbatches, sum_over_world
+from megavit.parallel.schedule import ForwardStep, add_microbatches, run_microbatches, sum_over_world
 from megavit.plan.flops import training_flops
 from megavit.restore import Origin, find_origin
 from megavit.sections import GradReduce
+
+_IMAGES_PAINTED = 8
 
 
 class Trainer:
@@ -136,21 +138,22 @@ class Trainer:
             for chunk in self.model:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            sums = self._run_microbatches(self.task.forward, batches, self.num_microbatches, forward_only=False)
+            outputs = self._run_microbatches(self.task.forward, batches, self.num_microbatches, forward_only=False)
             _, grad_norm, _ = self.optimizer.step()
             self.step += 1
             self.consumed_samples += train.global_batch
             self.throughput.count(train.global_batch)
             _stop_if_not_finite(grad_norm, self.step)
+            sums = add_microbatches(outputs)
             window = {name: window[name] + value if window else value for name, value in sums.items()}
             if self.step % self.config.metrics.every == 0 or self.step == last:
                 self._report(reporter, window, grad_norm)
                 window = {}
-            self._evaluate_and_save_if_due(reporter, is_last=self.step == last)
+            self._evaluate_paint_save(reporter, is_last=self.step == last)
 
     def _run_microbatches(
         self, forward_step: ForwardStep, batches: Any, count: int, *, forward_only: bool
-    ) -> dict[str, Tensor]:
+    ) -> list[dict[str, Tensor]]:
         return run_microbatches(
             forward_step,
             self.model,
@@ -178,12 +181,14 @@ class Trainer:
             },
         )
 
-    def _evaluate_and_save_if_due(self, reporter: Reporter, *, is_last: bool) -> None:
+    def _evaluate_paint_save(self, reporter: Reporter, *, is_last: bool) -> None:
         finished = self.step == self.num_steps
         every, eval_every = self.config.checkpoint.every, self.config.train.eval_every
         evaluates = finished or (eval_every is not None and self.step % eval_every == 0)
         saves = is_last or (every is not None and self.step % every == 0)
-        if not (evaluates or saves):
+        pictures_every = self.config.metrics.pictures_every
+        paints = pictures_every is not None and (finished or self.step % pictures_every == 0)
+        if not (evaluates or saves or paints):
             return
         self.throughput.pause()
         if self.config.parallel.overlap_param_gather:
@@ -193,6 +198,8 @@ class Trainer:
         if evaluates:
             self.last_validation = self.evaluate()
             reporter.record(self.step, "val", {"consumed_samples": self.consumed_samples, **self.last_validation})
+        if paints:
+            reporter.show(self.step, "val", self.paint(), titles=self.task.panels)
         if saves:
             state = TrainingState(self.step, self.consumed_samples, self.last_validation)
             self.store.save(self.chunks, self.optimizer, state, run_yaml=to_yaml(self.config))
@@ -203,16 +210,29 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """The task's metrics over the whole validation set, each image once, in any layout."""
         loader = self.val_loader
+        outputs = self._run_on_validation(self.task.forward, loader.num_evaluation_batches)
+        totals = sum_over_world(add_microbatches(outputs), self.task.sums, self.layout)
+        return {**self.task.metrics(totals), "count": totals["count"]}
+
+    def _run_on_validation(self, forward_step: ForwardStep, count: int) -> list[dict[str, Tensor]]:
         for chunk in self.model:
             chunk.eval()
         with torch.no_grad():
-            sums = self._run_microbatches(
-                self.task.forward, loader.evaluation_batches(), loader.num_evaluation_batches, forward_only=True
+            outputs = self._run_microbatches(
+                forward_step, self.val_loader.evaluation_batches(), count, forward_only=True
             )
         for chunk in self.model:
             chunk.train()
-        totals = sum_over_world(sums, self.task.sums, self.layout)
-        return {**self.task.metrics(totals), "count": totals["count"]}
+        return outputs
+
+    def paint(self) -> Tensor:
+        """The task's panels of the first validation images, uint8 [image, panel, channel, row, column], on rank 0."""
+        # An interleaved pipeline takes micro batches in multiples of its ranks.
+        outputs = self._run_on_validation(self.task.paint, self.layout.pp if self.layout.vpp > 1 else 1)
+        count = min(_IMAGES_PAINTED, self.micro_batch, len(self.val_loader.source))
+        shape = (count, len(self.task.panels), self.config.data.channels, *self.config.data.image_size)
+        panels = outputs[0]["panels"][:count] if outputs else torch.empty(shape, dtype=torch.uint8)
+        return broadcast_from(self.layout.last_stage_rank, panels)
 
     def _restore(self) -> Origin | None:
         """Go on from a checkpoint, in this order: find it, once for all ranks; weights and optimizer; position;

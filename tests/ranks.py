@@ -33,7 +33,7 @@ def train(overrides: list[str], *, evaluates: bool = False) -> dict:
         "losses": [row["loss"] for row in training],
         "grad_norms": [row["grad_norm"] for row in training],
         "validation": [row for row in rows if row["split"] == "val"],
-        "weights": {name: weight.clone() for name, weight in to_plain(whole, dims_of(config.model)).items()},
+        "weights": {name: weight.clone() for name, weight in to_plain(whole, dims_of(config)).items()},
     }
 
 
@@ -42,7 +42,7 @@ def train_and_evaluate(overrides: list[str]) -> dict:
 
 
 def no_evaluation() -> dict[str, float]:
-    return {"loss": 0.0, "top1": 0.0, "count": 0.0}
+    return {"loss": 0.0, "top1": 0.0, "loss_ratio": 0.0, "count": 0.0}
 
 
 def resume(*runs: list[str]) -> dict:

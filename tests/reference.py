@@ -10,10 +10,12 @@ from megavit.checkpoint.names import Dims, to_plain
 from megavit.compose import compose
 from megavit.config import RunConfig
 from megavit.data.digits import Digits
-from megavit.data.order import SampleOrder
-from megavit.model.config import ModelConfig
+from megavit.data.order import SampleKey, SampleOrder
 from megavit.model.plain import PlainViT
+from megavit.model.plain_mae import PlainMae
 from megavit.optim.config import Decay, Optimizer
+from megavit.task.config import TaskName
+from megavit.task.masking import random_keep
 
 # A model small enough for a test and odd enough to show a mistake; ten steps on real digits without augmentation.
 SMALL = [
@@ -41,30 +43,34 @@ class Result:
     weights: dict[str, torch.Tensor]
 
 
-def dims_of(config: ModelConfig) -> Dims:
-    return Dims(config.num_heads, config.patch_size)
+def dims_of(config: RunConfig) -> Dims:
+    return Dims(config.model.num_heads, config.model.patch_size, config.task.decoder_num_heads or 0)
 
 
-def plain_model(config: RunConfig) -> PlainViT:
-    """The plain ViT with the weights that megavit starts from."""
+def plain_model(config: RunConfig) -> PlainViT | PlainMae:
+    """The plain model with the weights that megavit starts from."""
     from megavit.model.init import initial_weight
 
-    model = PlainViT(config.model, image_size=config.data.image_size, channels=config.data.channels, num_classes=10)
-    model.load_state_dict(to_plain(initial_weights(model, config, initial_weight), dims_of(config.model)))
+    shape = {"image_size": config.data.image_size, "channels": config.data.channels}
+    if config.task.name is TaskName.mae:
+        model = PlainMae(config.model, config.task.decoder(config.model), **shape)
+    else:
+        model = PlainViT(config.model, **shape, num_classes=10)
+    model.load_state_dict(to_plain(initial_weights(model, config, initial_weight), dims_of(config)))
     return model
 
 
-def initial_weights(model: PlainViT, config: RunConfig, initial_weight) -> dict[str, torch.Tensor]:
+def initial_weights(model: torch.nn.Module, config: RunConfig, initial_weight) -> dict[str, torch.Tensor]:
     from megavit.checkpoint.names import from_plain
 
-    ours = from_plain(model.state_dict(), dims_of(config.model))
+    ours = from_plain(model.state_dict(), dims_of(config))
     return {
         name: initial_weight(name, weight.shape, config.model, seed=config.run.seed) for name, weight in ours.items()
     }
 
 
 def decays(name: str, weight: torch.Tensor) -> bool:
-    return weight.ndim > 1 and name not in ("cls_token", "pos_embed")
+    return weight.ndim > 1 and name not in ("cls_token", "pos_embed", "mask_token")
 
 
 def learning_rate(config: RunConfig, step: int, steps: int) -> float:
@@ -81,7 +87,7 @@ def learning_rate(config: RunConfig, step: int, steps: int) -> float:
     return config.optim.min_lr + (peak - config.optim.min_lr) * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
-def make_optimizer(model: PlainViT, config: RunConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     named = list(model.named_parameters())
     groups = [
         {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.optim.weight_decay},
@@ -90,6 +96,23 @@ def make_optimizer(model: PlainViT, config: RunConfig) -> torch.optim.Optimizer:
     if config.optim.name is Optimizer.sgd:
         return torch.optim.SGD(groups, lr=1.0, momentum=config.optim.momentum)
     return torch.optim.AdamW(groups, lr=1.0, betas=tuple(config.optim.betas), eps=config.optim.eps)
+
+
+def masks_of(keys: list[SampleKey], config: RunConfig) -> torch.Tensor:
+    ids, epochs = torch.tensor([key.sample_id for key in keys]), torch.tensor([key.epoch for key in keys])
+    kept = config.task.kept_patches(config.num_patches)
+    return random_keep(ids, epochs, torch.zeros_like(ids), config.num_patches, num_kept=kept, seed=config.run.seed)
+
+
+def mae_loss(model: PlainMae, images: torch.Tensor, keep: torch.Tensor, *, norm_pix: bool) -> torch.Tensor:
+    """As in the paper, written anew: mean squared error of the hidden patches, their values row, column, channel."""
+    p = model.patch_size
+    target = F.unfold(images, p, stride=p).unflatten(1, (-1, p * p)).permute(0, 3, 2, 1).flatten(2)
+    if norm_pix:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    error = (model(images, keep) - target).square().mean(-1)
+    hidden = [[patch for patch in range(error.shape[1]) if patch not in set(row)] for row in keep.tolist()]
+    return error.gather(1, torch.tensor(hidden)).mean()
 
 
 def train_plain(overrides: list[str]) -> Result:
@@ -106,8 +129,12 @@ def train_plain(overrides: list[str]) -> Result:
         ids = [order.at(step * size + i).sample_id for i in range(size)]
         images = torch.stack([source.image(i) for i in ids]).float() / 255
         images = (images - config.data.mean[0]) / config.data.std[0]
-        labels = torch.tensor([source.label(i) for i in ids])
-        loss = F.cross_entropy(model(images), labels, label_smoothing=config.task.label_smoothing)
+        if config.task.name is TaskName.mae:
+            keys = [order.at(step * size + i) for i in range(size)]
+            loss = mae_loss(model, images, masks_of(keys, config), norm_pix=config.task.norm_pix)
+        else:
+            labels = torch.tensor([source.label(i) for i in ids])
+            loss = F.cross_entropy(model(images), labels, label_smoothing=config.task.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)

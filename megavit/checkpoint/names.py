@@ -1,21 +1,22 @@
-"""megavit's weight names and the plain model's (timm's), as one two-sided table.
+"""megavit's weight names and the plain models' (timm's, and published MAE checkpoints'), as one two-sided table.
 
 Shapes: H hidden, A heads, D head width, C channels, p patch side, V = C·p², K class tokens, N tokens.
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Dims:
-    """What the transforms need to know of a model."""
+    """What the transforms need to know of a model; of the decoder, if it has one, too."""
 
     num_heads: int
     patch_size: int
+    decoder_heads: int = 0
 
 
 def _same(weight: Tensor, dims: Dims) -> Tensor:
@@ -46,6 +47,25 @@ def _parts_to_heads(weight: Tensor, dims: Dims) -> Tensor:
     return rows.transpose(0, 1).flatten(0, 2)
 
 
+def _decoder_heads_to_parts(weight: Tensor, dims: Dims) -> Tensor:
+    return _heads_to_parts(weight, replace(dims, num_heads=dims.decoder_heads))
+
+
+def _decoder_parts_to_heads(weight: Tensor, dims: Dims) -> Tensor:
+    return _parts_to_heads(weight, replace(dims, num_heads=dims.decoder_heads))
+
+
+def _channels_last(weight: Tensor, dims: Dims) -> Tensor:
+    """Rows of a patch's values from channel, row, column to row, column, channel."""
+    p = dims.patch_size
+    return weight.unflatten(0, (-1, p, p)).movedim(0, 2).flatten(0, 2)
+
+
+def _channels_first(weight: Tensor, dims: Dims) -> Tensor:
+    p = dims.patch_size
+    return weight.unflatten(0, (p, p, -1)).movedim(2, 0).flatten(0, 2)
+
+
 Transform = Callable[[Tensor, Dims], Tensor]
 
 
@@ -59,28 +79,32 @@ class Row:
     from_plain: Transform = _same
 
 
+def _layers(ours: str, plain: str, from_heads: Transform, to_heads: Transform) -> list[Row]:
+    """The rows of a block of layers."""
+    same = (
+        ("norm1", "norm1"),
+        ("norm2", "norm2"),
+        ("attn.q_layernorm", "attn.q_norm"),
+        ("attn.k_layernorm", "attn.k_norm"),
+        ("attn.proj", "attn.proj"),
+        ("mlp.fc1", "mlp.fc1"),
+        ("mlp.fc2", "mlp.fc2"),
+    )
+    rows = []
+    for leaf in ("weight", "bias"):
+        rows += [Row(f"{ours}.layers.#.{one}.{leaf}", f"{plain}.#.{other}.{leaf}") for one, other in same]
+        rows.append(Row(f"{ours}.layers.#.attn.qkv.{leaf}", f"{plain}.#.attn.qkv.{leaf}", from_heads, to_heads))
+    return rows
+
+
 TABLE = (
     Row("embed.proj.weight", "patch_embed.proj.weight", _flat_to_patch, _patch_to_flat),
     Row("embed.proj.bias", "patch_embed.proj.bias"),
     Row("embed.cls_token", "cls_token", _swap_first_two, _swap_first_two),
     Row("embed.pos_embed", "pos_embed", _swap_first_two, _swap_first_two),
-    *(
-        Row(f"blocks.layers.#.{ours}.{leaf}", f"blocks.#.{plain}.{leaf}")
-        for leaf in ("weight", "bias")
-        for ours, plain in (
-            ("norm1", "norm1"),
-            ("norm2", "norm2"),
-            ("attn.q_layernorm", "attn.q_norm"),
-            ("attn.k_layernorm", "attn.k_norm"),
-            ("attn.proj", "attn.proj"),
-            ("mlp.fc1", "mlp.fc1"),
-            ("mlp.fc2", "mlp.fc2"),
-        )
-    ),
-    *(
-        Row(f"blocks.layers.#.attn.qkv.{leaf}", f"blocks.#.attn.qkv.{leaf}", _heads_to_parts, _parts_to_heads)
-        for leaf in ("weight", "bias")
-    ),
+    *_layers("blocks", "blocks", _heads_to_parts, _parts_to_heads),
+    *_layers("mae_decoder.blocks", "decoder_blocks", _decoder_heads_to_parts, _decoder_parts_to_heads),
+    Row("mae_decoder.mask_token", "mask_token"),
     Row("blocks.layers.#.residual1.gamma", "blocks.#.ls1.gamma"),
     Row("blocks.layers.#.residual2.gamma", "blocks.#.ls2.gamma"),
     *(
@@ -91,7 +115,13 @@ TABLE = (
             ("head.fc_norm", "fc_norm"),
             ("head.pre", "pre_logits.0"),
             ("head.out", "head"),
+            ("mae_decoder.embed", "decoder_embed"),
+            ("mae_decoder.blocks.final_layernorm", "decoder_norm"),
         )
+    ),
+    *(
+        Row(f"mae_decoder.pred.{leaf}", f"decoder_pred.{leaf}", _channels_last, _channels_first)
+        for leaf in ("weight", "bias")
     ),
 )
 
@@ -121,7 +151,7 @@ def from_plain(weights: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
 
 
 def _find(table: dict[str, Row], name: str) -> tuple[Row, str]:
-    number = re.search(r"\.(\d+)\.(?=\w)", name) if name.startswith("blocks.") else None
+    number = re.search(r"blocks\.(?:layers\.)?(\d+)\.", name)
     layer = number.group(1) if number else ""
     pattern = name.replace(f".{layer}.", ".#.", 1) if number else name
     return table[pattern], layer

@@ -3,9 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
+from torch import Tensor
+
+# What is drawn beside the loss: the first that a run reports.
+_RESULTS = {"top1": "top-1 accuracy", "loss_ratio": "loss / loss of the mean image"}
+
 
 def draw_curves(metrics_file: Path, picture: Path) -> None:
-    """Draw loss and validation accuracy over the steps from `metrics.jsonl` into a PNG.
+    """Draw the loss and the task's own result over the steps from `metrics.jsonl` into a PNG.
 
     Args:
         metrics_file: the run's `metrics.jsonl`.
@@ -20,20 +26,56 @@ def draw_curves(metrics_file: Path, picture: Path) -> None:
         for split in ("train", "val")
     }
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
+    loss, result = figure.subplots(1, 2)
+    title = ""
     for split, colour, style in (("train", "#4477aa", "-"), ("val", "#cc6677", "o-")):
         points = [curves[split][step] for step in sorted(curves[split])]
         if not points:
             continue
         steps = [row["step"] for row in points]
         loss.plot(steps, [row["loss"] for row in points], style, color=colour, markersize=4, label=split)
-        if "top1" in points[0]:
-            label = split if split == "train" else f"val, last {points[-1]['top1']:.4f}"
-            accuracy.plot(steps, [row["top1"] for row in points], style, color=colour, markersize=4, label=label)
-    for axes, title in ((loss, "loss"), (accuracy, "top-1 accuracy")):
-        axes.set(title=title, xlabel="step")
+        name = next((name for name in _RESULTS if name in points[0]), None)
+        if name is not None:
+            title = _RESULTS[name]
+            label = split if split == "train" else f"val, last {points[-1][name]:.4f}"
+            result.plot(steps, [row[name] for row in points], style, color=colour, markersize=4, label=label)
+    for axes, name in ((loss, "loss"), (result, title)):
+        axes.set(title=name, xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend()
     loss.set_yscale("log")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)
+
+
+def draw_panels(panels: Tensor, *, titles: tuple[str, ...], path: Path) -> np.ndarray:
+    """Draw a row per image and a titled column per panel into a PNG.
+
+    Args:
+        panels: uint8 [image, panel, channel, row, column]; images of other than 3 channels show their first, in grey.
+        titles: of the columns.
+        path: where to write.
+
+    Returns:
+        The picture, uint8 [row, column, RGB].
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, columns, channels, height, width = panels.shape
+    figure = Figure(figsize=(1.7 * columns, 1.7 * rows * height / width + 0.35), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    images = panels.permute(0, 1, 3, 4, 2).cpu().numpy()
+    for row, axes_of_row in enumerate(grid):
+        for column, axes in enumerate(axes_of_row):
+            image = images[row, column]
+            axes.imshow(image if channels == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
+            axes.set_axis_off()
+            if row == 0:
+                axes.set_title(titles[column], fontsize=10)
+    canvas.draw()
+    picture = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return picture

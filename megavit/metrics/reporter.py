@@ -8,8 +8,10 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from megavit.metrics.config import MetricsConfig
+from megavit.metrics.pictures import draw_panels
 
 _SHOWN = {
     "loss": "loss {:.4f}",
@@ -108,3 +110,20 @@ class Reporter:
             self._log.write(f"step {step}  {shown}\n")
         else:
             self.say(f"step {step}  {'validation  ' if split == 'val' else ''}{shown}")
+
+    def show(self, step: int, split: str, panels: Tensor, *, titles: tuple[str, ...]) -> None:
+        """Write a picture into `pictures/` and TensorBoard.
+
+        Args:
+            step: optimizer steps done.
+            split: `train` or `val`.
+            panels: uint8 [image, panel, channel, row, column].
+            titles: of the panels.
+        """
+        if not self._speaks:
+            return
+        path = self._run_dir / "pictures" / f"{split}_{step:08d}.png"
+        picture = draw_panels(panels, titles=titles, path=path)
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(f"{split}/pictures", picture, step, dataformats="HWC")
+        self.say(f"step {step}  picture {path}")

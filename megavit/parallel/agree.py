@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megavit.errors import ConfigError
 
@@ -32,3 +33,15 @@ def from_rank_zero(look: Callable[[], T]) -> T:
     if answer[1] is not None:
         raise ConfigError(answer[1])
     return answer[0]
+
+
+def broadcast_from(rank: int, tensor: Tensor) -> Tensor:
+    """Give one rank's tensor to every rank, on the CPU; every rank calls this.
+
+    Args:
+        rank: global rank whose tensor it is.
+        tensor: there the tensor, elsewhere one of the same shape and type.
+    """
+    shared = tensor.cpu().contiguous()
+    dist.broadcast(shared, src=rank)
+    return shared

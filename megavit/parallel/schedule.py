@@ -24,7 +24,7 @@ def run_microbatches(
     boundary: BoundarySpec,
     layout: ParallelLayout,
     forward_only: bool,
-) -> dict[str, Tensor]:
+) -> list[dict[str, Tensor]]:
     """Run one step's micro batches, 1F1B over the stages, gradients reduced over the data-parallel ranks at its end.
 
     Args:
@@ -38,7 +38,7 @@ def run_microbatches(
         forward_only: without gradients.
 
     Returns:
-        The metric sums of this rank's micro batches, added up; empty except on the last stage.
+        What the loss function gave beside the loss, per micro batch; empty except on the last stage.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -55,7 +55,7 @@ def run_microbatches(
         described = {"adjust_tensor_shapes_fn": lambda received, sent: (shapes, shapes)}
     else:
         assert len(boundary.tensors) == 1, "an interleaved pipeline sends one tensor (Megatron-Core 0.16.1)"
-    outputs: list[dict[str, Tensor]] = get_forward_backward_func()(
+    return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=feeds,
         model=chunks if len(chunks) > 1 else chunks[0],
@@ -65,8 +65,6 @@ def run_microbatches(
         forward_only=forward_only,
         **described,
     )
-    names = outputs[0] if outputs else {}
-    return {name: torch.stack([output[name] for output in outputs]).sum() for name in names}
 
 
 def _reads(chunk: torch.nn.Module) -> bool:
@@ -76,11 +74,17 @@ def _reads(chunk: torch.nn.Module) -> bool:
     return stage.pre_process or stage.post_process
 
 
+def add_microbatches(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Add up the metric sums of this rank's micro batches; empty where there are none."""
+    names = outputs[0] if outputs else {}
+    return {name: torch.stack([output[name] for output in outputs]).sum() for name in names}
+
+
 def sum_over_world(sums: dict[str, Tensor], names: tuple[str, ...], layout: ParallelLayout) -> dict[str, float]:
     """Add the metric sums of every data-parallel rank, counting each image once, for every rank to see.
 
     Args:
-        sums: from `run_microbatches`; only the last stage has any.
+        sums: from `add_microbatches`; only the last stage has any.
         names: what to add up, the same on every rank.
         layout: this rank's place.
     """

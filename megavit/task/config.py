@@ -1,10 +1,11 @@
 """What is learned."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from megavit.checks import require_number
 from megavit.errors import ConfigError
+from megavit.model.config import ModelConfig
 
 
 class TaskName(Enum):
@@ -68,6 +69,20 @@ class TaskConfig:
                 f"{1 - 1 / num_patches:.4g}"
             )
         return kept
+
+    def decoder(self, model: ModelConfig) -> ModelConfig:
+        """The decoder as a model group: its own sizes, the encoder's patches, class tokens and kernels."""
+        assert self.decoder_hidden_size is not None and self.decoder_ffn_size is not None
+        assert self.decoder_num_heads is not None and self.decoder_num_layers is not None
+        return replace(
+            model,
+            hidden_size=self.decoder_hidden_size,
+            ffn_size=self.decoder_ffn_size,
+            num_heads=self.decoder_num_heads,
+            num_layers=self.decoder_num_layers,
+            drop_path=0.0,
+            layer_scale=None,
+        )
 
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""

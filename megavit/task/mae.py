@@ -4,7 +4,6 @@ Shapes: B images, C channels, P patches, K kept ones, V = C · patch² values of
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -51,7 +50,7 @@ class Mae:
         assert config.norm_pix is not None and config.baseline_samples is not None
         self.norm_pix, self.baseline_samples = config.norm_pix, config.baseline_samples
         self.model, self.data, self.layout, self.seed = model, data, layout, seed
-        self.decoder = decoder_config(config, model)
+        self.decoder = config.decoder(model)
         self.grid = model.patch_grid(data.image_size)
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_kept = config.kept_patches(self.num_patches)
@@ -174,21 +173,6 @@ class Mae:
         grey = torch.full_like(images_BCYX, 127)
         panels = [images_BCYX, grey.where(hidden, images_BCYX), guessed, guessed.where(hidden, images_BCYX)]
         return torch.stack(panels, dim=1)
-
-
-def decoder_config(config: TaskConfig, model: ModelConfig) -> ModelConfig:
-    """The decoder as a model group: its own sizes, the encoder's patches, class tokens and kernels."""
-    assert config.decoder_hidden_size is not None and config.decoder_ffn_size is not None
-    assert config.decoder_num_heads is not None and config.decoder_num_layers is not None
-    return replace(
-        model,
-        hidden_size=config.decoder_hidden_size,
-        ffn_size=config.decoder_ffn_size,
-        num_heads=config.decoder_num_heads,
-        num_layers=config.decoder_num_layers,
-        drop_path=0.0,
-        layer_scale=None,
-    )
 
 
 def patch_statistics(patches_BPV: Tensor) -> tuple[Tensor, Tensor]:
