@@ -34,7 +34,7 @@ def test_exactly_k_patches_are_kept_once_and_the_others_hidden(patches, kept):
 def test_every_patch_is_hidden_equally_often():
     n, p = 20_000, 1 - KEPT / PATCHES
     frequency = hidden(torch.arange(n)).mean(dim=0)
-    # 64 binomial frequencies: 4.5 standard deviations are passed by chance once in 2,300 such tests; the keys are fixed.
+    # 64 binomial frequencies: by chance, 4.5 standard deviations are passed once in 2,300 tests; the keys are fixed.
     assert (frequency - p).abs().max() < 4.5 * (p * (1 - p) / n) ** 0.5
 
 
