@@ -112,3 +112,28 @@ def dtypes(overrides: list[str]) -> dict:
         "moments": {moment.dtype for master in masters for moment in optimizer.state[master].values()},
         "gradients": {weight.main_grad.dtype for weight in weights},
     }
+
+
+def masks(overrides: list[str]) -> dict:
+    """Train and save; the patches kept of every sample that was due, by (sample, epoch), on this rank, and losses."""
+    from megavit.compose import compose
+    from megavit.parallel.layout import world_size_from_environment
+    from megavit.trainer import Trainer
+
+    config = compose(overrides)
+    config.check(world_size_from_environment())
+    trainer = Trainer(config)
+    trainer.evaluate = no_evaluation
+    original, kept = trainer.task.keep, {}
+
+    def keep(batch):
+        rows = original(batch)
+        kept.update(
+            {(key.sample_id, key.epoch): tuple(row) for key, row in zip(batch.keys, rows.tolist(), strict=True)}
+        )
+        return rows
+
+    trainer.task.keep = keep
+    trainer.run()
+    rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    return {"kept": kept, "losses": {row["step"]: row["loss"] for row in rows if row["split"] == "train"}}

@@ -23,6 +23,9 @@ class PlainMae(nn.Module):
         channels: of an image.
     """
 
+    pos_embed: Tensor
+    decoder_pos_embed: Tensor
+
     def __init__(self, config: ModelConfig, decoder: ModelConfig, *, image_size: list[int], channels: int) -> None:
         super().__init__()
         hidden, narrow, self.class_tokens = config.hidden_size, decoder.hidden_size, config.class_tokens
