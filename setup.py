@@ -26,6 +26,8 @@ setup(
         "torch>=2.11",
         "torchvision>=0.26",
         "numpy>=1.26",
+        "Pillow>=10",
+        "datasets>=3",
         "hydra-core>=1.3,<1.4",
         "omegaconf>=2.3,<2.4",
         # Megatron-Core's checkpoint writer hangs without it.
@@ -42,6 +44,7 @@ setup(
             "pytest>=8",
             "pytest-timeout",
             "timm>=1.0",
+            "transformers>=5.0",
             "ruff>=0.9",
             "mypy>=1.13",
             "import-linter>=2.1",

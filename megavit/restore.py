@@ -81,6 +81,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
         **network,
         "model.layer_scale": "none" if config.model.layer_scale is None else "some",
         "data.source": config.data.source,
+        "data.val_fraction": config.data.val_fraction,
         "data.image_size": config.data.image_size,
         "data.channels": config.data.channels,
         "data.num_classes": config.data.num_classes,

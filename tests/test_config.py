@@ -13,8 +13,12 @@ CHOICES = [(group, choice) for group in composing.groups() for choice in composi
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{g}={c}" for g, c in CHOICES])
 def test_every_choice_composes(group, choice):
     extra = ["data=synthetic"] if group == "model" and choice != "vit_digits" else []
-    if (group, choice) == ("data", "synthetic"):
+    if group == "data" and choice != "digits":
         extra = ["model=vit_ti16"]
+    if choice in ("folder", "imagenet1k", "cifar10"):
+        extra.append("data.path=/data")
+    if group == "recipe" and compose([f"recipe={choice}"]).data.source in ("folder", "parquet"):
+        extra.append("data.path=/data")
     if (group, choice) == ("optim", "sgd"):
         extra.append("optim.lr=0.1")
     config = compose([f"{group}={choice}", *extra])

@@ -1,9 +1,20 @@
 """Where images come from and what is done to them."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from megavit.checks import require_number
 from megavit.errors import ConfigError
+
+
+class Interpolation(Enum):
+    """How images are resized."""
+
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
+_BY_PATH = ("folder", "parquet")
 
 
 @dataclass
@@ -11,30 +22,43 @@ class DataConfig:
     """Group `data`.
 
     Attributes:
-        source: name of the data source.
+        source: digits, synthetic, folder or parquet.
+        path: of a folder or of parquet files; null for others.
+        val_fraction: share of each class to validate on, where the path holds one set of images; else null.
         image_size: [height, width] in pixels, as the network sees it.
         channels: of an image.
         mean: per channel, of values in [0, 1].
         std: per channel, of values in [0, 1].
         num_classes: of the synthetic source; null for others, which know theirs.
         num_samples: of the synthetic source's training split; null for others.
+        crop_scale: training images are cut out at random, of this range of the image's area, and resized; null to not.
+        flip: training images are mirrored, left and right, half of the time.
+        interpolation: of every resizing, with antialiasing.
+        eval_crop: images are resized to cover a frame larger than image_size by 1 / eval_crop, and its centre is
+            taken; null resizes the whole image, whatever its proportions. Also for training without crop_scale.
         shift: training images are moved by up to this many pixels down and across; what enters is black.
         workers: processes that load beside the training process; 0 loads in it.
     """
 
     source: str = "digits"
+    path: str | None = None
+    val_fraction: float | None = None
     image_size: list[int] = field(default_factory=lambda: [8, 8])
     channels: int = 1
     mean: list[float] = field(default_factory=lambda: [0.5])
     std: list[float] = field(default_factory=lambda: [0.5])
     num_classes: int | None = None
     num_samples: int | None = None
+    crop_scale: list[float] | None = None
+    flip: bool = False
+    interpolation: Interpolation = Interpolation.bicubic
+    eval_crop: float | None = None
     shift: int = 0
     workers: int = 0
 
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
-        known = ("digits", "synthetic")
+        known = ("digits", "synthetic", *_BY_PATH)
         if self.source not in known:
             raise ConfigError(f"data.source={self.source} is not known; known: {', '.join(known)}")
         require_number("data", self, "channels", at_least=1)
@@ -42,6 +66,14 @@ class DataConfig:
         require_number("data", self, "workers", at_least=0)
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise ConfigError(f"data.image_size={self.image_size} must be [height, width] in pixels")
+        self._check_path()
+        require_number("data", self, "eval_crop", above=0, below=1.0000001)
+        if self.crop_scale is not None and not (
+            len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
+        ):
+            raise ConfigError(
+                f"data.crop_scale={self.crop_scale} must be [smallest, largest] share of the area, in (0, 1]"
+            )
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
                 raise ConfigError(
@@ -57,4 +89,20 @@ class DataConfig:
                 raise ConfigError(
                     f"data.{key}={getattr(self, key)} with data.source={self.source}: the synthetic source needs it, "
                     f"every other knows its own"
+                )
+
+    def _check_path(self) -> None:
+        by_path = self.source in _BY_PATH
+        if by_path and self.path is None:
+            raise ConfigError(f"data.source={self.source} needs data.path=FOLDER, where the images are")
+        if by_path and self.channels not in (1, 3):
+            raise ConfigError(
+                f"data.channels={self.channels}: data.source={self.source} reads grey (1) or colour (3) images"
+            )
+        require_number("data", self, "val_fraction", above=0, below=1)
+        for key in ("path", "val_fraction"):
+            if not by_path and getattr(self, key) is not None:
+                raise ConfigError(
+                    f"data.{key}={getattr(self, key)} would be ignored by data.source={self.source}; set it to null, "
+                    f"or choose data=folder"
                 )

@@ -21,7 +21,7 @@ class Digits:
     """
 
     classes: tuple[str, ...] = tuple("0123456789")
-    image_shape: tuple[int, ...] = (1, 8, 8)
+    image_shape: tuple[int, ...] | None = (1, 8, 8)
 
     def __init__(self, split: str) -> None:
         images, labels = _split()[split]

@@ -15,6 +15,7 @@ from megavit.data.config import DataConfig
 from megavit.data.order import SampleKey, SampleOrder
 from megavit.data.source import Source
 from megavit.data.transforms import draw_shifts, shift_image
+from megavit.data.views import View
 from megavit.errors import ConfigError
 from megavit.parallel.layout import ParallelLayout
 
@@ -53,6 +54,7 @@ class _Samples(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, source: Source, config: DataConfig, needs: Needs, *, seed: int, augment: bool) -> None:
         self.source, self.config, self.needs, self.seed, self.augment = source, config, needs, seed, augment
+        self.view = View(config, augment=augment)
 
     def __getitems__(self, keys: list[SampleKey]) -> list[tuple[Tensor, int]] | ConfigError:
         """Read a micro batch, called by DataLoader.
@@ -69,7 +71,7 @@ class _Samples(Dataset[tuple[Tensor, int]]):
         labels = [self.source.label(key.sample_id) if self.needs.labels else -1 for key in keys]
         if not self.needs.images:
             return [(torch.empty(0, dtype=torch.uint8), label) for label in labels]
-        images = [self.source.image(key.sample_id) for key in keys]
+        images = self.view([self.source.image(key.sample_id) for key in keys], keys, seed=self.seed)
         if self.augment and self.config.shift:
             shifts = draw_shifts(keys, pixels=self.config.shift, seed=self.seed)
             images = [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]

@@ -1,11 +1,14 @@
 """What every data source offers."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
 from megavit.data.config import DataConfig
 from megavit.data.digits import Digits
+from megavit.data.folder import Folder
+from megavit.data.parquet import Parquet
 from megavit.data.synthetic import Synthetic
 from megavit.errors import ConfigError
 
@@ -15,11 +18,11 @@ class Source(Protocol):
 
     Attributes:
         classes: class names, in label order.
-        image_shape: (channels, height, width) of every image.
+        image_shape: (channels, height, width) of every image; None where they differ.
     """
 
     classes: tuple[str, ...]
-    image_shape: tuple[int, ...]
+    image_shape: tuple[int, ...] | None
 
     def __len__(self) -> int:
         """Samples."""
@@ -34,6 +37,14 @@ class Source(Protocol):
         ...
 
 
+_SOURCES: dict[str, Callable[[DataConfig, str], Source]] = {
+    "digits": lambda config, split: Digits(split),
+    "synthetic": Synthetic,
+    "folder": Folder,
+    "parquet": Parquet,
+}
+
+
 def open_source(config: DataConfig, split: str) -> Source:
     """Open the data that the configuration names.
 
@@ -42,15 +53,20 @@ def open_source(config: DataConfig, split: str) -> Source:
         split: `train` or `val`.
 
     Raises:
-        ConfigError: if its images are not of the size and channels that the configuration states.
+        ConfigError: if it is not there, or its images are not of the channels that the configuration states.
     """
-    source: Source = Digits(split) if config.source == "digits" else Synthetic(config, split)
+    source = _SOURCES[config.source](config, split)
+    if source.image_shape is not None:
+        _refuse_other_images(source.image_shape, config)
+    return source
+
+
+def _refuse_other_images(image_shape: tuple[int, ...], config: DataConfig) -> None:
     stated = (config.channels, *config.image_size)
-    if source.image_shape != stated:
-        channels, *size = source.image_shape
+    if image_shape != stated:
+        channels, *size = image_shape
         raise ConfigError(
             f"data.channels={config.channels} and data.image_size={config.image_size} do not fit data.source="
             f"{config.source}, whose images have {channels} channels and {size} pixels; set data.channels={channels} "
             f"and data.image_size={size}, or choose another data"
         )
-    return source

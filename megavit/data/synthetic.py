@@ -18,7 +18,8 @@ class Synthetic:
         assert config.num_classes is not None
         assert config.num_samples is not None
         self.classes = tuple(map(str, range(config.num_classes)))
-        self.image_shape: tuple[int, ...] = (config.channels, *config.image_size)
+        self._shape = (config.channels, *config.image_size)
+        self.image_shape: tuple[int, ...] | None = self._shape
         self._num_samples = config.num_samples if split == "train" else max(1, config.num_samples // 100)
 
     def __len__(self) -> int:
@@ -27,7 +28,7 @@ class Synthetic:
     def image(self, index: int) -> Tensor:
         """One image_CYX, uint8."""
         generator = torch.Generator().manual_seed(index)
-        return torch.randint(0, 256, self.image_shape, dtype=torch.uint8, generator=generator)
+        return torch.randint(0, 256, self._shape, dtype=torch.uint8, generator=generator)
 
     def label(self, index: int) -> int:
         """The index, wrapped."""

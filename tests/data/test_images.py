@@ -1,0 +1,217 @@
+"""Images from folders and parquet files: what is found, what is refused, what the network sees."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megavit.compose import compose
+from megavit.data.decode import decode_image
+from megavit.data.order import SampleKey
+from megavit.data.source import open_source
+from megavit.data.views import View
+from megavit.errors import ConfigError
+
+DATA = os.environ.get("MEGAVIT_TEST_DATA")
+needs_data = pytest.mark.skipif(DATA is None, reason="MEGAVIT_TEST_DATA names no folder of real images")
+
+
+def write(path: Path, value: int = 0, size: tuple[int, int] = (10, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, 0, 0)).save(path)
+
+
+def folder_config(path: Path, **changes):
+    return replace(compose(["data=folder", "recipe=null", f"data.path='{path}'"]).data, **changes)
+
+
+@pytest.fixture
+def one_set(tmp_path):
+    for name, count in (("ant", 20), ("bee", 10), ("cat", 1)):
+        for index in range(count):
+            write(tmp_path / name / ("deep" if index % 2 else ".") / f"{index}.PNG", index)
+    return tmp_path
+
+
+def test_classes_are_the_sorted_folders_and_images_may_lie_deeper(one_set):
+    source = open_source(folder_config(one_set, val_fraction=0.2), "train")
+    assert source.classes == ("ant", "bee", "cat")
+    assert np.bincount([source.label(i) for i in range(len(source))]).tolist() == [16, 8, 1]
+    assert source.image(0).shape == (3, 8, 10)
+
+
+def test_the_two_parts_of_one_set_are_disjoint_whole_and_always_the_same(one_set):
+    config = folder_config(one_set, val_fraction=0.2)
+    parts = {split: open_source(config, split)._names.tolist() for split in ("train", "val")}
+    assert sorted(parts["train"] + parts["val"]) == sorted(str(path) for path in one_set.rglob("*.PNG"))
+    assert not set(parts["train"]) & set(parts["val"])
+    assert parts["val"] == open_source(config, "val")._names.tolist()
+
+
+def test_two_folders_are_the_two_parts(tmp_path):
+    write(tmp_path / "train" / "a" / "1.png", 1)
+    write(tmp_path / "train" / "b" / "2.jpg", 2)
+    write(tmp_path / "val" / "a" / "3.png", 3)
+    write(tmp_path / "val" / "b" / "4.png", 4)
+    assert [len(open_source(folder_config(tmp_path), split)) for split in ("train", "val")] == [2, 2]
+    assert open_source(folder_config(tmp_path), "val").image(0)[0, 0, 0] == 3
+
+
+MISTAKES = {
+    "absent": (lambda root: root / "nowhere", {}, "is no folder"),
+    "empty class": (lambda root: (root / "dog").mkdir() or root, {"val_fraction": 0.1}, "dog holds no image"),
+    "no classes": (lambda root: (root / "x").mkdir() or root / "x", {"val_fraction": 0.1}, "has no class folders"),
+    "one set and no share": (lambda root: root, {}, "data.val_fraction=0.1 for example"),
+    "only singles": (
+        lambda root: write(root / "s" / "a" / "1.png") or root / "s",
+        {"val_fraction": 0.5},
+        "one image per class",
+    ),
+    "only train": (lambda root: (root / "t" / "train").mkdir(parents=True) or root / "t", {}, "has train/ alone"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_folder_that_cannot_be_used_is_refused_by_name(mistake, one_set):
+    make, changes, message = MISTAKES[mistake]
+    config = folder_config(make(one_set), **changes)
+    with pytest.raises(ConfigError, match=message):
+        open_source(config, "train")
+
+
+def test_a_share_beside_two_folders_and_a_class_of_validation_alone_are_refused(tmp_path):
+    for split, name in (("train", "a"), ("val", "b")):
+        write(tmp_path / split / name / "1.png")
+    with pytest.raises(ConfigError, match=r"data\.val_fraction=0\.1 would be ignored"):
+        open_source(folder_config(tmp_path, val_fraction=0.1), "train")
+    with pytest.raises(ConfigError, match=r"has classes that .*train has not: b"):
+        open_source(folder_config(tmp_path), "val")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": None}, "needs data.path=FOLDER"),
+        ({"channels": 4, "mean": [0.5] * 4, "std": [0.5] * 4}, "grey \\(1\\) or colour \\(3\\)"),
+        ({"crop_scale": [0.5, 0.2]}, "data.crop_scale"),
+        ({"eval_crop": 1.5}, "data.eval_crop"),
+        ({"source": "digits"}, "data.path=.* would be ignored by data.source=digits"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        replace(folder_config(tmp_path), **changes).check()
+
+
+def test_decoding_turns_scales_and_converts(tmp_path):
+    upright = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    turned = Image.fromarray(upright)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    got = decode_image(tmp_path / "turned.png", channels=3, name="x")
+    assert torch.equal(got, torch.from_numpy(np.rot90(upright, -1).copy()).expand(3, -1, -1))
+    deep = np.array([[0, 256, 65535, 32768]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert decode_image(tmp_path / "deep.png", channels=1, name="x").tolist() == [[[0, 1, 255, 128]]]
+
+
+def test_a_broken_image_is_named(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    with pytest.raises(ConfigError, match=r"broken\.jpg cannot be read as an image"):
+        decode_image(tmp_path / "broken.jpg", channels=3, name=str(tmp_path / "broken.jpg"))
+
+
+KEYS = [SampleKey(3, 0), SampleKey(4, 0), SampleKey(3, 1), SampleKey(3, 0, 1)]
+
+
+def noise(height: int, width: int) -> torch.Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_training_view_is_a_function_of_its_key_and_leaves_the_generator_alone(tmp_path):
+    view, image = View(folder_config(tmp_path, image_size=[16, 24]), augment=True), noise(40, 60)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    seen = view([image] * 4, KEYS, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(one.shape == (3, 16, 24) and one.dtype == torch.uint8 for one in seen)
+    again = view([image] * 4, KEYS[::-1], seed=0)[::-1]
+    assert all(torch.equal(one, other) for one, other in zip(seen, again, strict=True))
+    # Another sample, epoch, occurrence or seed is another view.
+    others = [*seen[1:], view([image], KEYS[:1], seed=1)[0]]
+    assert not any(torch.equal(seen[0], other) for other in others)
+
+
+def test_half_of_the_images_are_mirrored(tmp_path):
+    view, image = (
+        View(folder_config(tmp_path, crop_scale=None, image_size=[8, 8], eval_crop=None), augment=True),
+        noise(8, 8),
+    )
+    seen = view([image] * 1000, [SampleKey(i, 0) for i in range(1000)], seed=0)
+    mirrored = sum(torch.equal(one, image.flip(2)) for one in seen)
+    assert mirrored + sum(torch.equal(one, image) for one in seen) == 1000
+    assert abs(mirrored - 500) < 4.5 * 1000**0.5 / 2
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (300, 20), (16, 24), (7, 5)])
+def test_an_evaluation_view_covers_the_frame_and_is_always_alike(shape, tmp_path):
+    view = View(folder_config(tmp_path, image_size=[16, 24]), augment=False)
+    first, second = (view([noise(*shape)], [key], seed=seed)[0] for key, seed in ((KEYS[0], 0), (KEYS[1], 1)))
+    assert first.shape == (3, 16, 24)
+    assert torch.equal(first, second)
+
+
+def test_the_centre_of_a_larger_frame_is_evaluated(tmp_path):
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[:, 16:48, 16:48] = 255
+    view = View(folder_config(tmp_path, image_size=[32, 32], eval_crop=0.5), augment=False)
+    assert (view([image], KEYS[:1], seed=0)[0] == 255).all()
+
+
+@needs_data
+def test_cifar10_in_parquet_is_the_same_as_its_exported_folder(tmp_path):
+    config = replace(compose(["data=cifar10", "recipe=null", f"data.path='{DATA}'"]).data)
+    rows = open_source(config, "val")
+    assert (len(rows), len(open_source(config, "train")), len(rows.classes)) == (10_000, 50_000, 10)
+    for index in range(60):
+        for split in ("train", "val"):
+            path = tmp_path / split / rows.classes[rows.label(index)] / f"{index:05d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rows.image(index).permute(1, 2, 0).numpy()).save(path)
+    folder = open_source(replace(config, source="folder", path=str(tmp_path)), "val")
+    exported = {Path(str(name)).stem: place for place, name in enumerate(folder._names)}
+    for index in range(60):
+        place = exported[f"{index:05d}"]
+        assert torch.equal(folder.image(place), rows.image(index))
+        assert folder.classes[folder.label(place)] == rows.classes[rows.label(index)]
+
+
+@needs_data
+def test_real_photographs_of_all_sizes_become_one_batch():
+    root = Path(DATA) / "imagenet_sample"
+    config = folder_config(root)
+    with pytest.raises(ConfigError, match="one image per class"):
+        open_source(replace(config, val_fraction=0.1), "train")
+    paths = sorted(root.rglob("*.JPEG"))[:8]
+    images = [decode_image(path, channels=3, name=str(path)) for path in paths]
+    assert len({image.shape for image in images}) > 4
+    keys = [SampleKey(index, 0) for index in range(8)]
+    for augment in (True, False):
+        assert torch.stack(View(config, augment=augment)(images, keys, seed=0)).shape == (8, 3, 224, 224)
+
+
+def test_parquet_files_that_cannot_be_used_are_refused(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    config = replace(folder_config(tmp_path), source="parquet")
+    with pytest.raises(ConfigError, match="it has none"):
+        open_source(config, "train")
+    pq.write_table(pa.table({"x": [1, 2], "y": [3, 4]}), tmp_path / "rows.parquet")
+    with pytest.raises(ConfigError, match="one column of images and one of labels"):
+        open_source(replace(config, path=str(tmp_path / "rows.parquet"), val_fraction=0.5), "train")
