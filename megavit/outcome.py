@@ -1,8 +1,10 @@
 """How a rank ends: one of them speaks for all, and none leaves before it has."""
 
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -102,3 +104,10 @@ def _shared_store() -> Any:
         timeout=timedelta(seconds=_WAIT_S),
         multi_tenant=True,
     )
+
+
+def quieten_imports() -> None:
+    """Silence what Megatron-Core and torch say of optional packages while they are imported."""
+    # Each rank would say of every optional package, and of CUDA, that it is not there.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -1,15 +1,13 @@
 """What every rank runs: compose the configuration, check it, train. `torchrun -m megavit.train key=value …`."""
 
-import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 
 from megavit.compose import compose
 from megavit.errors import ConfigError
 from megavit.exits import write_exit
-from megavit.outcome import run_as_rank
+from megavit.outcome import quieten_imports, run_as_rank
 from megavit.parallel.layout import rank_from_environment, world_size_from_environment
 
 
@@ -23,7 +21,7 @@ def main(overrides: list[str]) -> int:
         The exit code (see `megavit.exits`).
     """
     run_dir: Path | None = None
-    _quieten_imports()
+    quieten_imports()
 
     def work() -> int:
         nonlocal run_dir
@@ -57,12 +55,6 @@ def _folder_alone(overrides: list[str]) -> Path | None:
         return Path(compose([text for text in overrides if text.startswith(("run.dir=", "run.name="))]).run.dir)
     except ConfigError:
         return None
-
-
-def _quieten_imports() -> None:
-    # Each rank would say of every optional package, and of CUDA, that it is not there.
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,14 @@ LAYOUTS = {
     "VPP 2 × DP 2, all overlapped": (4, [*VPP, *OVERLAP, "parallel.overlap_p2p=true"]),
     "TP 2 × PP 2, full recompute": (4, [*GRID, "parallel.recompute=full"]),
     "TP 2 × PP 2, selective recompute": (4, [*GRID, "parallel.recompute=selective"]),
+    "TP 2 × PP 2 × VPP 2, full recompute, overlapped p2p": (
+        4,
+        [*GRID, "parallel.vpp=2", "parallel.overlap_p2p=true", "parallel.recompute=full"],
+    ),
+    "TP 2 × PP 2 × VPP 2 × DP 2, selective recompute, all overlapped": (
+        8,
+        [*GRID, "parallel.vpp=2", *OVERLAP, "parallel.overlap_p2p=true", "parallel.recompute=selective"],
+    ),
     "VPP 2, block recompute": (2, [*VPP, "parallel.recompute=full", "parallel.recompute_method=block"]),
 }
 
@@ -82,8 +90,15 @@ def bf16_in_one_process(overrides: tuple[str, ...]) -> dict:
 
 @pytest.mark.parametrize(
     ("world", "layout"),
-    [(2, ["parallel.tp=2"]), (2, SP), (4, GRID), (2, VPP), (2, [])],
-    ids=["TP 2", "TP 2 + SP", "TP 2 × PP 2", "VPP 2", "DP 2"],
+    [
+        (2, ["parallel.tp=2"]),
+        (2, SP),
+        (4, GRID),
+        (2, VPP),
+        (2, []),
+        (4, [*GRID, "parallel.vpp=2", "parallel.overlap_p2p=true", "parallel.recompute=full"]),
+    ],
+    ids=["TP 2", "TP 2 + SP", "TP 2 × PP 2", "VPP 2", "DP 2", "TP 2 × PP 2 × VPP 2, full recompute, overlapped p2p"],
 )
 def test_bf16_in_every_layout_agrees_with_bf16_in_one_process(world, layout, tmp_path, figure):
     want = bf16_in_one_process(tuple(text for text in layout if not text.startswith("parallel.")))

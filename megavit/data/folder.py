@@ -73,6 +73,22 @@ class Folder:
         return int(self._labels[index])
 
 
+def find_images(path: Path) -> list[Path]:
+    """The images in a folder and in the folders within, sorted; or the one image that the path is.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ConfigError(f"images={path} is neither an image nor a folder")
+    found = sorted(map(Path, _images(path)))
+    if not found:
+        raise ConfigError(f"images={path} holds no image ({', '.join(_SUFFIXES)})")
+    return found
+
+
 def _class_names(root: Path) -> tuple[str, ...]:
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not names:

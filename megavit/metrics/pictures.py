@@ -49,11 +49,11 @@ def draw_curves(metrics_file: Path, picture: Path) -> None:
 
 
 def draw_panels(panels: Tensor, *, titles: tuple[str, ...], path: Path) -> np.ndarray:
-    """Draw a row per image and a titled column per panel into a PNG.
+    """Draw a titled row per panel and a column per image into a PNG.
 
     Args:
         panels: uint8 [image, panel, channel, row, column]; images of other than 3 channels show their first, in grey.
-        titles: of the columns.
+        titles: of the rows.
         path: where to write.
 
     Returns:
@@ -62,18 +62,19 @@ def draw_panels(panels: Tensor, *, titles: tuple[str, ...], path: Path) -> np.nd
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows, columns, channels, height, width = panels.shape
-    figure = Figure(figsize=(1.7 * columns, 1.7 * rows * height / width + 0.35), layout="constrained")
+    columns, rows, channels, height, width = panels.shape
+    side = 1.15
+    figure = Figure(figsize=(side * columns + 0.3, side * rows * height / width), layout="constrained", dpi=110)
     canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False)
     images = panels.permute(0, 1, 3, 4, 2).cpu().numpy()
-    for row, axes_of_row in enumerate(grid):
-        for column, axes in enumerate(axes_of_row):
-            image = images[row, column]
+    for row in range(rows):
+        for column in range(columns):
+            image, axes = images[column, row], grid[row][column]
             axes.imshow(image if channels == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
-            axes.set_axis_off()
-            if row == 0:
-                axes.set_title(titles[column], fontsize=10)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        grid[row][0].set_ylabel(titles[row], fontsize=9)
     canvas.draw()
     picture = np.asarray(canvas.buffer_rgba())[..., :3].copy()
     path.parent.mkdir(parents=True, exist_ok=True)

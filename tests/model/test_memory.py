@@ -17,8 +17,10 @@ SETTINGS = [
 ]
 
 
-def saved_bytes(overrides: list[str]) -> int:
-    """Bytes of distinct storages that the encoder keeps on this rank after its forward pass, weights left out."""
+def saved_bytes(overrides: list[str]) -> tuple[int, int]:
+    """Bytes of distinct storages that the encoder keeps on this rank, weights left out: after its forward pass, and
+    the most that the backward pass keeps anew, which is what recompute brings to life.
+    """
     from megavit.compose import compose
     from megavit.model.block import transformer_config
     from megavit.model.vit import Stage, VisionTransformer
@@ -42,11 +44,32 @@ def saved_bytes(overrides: list[str]) -> int:
     entering = torch.randn(tokens, B, H, dtype=torch.bfloat16, requires_grad=True)
     kept = {}
 
+    alive, most = {}, 0
+
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage._cdata] = storage
         return tensor
+
+    class Kept:
+        """A tensor that the backward pass keeps; gone when its node lets go of it."""
+
+        def __init__(self, tensor: torch.Tensor) -> None:
+            nonlocal most
+            self.tensor, storage = tensor, tensor.untyped_storage()
+            self.place = storage._cdata if storage.data_ptr() not in weights else None
+            if self.place is not None:
+                count, _ = alive.get(self.place, (0, 0))
+                alive[self.place] = (count + 1, storage.nbytes())
+                most = max(most, sum(size for _, size in alive.values()))
+
+        def __del__(self) -> None:
+            if self.place is not None:
+                count, size = alive[self.place]
+                alive[self.place] = (count - 1, size)
+                if count == 1:
+                    del alive[self.place]
 
     seed_everything(layout)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -57,8 +80,9 @@ def saved_bytes(overrides: list[str]) -> int:
             for layer in chunk.blocks.layers:
                 leaving, _ = layer(leaving)
     total = sum(storage.nbytes() for storage in kept.values())
-    leaving.float().sum().backward()
-    return total
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        leaving.float().sum().backward()
+    return total, most
 
 
 def seed_everything(layout) -> None:
@@ -72,7 +96,8 @@ def seed_everything(layout) -> None:
 def test_saved_bytes_per_layer_follow_the_formula(recompute, tp, sequence_parallel, figure):
     overrides = [*SETTINGS, f"parallel.tp={tp}", f"parallel.recompute={recompute}"]
     overrides.append(f"parallel.sequence_parallel={sequence_parallel}")
-    measured = run_ranks(saved_bytes, tp, overrides)[0] / 3
+    saved, alive = run_ranks(saved_bytes, tp, overrides)[0]
+    measured = saved / 3
     per_token = {"none": 8 + (8 + 4 * F / H) / tp, "selective": 4 + 8 / tp, "full": 2}[recompute]
     if sequence_parallel:
         per_token = {"none": 16 + 4 * F / H, "selective": 12, "full": 2}[recompute] / tp
@@ -84,3 +109,7 @@ def test_saved_bytes_per_layer_follow_the_formula(recompute, tp, sequence_parall
     )
     # Norm statistics and the softmax's normaliser come on top: fp32, per token and per token and head.
     assert measured == pytest.approx(formula, rel=0.02 if recompute != "full" else 0.05)
+    if recompute == "full":
+        whole = N * B * H * (8 + (8 + 4 * F / H) / tp if not sequence_parallel else (16 + 4 * F / H) / tp)
+        figure(f"alive in the backward pass, full recompute, {layout}: {alive:,} bytes, one layer's {whole:,.0f}")
+        assert alive == pytest.approx(whole, rel=0.02)

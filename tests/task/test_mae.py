@@ -1,11 +1,21 @@
 """The masked autoencoder against Hugging Face's, the constant guess, the pictures."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megavit.compose import compose
+from megavit.data.digits import Digits
+from megavit.errors import ConfigError
+from megavit.model.embedding import patchify, unpatchify
+from megavit.plan.flops import head_flops, layer_flops
+from megavit.plan.stages import useful_stages
 from megavit.testing import run_ranks
-from tests.test_mae_parity import MAE
+from tests import ranks
+from tests.reference import SMALL
+from tests.test_launch import run
+from tests.test_mae_parity import GRID, MAE
 
 SIZES = [
     *MAE,
@@ -93,3 +103,143 @@ def test_loss_and_every_gradient_equal_hugging_faces(shape, figure):
     assert found["count"] > 60
     assert found["loss"] <= 1e-5
     assert found["gradient"] <= 1e-5
+
+
+@pytest.mark.parametrize(("layout", "world"), [(GRID, 4), ([], 2), (["parallel.pp=2", "parallel.vpp=2"], 2)])
+def test_validation_and_its_ratio_to_the_mean_image_are_the_same_in_every_layout(layout, world, tmp_path):
+    overrides = [*SMALL, *MAE, "train.steps=3", "optim.warmup_steps=1"]
+    (want,) = run_ranks(ranks.train_and_evaluate, 1, [*overrides, f"run.dir={tmp_path}/one"])[0]["validation"]
+    (got,) = run_ranks(ranks.train_and_evaluate, world, [*overrides, *layout, f"run.dir={tmp_path}/more"])[0][
+        "validation"
+    ]
+    assert got["count"] == want["count"] == 360
+    for name in ("loss", "loss_ratio"):
+        assert got[name] == pytest.approx(want[name], rel=2e-6)
+
+
+def test_the_mean_image_is_the_best_constant_guess(tmp_path):
+    """A decoder that says the mean image scores a ratio of 1, on all 1,437 digits, and any other guess more."""
+    found = run_ranks(guess_constants, 1, [*SMALL, *MAE, "task.baseline_samples=2000", f"run.dir={tmp_path}"])[0]
+    assert found["mean"] == pytest.approx(1, abs=1e-6)
+    assert found["more"] > 1.001
+    assert found["less"] > 1.001
+    assert torch.allclose(found["mean_PV"], found["by hand"], atol=1e-5)
+
+
+def guess_constants(overrides: list[str]) -> dict:
+    from megavit.data.transforms import Normalize
+    from megavit.trainer import Trainer
+
+    config = compose(overrides)
+    trainer = Trainer(config)
+    task, source = trainer.task, Digits("train")
+    images = Normalize(config.data.mean, config.data.std)(torch.stack([source.image(i) for i in range(len(source))]))
+    ids = torch.arange(len(source))
+    from megavit.task.masking import random_keep
+
+    keep = random_keep(ids, ids, ids, 16, num_kept=4, seed=0)
+    ones = torch.ones(len(source), dtype=torch.bool)
+    mean = task.mean_PV.expand(len(source), -1, -1)
+    ratios = {
+        name: task.metrics({key: float(value) for key, value in task.loss(guess, images, keep, ones)[1].items()})
+        for name, guess in {"mean": mean, "more": mean + 0.1, "less": mean - 0.1}.items()
+    }
+    return {
+        **{name: value["loss_ratio"] for name, value in ratios.items()},
+        "mean_PV": task.mean_PV,
+        "by hand": task.target(images).mean(dim=0),
+    }
+
+
+def test_patches_go_back_to_where_they_were():
+    images = torch.randn(2, 3, 8, 12)
+    assert torch.equal(unpatchify(patchify(images, 4), (2, 3), 4), images)
+
+
+@pytest.mark.parametrize(("model", "cost"), [("vit_b16", 15.0), ("vit_l16", 8.5), ("vit_h14", 5.5)])
+def test_the_decoder_costs_as_many_encoder_layers_as_the_design_says(model, cost):
+    shape = compose(["recipe=null", f"model={model}", "task=mae", "data=synthetic"]).network_shape(num_classes=0)
+    assert head_flops(shape) / layer_flops(shape) == pytest.approx(cost, abs=0.05)
+
+
+def test_stages_that_only_wait_for_the_decoder_are_named():
+    assert useful_stages(12, 4, last_cost=15.0) == 2
+    assert useful_stages(24, 4, last_cost=8.5) == 4
+    assert useful_stages(32, 16, last_cost=5.5) == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "message"),
+    [
+        (["task.mask_ratio=0.99"], 1, r"task.mask_ratio=0.99 keeps 0 of 16 patches: int\(16 × \(1 − 0.99\)\) = 0"),
+        (["task.mask_ratio=0"], 1, r"task.mask_ratio=0.0 keeps 16 of 16 patches"),
+        (["task.mask_ratio=1"], 1, r"task.mask_ratio=1.0 must be"),
+        (["data.image_size=[9,8]"], 1, r"9 mod 2 = 1"),
+        (
+            ["parallel.tp=4"],
+            4,
+            r"task.decoder_num_heads=2 is not divided by parallel.tp=4: 2 mod 4 = 2; set parallel.tp=2",
+        ),
+        (
+            ["task.decoder_num_heads=5"],
+            1,
+            r"task.decoder_hidden_size=24 is not divided by task.decoder_num_heads=5: 24 mod 5",
+        ),
+        (
+            ["parallel.tp=2", "parallel.sequence_parallel=true"],
+            2,
+            r"splits 4 patches \(task.mask_ratio=0.75 hides 12\) \+ 1 class tokens = 5 tokens .* model.class_tokens=8",
+        ),
+        (["model.pool=mean"], 1, r"model.pool=mean would be ignored by task.name=mae"),
+        (["model.head=tanh_mlp"], 1, r"model.head=tanh_mlp would be ignored by task.name=mae"),
+        (["task.label_smoothing=0.1"], 1, r"task.label_smoothing=0.1 would be ignored by task.name=mae"),
+        (["task.decoder_num_layers=null"], 1, r"task.name=mae needs task.decoder_num_layers"),
+        (["task=classify", "metrics.pictures_every=5"], 1, r"nothing to paint"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_wrong_settings_are_refused_with_the_way_out(overrides, world, message):
+    mae = [] if "task=classify" in overrides else SIZES
+    with pytest.raises(ConfigError, match=message) as refused:
+        compose([*mae, *overrides]).check(world)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_paints_and_its_checkpoint_reconstructs_pictures_of_ones_own(tmp_path):
+    run_dir, images = tmp_path / "run", tmp_path / "images"
+    overrides = [
+        *SMALL,
+        *MAE,
+        "train.steps=2",
+        "optim.warmup_steps=1",
+        "metrics.pictures_every=1",
+        f"run.dir={run_dir}",
+    ]
+    trained = run("-m", "megavit", "train", "run.ranks=2", "parallel.pp=2", "train.precision=bf16_o2", *overrides)
+    assert trained.returncode == 0, trained.stderr
+    assert {path.name for path in (run_dir / "pictures").iterdir()} == {
+        "curves.png", "val_00000001.png", "val_00000002.png",
+    }  # fmt: skip
+    images.mkdir()
+    for index in range(3):
+        Image.fromarray(Digits("val").image(index)[0].numpy()).save(images / f"{index}.png")
+    made = run("-m", "megavit", "reconstruct", f"from={run_dir}", f"images={images}", "count=2")
+    assert made.returncode == 0, made.stderr
+    assert "2 of 3 images" in made.stdout
+    assert np.asarray(Image.open(run_dir / "pictures" / "reconstruct.png")).std() > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "needs from="),
+        (["from=nowhere", "images=."], "from=nowhere holds no checkpoint"),
+        (["form=x", "images=."], "did you mean from="),
+        (["x"], "'x' is no setting"),
+    ],
+)
+def test_reconstruct_refuses_what_it_cannot_read(arguments, message):
+    from megavit.reconstruct import reconstruct
+
+    with pytest.raises(ConfigError, match=message):
+        reconstruct(arguments)

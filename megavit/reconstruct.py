@@ -1,0 +1,56 @@
+"""`megavit reconstruct from=RUN images=PATH`: what a masked autoencoder makes of a few images, as a picture."""
+
+from pathlib import Path
+
+import torch
+
+from megavit.data.decode import decode_image
+from megavit.data.folder import find_images
+from megavit.data.loader import Batch
+from megavit.data.order import SampleKey
+from megavit.data.views import View
+from megavit.errors import ConfigError
+from megavit.metrics.pictures import draw_panels
+from megavit.task.config import TaskName
+from megavit.trained import find_checkpoint, open_run, read_config
+from megavit.verb_arguments import parse_arguments
+
+
+def reconstruct(arguments: list[str]) -> int:
+    """Mask, reconstruct and draw.
+
+    Args:
+        arguments: `from=RUN images=PATH`, and optionally `out=PICTURE.png count=8`.
+
+    Raises:
+        ConfigError: if the run is no masked autoencoder's, or the images cannot be read.
+    """
+    given = parse_arguments("reconstruct", arguments, needed=("from", "images"), optional=("out", "count"))
+    run = Path(given["from"])
+    checkpoint = find_checkpoint(run)
+    config = read_config(checkpoint)
+    if config.task.name is not TaskName.mae:
+        raise ConfigError(f"from={run} is a run of task.name={config.task.name.value}; only task=mae reconstructs")
+    count = _whole_number("count", given.get("count", "8"))
+    paths = find_images(Path(given["images"]))
+    shown = paths[:count]
+    images = [decode_image(path, channels=config.data.channels, name=str(path)) for path in shown]
+    trained = open_run(config, checkpoint, num_classes=0)
+
+    keys = [SampleKey(index, 0) for index in range(len(shown))]
+    seen = torch.stack(View(config.data, augment=False)(images, keys, seed=config.run.seed))
+    device = trained.layout.device
+    batch = Batch(seen.to(device), None, torch.ones(len(shown), dtype=torch.bool, device=device), keys)
+    with torch.no_grad():
+        output, judge = trained.network.task.paint(batch, trained.network.chunks["model"])
+        panels = judge(output)[1]["panels"]
+    out = Path(given.get("out", run / "pictures" / "reconstruct.png"))
+    draw_panels(panels, titles=trained.network.task.panels, path=out)
+    print(f"{out}: {len(shown)} of {len(paths)} images of {given['images']}, by {checkpoint}")
+    return 0
+
+
+def _whole_number(key: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{key}={text} must be a whole number of at least 1")
+    return int(text)

@@ -1,0 +1,73 @@
+"""A run that has trained, opened on one device to be looked at: its configuration, its network with its weights."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megavit.checkpoint.store import CheckpointStore, is_complete, load_weights
+from megavit.compose import from_yaml
+from megavit.config import RunConfig
+from megavit.errors import ConfigError
+from megavit.model.config import Attention, Linears
+from megavit.network import Network, build_network
+from megavit.parallel.config import ParallelConfig
+from megavit.parallel.layout import ParallelLayout
+from megavit.sections import Compile
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run's network on this process alone.
+
+    Attributes:
+        checkpoint: whose weights these are.
+        config: what it was made with, its layout replaced by one rank and its kernels by torch's own.
+        layout: one rank.
+        network: evaluating, whole.
+    """
+
+    checkpoint: Path
+    config: RunConfig
+    layout: ParallelLayout
+    network: Network
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The newest checkpoint of a run's folder, or the checkpoint itself.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    found = CheckpointStore(path / "checkpoints").newest() if (path / "checkpoints").is_dir() else path
+    if found is None or not is_complete(found):
+        raise ConfigError(
+            f"from={path} holds no checkpoint; give a run's folder or one of its checkpoints/step_… folders"
+        )
+    return found
+
+
+def read_config(checkpoint: Path) -> RunConfig:
+    """What a checkpoint was made with, for one rank and torch's own kernels: results depend on neither."""
+    config = from_yaml((checkpoint / "run.yaml").read_text())
+    return replace(
+        config,
+        run=replace(config.run, ranks=None),
+        train=replace(config.train, compile=Compile.none),
+        parallel=ParallelConfig(),
+        model=replace(config.model, attention=Attention.sdpa, linears=Linears.local),
+    )
+
+
+def open_run(config: RunConfig, checkpoint: Path, *, num_classes: int) -> TrainedRun:
+    """Build the network on this process and read its weights.
+
+    Args:
+        config: from `read_config`.
+        checkpoint: from `find_checkpoint`.
+        num_classes: of the data; a masked autoencoder has none.
+    """
+    layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
+    network = build_network(config, layout, num_classes=num_classes)
+    load_weights(checkpoint, network.chunks)
+    for chunk in network.chunks.values():
+        chunk.eval()
+    return TrainedRun(checkpoint, config, layout, network)

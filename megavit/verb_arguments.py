@@ -1,0 +1,38 @@
+"""`key=value` arguments of the verbs that open a run instead of composing one."""
+
+import difflib
+from collections.abc import Iterable
+
+from megavit.errors import ConfigError
+
+
+def parse_arguments(
+    verb: str, arguments: list[str], *, needed: Iterable[str], optional: Iterable[str]
+) -> dict[str, str]:
+    """Split arguments into a dictionary.
+
+    Args:
+        verb: for the messages.
+        arguments: as typed.
+        needed: keys that must be there.
+        optional: keys that may be.
+
+    Raises:
+        ConfigError: for an argument that is no `key=value`, an unknown key, or a missing one.
+    """
+    needed, known = list(needed), [*needed, *optional]
+    usage = " ".join([f"{key}=…" for key in needed] + [f"[{key}=…]" for key in optional])
+    given: dict[str, str] = {}
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if not sign:
+            raise ConfigError(f"'{argument}' is no setting: megavit {verb} {usage}")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}=?" if near else f"megavit {verb} {usage}"
+            raise ConfigError(f"megavit {verb} knows no {key}=; {hint}")
+        given[key] = value
+    missing = [key for key in needed if not given.get(key)]
+    if missing:
+        raise ConfigError(f"megavit {verb} needs {missing[0]}=: megavit {verb} {usage}")
+    return given
