@@ -187,6 +187,11 @@ class RunConfig:
                 f"parallel.overlap_param_gather=true needs weights that the optimizer shards, as optim=adamw does; "
                 f"optim.name={self.optim.name.value} keeps them whole: set it to false"
             )
+        if self.parallel.overlap_param_gather and self.optim.ema is not None:
+            raise ConfigError(
+                f"optim.ema={self.optim.ema} averages the weights after each step, and parallel.overlap_param_gather="
+                f"true gathers them only during the next one; set one of them to null or false"
+            )
         portions = self.num_microbatches(world_size)
         if self.parallel.vpp > 1 and portions % self.parallel.pp:
             raise ConfigError(

@@ -51,6 +51,11 @@ def find_origin(store: CheckpointStore, config: RunConfig) -> Origin | None:
         )
     saved = from_yaml((path / "run.yaml").read_text())
     _refuse_another_run(path, saved, config)
+    if config.optim.ema is not None and saved.optim.ema is None:
+        raise ConfigError(
+            f"optim.ema={config.optim.ema}, but {path} holds no average of the weights; set optim.ema=null, or start "
+            f"anew under another run.name"
+        )
     state = read_state(path)
     stop_at = config.train.stop_at
     if stop_at is not None and stop_at <= state.step:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megavit.checkpoint import store
-from megavit.checkpoint.store import CheckpointStore, TrainingState
+from megavit.checkpoint.store import Averages, CheckpointStore, TrainingState
 from megavit.compose import to_yaml
 from megavit.config import RunConfig
 from megavit.data.loader import Loader
@@ -20,6 +20,7 @@ from megavit.metrics.pictures import draw_curves
 from megavit.metrics.reporter import Reporter
 from megavit.metrics.throughput import Throughput, peak_memory_bytes
 from megavit.network import build_network
+from megavit.optim.average import WeightAverage
 from megavit.optim.config import Decay
 from megavit.optim.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
 from megavit.parallel.agree import broadcast_from, from_rank_zero
@@ -84,6 +85,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, network.block, config.optim, peak_lr=peak_lr)
         self.schedule = build_schedule(self.optimizer, config.optim, peak_lr=peak_lr, num_steps=self.num_steps)
 
+        self.average = WeightAverage(self.chunks, decay=config.optim.ema) if config.optim.ema is not None else None
+
         # Restore
         self.step, self.consumed_samples = 0, 0
         self.last_validation: dict[str, float] = {}
@@ -140,6 +143,8 @@ class Trainer:
             self.optimizer.zero_grad()
             outputs = self._run_microbatches(self.task.forward, batches, self.num_microbatches, forward_only=False)
             _, grad_norm, _ = self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
             self.step += 1
             self.consumed_samples += train.global_batch
             self.throughput.count(train.global_batch)
@@ -202,15 +207,26 @@ class Trainer:
             reporter.show(self.step, "val", self.paint(), titles=self.task.panels)
         if saves:
             state = TrainingState(self.step, self.consumed_samples, self.last_validation)
-            self.store.save(self.chunks, self.optimizer, state, run_yaml=to_yaml(self.config))
+            self.store.save(self.chunks, self.optimizer, state, run_yaml=to_yaml(self.config), averages=self._averages)
             if self.layout.rank == 0:
                 draw_curves(self.run_dir / "metrics.jsonl", self.run_dir / "pictures" / "curves.png")
         self.throughput.resume()
 
+    @property
+    def _averages(self) -> Averages | None:
+        return None if self.average is None else self.average.weights
+
     def evaluate(self) -> dict[str, float]:
-        """The task's metrics over the whole validation set, each image once, in any layout."""
-        loader = self.val_loader
-        outputs = self._run_on_validation(self.task.forward, loader.num_evaluation_batches)
+        """The task's metrics over the whole validation set, each image once, in any layout; `ema_…` of the average."""
+        values = self._validate()
+        if self.average is not None:
+            with self.average.applied():
+                averaged = self._validate()
+            values |= {f"ema_{name}": value for name, value in averaged.items() if name != "count"}
+        return values
+
+    def _validate(self) -> dict[str, float]:
+        outputs = self._run_on_validation(self.task.forward, self.val_loader.num_evaluation_batches)
         totals = sum_over_world(add_microbatches(outputs), self.task.sums, self.layout)
         return {**self.task.metrics(totals), "count": totals["count"]}
 
@@ -241,7 +257,7 @@ class Trainer:
         origin = from_rank_zero(lambda: find_origin(self.store, self.config))
         if origin is None:
             return None
-        store.load(origin.path, self.chunks, self.optimizer)
+        store.load(origin.path, self.chunks, self.optimizer, averages=self._averages)
         self.step, self.consumed_samples = origin.state.step, origin.state.consumed_samples
         self.last_validation = origin.state.metrics
         self.schedule.step(self.step)

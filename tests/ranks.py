@@ -23,6 +23,10 @@ def train(overrides: list[str], *, evaluates: bool = False) -> dict:
         trainer.evaluate = no_evaluation
     code = trainer.run()
     parameters = {name: value for chunk in trainer.chunks.values() for name, value in parameter_names(chunk).items()}
+    averages = None
+    if trainer.average is not None:
+        with trainer.average.applied():
+            averages = gather_whole(parameters, trainer.layout)
     whole = gather_whole(parameters, trainer.layout)
     if whole is None:
         return {}
@@ -34,6 +38,7 @@ def train(overrides: list[str], *, evaluates: bool = False) -> dict:
         "grad_norms": [row["grad_norm"] for row in training],
         "validation": [row for row in rows if row["split"] == "val"],
         "weights": {name: weight.clone() for name, weight in to_plain(whole, dims_of(config)).items()},
+        "averages": averages and {name: value.clone() for name, value in to_plain(averages, dims_of(config)).items()},
     }
 
 
@@ -87,6 +92,11 @@ def train_and_keep(overrides: list[str]) -> dict:
             {key: value.clone() for key, value in optimizer.state[param].items()}
             for group in optimizer.param_groups
             for param in group["params"]
+        ],
+        "averages": [
+            value.clone()
+            for weights in (trainer.average.weights if trainer.average else {}).values()
+            for value in weights.values()
         ],
         "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
         "losses": {row["step"]: row["loss"] for row in rows if row["split"] == "train"},

@@ -41,6 +41,7 @@ class Result:
     losses: list[float]
     grad_norms: list[float]
     weights: dict[str, torch.Tensor]
+    averages: dict[str, torch.Tensor] | None = None
 
 
 def dims_of(config: RunConfig) -> Dims:
@@ -124,7 +125,8 @@ def train_plain(overrides: list[str]) -> Result:
     model, order = plain_model(config), SampleOrder(len(source), seed=config.run.seed)
     optimizer = make_optimizer(model, config)
     result = Result([], [], {})
-    size = config.train.global_batch
+    size, ema = config.train.global_batch, config.optim.ema
+    averages = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
     for step in range(steps):
         ids = [order.at(step * size + i).sample_id for i in range(size)]
         images = torch.stack([source.image(i) for i in ids]).float() / 255
@@ -141,7 +143,10 @@ def train_plain(overrides: list[str]) -> Result:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step + 1, steps)
         optimizer.step()
+        for name, weight in model.state_dict().items():
+            averages[name] = (ema or 0) * averages[name] + (1 - (ema or 0)) * weight
         result.losses.append(loss.item())
         result.grad_norms.append(norm.item())
     result.weights = {name: weight.detach() for name, weight in model.state_dict().items()}
+    result.averages = averages
     return result

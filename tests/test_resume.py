@@ -18,6 +18,8 @@ def assert_bit_equal(got: dict, want: dict) -> None:
     assert got["weights"].keys() == want["weights"].keys()
     for name, weight in want["weights"].items():
         assert torch.equal(got["weights"][name], weight), name
+    assert len(got["averages"]) == len(want["averages"])
+    assert all(torch.equal(mine, whole) for mine, whole in zip(got["averages"], want["averages"], strict=True))
     assert len(got["optimizer"]) == len(want["optimizer"]) > 0
     for state, wanted in zip(got["optimizer"], want["optimizer"], strict=True):
         assert state.keys() == wanted.keys()
@@ -32,8 +34,9 @@ def assert_bit_equal(got: dict, want: dict) -> None:
         (2, ["parallel.pp=2"]),
         (2, []),
         (2, ["parallel.tp=2", "optim=sgd", "optim.lr=0.01"]),
+        (2, ["parallel.tp=2", "optim.ema=0.9", "train.precision=bf16_o2"]),
     ],
-    ids=["TP 1", "TP 2", "PP 2", "DP 2", "TP 2 under SGD"],
+    ids=["TP 1", "TP 2", "PP 2", "DP 2", "TP 2 under SGD", "TP 2, average, bf16"],
 )
 def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(world, overrides, tmp_path):
     overrides = [*THIRTEEN_STEPS, *DROPOUT, *overrides]

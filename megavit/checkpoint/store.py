@@ -9,14 +9,16 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import MegatronModule
+from torch import Tensor
 
 from megavit.checkpoint.writer import write_in_threads
 from megavit.errors import ConfigError
@@ -30,6 +32,12 @@ _SHARDING = {
     "non_homogeneous_layers": True,
     "chained_optim_avoid_prefix": True,
 }
+
+# Before the keys of the weights' averages.
+_AVERAGES = "average."
+
+# By chunk and by the parameter's name within it.
+Averages = Mapping[str, Mapping[str, Tensor]]
 
 # What the checkpoint, not the configuration, decides in an optimizer's parameter group.
 _FROM_CHECKPOINT = ("params", "step")
@@ -99,6 +107,7 @@ class CheckpointStore:
         state: TrainingState,
         *,
         run_yaml: str,
+        averages: Averages | None = None,
     ) -> Path:
         """Write a checkpoint; every rank calls this.
 
@@ -107,6 +116,7 @@ class CheckpointStore:
             optimizer: theirs.
             state: where the run stands.
             run_yaml: the resolved configuration.
+            averages: the weights' averages by chunk and name, if any.
 
         Returns:
             The checkpoint's final path.
@@ -118,7 +128,8 @@ class CheckpointStore:
             temporary.mkdir(parents=True)
         dist.barrier()
         write_in_threads()
-        dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(temporary))
+        sharded = _sharded_state(chunks, optimizer, averages, is_loading=False)
+        dist_checkpointing.save(sharded, str(temporary))
         if dist.get_rank() == 0:
             (temporary / "run.yaml").write_text(run_yaml)
             _write_json(temporary / "state.json", {"schema_version": SCHEMA_VERSION, **asdict(state)})
@@ -158,7 +169,13 @@ def read_state(checkpoint: Path) -> TrainingState:
     return TrainingState(**fields)
 
 
-def load(checkpoint: Path, chunks: Mapping[str, MegatronModule], optimizer: MegatronOptimizer) -> None:
+def load(
+    checkpoint: Path,
+    chunks: Mapping[str, MegatronModule],
+    optimizer: MegatronOptimizer,
+    *,
+    averages: Averages | None = None,
+) -> None:
     """Read a checkpoint of any layout into this one, in place; every rank calls this.
 
     Learning rate, weight decay and the like stay as configured: a checkpoint holds state, not settings.
@@ -167,18 +184,22 @@ def load(checkpoint: Path, chunks: Mapping[str, MegatronModule], optimizer: Mega
         checkpoint: a whole checkpoint of the same model.
         chunks: this rank's stages by name, unwrapped.
         optimizer: theirs.
+        averages: where to put the weights' averages, if the checkpoint holds them and they are wanted.
     """
     settings = [
         {key: value for key, value in group.items() if key not in _FROM_CHECKPOINT} for group in optimizer.param_groups
     ]
     loaded: dict[str, Any] = dist_checkpointing.load(
-        _sharded_state(chunks, optimizer, is_loading=True), str(checkpoint)
+        _sharded_state(chunks, optimizer, averages, is_loading=True), str(checkpoint)
     )
     for name, chunk in chunks.items():
         chunk.load_state_dict(loaded[name], strict=True)
     optimizer.load_state_dict(loaded["optimizer"])
     for group, configured in zip(optimizer.param_groups, settings, strict=True):
         group.update(configured)
+    for name, weights in (averages or {}).items():
+        for key, weight in weights.items():
+            weight.copy_(loaded["averages"][name][key])
 
 
 def load_weights(checkpoint: Path, chunks: Mapping[str, MegatronModule]) -> None:
@@ -195,12 +216,26 @@ def load_weights(checkpoint: Path, chunks: Mapping[str, MegatronModule]) -> None
 
 
 def _sharded_state(
-    chunks: Mapping[str, MegatronModule], optimizer: MegatronOptimizer, *, is_loading: bool
+    chunks: Mapping[str, MegatronModule],
+    optimizer: MegatronOptimizer,
+    averages: Averages | None,
+    *,
+    is_loading: bool,
 ) -> dict[str, Any]:
     metadata = dict(_SHARDING)
     state: dict[str, Any] = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in chunks.items()}
     state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    if averages is not None:
+        state["averages"] = {name: _sharded_averages(chunk, averages[name]) for name, chunk in chunks.items()}
     return state
+
+
+def _sharded_averages(chunk: MegatronModule, weights: Mapping[str, Tensor]) -> dict[str, ShardedTensor]:
+    """A chunk's averages, sharded as its weights are, under keys of their own."""
+    shards = chunk.sharded_state_dict(prefix=_AVERAGES, metadata=dict(_SHARDING))
+    return {
+        name: replace(shards[f"{_AVERAGES}{name}"], data=weight, dtype=weight.dtype) for name, weight in weights.items()
+    }
 
 
 def _sync(folder: Path) -> None:

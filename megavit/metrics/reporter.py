@@ -17,6 +17,8 @@ _SHOWN = {
     "loss": "loss {:.4f}",
     "top1": "top-1 {:.4f}",
     "loss_ratio": "of the mean image's {:.3f}",
+    "ema_top1": "of the average {:.4f}",
+    "ema_loss_ratio": "of the average {:.3f}",
     "lr": "lr {:.2e}",
     "grad_norm": "grad norm {:.3f}",
     "images_per_s": "{:,.0f} images/s",

@@ -51,6 +51,7 @@ class OptimConfig:
         eps: Adam's; null for other rules.
         momentum: SGD's; null for other rules.
         clip: largest gradient norm over the whole model; 0 to not clip.
+        ema: decay of a moving average of the weights, 0.9999 for example, which is evaluated too; null for none.
     """
 
     name: Optimizer = Optimizer.adamw
@@ -66,6 +67,7 @@ class OptimConfig:
     eps: float | None = None
     momentum: float | None = None
     clip: float = 1.0
+    ema: float | None = None
 
     def peak_lr(self, global_batch: int) -> float:
         """The learning rate after warm-up, with whichever of lr and base_lr is set."""
@@ -80,7 +82,7 @@ class OptimConfig:
             raise ConfigError(f"set one of optim.lr={self.lr} and optim.base_lr={self.base_lr}, and the other to null")
         require_number("optim", self, "lr", "base_lr", "min_lr", "weight_decay", "warmup_steps", "clip", at_least=0)
         require_number("optim", self, "eps", above=0)
-        require_number("optim", self, "momentum", at_least=0, below=1)
+        require_number("optim", self, "momentum", "ema", at_least=0, below=1)
         takes = {Optimizer.adamw: {"betas", "eps", "implementation"}, Optimizer.sgd: {"momentum"}}[self.name]
         for key in ("betas", "eps", "implementation", "momentum"):
             value = getattr(self, key)

@@ -1,0 +1,55 @@
+"""An exponential moving average of the weights, which often evaluates better than the weights themselves."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from megatron.core.transformer import MegatronModule
+from torch import Tensor
+
+
+class WeightAverage:
+    """Every chunk's partner: its weights averaged over the steps, in fp32, 4 bytes per weight on each rank.
+
+    Under BF16 O2 it follows the bf16 weights: their rounding averages out, and the fp32 masters are spread over ranks.
+
+    Args:
+        chunks: this rank's stages by name; the average starts from their weights.
+        decay: how much of the average each step keeps.
+
+    Source: arXiv 1412.6980, section 7.2 (there for Adam), without the correction of its start.
+    """
+
+    def __init__(self, chunks: Mapping[str, MegatronModule], *, decay: float) -> None:
+        self.decay = decay
+        self._followed = {name: dict(chunk.named_parameters()) for name, chunk in chunks.items()}
+        self.weights: dict[str, dict[str, Tensor]] = {
+            name: {key: weight.detach().float().clone() for key, weight in followed.items()}
+            for name, followed in self._followed.items()
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights after a step."""
+        for name, followed in self._followed.items():
+            averages = list(self.weights[name].values())
+            torch._foreach_lerp_(averages, [weight.float() for weight in followed.values()], 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within, the chunks hold the average; after, their own weights again, bit for bit."""
+        pairs = [
+            (weight, self.weights[name][key])
+            for name, followed in self._followed.items()
+            for key, weight in followed.items()
+        ]
+        own = [weight.detach().clone() for weight, _ in pairs]
+        with torch.no_grad():
+            for weight, average in pairs:
+                weight.copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (weight, _), kept in zip(pairs, own, strict=True):
+                    weight.copy_(kept)
