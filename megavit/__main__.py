@@ -1,5 +1,6 @@
 """`megavit VERB key=value …`."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -11,13 +12,18 @@ megavit VERB key=value …
 
 verbs
   train        train a model; RUN/checkpoints, RUN/metrics.jsonl and RUN/pictures are left in the run's folder
+  evaluate     a checkpoint over the validation set, in any layout: from=RUN [key=value …]
+  predict      names and probabilities for images: from=RUN images=PATH [out=FILE.csv|FILE.jsonl top=5]
   reconstruct  draw what a masked autoencoder makes of images: from=RUN images=PATH [out=PICTURE.png count=8]
+  inspect      what a run or a checkpoint is: from=PATH
+  recipes      the complete experiments that come with megavit
 
 examples
   megavit train                                       the embedded digits: all GPUs, or one CPU process
   megavit train run.ranks=4 parallel.tp=2 parallel.pp=2
   megavit train --cfg                                 show the configuration and start nothing
   megavit train recipe=digits_mae                     a masked autoencoder
+  megavit evaluate from=runs/digits run.ranks=2 parallel.tp=2
 
 Without GPUs the ranks are CPU processes; MEGAVIT_DEVICE=cpu asks for that on a GPU machine too.
 Not run on a GPU yet: everything. Layouts were measured on CPU processes, which run the same Megatron-Core code.
@@ -26,7 +32,14 @@ Not run on a GPU yet: everything. Layouts were measured on CPU processes, which 
 
 def main() -> int:
     """Run the verb on the command line; the exit code is 0 finished, 2 wrong input, 75 stopped and saved, 1 a fault."""
-    verbs: dict[str, Callable[[list[str]], int]] = {"train": train, "reconstruct": reconstruct}
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "train": train,
+        "evaluate": evaluate,
+        "predict": predict,
+        "reconstruct": reconstruct,
+        "inspect": inspect,
+        "recipes": recipes,
+    }
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_USAGE, end="")
@@ -43,11 +56,21 @@ def main() -> int:
     except ConfigError as error:
         print(f"megavit: {error}", file=sys.stderr)
         return USER_ERROR
+    except BrokenPipeError:
+        # Whoever read our output, `head` for one, has had enough; Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def train(arguments: list[str]) -> int:
     """Check the configuration here, once, then start the ranks."""
+    import signal
     from pathlib import Path
+
+    from megavit.signals import STOPPING
+
+    # Held back until the run listens: asked to stop while it still imports, it stops where it stands.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
     from megavit.compose import compose, to_yaml
     from megavit.workers import num_ranks, start_ranks
@@ -66,6 +89,32 @@ def train(arguments: list[str]) -> int:
     return train_as_rank(overrides)
 
 
+def evaluate(arguments: list[str]) -> int:
+    """Look at the run's configuration here, once, then start the ranks."""
+    from megavit.outcome import quieten_imports
+
+    quieten_imports()
+    from megavit import evaluate as evaluation
+    from megavit.workers import num_ranks, start_ranks
+
+    config, _ = evaluation.prepare(arguments)
+    ranks = num_ranks(config)
+    evaluation.prepare(arguments, world_size=ranks)
+    if ranks > 1:
+        return start_ranks([*arguments, f"run.ranks={ranks}"], ranks=ranks, module="megavit.evaluate")
+    return evaluation.main(arguments)
+
+
+def predict(arguments: list[str]) -> int:
+    """Classify images."""
+    from megavit.outcome import quieten_imports
+
+    quieten_imports()
+    from megavit.predict import predict as classify
+
+    return classify(arguments)
+
+
 def reconstruct(arguments: list[str]) -> int:
     """Draw what a masked autoencoder makes of images."""
     from megavit.outcome import quieten_imports
@@ -74,6 +123,23 @@ def reconstruct(arguments: list[str]) -> int:
     from megavit.reconstruct import reconstruct as draw
 
     return draw(arguments)
+
+
+def inspect(arguments: list[str]) -> int:
+    """Say what a run is."""
+    from megavit.outcome import quieten_imports
+
+    quieten_imports()
+    from megavit.inspect_run import inspect_run
+
+    return inspect_run(arguments)
+
+
+def recipes(arguments: list[str]) -> int:
+    """List the recipes."""
+    from megavit.list_recipes import list_recipes
+
+    return list_recipes(arguments)
 
 
 if __name__ == "__main__":

@@ -44,3 +44,14 @@ def require_number(
 def shown(value: Any) -> Any:
     """A setting's value as a user writes it."""
     return value.value if isinstance(value, Enum) else value
+
+
+def whole_number(key: str, text: str) -> int:
+    """Read an argument that counts something.
+
+    Raises:
+        ConfigError: if it is no whole number of at least 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{key}={text} must be a whole number of at least 1")
+    return int(text)

@@ -90,6 +90,31 @@ def from_yaml(text: str) -> RunConfig:
     return config
 
 
+def merge(config: RunConfig, overrides: list[str]) -> RunConfig:
+    """Put settings over a configuration that a run has left.
+
+    Args:
+        config: the run's.
+        overrides: `key=value`, as typed; a whole group cannot be chosen anew.
+
+    Raises:
+        ConfigError: for a key that is not there, or a value of a wrong type.
+    """
+    for override in _parse(overrides):
+        if override.key_or_group in groups():
+            raise ConfigError(f"{override.input_line}: a run's groups are as they were; set single keys of them")
+        _check_key(override)
+    try:
+        typed = OmegaConf.create({})
+        for override in _parse(overrides):
+            OmegaConf.update(typed, override.key_or_group, override.value())
+        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), typed))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from error
+    assert isinstance(merged, RunConfig)
+    return merged
+
+
 def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
     """Every setting by its dotted path."""
     found: dict[str, Any] = {}

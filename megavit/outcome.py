@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from megavit.exits import FAULT, USER_ERROR, write_exit
 from megavit.parallel.layout import rank_from_environment, world_size_from_environment
 
 _WAIT_S = 20
+_GRACE_S = 6
 
 
 def run_as_rank(work: Callable[[], int], *, run_dir: Callable[[], Path | None]) -> int:
@@ -42,9 +44,16 @@ def run_as_rank(work: Callable[[], int], *, run_dir: Callable[[], Path | None]) 
         return _fail(USER_ERROR, f"megavit: {error}", run_dir())
     except KeyboardInterrupt:
         return _fail(FAULT, "megavit: interrupted; what was saved last is whole, run again to go on from it", run_dir())
-    except Exception:
+    except Exception as error:
+        if _tells_of_a_lost_peer(error):
+            # Of a peer that was killed only the launcher knows; it says so, and ends this rank meanwhile.
+            time.sleep(_GRACE_S)
         return _fail(FAULT, traceback.format_exc(), run_dir())
     return code
+
+
+def _tells_of_a_lost_peer(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and "onnection" in str(error) and world_size_from_environment() > 1
 
 
 def _fail(code: int, message: str, run_dir: Path | None) -> int:

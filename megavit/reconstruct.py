@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from megavit.checks import whole_number
 from megavit.data.decode import decode_image
 from megavit.data.folder import find_images
 from megavit.data.loader import Batch
@@ -31,7 +32,7 @@ def reconstruct(arguments: list[str]) -> int:
     config = read_config(checkpoint)
     if config.task.name is not TaskName.mae:
         raise ConfigError(f"from={run} is a run of task.name={config.task.name.value}; only task=mae reconstructs")
-    count = _whole_number("count", given.get("count", "8"))
+    count = whole_number("count", given.get("count", "8"))
     paths = find_images(Path(given["images"]))
     shown = paths[:count]
     images = [decode_image(path, channels=config.data.channels, name=str(path)) for path in shown]
@@ -48,9 +49,3 @@ def reconstruct(arguments: list[str]) -> int:
     draw_panels(panels, titles=trained.network.task.panels, path=out)
     print(f"{out}: {len(shown)} of {len(paths)} images of {given['images']}, by {checkpoint}")
     return 0
-
-
-def _whole_number(key: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{key}={text} must be a whole number of at least 1")
-    return int(text)

@@ -31,6 +31,13 @@ class Compile(Enum):
     layer = "layer"
 
 
+class OnNonfinite(Enum):
+    """What happens to a step whose gradient is not finite: the run stops before it, or goes on without it."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 @dataclass
 class RunSection:
     """Section `run`: the run itself.
@@ -79,6 +86,7 @@ class TrainSection:
         grad_reduce: format of gradient accumulation and reduction; bf16 halves its bytes and loses digits.
         compile: what torch.compile gets.
         eval_every: steps between evaluations of the whole validation set; null evaluates at the end alone.
+        on_nonfinite: what happens when a gradient is not finite.
         stop_at: save and leave after this step, as if signalled (exit code 75).
     """
 
@@ -90,4 +98,5 @@ class TrainSection:
     grad_reduce: GradReduce = GradReduce.fp32
     compile: Compile = Compile.none
     eval_every: int | None = None
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
     stop_at: int | None = None

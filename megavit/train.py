@@ -9,6 +9,7 @@ from megavit.errors import ConfigError
 from megavit.exits import write_exit
 from megavit.outcome import quieten_imports, run_as_rank
 from megavit.parallel.layout import rank_from_environment, world_size_from_environment
+from megavit.signals import StopRequest
 
 
 def main(overrides: list[str]) -> int:
@@ -21,6 +22,8 @@ def main(overrides: list[str]) -> int:
         The exit code (see `megavit.exits`).
     """
     run_dir: Path | None = None
+    stop = StopRequest()
+    stop.listen()
     quieten_imports()
 
     def work() -> int:
@@ -31,13 +34,19 @@ def main(overrides: list[str]) -> int:
             # Some setting is wrong; where the run's folder is may still be clear, and exit.json belongs there.
             run_dir = _folder_alone(overrides)
             raise
-        if rank_from_environment() == 0:
-            _open_folder(Path(config.run.dir))
         run_dir = Path(config.run.dir)
+        # Before the folder is opened: what one rank refuses all refuse, and the first has left its code there by then.
         config.check(world_size_from_environment())
+        if rank_from_environment() == 0:
+            try:
+                _open_folder(run_dir)
+            except ConfigError:
+                # There the code cannot be left either.
+                run_dir = None
+                raise
         from megavit.trainer import Trainer
 
-        return Trainer(config).run()
+        return Trainer(config, stop=stop).run()
 
     return run_as_rank(work, run_dir=lambda: run_dir)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megavit.checkpoint.store import CheckpointStore, is_complete, load_weights
+from megavit.checkpoint.store import CheckpointStore, is_complete, load_weights, read_state
 from megavit.compose import from_yaml
 from megavit.config import RunConfig
 from megavit.errors import ConfigError
@@ -55,6 +55,18 @@ def read_config(checkpoint: Path) -> RunConfig:
         parallel=ParallelConfig(),
         model=replace(config.model, attention=Attention.sdpa, linears=Linears.local),
     )
+
+
+def read_classes(checkpoint: Path) -> tuple[str, ...]:
+    """The names of a classifier's classes, in the order of its scores.
+
+    Raises:
+        ConfigError: if the checkpoint does not say.
+    """
+    names = read_state(checkpoint).classes
+    if not names:
+        raise ConfigError(f"{checkpoint} does not name its classes; it was written by an earlier megavit")
+    return tuple(names)
 
 
 def open_run(config: RunConfig, checkpoint: Path, *, num_classes: int) -> TrainedRun:

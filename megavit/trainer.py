@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megavit.checkpoint import store
@@ -14,24 +13,25 @@ from megavit.config import RunConfig
 from megavit.data.loader import Loader
 from megavit.data.order import SampleOrder
 from megavit.data.source import open_source
+from megavit.engine import Engine
 from megavit.exits import FINISHED, STOPPED
 from megavit.introduce import introduction
 from megavit.metrics.pictures import draw_curves
 from megavit.metrics.reporter import Reporter
 from megavit.metrics.throughput import Throughput, peak_memory_bytes
 from megavit.network import build_network
+from megavit.nonfinite import describe_nonfinite
 from megavit.optim.average import WeightAverage
 from megavit.optim.config import Decay
 from megavit.optim.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
-from megavit.parallel.agree import broadcast_from, from_rank_zero
+from megavit.optim.step import step_if_finite
+from megavit.parallel.agree import from_rank_zero
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
-from megavit.parallel.schedule import ForwardStep, add_microbatches, run_microbatches, sum_over_world
 from megavit.plan.flops import training_flops
 from megavit.restore import Origin, find_origin
-from megavit.sections import GradReduce
-
-_IMAGES_PAINTED = 8
+from megavit.sections import GradReduce, OnNonfinite
+from megavit.signals import StopRequest, StopVote
 
 
 class Trainer:
@@ -39,10 +39,11 @@ class Trainer:
 
     Args:
         config: checked against the world size.
+        stop: whether this process has been asked to stop.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    def __init__(self, config: RunConfig, *, stop: StopRequest | None = None) -> None:
+        self.config, self.stop = config, stop or StopRequest()
         self.run_dir = Path(config.run.dir)
         self.store = CheckpointStore(self.run_dir / "checkpoints")
         self.layout = layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
@@ -56,7 +57,6 @@ class Trainer:
         # Network
         self.network = network = build_network(config, layout, num_classes=len(train_source.classes))
         self.task, self.chunks = network.task, network.chunks
-        self.boundary = self.task.boundary(self.micro_batch, network.block)
         self.model = wrap_for_data_parallel(
             list(self.chunks.values()),
             network.block,
@@ -64,6 +64,7 @@ class Trainer:
             config.parallel,
             bf16_reduce=config.train.grad_reduce is GradReduce.bf16,
         )
+        self.engine = Engine(network, self.model, layout=layout, micro_batch=self.micro_batch)
 
         # Data
         loader = partial(
@@ -134,6 +135,7 @@ class Trainer:
     def _train(self, reporter: Reporter, batches: Any) -> None:
         train = self.config.train
         last = min(self.num_steps, train.stop_at or self.num_steps)
+        vote = StopVote(self.stop, world_size=self.layout.world_size)
         window: dict[str, Tensor] = {}
         while self.step < last:
             seed_step(self.layout, seed=self.config.run.seed, step=self.step)
@@ -141,37 +143,39 @@ class Trainer:
             for chunk in self.model:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            outputs = self._run_microbatches(self.task.forward, batches, self.num_microbatches, forward_only=False)
-            _, grad_norm, _ = self.optimizer.step()
-            if self.average is not None:
+            sums = self.engine.accumulate(batches, self.num_microbatches)
+            grad_norm, updated = step_if_finite(self.optimizer, self.model)
+            if not updated:
+                self._refuse_step(reporter, grad_norm, sums)
+            elif self.average is not None:
                 self.average.update()
             self.step += 1
             self.consumed_samples += train.global_batch
             self.throughput.count(train.global_batch)
-            _stop_if_not_finite(grad_norm, self.step)
-            sums = add_microbatches(outputs)
+            if vote.agreed():
+                reporter.say(f"asked to stop by {self.stop.asked_by or 'a signal to another rank'}: saving")
+                last = self.step
             window = {name: window[name] + value if window else value for name, value in sums.items()}
             if self.step % self.config.metrics.every == 0 or self.step == last:
                 self._report(reporter, window, grad_norm)
                 window = {}
             self._evaluate_paint_save(reporter, is_last=self.step == last)
+        vote.close()
 
-    def _run_microbatches(
-        self, forward_step: ForwardStep, batches: Any, count: int, *, forward_only: bool
-    ) -> list[dict[str, Tensor]]:
-        return run_microbatches(
-            forward_step,
-            self.model,
-            batches,
-            num_microbatches=count,
-            boundary=self.boundary,
-            layout=self.layout,
-            forward_only=forward_only,
-        )
+    def _refuse_step(self, reporter: Reporter, grad_norm: float, sums: dict[str, Tensor]) -> None:
+        """Stop before a step that would ruin the weights, or go on without it; every rank comes here together."""
+        account = describe_nonfinite(list(self.chunks.values()), sums, self.layout)
+        message = f"step {self.step + 1}: the gradient norm is {grad_norm:g}; {account}"
+        if self.config.train.on_nonfinite is OnNonfinite.stop:
+            raise FloatingPointError(
+                f"{message}. The step was not taken and the last checkpoint is untouched. Lower optim.lr, raise "
+                f"optim.warmup_steps or lower optim.clip; train.on_nonfinite=skip goes on without such steps"
+            )
+        reporter.say(f"{message}; the step is skipped")
 
     def _report(self, reporter: Reporter, window: dict[str, Tensor], grad_norm: float) -> None:
         """Log the steps since the last report: their mean loss and accuracy, the last step's rate and norm."""
-        totals = sum_over_world(window, self.task.sums, self.layout)
+        totals = self.engine.totals(window)
         speed = self.throughput.report()
         reporter.record(
             self.step,
@@ -204,9 +208,11 @@ class Trainer:
             self.last_validation = self.evaluate()
             reporter.record(self.step, "val", {"consumed_samples": self.consumed_samples, **self.last_validation})
         if paints:
-            reporter.show(self.step, "val", self.paint(), titles=self.task.panels)
+            reporter.show(self.step, "val", self.engine.paint(self.val_loader), titles=self.task.panels)
         if saves:
-            state = TrainingState(self.step, self.consumed_samples, self.last_validation)
+            state = TrainingState(
+                self.step, self.consumed_samples, self.last_validation, list(self.train_loader.source.classes)
+            )
             self.store.save(self.chunks, self.optimizer, state, run_yaml=to_yaml(self.config), averages=self._averages)
             if self.layout.rank == 0:
                 draw_curves(self.run_dir / "metrics.jsonl", self.run_dir / "pictures" / "curves.png")
@@ -218,37 +224,12 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """The task's metrics over the whole validation set, each image once, in any layout; `ema_…` of the average."""
-        values = self._validate()
+        values = self.engine.validate(self.val_loader)
         if self.average is not None:
             with self.average.applied():
-                averaged = self._validate()
+                averaged = self.engine.validate(self.val_loader)
             values |= {f"ema_{name}": value for name, value in averaged.items() if name != "count"}
         return values
-
-    def _validate(self) -> dict[str, float]:
-        outputs = self._run_on_validation(self.task.forward, self.val_loader.num_evaluation_batches)
-        totals = sum_over_world(add_microbatches(outputs), self.task.sums, self.layout)
-        return {**self.task.metrics(totals), "count": totals["count"]}
-
-    def _run_on_validation(self, forward_step: ForwardStep, count: int) -> list[dict[str, Tensor]]:
-        for chunk in self.model:
-            chunk.eval()
-        with torch.no_grad():
-            outputs = self._run_microbatches(
-                forward_step, self.val_loader.evaluation_batches(), count, forward_only=True
-            )
-        for chunk in self.model:
-            chunk.train()
-        return outputs
-
-    def paint(self) -> Tensor:
-        """The task's panels of the first validation images, uint8 [image, panel, channel, row, column], on rank 0."""
-        # An interleaved pipeline takes micro batches in multiples of its ranks.
-        outputs = self._run_on_validation(self.task.paint, self.layout.pp if self.layout.vpp > 1 else 1)
-        count = min(_IMAGES_PAINTED, self.micro_batch, len(self.val_loader.source))
-        shape = (count, len(self.task.panels), self.config.data.channels, *self.config.data.image_size)
-        panels = outputs[0]["panels"][:count] if outputs else torch.empty(shape, dtype=torch.uint8)
-        return broadcast_from(self.layout.last_stage_rank, panels)
 
     def _restore(self) -> Origin | None:
         """Go on from a checkpoint, in this order: find it, once for all ranks; weights and optimizer; position;
@@ -283,12 +264,3 @@ class Trainer:
     def _say_complete(self, reporter: Reporter) -> None:
         result = f"; {self.task.summary(self.last_validation)}" if self.last_validation else ""
         reporter.say(f"complete: step {self.step} of {self.num_steps}{result}. Raise train.steps to go on")
-
-
-def _stop_if_not_finite(grad_norm: float, step: int) -> None:
-    # Every rank holds the same norm, so all leave together; the optimizer has read it back to the host already.
-    if not torch.isfinite(torch.tensor(grad_norm)):
-        raise FloatingPointError(
-            f"step {step}: the gradient norm is {grad_norm}; the last checkpoint is untouched. Lower optim.lr, raise "
-            f"optim.warmup_steps or lower optim.clip"
-        )

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 from megavit.errors import ConfigError
 
@@ -36,3 +37,15 @@ def parse_arguments(
     if missing:
         raise ConfigError(f"megavit {verb} needs {missing[0]}=: megavit {verb} {usage}")
     return given
+
+
+def split_from(verb: str, arguments: list[str]) -> tuple[Path, list[str]]:
+    """`from=RUN` apart from the settings beside it.
+
+    Raises:
+        ConfigError: if it is missing.
+    """
+    given = [argument for argument in arguments if argument.startswith("from=")]
+    if len(given) != 1 or given[0] == "from=":
+        raise ConfigError(f"megavit {verb} needs from=RUN once, then settings as in megavit train: key=value …")
+    return Path(given[0].removeprefix("from=")), [argument for argument in arguments if argument != given[0]]

@@ -1,13 +1,24 @@
 """Start the ranks of one machine and give back their exit code."""
 
+import contextlib
+import itertools
 import logging
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
+
+import psutil
 
 from megavit.config import RunConfig
 from megavit.exits import FAULT, FINISHED, write_exit
+from megavit.signals import STOPPING
+
+# Ranks that have not been started by then are not going to be.
+_START_S = 5
+_SHUTDOWN_S = 3
 
 
 def num_ranks(config: RunConfig) -> int:
@@ -42,6 +53,8 @@ def start_ranks(arguments: list[str], *, ranks: int, run_dir: Path | None = None
     # The ranks say themselves what went wrong, once; the launcher's own account would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Where one rank has failed, the others take the agent's SIGTERM for a wish to stop, and wait for the lost one.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_S))
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -49,12 +62,15 @@ def start_ranks(arguments: list[str], *, ranks: int, run_dir: Path | None = None
         run_id="megavit",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        # SIGTERM, SIGINT and SIGUSR1 are handed on below instead: the agent would give the ranks 30 s to save and then
+        # end them, and would not tell their code.
         # Not this machine's name on the network, which a laptop may not resolve.
         local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.1,
-        signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
+        signals_to_handle="SIGHUP",
     )
+    _hand_signals_on(module, ranks)
     try:
         elastic_launch(launch, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
@@ -63,6 +79,36 @@ def start_ranks(arguments: list[str], *, ranks: int, run_dir: Path | None = None
         name = signal.Signals(error.sigval).name
         return _report(f"ended by {name}; what was saved last is whole, run again to go on from it", run_dir)
     return FINISHED
+
+
+def _hand_signals_on(module: str, ranks: int) -> None:
+    """Hand every stopping signal to the ranks and go on waiting for them; the third ends them.
+
+    The signals are blocked here, and so in the ranks that are started from now on, until these listen: one that comes
+    while they still import is not lost and ends nobody.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+
+    def hand_on() -> None:
+        for count in itertools.count(1):
+            number = signal.sigwait(STOPPING)
+            deadline = time.monotonic() + _START_S
+            while len(children := _running(module)) < ranks and time.monotonic() < deadline:
+                time.sleep(0.05)
+            for child in children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.send_signal(number if count < 3 else signal.SIGKILL)
+
+    threading.Thread(target=hand_on, daemon=True).start()
+
+
+def _running(module: str) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if module in child.cmdline():
+                found.append(child)
+    return found
 
 
 def _explain(error: BaseException, run_dir: Path | None) -> int:

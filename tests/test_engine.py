@@ -39,7 +39,12 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+EIGHT_RANKS = "TP 2 × PP 2 × VPP 2 × DP 2, selective recompute, all overlapped"
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow) if name == EIGHT_RANKS else name for name in LAYOUTS]
+)
 def test_ten_steps_equal_plain_torch(layout, tmp_path, figure):
     got, want = train_both(*LAYOUTS[layout], tmp_path)
     loss, norm = largest_differences(got, want)
@@ -68,7 +73,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("world", [1, 2, pytest.param(-2, id="2 + SP")])
-@pytest.mark.parametrize("mode", RECOMPUTE)
+@pytest.mark.parametrize(
+    "mode",
+    ["full", "selective", *(pytest.param(mode, marks=pytest.mark.slow) for mode in RECOMPUTE if "," in mode)],
+)
 def test_recompute_is_bit_equal_to_none_with_dropout_on(mode, world, tmp_path, folder):
     layout = {1: [], 2: ["parallel.tp=2"], -2: SP}[world]
     short = ["train.steps=4", *layout]
@@ -121,7 +129,10 @@ def test_bf16_keeps_fp32_masters(tmp_path):
     assert reduced["gradients"] == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("world", "layout"), [(1, []), (4, GRID)], ids=["TP 1", "TP 2 × PP 2"])
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [pytest.param(1, [], id="TP 1"), pytest.param(4, GRID, id="TP 2 × PP 2", marks=pytest.mark.slow)],
+)
 def test_bf16_resume_is_bit_equal(world, layout, tmp_path):
     overrides = [*THIRTEEN_STEPS, "train.steps=6", *DROPOUT, *BF16, *layout]
     want = run_ranks(ranks.train_and_keep, world, [*overrides, f"run.dir={tmp_path}/whole"])

@@ -36,7 +36,7 @@ LAYOUTS = {
         ["parallel.pp=2", "parallel.stages=[2,2]", "parallel.recompute=full", "parallel.recompute_layers=2"],
     ),
     "VPP 2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
-    "learned positions, no class token": (1, ["model.positions=learned", "model.class_tokens=0"]),
+    "learned positions, no class token": (1, ["model.positions=learned", "model.class_tokens=0", "model.pool=mean"]),
     "half hidden, qk-norm, layer scale, TP 2": (
         2,
         ["parallel.tp=2", "task.mask_ratio=0.5", "model.qk_norm=true", "model.layer_scale=0.1"],

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,13 @@ class TrainingState:
         step: optimizer steps done.
         consumed_samples: images seen.
         metrics: the last evaluation's, for whoever inspects the checkpoint.
+        classes: names of a classifier's classes, in the order of its scores.
     """
 
     step: int
     consumed_samples: int
     metrics: dict[str, float]
+    classes: list[str] = field(default_factory=list)
 
 
 class CheckpointStore:

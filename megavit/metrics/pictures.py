@@ -80,3 +80,32 @@ def draw_panels(panels: Tensor, *, titles: tuple[str, ...], path: Path) -> np.nd
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return picture
+
+
+def draw_confusion(confusion: Tensor, *, classes: tuple[str, ...], path: Path) -> None:
+    """Draw which class is taken for which into a PNG, each label's row as shares of its images.
+
+    Args:
+        confusion: int64 [label, guess].
+        classes: their names; written where there is room for them.
+        path: where to write.
+    """
+    from matplotlib.figure import Figure
+
+    shares = (confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
+    named = len(classes) <= 40
+    side = max(4.0, min(10.0, 0.35 * len(classes) + 2)) if named else 10.0
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="guess", ylabel="label")
+    if named:
+        places = range(len(classes))
+        axes.set_xticks(places, classes, rotation=90, fontsize=8)
+        axes.set_yticks(places, classes, fontsize=8)
+        for label, guess in zip(*shares.nonzero(), strict=True):
+            colour = "white" if shares[label, guess] > 0.5 else "black"
+            axes.text(
+                guess, label, str(int(confusion[label, guess])), ha="center", va="center", color=colour, fontsize=7
+            )
+    figure.savefig(path, dpi=110)

@@ -1,6 +1,7 @@
 """Micro batches through the pipeline, by Megatron-Core's schedules."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from itertools import repeat
 from typing import Any
 
@@ -77,19 +78,26 @@ def _reads(chunk: torch.nn.Module) -> bool:
 def add_microbatches(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Add up the metric sums of this rank's micro batches; empty where there are none."""
     names = outputs[0] if outputs else {}
-    return {name: torch.stack([output[name] for output in outputs]).sum() for name in names}
+    return {name: torch.stack([output[name] for output in outputs]).sum(dim=0) for name in names}
 
 
-def sum_over_world(sums: dict[str, Tensor], names: tuple[str, ...], layout: ParallelLayout) -> dict[str, float]:
+def sum_over_world(
+    sums: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], layout: ParallelLayout
+) -> dict[str, Tensor]:
     """Add the metric sums of every data-parallel rank, counting each image once, for every rank to see.
 
     Args:
         sums: from `add_microbatches`; only the last stage has any.
-        names: what to add up, the same on every rank.
+        shapes: of what to add up, by name, the same on every rank; () for a number.
         layout: this rank's place.
+
+    Returns:
+        The totals by name, float64 on the CPU.
     """
-    values = torch.zeros(len(names), dtype=torch.float64, device=layout.device)
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    values = torch.zeros(sum(sizes), dtype=torch.float64, device=layout.device)
     if layout.holds_last_stage and layout.tp_rank == 0:
-        values = torch.stack([sums[name].double() for name in names])
+        values = torch.cat([sums[name].double().flatten() for name in shapes])
     dist.all_reduce(values)
-    return dict(zip(names, values.tolist(), strict=True))
+    parts = zip(shapes.items(), values.cpu().split(sizes), strict=True)
+    return {name: part.view(shape) for (name, shape), part in parts}

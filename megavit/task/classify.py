@@ -3,7 +3,7 @@
 Shapes: B images, K classes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
 import torch
@@ -45,6 +45,10 @@ class Classify:
         self.label_smoothing = config.label_smoothing
         self.model, self.data, self.num_classes, self.layout = model, data, num_classes, layout
         self.normalize = Normalize(data.mean, data.std).to(layout.device)
+        self.score_shapes: Mapping[str, tuple[int, ...]] = {
+            **dict.fromkeys(("loss", "top1", "top5", "count"), ()),
+            "confusion": (num_classes, num_classes),
+        }
         self.needs = Needs(images=layout.holds_first_stage, labels=layout.holds_last_stage)
 
     def build_chunks(
@@ -89,6 +93,21 @@ class Classify:
                 "count": counted_B.sum().float(),
             }
         return losses_B.mean(), sums
+
+    def score(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+        """Beside the loss and top-1: `top5`, and `confusion`, images by [label, guess]."""
+        output, _ = self.forward(batch, model)
+        return output, lambda logits_BK: self._scores(logits_BK, batch)
+
+    def _scores(self, logits_BK: Tensor, batch: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, sums = self.loss(logits_BK, batch)
+        assert batch is not None and batch.labels_B is not None
+        counted_B, labels_B, classes = batch.counted_B, batch.labels_B, self.num_classes
+        best = logits_BK.topk(min(5, classes), dim=1).indices
+        among_B = (best == labels_B.unsqueeze(1)).any(dim=1)
+        cells = (labels_B * classes + logits_BK.argmax(dim=1))[counted_B]
+        confusion = torch.bincount(cells, minlength=classes * classes).view(classes, classes)
+        return loss, {**sums, "top5": (among_B & counted_B).sum().float(), "confusion": confusion}
 
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """Mean `loss` and `top1`."""

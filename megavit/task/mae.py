@@ -3,7 +3,7 @@
 Shapes: B images, C channels, P patches, K kept ones, V = C · patch² values of a patch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,7 @@ class Mae:
         # The last stage compares with the images.
         self.needs = Needs(images=layout.holds_first_stage or layout.holds_last_stage, labels=False)
         self.mean_PV: Tensor | None = None
+        self.score_shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(self.sums, ())
 
     def build_chunks(
         self, block: TransformerConfig, *, parallel: ParallelConfig, stage_layers: list[int]
@@ -116,6 +117,10 @@ class Mae:
         return model(images_BCYX, keep_BK), lambda pixels_BPV: self.loss(
             pixels_BPV, images_BCYX, keep_BK, batch.counted_B
         )
+
+    def score(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+        """There is nothing to count but the loss."""
+        return self.forward(batch, model)
 
     def loss(
         self, pixels_BPV: Tensor, images_BCYX: Tensor, keep_BK: Tensor, counted_B: Tensor

@@ -1,6 +1,6 @@
 """What every task offers to the training loop."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -28,12 +28,14 @@ class Task(Protocol):
     Attributes:
         needs: what this rank's stage reads of a batch.
         sums: what the loss function adds up; `count`, the counted images, is among them.
+        score_shapes: what `score` adds up, and in what shapes; `sums` are among them.
         baseline_samples: training images that `prepare` is to be shown; 0 for none.
         panels: titles of the pictures that `paint` makes of an image; empty where there is nothing to see.
     """
 
     needs: Needs
     sums: tuple[str, ...]
+    score_shapes: Mapping[str, tuple[int, ...]]
     baseline_samples: int
     panels: tuple[str, ...]
 
@@ -67,6 +69,10 @@ class Task(Protocol):
 
     def summary(self, validation: dict[str, float]) -> str:
         """The result in a few words."""
+        ...
+
+    def score(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+        """Like `forward`, but the sums are those of `score_shapes`: what an evaluation counts beside."""
         ...
 
     def paint(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:

@@ -1,0 +1,87 @@
+"""Micro batches through this rank's part of the network: with gradients, over the validation set, for a picture."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megavit.data.loader import Batch, Loader
+from megavit.network import Network
+from megavit.parallel.agree import broadcast_from
+from megavit.parallel.layout import ParallelLayout
+from megavit.parallel.schedule import ForwardStep, add_microbatches, run_microbatches, sum_over_world
+
+_IMAGES_PAINTED = 8
+
+
+class Engine:
+    """What runs the network; every rank calls its methods together.
+
+    Args:
+        network: this rank's part.
+        model: its chunks in order, as they run: wrapped for training, or as they are.
+        layout: this rank's place.
+        micro_batch: images per micro batch.
+    """
+
+    def __init__(
+        self, network: Network, model: list[torch.nn.Module], *, layout: ParallelLayout, micro_batch: int
+    ) -> None:
+        self.task, self.model, self.layout, self.micro_batch = network.task, model, layout, micro_batch
+        self.boundary = network.task.boundary(micro_batch, network.block)
+
+    def accumulate(self, batches: Iterator[Batch], num_microbatches: int) -> dict[str, Tensor]:
+        """Run one step's micro batches and leave their gradients reduced.
+
+        Returns:
+            The sums of this rank's micro batches; empty except on the last stage.
+        """
+        return add_microbatches(self._run(self.task.forward, batches, num_microbatches, forward_only=False))
+
+    def validate(self, loader: Loader) -> dict[str, float]:
+        """The task's metrics over the loader's whole source, each image once, in any layout; `count` says how many."""
+        outputs = self._evaluating(self.task.forward, loader, loader.num_evaluation_batches)
+        totals = self.totals(add_microbatches(outputs))
+        return {**self.task.metrics(totals), "count": totals["count"]}
+
+    def totals(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Sums over all ranks, each image counted once."""
+        totals = sum_over_world(sums, dict.fromkeys(self.task.sums, ()), self.layout)
+        return {name: float(total) for name, total in totals.items()}
+
+    def score(self, loader: Loader) -> dict[str, Tensor]:
+        """All that the task can count over the loader's whole source, each image once, in any layout."""
+        outputs = self._evaluating(self.task.score, loader, loader.num_evaluation_batches)
+        return sum_over_world(add_microbatches(outputs), self.task.score_shapes, self.layout)
+
+    def paint(self, loader: Loader) -> Tensor:
+        """The task's panels of the first images, uint8 [image, panel, channel, row, column]."""
+        # An interleaved pipeline takes micro batches in multiples of its ranks.
+        outputs = self._evaluating(self.task.paint, loader, self.layout.pp if self.layout.vpp > 1 else 1)
+        count = min(_IMAGES_PAINTED, self.micro_batch, len(loader.source))
+        data = loader.config
+        shape = (count, len(self.task.panels), data.channels, *data.image_size)
+        panels = outputs[0]["panels"][:count] if outputs else torch.empty(shape, dtype=torch.uint8)
+        return broadcast_from(self.layout.last_stage_rank, panels)
+
+    def _evaluating(self, forward_step: ForwardStep, loader: Loader, count: int) -> list[dict[str, Tensor]]:
+        for chunk in self.model:
+            chunk.eval()
+        with torch.no_grad():
+            outputs = self._run(forward_step, loader.evaluation_batches(), count, forward_only=True)
+        for chunk in self.model:
+            chunk.train()
+        return outputs
+
+    def _run(
+        self, forward_step: ForwardStep, batches: Iterator[Batch], count: int, *, forward_only: bool
+    ) -> list[dict[str, Tensor]]:
+        return run_microbatches(
+            forward_step,
+            self.model,
+            batches,
+            num_microbatches=count,
+            boundary=self.boundary,
+            layout=self.layout,
+            forward_only=forward_only,
+        )

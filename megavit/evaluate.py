@@ -1,0 +1,111 @@
+"""`megavit evaluate from=RUN`: a checkpoint of any layout, in any layout, over the whole validation set."""
+
+import csv
+import json
+import os
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megavit.compose import merge
+from megavit.config import RunConfig
+from megavit.data.loader import Loader
+from megavit.data.order import SampleOrder
+from megavit.data.source import open_source
+from megavit.engine import Engine
+from megavit.metrics.pictures import draw_confusion
+from megavit.outcome import quieten_imports, run_as_rank
+from megavit.parallel.layout import world_size_from_environment
+from megavit.trained import find_checkpoint, open_run, read_config
+from megavit.verb_arguments import split_from
+
+
+def prepare(arguments: list[str], *, world_size: int | None = None) -> tuple[RunConfig, Path]:
+    """What to evaluate, and how: the run's own configuration with what is typed on top, on one rank unless told.
+
+    Args:
+        arguments: `from=RUN` and settings.
+        world_size: ranks that take part; None while they are not started.
+
+    Raises:
+        ConfigError: if there is no checkpoint, or a setting does not fit.
+    """
+    path, overrides = split_from("evaluate", arguments)
+    checkpoint = find_checkpoint(path)
+    config = merge(read_config(checkpoint), overrides)
+    if world_size is not None:
+        # Training's batch need not fit this world; images per micro batch are as they were, or as typed.
+        micro_batch = config.train.micro_batch or min(config.train.global_batch, 64)
+        batch = micro_batch * config.parallel.data_parallel_size(world_size) * config.parallel.pp
+        config = replace(config, train=replace(config.train, micro_batch=micro_batch, global_batch=batch))
+        config.check(world_size)
+    return config, checkpoint
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Evaluate as one rank; the first leaves the results in `RUN/evaluation/`."""
+    world_size = world_size_from_environment()
+    config, checkpoint = prepare(arguments, world_size=world_size)
+    source = open_source(config.data, "val")
+    trained = open_run(config, checkpoint, num_classes=len(source.classes))
+    network, layout = trained.network, trained.layout
+    task, micro_batch = network.task, config.micro_batch(world_size)
+
+    loader = partial(
+        Loader,
+        config=config.data,
+        layout=layout,
+        needs=task.needs,
+        micro_batch=micro_batch,
+        seed=config.run.seed,
+        train=False,
+    )
+    if task.baseline_samples:
+        training = open_source(config.data, "train")
+        shown = SampleOrder(len(training), seed=config.run.seed).first(task.baseline_samples)
+        task.prepare(loader(training, only=shown).evaluation_batches())
+    engine = Engine(network, list(network.chunks.values()), layout=layout, micro_batch=micro_batch)
+    totals = engine.score(loader(source))
+    if layout.rank == 0:
+        _report(totals, task.metrics({name: float(totals[name]) for name in task.sums}), source.classes, checkpoint)
+    return 0
+
+
+def _report(totals: dict[str, Tensor], metrics: dict[str, float], classes: tuple[str, ...], checkpoint: Path) -> None:
+    folder = checkpoint.parent.parent / "evaluation" / checkpoint.name
+    folder.mkdir(parents=True, exist_ok=True)
+    count = int(totals["count"])
+    results: dict[str, object] = {"checkpoint": str(checkpoint), "count": count, **metrics}
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    if "confusion" in totals:
+        confusion = totals["confusion"].long()
+        results["top5"] = float(totals["top5"]) / count
+        per_class = (confusion.diagonal() / confusion.sum(dim=1).clamp(min=1)).tolist()
+        results["top1_per_class"] = dict(zip(classes, per_class, strict=True))
+        shown += f"  top5 {results['top5']:.4f}"
+        with (folder / "confusion.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["label \\ guess", *classes])
+            writer.writerows([name, *row] for name, row in zip(classes, confusion.tolist(), strict=True))
+        draw_confusion(confusion, classes=classes, path=folder / "confusion.png")
+    (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"{checkpoint}: {count} images  {shown}; {folder} has it all")
+
+
+def main(arguments: list[str]) -> int:
+    """Evaluate as one of the ranks that a launcher has started."""
+    quieten_imports()
+    return run_as_rank(lambda: evaluate(arguments), run_dir=lambda: None)
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # As in megavit.train.
+    os._exit(code)

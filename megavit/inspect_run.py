@@ -1,0 +1,44 @@
+"""`megavit inspect from=PATH`: what a run or a checkpoint is, without opening its weights."""
+
+from pathlib import Path
+
+from megavit.checkpoint.store import read_state
+from megavit.compose import from_yaml
+from megavit.parallel.config import ParallelConfig
+from megavit.trained import find_checkpoint
+from megavit.verb_arguments import parse_arguments
+
+
+def inspect_run(arguments: list[str]) -> int:
+    """Print a run's model, step, samples, layout at saving, size on disk and last metrics.
+
+    Args:
+        arguments: `from=PATH`, a run's folder or a checkpoint.
+    """
+    given = parse_arguments("inspect", arguments, needed=("from",), optional=())
+    checkpoint = find_checkpoint(Path(given["from"]))
+    config, state = from_yaml((checkpoint / "run.yaml").read_text()), read_state(checkpoint)
+    model, files = config.model, [path for path in checkpoint.rglob("*") if path.is_file()]
+    rows = {
+        "checkpoint": checkpoint,
+        "task": config.task.name.value,
+        "model": f"{model.num_layers} layers of {model.hidden_size}, MLP {model.ffn_size}, {model.num_heads} heads, "
+        f"patch {model.patch_size}, {model.class_tokens} class tokens",
+        "images": f"{config.data.image_size} × {config.data.channels} from {config.data.source}",
+        "classes": f"{len(state.classes)}: {', '.join(state.classes[:10])}{' …' if len(state.classes) > 10 else ''}",
+        "step": f"{state.step} of {config.train.steps or f'{config.train.epochs} epochs'}",
+        "samples": f"{state.consumed_samples:,}",
+        "precision": config.train.precision.value,
+        "layout": _layout(config.parallel),
+        "size": f"{sum(path.stat().st_size for path in files):,} bytes in {len(files)} files",
+        "validation": "  ".join(f"{name} {value:.4f}" for name, value in state.metrics.items()) or "none yet",
+    }
+    for name, value in rows.items():
+        print(f"{name:<11} {value}")
+    return 0
+
+
+def _layout(parallel: ParallelConfig) -> str:
+    sequence = " + SP" if parallel.sequence_parallel else ""
+    virtual = f" (VPP {parallel.vpp})" if parallel.vpp > 1 else ""
+    return f"TP {parallel.tp}{sequence} × PP {parallel.pp}{virtual}; loads into any other"

@@ -1,0 +1,77 @@
+"""`megavit predict from=RUN images=PATH`: names and probabilities for images of one's own."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from megavit.checks import whole_number
+from megavit.data.decode import decode_image
+from megavit.data.folder import find_images
+from megavit.data.loader import Batch
+from megavit.data.order import SampleKey
+from megavit.data.views import View
+from megavit.errors import ConfigError
+from megavit.task.config import TaskName
+from megavit.trained import find_checkpoint, open_run, read_classes, read_config
+from megavit.verb_arguments import parse_arguments
+
+_AT_ONCE = 64
+
+
+def predict(arguments: list[str]) -> int:
+    """Classify images and write a row for each.
+
+    Args:
+        arguments: `from=RUN images=PATH`, and optionally `out=FILE.csv|FILE.jsonl top=5`; without `out` to the console.
+
+    Raises:
+        ConfigError: if the run is no classifier's, or the images cannot be read.
+    """
+    given = parse_arguments("predict", arguments, needed=("from", "images"), optional=("out", "top"))
+    run = Path(given["from"])
+    checkpoint = find_checkpoint(run)
+    config = read_config(checkpoint)
+    if config.task.name is not TaskName.classify:
+        raise ConfigError(f"from={run} is a run of task.name={config.task.name.value}; only a classifier predicts")
+    classes = read_classes(checkpoint)
+    top = min(whole_number("top", given.get("top", "5")), len(classes))
+    out = Path(given["out"]) if "out" in given else None
+    if out is not None and out.suffix not in (".csv", ".jsonl"):
+        raise ConfigError(f"out={out} must end in .csv or .jsonl")
+    paths = find_images(Path(given["images"]))
+    trained = open_run(config, checkpoint, num_classes=len(classes))
+    task, device = trained.network.task, trained.layout.device
+    view, rows = View(config.data, augment=False), []
+    for first in range(0, len(paths), _AT_ONCE):
+        some = paths[first : first + _AT_ONCE]
+        images = [decode_image(path, channels=config.data.channels, name=str(path)) for path in some]
+        keys = [SampleKey(index, 0) for index in range(len(some))]
+        seen = torch.stack(view(images, keys, seed=config.run.seed)).to(device)
+        batch = Batch(seen, None, torch.ones(len(some), dtype=torch.bool, device=device), keys)
+        with torch.no_grad():
+            logits, _ = task.forward(batch, trained.network.chunks["model"])
+        best = logits.softmax(dim=1).topk(top, dim=1)
+        for path, scores, labels in zip(some, best.values.tolist(), best.indices.tolist(), strict=True):
+            guesses = [{"class": classes[k], "probability": p} for k, p in zip(labels, scores, strict=True)]
+            rows.append({"image": str(path), "guesses": guesses})
+    _write(rows, out, top)
+    return 0
+
+
+def _write(rows: list[dict], out: Path | None, top: int) -> None:
+    if out is not None and out.suffix == ".jsonl":
+        out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        file = out.open("w", newline="") if out is not None else sys.stdout
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image", *(name for k in range(1, top + 1) for name in (f"class_{k}", f"probability_{k}"))])
+        for row in rows:
+            cells = [cell for guess in row["guesses"] for cell in (guess["class"], f"{guess['probability']:.6f}")]
+            writer.writerow([row["image"], *cells])
+        if out is not None:
+            file.close()
+    if out is not None:
+        print(f"{out}: {len(rows)} images")

@@ -1,0 +1,77 @@
+"""Being asked to stop: signals are taken note of, and acted on between two steps, by all ranks at the same one."""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+# Slurm, Kubernetes and a terminal ask with these.
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+_LEFT_AT_ONCE = 1
+
+
+class StopRequest:
+    """Whether this process has been asked to stop, and by what."""
+
+    def __init__(self) -> None:
+        self.asked_by: str | None = None
+
+    def listen(self) -> None:
+        """Take note of signals from now on, those included that the launcher has held back until now.
+
+        A second SIGINT leaves at once.
+        """
+        for number in STOPPING:
+            signal.signal(number, self._take_note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+    def _take_note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.asked_by == "SIGINT":
+            sys.stderr.write("megavit: left at once; what was saved last is whole, run again to go on from it\n")
+            sys.stderr.flush()
+            os._exit(_LEFT_AT_ONCE)
+        self.asked_by = signal.Signals(number).name
+
+
+class StopVote:
+    """The ranks' agreement on when to stop: a signal may reach one of them alone, or each at another step.
+
+    The vote of a step is counted at the end of the next one, so that nobody waits for it.
+
+    Args:
+        request: this rank's.
+        world_size: ranks that vote.
+    """
+
+    def __init__(self, request: StopRequest, *, world_size: int) -> None:
+        self._request, self._alone = request, world_size == 1
+        self._ballot: Any = None
+        self._count: Any = None
+
+    def agreed(self) -> bool:
+        """Cast this step's vote; True, on every rank at the same step, if any rank wanted to stop a step ago."""
+        if self._alone:
+            return self._request.asked_by is not None
+        agreed = self._counted()
+        self._cast()
+        return agreed
+
+    def close(self) -> None:
+        """Wait for the vote that nobody will count; every rank calls this after its last step."""
+        self._counted()
+
+    def _cast(self) -> None:
+        import torch
+        import torch.distributed as dist
+
+        self._ballot = torch.tensor([self._request.asked_by is not None], dtype=torch.int32)
+        self._count = dist.all_reduce(self._ballot, op=dist.ReduceOp.MAX, async_op=True)
+
+    def _counted(self) -> bool:
+        if self._count is None:
+            return False
+        self._count.wait()
+        self._count = None
+        return bool(self._ballot.item())

@@ -1,0 +1,134 @@
+"""A trained run looked at: evaluated in any layout, asked for predictions, inspected, loaded in Python."""
+
+import csv
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from megavit.data.digits import Digits
+from megavit.list_recipes import recipe_header
+from megavit.testing import run_ranks
+from tests.reference import SMALL
+from tests.test_launch import assert_one_message, run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 60 steps, and what it said of itself at its end."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    overrides = [*SMALL, "train.steps=60", "train.global_batch=64", "train.micro_batch=32", "optim.lr=3e-3"]
+    result = run("-m", "megavit", "train", "run.ranks=2", "parallel.pp=2", *overrides, f"run.dir={run_dir}")
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return run_dir, rows[-1]
+
+
+@pytest.mark.parametrize(
+    "layout", [[], ["run.ranks=2", "parallel.tp=2"], ["run.ranks=2"]], ids=["one rank", "TP 2", "DP 2"]
+)
+def test_evaluate_counts_every_image_once_and_agrees_with_training_in_any_layout(layout, trained):
+    run_dir, last = trained
+    result = run("-m", "megavit", "evaluate", f"from={run_dir}", *layout)
+    assert result.returncode == 0, result.stderr
+    folder = run_dir / "evaluation" / "step_00000060"
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found["count"] == 360
+    assert found["loss"] == pytest.approx(last["loss"], abs=2e-6)
+    assert found["top1"] == pytest.approx(last["top1"], abs=1e-9)
+    assert found["top1"] < found["top5"] <= 1
+    rows = list(csv.reader((folder / "confusion.csv").open()))
+    counts = torch.tensor([[int(cell) for cell in row[1:]] for row in rows[1:]])
+    assert counts.sum() == 360
+    assert counts.sum(dim=1).tolist() == torch.bincount(torch.tensor(Digits("val")._labels)).tolist()
+    assert counts.diagonal().sum() / 360 == pytest.approx(found["top1"], abs=1e-6)
+    assert (folder / "confusion.png").stat().st_size > 1000
+    per_class = torch.tensor(list(found["top1_per_class"].values()))
+    assert torch.allclose(per_class, counts.diagonal() / counts.sum(dim=1))
+
+
+def test_predict_agrees_with_evaluate_image_by_image(trained, tmp_path):
+    run_dir, last = trained
+    source = Digits("val")
+    for index in range(len(source)):
+        Image.fromarray(source.image(index)[0].numpy()).save(tmp_path / f"{index:03d}.png")
+    result = run(
+        "-m", "megavit", "predict", f"from={run_dir}", f"images={tmp_path}", f"out={tmp_path / 'all.jsonl'}", "top=3"
+    )
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert len(rows) == 360
+    assert all(len(row["guesses"]) == 3 for row in rows)
+    right = sum(row["guesses"][0]["class"] == str(source.label(index)) for index, row in enumerate(rows))
+    assert right / 360 == pytest.approx(last["top1"], abs=1e-9)
+    one = run("-m", "megavit", "predict", f"from={run_dir}", f"images={tmp_path / '000.png'}")
+    lines = list(csv.reader(one.stdout.splitlines()))
+    assert lines[0][:3] == ["image", "class_1", "probability_1"]
+    assert lines[1][1] == rows[0]["guesses"][0]["class"]
+    assert float(lines[1][2]) == pytest.approx(rows[0]["guesses"][0]["probability"], abs=1e-6)
+
+
+def test_inspect_says_what_a_run_is(trained):
+    run_dir, last = trained
+    result = run("-m", "megavit", "inspect", f"from={run_dir}")
+    assert result.returncode == 0, result.stderr
+    for text in ("4 layers of 32", "60 of 60", "3,840", "PP 2", "10: 0, 1, 2", f"top1 {last['top1']:.4f}"):
+        assert text in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["evaluate"], "needs from=RUN"),
+        (["evaluate", "from=nowhere"], "from=nowhere holds no checkpoint"),
+        (["evaluate", "from={run}", "model.num_layer=3"], "did you mean model.num_layers?"),
+        (["evaluate", "from={run}", "model=vit_b16"], "a run's groups are as they were"),
+        (
+            ["evaluate", "from={run}", "parallel.tp=3", "run.ranks=3"],
+            "model.num_heads=4 is not divided by parallel.tp=3",
+        ),
+        (["predict", "from={run}", "images=nowhere"], "neither an image nor a folder"),
+        (["predict", "from={run}", "images=.", "out=x.txt"], "must end in .csv or .jsonl"),
+        (["reconstruct", "from={run}", "images=."], "only task=mae reconstructs"),
+        (["inspect", "form={run}"], "did you mean from=?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_input_leaves_with_2_and_one_message(command, message, trained):
+    result = run("-m", "megavit", *(part.replace("{run}", str(trained[0])) for part in command))
+    assert result.returncode == 2
+    assert_one_message(result, message)
+
+
+def test_every_recipe_opens_with_its_command_and_a_sentence():
+    from megavit.compose import choices
+
+    for name in choices("recipe"):
+        command, about = recipe_header(name)
+        assert command.startswith("megavit train ")
+        assert f"recipe={name}" in command
+        assert about.endswith(".")
+        assert len(about) > 20
+
+
+def test_a_masked_autoencoder_is_evaluated_too(tmp_path):
+    from tests.test_mae_parity import MAE
+
+    overrides = [*SMALL, *MAE, "train.steps=3", f"run.dir={tmp_path}"]
+    last = run_ranks(train_and_evaluate_and_save, 1, overrides)[0]
+    result = run("-m", "megavit", "evaluate", f"from={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "evaluation" / "step_00000003" / "metrics.json").read_text())
+    assert found["count"] == 360
+    for name in ("loss", "loss_ratio"):
+        assert found[name] == pytest.approx(last[name], rel=2e-6)
+
+
+def train_and_evaluate_and_save(overrides: list[str]) -> dict:
+    from megavit.compose import compose
+    from megavit.trainer import Trainer
+
+    trainer = Trainer(compose(overrides))
+    trainer.run()
+    return trainer.last_validation
