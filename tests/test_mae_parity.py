@@ -44,7 +44,13 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# Kept for `make test-slow`: each is its neighbours' sum.
+SLOW = ("TP 2 + SP, PP 2", "selective recompute, TP 2 × PP 2", "full recompute of groups of 2, PP 2")
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LAYOUTS]
+)
 def test_ten_steps_equal_plain_torch(layout, tmp_path, figure):
     world, overrides = LAYOUTS[layout]
     overrides = [*SMALL, *MAE, *overrides]

@@ -30,13 +30,13 @@ def losses(run_dir) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
 
 
-def interrupt(run_dir, *, times: int, seed: int, figure) -> None:
+def interrupt(run_dir, *, times: int, latest_s: float, seed: int, figure) -> None:
     """Start a run again and again, and signal each at a random moment; then compare with one that ran through."""
     draw, layout = random.Random(seed), ["run.ranks=2", "parallel.tp=2", "model.hidden_dropout=0.1"]
     left_s, step = [], 0
     for _ in range(times):
         running = start(run_dir, *layout)
-        time.sleep(draw.uniform(0.3, 12))
+        time.sleep(draw.uniform(0.3, latest_s))
         asked = time.monotonic()
         running.send_signal(draw.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]))
         out, err = running.communicate(timeout=120)
@@ -57,13 +57,13 @@ def interrupt(run_dir, *, times: int, seed: int, figure) -> None:
 
 
 def test_signals_at_random_moments_stop_save_and_change_no_bit(tmp_path, figure):
-    interrupt(tmp_path / "run", times=5, seed=0, figure=figure)
+    interrupt(tmp_path / "run", times=5, latest_s=8, seed=0, figure=figure)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_twenty_signals_at_random_moments(tmp_path, figure):
-    interrupt(tmp_path / "run", times=20, seed=1, figure=figure)
+    interrupt(tmp_path / "run", times=20, latest_s=14, seed=1, figure=figure)
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path):

@@ -133,3 +133,13 @@ def peak_memory(overrides: list[str]) -> None:
     # The block's input lives outside; its last layer's output and the final norm's stand in for it.
     print(measured, 4 * n * b * h * per_token + 2 * n * b * h)
     del kept
+
+
+def test_masks_are_the_same_on_cpu_and_gpu():
+    from megavit.task.masking import random_keep
+
+    ids = torch.arange(4096)
+    epochs, occurrences = ids % 3, ids % 2
+    want = random_keep(ids, epochs, occurrences, 196, num_kept=49, seed=5)
+    got = random_keep(ids.cuda(), epochs.cuda(), occurrences.cuda(), 196, num_kept=49, seed=5)
+    assert torch.equal(got.cpu(), want)
