@@ -1,8 +1,21 @@
 """megavit trains Vision Transformers with model parallelism on Megatron-Core."""
 
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from megavit.parallel import cpu as _cpu
+
+if _TYPE_CHECKING:
+    from megavit.loading import TrainedClassifier
 
 __version__ = "0.1.0"
 
 # Whoever imports any part of megavit before Megatron-Core gets a Megatron-Core that runs on this machine.
 _cpu.install_import_hook()
+
+
+def load(path: "str | _Path") -> "TrainedClassifier":
+    """Load a trained classifier as an ordinary torch module (see `megavit.loading.load`)."""
+    from megavit.loading import load as load_run
+
+    return load_run(path)

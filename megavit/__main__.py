@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 from megavit.errors import ConfigError
-from megavit.exits import USER_ERROR
+from megavit.exits import FAULT, USER_ERROR
 
 _USAGE = """\
 megavit VERB key=value …
@@ -56,6 +56,9 @@ def main() -> int:
     except ConfigError as error:
         print(f"megavit: {error}", file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:
+        print("megavit: interrupted", file=sys.stderr)
+        return FAULT
     except BrokenPipeError:
         # Whoever read our output, `head` for one, has had enough; Python would complain once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,6 +20,7 @@ from megavit.engine import Engine
 from megavit.metrics.pictures import draw_confusion
 from megavit.outcome import quieten_imports, run_as_rank
 from megavit.parallel.layout import world_size_from_environment
+from megavit.signals import let_through
 from megavit.trained import find_checkpoint, open_run, read_config
 from megavit.verb_arguments import split_from
 
@@ -98,6 +99,7 @@ def _report(totals: dict[str, Tensor], metrics: dict[str, float], classes: tuple
 
 def main(arguments: list[str]) -> int:
     """Evaluate as one of the ranks that a launcher has started."""
+    let_through()
     quieten_imports()
     return run_as_rank(lambda: evaluate(arguments), run_dir=lambda: None)
 

@@ -36,11 +36,11 @@ def introduction(config: RunConfig, layout: ParallelLayout, network: Network) ->
             f"{decoder.hidden} on {decoder.tokens} tokens, costs as much as "
             f"{head_flops(network.shape) / layer_flops(network.shape):.1f} encoder layers"
         )
-    yield from _idle_stages(config, network.shape)
+    yield from idle_stages(config, network.shape)
     yield f"precision {config.train.precision.value}; attention kernel {_kernel(config, layout, network)}"
 
 
-def _idle_stages(config: RunConfig, shape: NetworkShape) -> Iterator[str]:
+def idle_stages(config: RunConfig, shape: NetworkShape) -> Iterator[str]:
     """Say where the last stage, which holds the decoder whole, is what all others wait for."""
     parallel = config.parallel
     if shape.decoder is None or parallel.pp == 1 or parallel.stages is not None or parallel.vpp > 1:

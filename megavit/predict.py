@@ -8,11 +8,7 @@ from pathlib import Path
 import torch
 
 from megavit.checks import whole_number
-from megavit.data.decode import decode_image
 from megavit.data.folder import find_images
-from megavit.data.loader import Batch
-from megavit.data.order import SampleKey
-from megavit.data.views import View
 from megavit.errors import ConfigError
 from megavit.task.config import TaskName
 from megavit.trained import find_checkpoint, open_run, read_classes, read_config
@@ -43,16 +39,11 @@ def predict(arguments: list[str]) -> int:
         raise ConfigError(f"out={out} must end in .csv or .jsonl")
     paths = find_images(Path(given["images"]))
     trained = open_run(config, checkpoint, num_classes=len(classes))
-    task, device = trained.network.task, trained.layout.device
-    view, rows = View(config.data, augment=False), []
+    rows = []
     for first in range(0, len(paths), _AT_ONCE):
         some = paths[first : first + _AT_ONCE]
-        images = [decode_image(path, channels=config.data.channels, name=str(path)) for path in some]
-        keys = [SampleKey(index, 0) for index in range(len(some))]
-        seen = torch.stack(view(images, keys, seed=config.run.seed)).to(device)
-        batch = Batch(seen, None, torch.ones(len(some), dtype=torch.bool, device=device), keys)
         with torch.no_grad():
-            logits, _ = task.forward(batch, trained.network.chunks["model"])
+            logits, _ = trained.network.task.forward(trained.batch(some), trained.network.chunks["model"])
         best = logits.softmax(dim=1).topk(top, dim=1)
         for path, scores, labels in zip(some, best.values.tolist(), best.indices.tolist(), strict=True):
             guesses = [{"class": classes[k], "probability": p} for k, p in zip(labels, scores, strict=True)]

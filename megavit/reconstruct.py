@@ -5,11 +5,7 @@ from pathlib import Path
 import torch
 
 from megavit.checks import whole_number
-from megavit.data.decode import decode_image
 from megavit.data.folder import find_images
-from megavit.data.loader import Batch
-from megavit.data.order import SampleKey
-from megavit.data.views import View
 from megavit.errors import ConfigError
 from megavit.metrics.pictures import draw_panels
 from megavit.task.config import TaskName
@@ -35,15 +31,9 @@ def reconstruct(arguments: list[str]) -> int:
     count = whole_number("count", given.get("count", "8"))
     paths = find_images(Path(given["images"]))
     shown = paths[:count]
-    images = [decode_image(path, channels=config.data.channels, name=str(path)) for path in shown]
     trained = open_run(config, checkpoint, num_classes=0)
-
-    keys = [SampleKey(index, 0) for index in range(len(shown))]
-    seen = torch.stack(View(config.data, augment=False)(images, keys, seed=config.run.seed))
-    device = trained.layout.device
-    batch = Batch(seen.to(device), None, torch.ones(len(shown), dtype=torch.bool, device=device), keys)
     with torch.no_grad():
-        output, judge = trained.network.task.paint(batch, trained.network.chunks["model"])
+        output, judge = trained.network.task.paint(trained.batch(shown), trained.network.chunks["model"])
         panels = judge(output)[1]["panels"]
     out = Path(given.get("out", run / "pictures" / "reconstruct.png"))
     draw_panels(panels, titles=trained.network.task.panels, path=out)

@@ -12,6 +12,11 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _LEFT_AT_ONCE = 1
 
 
+def let_through() -> None:
+    """Let signals do what they always do, where the launcher has held them back and nothing needs saving."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
 class StopRequest:
     """Whether this process has been asked to stop, and by what."""
 

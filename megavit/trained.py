@@ -3,9 +3,15 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from megavit.checkpoint.store import CheckpointStore, is_complete, load_weights, read_state
 from megavit.compose import from_yaml
 from megavit.config import RunConfig
+from megavit.data.decode import decode_image
+from megavit.data.loader import Batch
+from megavit.data.order import SampleKey
+from megavit.data.views import View
 from megavit.errors import ConfigError
 from megavit.model.config import Attention, Linears
 from megavit.network import Network, build_network
@@ -29,6 +35,18 @@ class TrainedRun:
     config: RunConfig
     layout: ParallelLayout
     network: Network
+
+    def batch(self, paths: list[Path]) -> Batch:
+        """Images from files, as the run evaluates them, in one batch.
+
+        Raises:
+            ConfigError: for a file that is no image.
+        """
+        data, device = self.config.data, self.layout.device
+        images = [decode_image(path, channels=data.channels, name=str(path)) for path in paths]
+        keys = [SampleKey(index, 0) for index in range(len(paths))]
+        seen = torch.stack(View(data, augment=False)(images, keys, seed=self.config.run.seed))
+        return Batch(seen.to(device), None, torch.ones(len(paths), dtype=torch.bool, device=device), keys)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -117,6 +117,10 @@ class PlainViT(nn.Module):
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
         """Map normalised images to logits_BK."""
+        return self.head(self.pre_logits(self.features(images_BCYX)))
+
+    def features(self, images_BCYX: Tensor) -> Tensor:
+        """Map normalised images to what the head reads, features_BH."""
         tokens_BNH = self.patch_embed(images_BCYX)
         if self.class_tokens:
             tokens_BNH = torch.cat([self.cls_token.expand(tokens_BNH.shape[0], -1, -1), tokens_BNH], dim=1)
@@ -125,4 +129,4 @@ class PlainViT(nn.Module):
             tokens_BNH = block(tokens_BNH)
         tokens_BNH = self.norm(tokens_BNH)
         pooled_BH = tokens_BNH[:, self.class_tokens :].mean(dim=1) if self.pool_mean else tokens_BNH[:, 0]
-        return self.head(self.pre_logits(self.fc_norm(pooled_BH)))
+        return self.fc_norm(pooled_BH)

@@ -168,6 +168,22 @@ def test_stages_that_only_wait_for_the_decoder_are_named():
     assert useful_stages(32, 16, last_cost=5.5) == 8
 
 
+def idle_stages(overrides: list[str]) -> list[str]:
+    from megavit.introduce import idle_stages
+
+    config = compose(overrides)
+    return list(idle_stages(config, config.network_shape(num_classes=0)))
+
+
+def test_a_run_says_where_more_stages_cannot_help():
+    settings = ["recipe=null", "model=vit_b16", "task=mae", "data=synthetic"]
+    (said,) = run_ranks(idle_stages, 1, [*settings, "parallel.pp=4"])[0]
+    assert "parallel.pp=4 is no faster than 2" in said
+    assert "15.0 of 27.1 encoder layers" in said
+    assert "at most 1.8 times one stage's speed" in said
+    assert run_ranks(idle_stages, 1, [*settings, "parallel.pp=2"])[0] == []
+
+
 @pytest.mark.parametrize(
     ("overrides", "world", "message"),
     [
