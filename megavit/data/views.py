@@ -56,7 +56,8 @@ class View:
         seen = []
         with _generator_of_its_own():
             for image, draw in zip(images, draws, strict=True):
-                torch.manual_seed(draw)
+                # Not torch.manual_seed: that seeds every GPU too, and this process's dropout with it.
+                torch.default_generator.manual_seed(draw)
                 for transform in self.random:
                     image = transform(image)
                 seen.append(image)

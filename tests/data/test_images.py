@@ -147,6 +147,14 @@ def test_a_training_view_is_a_function_of_its_key_and_leaves_the_generator_alone
     assert not any(torch.equal(seen[0], other) for other in others)
 
 
+def test_a_training_view_seeds_no_device(tmp_path, monkeypatch):
+    # On a GPU the dropout draws from CUDA's generators, which nothing would put back; no GPU is needed to see the call.
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    View(folder_config(tmp_path, image_size=[16, 24]), augment=True)([noise(40, 60)] * 4, KEYS, seed=0)
+    assert not seeded
+
+
 def test_half_of_the_images_are_mirrored(tmp_path):
     view, image = (
         View(folder_config(tmp_path, crop_scale=None, image_size=[8, 8], eval_crop=None), augment=True),
