@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from megavit.compose import compose
 from megavit.data.decode import decode_image
+from megavit.data.loader import Loader, Needs
 from megavit.data.order import SampleKey
 from megavit.data.source import open_source
 from megavit.data.views import View
@@ -126,6 +128,15 @@ def test_a_broken_image_is_named(tmp_path):
         decode_image(tmp_path / "broken.jpg", channels=3, name=str(tmp_path / "broken.jpg"))
 
 
+def test_a_broken_image_is_named_whatever_pillow_raises(tmp_path, monkeypatch):
+    def open_badly(file):
+        raise TypeError("'float' object cannot be interpreted as an integer")
+
+    monkeypatch.setattr(Image, "open", open_badly)
+    with pytest.raises(ConfigError, match=r"^a\.tif cannot be read as an image: 'float' object"):
+        decode_image(tmp_path / "a.tif", channels=3, name="a.tif")
+
+
 KEYS = [SampleKey(3, 0), SampleKey(4, 0), SampleKey(3, 1), SampleKey(3, 0, 1)]
 
 
@@ -200,17 +211,57 @@ def test_cifar10_in_parquet_is_the_same_as_its_exported_folder(tmp_path):
 
 
 @needs_data
-def test_real_photographs_of_all_sizes_become_one_batch():
-    root = Path(DATA) / "imagenet_sample"
-    config = folder_config(root)
+def test_one_photograph_per_class_cannot_be_divided():
+    config = folder_config(Path(DATA) / "imagenet_sample", val_fraction=0.1)
     with pytest.raises(ConfigError, match="one image per class"):
-        open_source(replace(config, val_fraction=0.1), "train")
-    paths = sorted(root.rglob("*.JPEG"))[:8]
-    images = [decode_image(path, channels=3, name=str(path)) for path in paths]
-    assert len({image.shape for image in images}) > 4
-    keys = [SampleKey(index, 0) for index in range(8)]
-    for augment in (True, False):
-        assert torch.stack(View(config, augment=augment)(images, keys, seed=0)).shape == (8, 3, 224, 224)
+        open_source(config, "train")
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """The sample's first eight classes, each both to train and to validate on."""
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for folder in sorted((Path(DATA) / "imagenet_sample").iterdir())[:8]:
+            (tmp_path / split / folder.name).symlink_to(folder)
+    return tmp_path
+
+
+def load(path: Path, *, train: bool, workers: int, micro_batch: int = 4) -> Loader:
+    config = folder_config(path, workers=workers)
+    layout = SimpleNamespace(tp=1, tp_rank=0, pp=1, vpp=1, dp=1, dp_rank=0, device=torch.device("cpu"), groups=None)
+    return Loader(
+        open_source(config, "train" if train else "val"),
+        config,
+        layout=layout,
+        needs=Needs(images=True, labels=True),
+        micro_batch=micro_batch,
+        seed=0,
+        train=train,
+    )
+
+
+@needs_data
+def test_real_photographs_of_all_sizes_become_batches(photographs):
+    source = open_source(folder_config(photographs), "train")
+    assert len({source.image(index).shape for index in range(8)}) > 4
+    (batch,) = load(photographs, train=True, workers=0, micro_batch=8).train_batches(0, num_steps=1, global_batch=8)
+    assert batch.images_BCYX.shape == (8, 3, 224, 224)
+    assert sorted(batch.labels_B.tolist()) == list(range(8))
+    (evaluated,) = load(photographs, train=False, workers=0, micro_batch=8).evaluation_batches()
+    assert evaluated.images_BCYX.shape == (8, 3, 224, 224)
+    assert evaluated.images_BCYX.dtype == torch.uint8
+
+
+@needs_data
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_draw_the_same_crops_as_the_training_process(workers, photographs):
+    here, there = (
+        list(load(photographs, train=True, workers=number).train_batches(4, num_steps=2, global_batch=4))
+        for number in (0, workers)
+    )
+    assert [batch.keys for batch in here] == [batch.keys for batch in there]
+    assert all(torch.equal(one.images_BCYX, two.images_BCYX) for one, two in zip(here, there, strict=True))
 
 
 def test_parquet_files_that_cannot_be_used_are_refused(tmp_path):
