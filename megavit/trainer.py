@@ -18,6 +18,7 @@ from megavit.exits import FINISHED, STOPPED
 from megavit.introduce import introduction
 from megavit.metrics.pictures import draw_curves
 from megavit.metrics.reporter import Reporter
+from megavit.metrics.starts import record_start
 from megavit.metrics.throughput import Throughput, peak_memory_bytes
 from megavit.network import build_network
 from megavit.nonfinite import describe_nonfinite
@@ -106,6 +107,7 @@ class Trainer:
         if layout.rank == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.yaml").write_text(to_yaml(config))
+            record_start(self.run_dir, layout=layout.describe(), step=self.step)
         reporter = Reporter(
             config.metrics,
             self.run_dir,

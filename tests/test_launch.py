@@ -48,6 +48,11 @@ def test_megavit_train_starts_the_ranks_and_leaves_a_run_folder(tmp_path, figure
     assert (run_dir / "pictures" / "curves.png").stat().st_size > 1000
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000003"
     assert exit_record(run_dir) == {"code": 0, "error": None}
+    (start,) = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
+    assert start["step"] == 0
+    assert start["versions"].keys() >= {"megavit", "torch", "megatron-core"}
+    assert "TP 2" in start["layout"]
+    assert "parallel.tp=2" in start["command"]
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "split", "consumed_samples", "loss", "lr", "grad_norm", "images_per_s"} <= rows[0].keys()
 

@@ -1,0 +1,57 @@
+"""`RUN/starts.jsonl`: of every start of a run, with what it was made: command, versions, machine, commit."""
+
+import json
+import platform
+import socket
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_PACKAGES = ("megavit", "torch", "megatron-core", "torchvision", "numpy", "flash-attn", "transformer-engine", "apex")
+
+
+def record_start(run_dir: Path, *, layout: str, step: int) -> None:
+    """Add a line; one rank calls this.
+
+    Args:
+        run_dir: the run's folder.
+        layout: in words.
+        step: where the run goes on, 0 at its beginning.
+    """
+    line = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "step": step,
+        "layout": layout,
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "commit": _commit(Path(__file__).parent),
+    }
+    with (run_dir / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit that megavit's own source stands at, with a plus if it has been changed since; None when installed."""
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
