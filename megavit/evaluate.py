@@ -14,8 +14,8 @@ from torch import Tensor
 from megavit.compose import merge
 from megavit.config import RunConfig
 from megavit.data.loader import Loader
+from megavit.data.opening import open_source
 from megavit.data.order import SampleOrder
-from megavit.data.source import open_source
 from megavit.engine import Engine
 from megavit.metrics.pictures import draw_confusion
 from megavit.outcome import quieten_imports, run_as_rank

@@ -11,8 +11,8 @@ from megavit.checkpoint.store import Averages, CheckpointStore, TrainingState
 from megavit.compose import to_yaml
 from megavit.config import RunConfig
 from megavit.data.loader import Loader
+from megavit.data.opening import open_source
 from megavit.data.order import SampleOrder
-from megavit.data.source import open_source
 from megavit.engine import Engine
 from megavit.exits import FINISHED, STOPPED
 from megavit.introduce import introduction

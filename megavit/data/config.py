@@ -29,6 +29,9 @@ class DataConfig:
         channels: of an image.
         mean: per channel, of values in [0, 1].
         std: per channel, of values in [0, 1].
+        classes: names of the classes to leave, in the order of their labels; null leaves all.
+        samples_per_class: training images to leave of each class; null leaves all.
+        fraction: share of each class's training images to leave; null leaves all.
         num_classes: of the synthetic source; null for others, which know theirs.
         num_samples: of the synthetic source's training split; null for others.
         crop_scale: training images are cut out at random, of this range of the image's area, and resized; null to not.
@@ -47,6 +50,9 @@ class DataConfig:
     channels: int = 1
     mean: list[float] = field(default_factory=lambda: [0.5])
     std: list[float] = field(default_factory=lambda: [0.5])
+    classes: list[str] | None = None
+    samples_per_class: int | None = None
+    fraction: float | None = None
     num_classes: int | None = None
     num_samples: int | None = None
     crop_scale: list[float] | None = None
@@ -67,6 +73,7 @@ class DataConfig:
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise ConfigError(f"data.image_size={self.image_size} must be [height, width] in pixels")
         self._check_path()
+        self._check_subset()
         require_number("data", self, "eval_crop", above=0, below=1.0000001)
         if self.crop_scale is not None and not (
             len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
@@ -106,3 +113,14 @@ class DataConfig:
                     f"data.{key}={getattr(self, key)} would be ignored by data.source={self.source}; set it to null, "
                     f"or choose data=folder"
                 )
+
+    def _check_subset(self) -> None:
+        require_number("data", self, "samples_per_class", at_least=1)
+        require_number("data", self, "fraction", above=0, below=1.0000001)
+        if self.samples_per_class is not None and self.fraction is not None:
+            raise ConfigError(
+                f"set one of data.samples_per_class={self.samples_per_class} and data.fraction={self.fraction}, "
+                f"and the other to null"
+            )
+        if self.classes is not None and len(set(self.classes)) < max(1, len(self.classes)):
+            raise ConfigError(f"data.classes={self.classes} must name at least one class, and each once")

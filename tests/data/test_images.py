@@ -13,8 +13,8 @@ from PIL import Image
 from megavit.compose import compose
 from megavit.data.decode import decode_image
 from megavit.data.loader import Loader, Needs
+from megavit.data.opening import open_source
 from megavit.data.order import SampleKey
-from megavit.data.source import open_source
 from megavit.data.views import View
 from megavit.errors import ConfigError
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from megavit.compose import compose
-from megavit.data.source import open_source
+from megavit.data.opening import open_source
 from megavit.errors import ConfigError
 
 
