@@ -116,6 +116,9 @@ def test_sgd_resumes_with_and_without_momentum(momentum, tmp_path):
 
 def test_a_norm_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(tmp_path):
     run = [*SMALL, f"run.dir={tmp_path}", "optim.lr=1e30", "optim.warmup_steps=0", "checkpoint.every=1", "optim.clip=0"]
-    with pytest.raises(AssertionError, match="the gradient norm is nan; the last checkpoint is untouched"):
+    with pytest.raises(
+        AssertionError,
+        match=r"the gradient norm is nan; .* The step was not taken and the last checkpoint is untouched",
+    ):
         run_ranks(ranks.train_and_keep, 1, run)
     assert (tmp_path / "checkpoints" / "latest").exists()

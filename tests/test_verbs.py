@@ -27,7 +27,12 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "layout", [[], ["run.ranks=2", "parallel.tp=2"], ["run.ranks=2"]], ids=["one rank", "TP 2", "DP 2"]
+    "layout",
+    [
+        pytest.param([], id="one rank"),
+        pytest.param(["run.ranks=2", "parallel.tp=2"], id="TP 2"),
+        pytest.param(["run.ranks=2"], id="DP 2", marks=pytest.mark.slow),
+    ],
 )
 def test_evaluate_counts_every_image_once_and_agrees_with_training_in_any_layout(layout, trained):
     run_dir, last = trained

@@ -14,7 +14,11 @@ EMA = [*SMALL, "optim=sgd", "optim.lr=0.05", "optim.ema=0.8"]
 
 
 @pytest.mark.parametrize(
-    ("world", "layout"), [(4, ["parallel.tp=2", "parallel.pp=2"]), (2, [])], ids=["TP 2 × PP 2", "DP 2"]
+    ("world", "layout"),
+    [
+        pytest.param(2, [], id="DP 2"),
+        pytest.param(4, ["parallel.tp=2", "parallel.pp=2"], id="TP 2 × PP 2", marks=pytest.mark.slow),
+    ],
 )
 def test_average_equals_plain_torchs(world, layout, tmp_path, figure):
     got = run_ranks(ranks.train, world, [*EMA, *layout, f"run.dir={tmp_path}"])[0]
