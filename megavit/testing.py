@@ -129,7 +129,8 @@ def _leave_world() -> None:
     # Megatron-Core's wrapper stays alive through hooks that the garbage collector cannot see, and with it every process
     # group and gloo's polling threads, some 50 a test: 1,700 threads made the machine ten times slower (0.16.1). Nobody
     # uses it any more, so it is emptied by hand.
-    for wrapper in [thing for thing in gc.get_objects() if isinstance(thing, DistributedDataParallel)]:
+    # By type, not isinstance: that looks into weak proxies, of which torch.compile leaves dead ones.
+    for wrapper in [thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)]:
         wrapper.__dict__.clear()
     gc.collect()
     parallel_state.destroy_model_parallel()
