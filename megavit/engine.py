@@ -1,15 +1,18 @@
 """Micro batches through this rank's part of the network: with gradients, over the validation set, for a picture."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from megavit.data.loader import Batch, Loader
+from megavit.data.order import SampleOrder
+from megavit.data.source import Source
 from megavit.network import Network
 from megavit.parallel.agree import broadcast_from
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.schedule import ForwardStep, add_microbatches, run_microbatches, sum_over_world
+from megavit.task.task import Task
 
 _IMAGES_PAINTED = 8
 
@@ -85,3 +88,16 @@ class Engine:
             layout=self.layout,
             forward_only=forward_only,
         )
+
+
+def prepare_task(task: Task, loader: Callable[..., Loader], source: Source, *, seed: int) -> None:
+    """Show a task the training images that it measures its baseline on; every rank calls this.
+
+    Args:
+        task: one with `baseline_samples`.
+        loader: builds a loader of a source.
+        source: the training images.
+        seed: `run.seed`; the images are the first of its order, a random choice that is the same in every layout.
+    """
+    shown = SampleOrder(len(source), seed=seed).first(task.baseline_samples)
+    task.prepare(loader(source, train=False, only=shown).evaluation_batches())

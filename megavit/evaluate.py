@@ -8,15 +8,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megavit.compose import merge
 from megavit.config import RunConfig
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source
-from megavit.data.order import SampleOrder
-from megavit.engine import Engine
+from megavit.engine import Engine, prepare_task
 from megavit.metrics.pictures import draw_confusion
 from megavit.outcome import quieten_imports, run_as_rank
 from megavit.parallel.layout import world_size_from_environment
@@ -63,14 +61,11 @@ def evaluate(arguments: list[str]) -> int:
         needs=task.needs,
         micro_batch=micro_batch,
         seed=config.run.seed,
-        train=False,
     )
     if task.baseline_samples:
-        training = open_source(config.data, "train")
-        shown = SampleOrder(len(training), seed=config.run.seed).first(task.baseline_samples)
-        task.prepare(loader(training, only=shown).evaluation_batches())
+        prepare_task(task, loader, open_source(config.data, "train"), seed=config.run.seed)
     engine = Engine(network, list(network.chunks.values()), layout=layout, micro_batch=micro_batch)
-    totals = engine.score(loader(source))
+    totals = engine.score(loader(source, train=False))
     if layout.rank == 0:
         _report(totals, task.metrics({name: float(totals[name]) for name in task.sums}), source.classes, checkpoint)
     return 0
@@ -105,7 +100,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -12,11 +12,10 @@ from megavit.checkpoint.names import Dims, to_plain
 from megavit.data.decode import decode_image
 from megavit.data.transforms import Normalize
 from megavit.data.views import View
-from megavit.errors import ConfigError
 from megavit.model.plain import PlainViT
 from megavit.model.vit import parameter_names
 from megavit.task.config import TaskName
-from megavit.trained import TrainedRun, find_checkpoint, open_run, read_classes, read_config
+from megavit.trained import TrainedRun, open_run, read_classes, read_run
 
 
 class TrainedClassifier(torch.nn.Module):
@@ -69,9 +68,6 @@ def load(path: str | Path) -> TrainedClassifier:
     Raises:
         ConfigError: if there is none, or it is no classifier's.
     """
-    checkpoint = find_checkpoint(Path(path))
-    config = read_config(checkpoint)
-    if config.task.name is not TaskName.classify:
-        raise ConfigError(f"{path} is a run of task.name={config.task.name.value}; load opens classifiers alone so far")
+    checkpoint, config = read_run(Path(path), TaskName.classify, does="can be loaded so far")
     classes = read_classes(checkpoint)
     return TrainedClassifier(open_run(config, checkpoint, num_classes=len(classes)), classes)

@@ -11,7 +11,7 @@ from megavit.checks import whole_number
 from megavit.data.folder import find_images
 from megavit.errors import ConfigError
 from megavit.task.config import TaskName
-from megavit.trained import find_checkpoint, open_run, read_classes, read_config
+from megavit.trained import open_run, read_classes, read_run
 from megavit.verb_arguments import parse_arguments
 
 _AT_ONCE = 64
@@ -27,11 +27,7 @@ def predict(arguments: list[str]) -> int:
         ConfigError: if the run is no classifier's, or the images cannot be read.
     """
     given = parse_arguments("predict", arguments, needed=("from", "images"), optional=("out", "top"))
-    run = Path(given["from"])
-    checkpoint = find_checkpoint(run)
-    config = read_config(checkpoint)
-    if config.task.name is not TaskName.classify:
-        raise ConfigError(f"from={run} is a run of task.name={config.task.name.value}; only a classifier predicts")
+    checkpoint, config = read_run(Path(given["from"]), TaskName.classify, does="predicts")
     classes = read_classes(checkpoint)
     top = min(whole_number("top", given.get("top", "5")), len(classes))
     out = Path(given["out"]) if "out" in given else None

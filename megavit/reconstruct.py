@@ -6,10 +6,9 @@ import torch
 
 from megavit.checks import whole_number
 from megavit.data.folder import find_images
-from megavit.errors import ConfigError
 from megavit.metrics.pictures import draw_panels
 from megavit.task.config import TaskName
-from megavit.trained import find_checkpoint, open_run, read_config
+from megavit.trained import open_run, read_run
 from megavit.verb_arguments import parse_arguments
 
 
@@ -24,10 +23,7 @@ def reconstruct(arguments: list[str]) -> int:
     """
     given = parse_arguments("reconstruct", arguments, needed=("from", "images"), optional=("out", "count"))
     run = Path(given["from"])
-    checkpoint = find_checkpoint(run)
-    config = read_config(checkpoint)
-    if config.task.name is not TaskName.mae:
-        raise ConfigError(f"from={run} is a run of task.name={config.task.name.value}; only task=mae reconstructs")
+    checkpoint, config = read_run(run, TaskName.mae, does="reconstructs")
     count = whole_number("count", given.get("count", "8"))
     paths = find_images(Path(given["images"]))
     shown = paths[:count]

@@ -18,6 +18,7 @@ from megavit.network import Network, build_network
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.sections import Compile
+from megavit.task.config import TaskName
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,24 @@ def read_classes(checkpoint: Path) -> tuple[str, ...]:
     if not names:
         raise ConfigError(f"{checkpoint} does not name its classes; it was written by an earlier megavit")
     return tuple(names)
+
+
+def read_run(path: Path, task: TaskName, *, does: str) -> tuple[Path, RunConfig]:
+    """The newest checkpoint of a run of one task, and its configuration.
+
+    Args:
+        path: a run's folder or a checkpoint.
+        task: what the run must be of.
+        does: what only that task can do, for the error.
+
+    Raises:
+        ConfigError: if there is no checkpoint, or it is of another task.
+    """
+    checkpoint = find_checkpoint(path)
+    config = read_config(checkpoint)
+    if config.task.name is not task:
+        raise ConfigError(f"from={path} is a run of task.name={config.task.name.value}; only task={task.value} {does}")
+    return checkpoint, config
 
 
 def open_run(config: RunConfig, checkpoint: Path, *, num_classes: int) -> TrainedRun:

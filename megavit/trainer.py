@@ -12,8 +12,7 @@ from megavit.compose import to_yaml
 from megavit.config import RunConfig
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source
-from megavit.data.order import SampleOrder
-from megavit.engine import Engine
+from megavit.engine import Engine, prepare_task
 from megavit.exits import FINISHED, STOPPED
 from megavit.introduce import introduction
 from megavit.metrics.pictures import draw_curves
@@ -79,8 +78,7 @@ class Trainer:
         self.train_loader = loader(train_source, train=True)
         self.val_loader = loader(val_source, train=False)
         if self.task.baseline_samples:
-            shown = SampleOrder(len(train_source), seed=config.run.seed).first(self.task.baseline_samples)
-            self.task.prepare(loader(train_source, train=False, only=shown).evaluation_batches())
+            prepare_task(self.task, loader, train_source, seed=config.run.seed)
 
         # Optimizer and schedule
         peak_lr = config.optim.peak_lr(config.train.global_batch)

@@ -2,9 +2,7 @@
 
 import pytest
 
-from tests import ranks
-from tests.reference import SMALL
-from tests.test_parity import largest_differences, reference, run_ranks
+from tests.test_parity import assert_same_training, train_both
 
 MAE = [
     "task=mae",
@@ -53,17 +51,4 @@ SLOW = ("TP 2 + SP, PP 2", "selective recompute, TP 2 × PP 2", "full recompute 
 )
 def test_ten_steps_equal_plain_torch(layout, tmp_path, figure):
     world, overrides = LAYOUTS[layout]
-    overrides = [*SMALL, *MAE, *overrides]
-    got = run_ranks(ranks.train, world, [*overrides, f"run.dir={tmp_path}"])[0]
-    want = reference(tuple(text for text in overrides if not text.startswith("parallel.")))
-    loss, norm = largest_differences(got, want)
-    figure(
-        f"MAE, {layout}: largest |Δloss| {loss:.1e}, relative |Δgrad norm| {norm:.1e}, against plain torch, 10 steps"
-    )
-    assert loss <= 2e-6
-    assert norm <= 2e-6
-    assert got["weights"].keys() == want.weights.keys()
-    for name, weight in want.weights.items():
-        # A key's bias has no true gradient and moves by rounding alone under Adam (see test_parity).
-        rounding_alone = name.endswith(("attn.qkv.bias", "attn.k_norm.bias"))
-        assert (got["weights"][name] - weight).abs().max() <= (2e-3 if rounding_alone else 1e-4), name
+    assert_same_training(*train_both(world, [*MAE, *overrides], tmp_path), f"MAE, {layout}", figure)
