@@ -40,8 +40,10 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.7"],
         "te": ["transformer-engine[pytorch]>=2.0"],
+        "wandb": ["wandb>=0.19"],
         "dev": [
             "pytest>=8",
+            "hypothesis>=6",
             "pytest-timeout",
             "timm>=1.0",
             "transformers>=5.0",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megavit.data.loader import Batch, Loader
@@ -59,13 +60,27 @@ class Engine:
 
     def paint(self, loader: Loader) -> Tensor:
         """The task's panels of the first images, uint8 [image, panel, channel, row, column]."""
-        # An interleaved pipeline takes micro batches in multiples of its ranks.
-        outputs = self._evaluating(self.task.paint, loader, self.layout.pp if self.layout.vpp > 1 else 1)
+        outputs = self._evaluating(self.task.paint, loader, self._fewest_microbatches)
         count = min(_IMAGES_PAINTED, self.micro_batch, len(loader.source))
         data = loader.config
         shape = (count, len(self.task.panels), data.channels, *data.image_size)
         panels = outputs[0]["panels"][:count] if outputs else torch.empty(shape, dtype=torch.uint8)
         return broadcast_from(self.layout.last_stage_rank, panels)
+
+    def rehearse_evaluation(self, loader: Loader) -> None:
+        """Evaluate as few images as can be."""
+        self._evaluating(self.task.forward, loader, self._fewest_microbatches)
+
+    def gather_weights(self) -> None:
+        """See the last step's weights on every rank; where their gather overlaps the next step, nothing else waits."""
+        for chunk in self.model:
+            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    @property
+    def _fewest_microbatches(self) -> int:
+        # An interleaved pipeline takes micro batches in multiples of its ranks.
+        return self.layout.pp if self.layout.vpp > 1 else 1
 
     def _evaluating(self, forward_step: ForwardStep, loader: Loader, count: int) -> list[dict[str, Tensor]]:
         for chunk in self.model:

@@ -1,10 +1,12 @@
 """What a run says of itself before its first step: layout, batch, kernel, where it goes on."""
 
+import sys
 from collections.abc import Iterator
 
 import torch
 
 from megavit.config import RunConfig
+from megavit.extension import is_name
 from megavit.model.config import Attention
 from megavit.model.kernels import sdpa_choice
 from megavit.network import Network
@@ -36,6 +38,10 @@ def introduction(config: RunConfig, layout: ParallelLayout, network: Network) ->
             f"{decoder.hidden} on {decoder.tokens} tokens, costs as much as "
             f"{head_flops(network.shape) / layer_flops(network.shape):.1f} encoder layers"
         )
+    own = {"data.source": config.data.source, "data.transform": config.data.transform}
+    for setting, name in {**own, "task.implementation": config.task.implementation}.items():
+        if name is not None and is_name(name):
+            yield f"{setting} is {name}, of {sys.modules[name.partition(':')[0]].__file__}"
     yield from idle_stages(config, network.shape)
     yield f"precision {config.train.precision.value}; attention kernel {_kernel(config, layout, network)}"
 

@@ -1,8 +1,8 @@
 """How a rank ends: one of them speaks for all, and none leaves before it has."""
 
+import errno
 import logging
 import os
-import sys
 import time
 import traceback
 import warnings
@@ -17,12 +17,16 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from megavit.errors import ConfigError
 from megavit.exits import FAULT, USER_ERROR, write_exit
 from megavit.parallel.layout import rank_from_environment, world_size_from_environment
+from megavit.rank_log import RankLog
+
+# What a full disk, a used-up quota or a disk that became read-only says.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 _WAIT_S = 20
 _GRACE_S = 6
 
 
-def run_as_rank(work: Callable[[], int], *, run_dir: Callable[[], Path | None]) -> int:
+def run_as_rank(work: Callable[[], int], *, run_dir: Callable[[], Path | None], log: RankLog | None = None) -> int:
     """Do a rank's work and turn however it ends into an exit code.
 
     The first rank to fail says why, for all: it claims the failure in the launcher's store, prints it, and leaves the
@@ -32,7 +36,9 @@ def run_as_rank(work: Callable[[], int], *, run_dir: Callable[[], Path | None]) 
     Args:
         work: the rank's work, to its exit code.
         run_dir: the run's folder, asked for at the end; None where there is none yet.
+        log: this rank's own, for what it leaves unsaid.
     """
+    log = log or RankLog()
     try:
         code = work()
         if rank_from_environment() == 0:
@@ -41,14 +47,22 @@ def run_as_rank(work: Callable[[], int], *, run_dir: Callable[[], Path | None]) 
             # The launcher ends all ranks as soon as one leaves with another code than 0, such as 75.
             dist.barrier()
     except ConfigError as error:
-        return _fail(USER_ERROR, f"megavit: {error}", run_dir())
+        return _fail(USER_ERROR, f"megavit: {error}", run_dir(), log)
     except KeyboardInterrupt:
-        return _fail(FAULT, "megavit: interrupted; what was saved last is whole, run again to go on from it", run_dir())
+        return _fail(
+            FAULT, "megavit: interrupted; what was saved last is whole, run again to go on from it", run_dir(), log
+        )
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            return _fail(FAULT, traceback.format_exc(), run_dir(), log)
+        file = f" {error.filename}" if error.filename else ""
+        told = f"a file{file} of the run cannot be written: {error.strerror}; make room and run again to go on"
+        return _fail(USER_ERROR, f"megavit: {told}", run_dir(), log)
     except Exception as error:
         if _tells_of_a_lost_peer(error):
             # Of a peer that was killed only the launcher knows; it says so, and ends this rank meanwhile.
             time.sleep(_GRACE_S)
-        return _fail(FAULT, traceback.format_exc(), run_dir())
+        return _fail(FAULT, traceback.format_exc(), run_dir(), log)
     return code
 
 
@@ -56,15 +70,16 @@ def _tells_of_a_lost_peer(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "onnection" in str(error) and world_size_from_environment() > 1
 
 
-def _fail(code: int, message: str, run_dir: Path | None) -> int:
+def _fail(code: int, message: str, run_dir: Path | None, log: RankLog) -> int:
+    log.write(message)
     claim = _claim(code)
     if claim is not None:
         return claim
-    print(message, file=sys.stderr, flush=True)
+    print(message, file=log.console, flush=True)
     try:
         write_exit(run_dir, code, message)
     except OSError as error:
-        print(f"megavit: the exit code could not be kept in {run_dir}: {error}", file=sys.stderr, flush=True)
+        print(f"megavit: the exit code could not be kept in {run_dir}: {error}", file=log.console, flush=True)
     _mark_reported()
     return code
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megavit.checks import whole_number
-from megavit.data.folder import find_images
+from megavit.data.files import find_images
 from megavit.errors import ConfigError
 from megavit.task.config import TaskName
 from megavit.trained import open_run, read_classes, read_run

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from megavit.checks import whole_number
-from megavit.data.folder import find_images
+from megavit.data.files import find_images
 from megavit.metrics.pictures import draw_panels
 from megavit.task.config import TaskName
 from megavit.trained import open_run, read_run

@@ -47,6 +47,8 @@ class RunSection:
         dir: the run's folder.
         seed: of initial weights, data order, augmentation and dropout.
         ranks: processes that `megavit train` starts; null: one per GPU, without GPUs tp · pp.
+        preflight: rehearse at the real layout before the long part: one step, one evaluation batch, one save and load;
+            null rehearses where there are several ranks.
         timeout_s: seconds after which a collective that waits for a lost rank fails.
     """
 
@@ -54,6 +56,7 @@ class RunSection:
     dir: str = "runs/${run.name}"
     seed: int = 0
     ranks: int | None = None
+    preflight: bool | None = None
     timeout_s: float = 600.0
 
     def check(self, world_size: int) -> None:

@@ -3,12 +3,15 @@
 import os
 import sys
 from pathlib import Path
+from typing import IO
 
 from megavit.compose import compose
+from megavit.config import RunConfig
 from megavit.errors import ConfigError
-from megavit.exits import write_exit
 from megavit.outcome import quieten_imports, run_as_rank
 from megavit.parallel.layout import rank_from_environment, world_size_from_environment
+from megavit.rank_log import RankLog
+from megavit.run_folder import claim_folder
 from megavit.signals import StopRequest
 
 
@@ -22,12 +25,13 @@ def main(overrides: list[str]) -> int:
         The exit code (see `megavit.exits`).
     """
     run_dir: Path | None = None
-    stop = StopRequest()
+    claim: IO[str] | None = None
+    log, stop = RankLog(), StopRequest()
     stop.listen()
     quieten_imports()
 
     def work() -> int:
-        nonlocal run_dir
+        nonlocal run_dir, claim
         try:
             config = compose(overrides)
         except ConfigError:
@@ -36,27 +40,29 @@ def main(overrides: list[str]) -> int:
             raise
         run_dir = Path(config.run.dir)
         # Before the folder is opened: what one rank refuses all refuse, and the first has left its code there by then.
-        config.check(world_size_from_environment())
-        if rank_from_environment() == 0:
-            try:
-                _open_folder(run_dir)
-            except ConfigError:
-                # There the code cannot be left either.
-                run_dir = None
-                raise
+        rank, world_size = rank_from_environment(), world_size_from_environment()
+        config.check(world_size)
+        try:
+            if rank == 0:
+                claim = claim_folder(run_dir)
+            log.open(run_dir, rank=rank, world_size=world_size)
+        except (ConfigError, OSError) as error:
+            # There the code cannot be left, or belongs to another run.
+            run_dir = None
+            raise error if isinstance(error, ConfigError) else ConfigError(_unwritable(config, error)) from error
         from megavit.trainer import Trainer
 
         return Trainer(config, stop=stop).run()
 
-    return run_as_rank(work, run_dir=lambda: run_dir)
-
-
-def _open_folder(run_dir: Path) -> None:
-    # The last run's code must not stand for this one's.
     try:
-        write_exit(run_dir, None, None)
-    except OSError as error:
-        raise ConfigError(f"run.dir={run_dir} cannot be written: {error.strerror}; choose another") from error
+        return run_as_rank(work, run_dir=lambda: run_dir, log=log)
+    finally:
+        if claim is not None:
+            claim.close()
+
+
+def _unwritable(config: RunConfig, error: OSError) -> str:
+    return f"run.dir={config.run.dir} cannot be written: {error.strerror}; choose another"
 
 
 def _folder_alone(overrides: list[str]) -> Path | None:

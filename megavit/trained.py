@@ -51,15 +51,18 @@ class TrainedRun:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The newest checkpoint of a run's folder, or the checkpoint itself.
+    """The newest checkpoint of a run's folder, or the checkpoint itself, or the one that `latest` or `best` names.
 
     Raises:
         ConfigError: if there is none.
     """
+    if path.is_file() and path.name in ("latest", "best"):
+        path = path.parent / path.read_text().strip()
     found = CheckpointStore(path / "checkpoints").newest() if (path / "checkpoints").is_dir() else path
     if found is None or not is_complete(found):
         raise ConfigError(
-            f"from={path} holds no checkpoint; give a run's folder or one of its checkpoints/step_… folders"
+            f"from={path} holds no checkpoint; give a run's folder, its checkpoints/best or one of its "
+            f"checkpoints/step_… folders"
         )
     return found
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megavit.checkpoint import store
 from megavit.checkpoint.store import Averages, CheckpointStore, TrainingState
-from megavit.compose import to_yaml
+from megavit.compose import leaves, to_yaml
 from megavit.config import RunConfig
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source
@@ -29,7 +29,8 @@ from megavit.parallel.agree import from_rank_zero
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
 from megavit.plan.flops import training_flops
-from megavit.restore import Origin, find_origin
+from megavit.preflight import rehearse
+from megavit.restore import find_origin
 from megavit.sections import GradReduce, OnNonfinite
 from megavit.signals import StopRequest, StopVote
 
@@ -90,7 +91,19 @@ class Trainer:
         # Restore
         self.step, self.consumed_samples = 0, 0
         self.last_validation: dict[str, float] = {}
-        self.origin = self._restore()
+        self.best_validation = from_rank_zero(self.store.best_metrics)
+        self.origin = from_rank_zero(lambda: find_origin(self.store, config))
+        self.rehearsed = rehearse(
+            config,
+            layout=layout,
+            engine=self.engine,
+            chunks=self.chunks,
+            optimizer=self.optimizer,
+            averages=self._averages,
+            loaders=(self.train_loader, self.val_loader),
+            steps=range(self.origin.state.step if self.origin is not None else 0, self.num_steps),
+        )
+        self._restore()
         self.throughput = Throughput(
             flops_per_image=training_flops(network.shape), num_devices=layout.world_size, device=layout.device
         )
@@ -110,6 +123,8 @@ class Trainer:
             config.metrics,
             self.run_dir,
             speaks=layout.rank == 0,
+            name=config.run.name,
+            settings=leaves(config),
             first_step=self.step,
             num_steps=self.num_steps,
         )
@@ -194,29 +209,45 @@ class Trainer:
         finished = self.step == self.num_steps
         every, eval_every = self.config.checkpoint.every, self.config.train.eval_every
         evaluates = finished or (eval_every is not None and self.step % eval_every == 0)
-        saves = is_last or (every is not None and self.step % every == 0)
+        due = is_last or (every is not None and self.step % every == 0)
         pictures_every = self.config.metrics.pictures_every
         paints = pictures_every is not None and (finished or self.step % pictures_every == 0)
-        if not (evaluates or saves or paints):
+        if not (evaluates or due or paints):
             return
         self.throughput.pause()
-        if self.config.parallel.overlap_param_gather:
-            # The last step's gather runs under the next forward pass: here nothing else waits for it.
-            for chunk in self.model:
-                chunk.start_param_sync(force_sync=True)
+        self.engine.gather_weights()
         if evaluates:
             self.last_validation = self.evaluate()
             reporter.record(self.step, "val", {"consumed_samples": self.consumed_samples, **self.last_validation})
+        is_best = evaluates and self._is_best()
         if paints:
             reporter.show(self.step, "val", self.engine.paint(self.val_loader), titles=self.task.panels)
-        if saves:
-            state = TrainingState(
-                self.step, self.consumed_samples, self.last_validation, list(self.train_loader.source.classes)
-            )
-            self.store.save(self.chunks, self.optimizer, state, run_yaml=to_yaml(self.config), averages=self._averages)
-            if self.layout.rank == 0:
-                draw_curves(self.run_dir / "metrics.jsonl", self.run_dir / "pictures" / "curves.png")
+        if due or is_best:
+            self._save(reporter, due=due, is_best=is_best)
         self.throughput.resume()
+
+    def _save(self, reporter: Reporter, *, due: bool, is_best: bool) -> None:
+        state = TrainingState(
+            self.step,
+            self.consumed_samples,
+            self.last_validation,
+            list(self.train_loader.source.classes),
+            due=due,
+        )
+        path = self.store.save(
+            self.chunks, self.optimizer, state, run_yaml=to_yaml(self.config), averages=self._averages
+        )
+        if self.layout.rank == 0:
+            if is_best:
+                self.store.name_best(path)
+            draw_curves(self.run_dir / "metrics.jsonl", self.run_dir / "pictures" / "curves.png")
+        if is_best:
+            self.best_validation = self.last_validation
+            reporter.say(f"step {self.step}  the best so far, saved")
+
+    def _is_best(self) -> bool:
+        wanted = self.config.checkpoint.best
+        return wanted and self.task.goal.is_better(self.last_validation, than=self.best_validation)
 
     @property
     def _averages(self) -> Averages | None:
@@ -231,21 +262,22 @@ class Trainer:
             values |= {f"ema_{name}": value for name, value in averaged.items() if name != "count"}
         return values
 
-    def _restore(self) -> Origin | None:
-        """Go on from a checkpoint, in this order: find it, once for all ranks; weights and optimizer; position;
-        schedule. Dropout and data need nothing: they are functions of step and position.
+    def _restore(self) -> None:
+        """Go on from the checkpoint that was found, if one was: weights and optimizer; position; schedule. Dropout
+        and data need nothing: they are functions of step and position.
         """
-        origin = from_rank_zero(lambda: find_origin(self.store, self.config))
+        origin = self.origin
         if origin is None:
-            return None
+            return
         store.load(origin.path, self.chunks, self.optimizer, averages=self._averages)
         self.step, self.consumed_samples = origin.state.step, origin.state.consumed_samples
         self.last_validation = origin.state.metrics
         self.schedule.step(self.step)
-        return origin
 
     def _introduce(self, reporter: Reporter) -> None:
         for line in introduction(self.config, self.layout, self.network):
+            reporter.say(line)
+        for line in self.rehearsed:
             reporter.say(line)
         if self.origin is not None:
             reporter.say(f"goes on from {self.origin.path} at step {self.step} of {self.num_steps}")

@@ -33,6 +33,9 @@ SMALL = [
     "optim.warmup_steps=2",
     "metrics.every=1",
     "metrics.tensorboard=false",
+    # These have tests of their own.
+    "run.preflight=false",
+    "checkpoint.best=false",
 ]
 
 

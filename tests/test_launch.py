@@ -48,6 +48,8 @@ def test_megavit_train_starts_the_ranks_and_leaves_a_run_folder(tmp_path, figure
     assert (run_dir / "pictures" / "curves.png").stat().st_size > 1000
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000003"
     assert exit_record(run_dir) == {"code": 0, "error": None}
+    assert {path.name for path in (run_dir / "logs").iterdir()} == {"rank_00000.log", "rank_00001.log"}
+    assert "rank 1 of 2, process " in (run_dir / "logs" / "rank_00001.log").read_text()
     (start,) = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
     assert start["step"] == 0
     assert start["versions"].keys() >= {"megavit", "torch", "megatron-core"}
@@ -65,6 +67,9 @@ def test_megavit_train_starts_the_ranks_and_leaves_a_run_folder(tmp_path, figure
     assert other.returncode == 2
     assert_one_message(other, "is of another model or run: model.num_layers 4 there, 2 here")
     assert exit_record(run_dir)["code"] == 2
+    for rank in (0, 1):
+        # Said once on the console, and by each rank in its own log.
+        assert (run_dir / "logs" / f"rank_{rank:05d}.log").read_text().count("is of another model or run") == 1
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000003"
 
     never = run(*command, "run.ranks=1", "parallel.tp=1", "checkpoint.resume=never")

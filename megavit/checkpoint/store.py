@@ -2,13 +2,15 @@
 
 `RUN/checkpoints/step_00001000/` holds Megatron-Core's shards, `run.yaml` (the resolved configuration) and
 `state.json` (schema version, step, consumed samples). It is written under a temporary name and renamed when whole;
-`RUN/checkpoints/latest` then names it.
+`RUN/checkpoints/latest` then names it, and `RUN/checkpoints/best` the one that evaluated best.
 """
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import socket
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,11 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import MegatronModule
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megavit.checkpoint.writer import write_in_threads
 from megavit.errors import ConfigError
+from megavit.parallel.agree import agree_on_error
 
 SCHEMA_VERSION = 1
 
@@ -52,12 +56,14 @@ class TrainingState:
         consumed_samples: images seen.
         metrics: the last evaluation's, for whoever inspects the checkpoint.
         classes: names of a classifier's classes, in the order of its scores.
+        due: saved at its time; else only because it evaluated better than all before.
     """
 
     step: int
     consumed_samples: int
     metrics: dict[str, float]
     classes: list[str] = field(default_factory=list)
+    due: bool = True
 
 
 class CheckpointStore:
@@ -72,10 +78,35 @@ class CheckpointStore:
 
     def newest(self) -> Path | None:
         """The checkpoint that `latest` names, None where there is none yet."""
-        latest = self.folder / "latest"
-        if not latest.exists():
-            return None
-        return self.folder / latest.read_text().strip()
+        return self._named("latest")
+
+    def best(self) -> Path | None:
+        """The checkpoint that `best` names, None where there is none yet."""
+        return self._named("best")
+
+    def best_metrics(self) -> dict[str, float]:
+        """The evaluation of the best checkpoint, empty where there is none."""
+        best = self.best()
+        return {} if best is None or not is_complete(best) else read_state(best).metrics
+
+    def name_best(self, checkpoint: Path) -> None:
+        """Have `best` name a checkpoint of this store; the one before goes, if it stayed for that alone.
+
+        One rank calls this.
+        """
+        former = self.best()
+        self._name("best", checkpoint)
+        if former is not None and former != checkpoint and is_complete(former) and not read_state(former).due:
+            shutil.rmtree(former)
+
+    def _named(self, pointer: str) -> Path | None:
+        file = self.folder / pointer
+        return self.folder / file.read_text().strip() if file.exists() else None
+
+    def _name(self, pointer: str, checkpoint: Path) -> None:
+        new = self.folder / f".{pointer}.tmp"
+        new.write_text(checkpoint.name)
+        os.replace(new, self.folder / pointer)
 
     def find(self, resume: str) -> Path | None:
         """Resolve `checkpoint.resume` to a checkpoint, or None to start anew.
@@ -122,17 +153,21 @@ class CheckpointStore:
 
         Returns:
             The checkpoint's final path.
+
+        Raises:
+            ConfigError: on every rank, if the disk of any of them is full or refuses; what was there is whole.
         """
         final = self.folder / f"step_{state.step:08d}"
         temporary = self.folder / f".{final.name}.tmp"
-        if dist.get_rank() == 0:
+
+        def make_room() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        dist.barrier()
-        write_in_threads()
-        sharded = _sharded_state(chunks, optimizer, averages, is_loading=False)
-        dist_checkpointing.save(sharded, str(temporary))
-        if dist.get_rank() == 0:
+
+        def write_shards() -> None:
+            dist_checkpointing.save(_sharded_state(chunks, optimizer, averages, is_loading=False), str(temporary))
+
+        def complete() -> None:
             (temporary / "run.yaml").write_text(run_yaml)
             _write_json(temporary / "state.json", {"schema_version": SCHEMA_VERSION, **asdict(state)})
             _sync(temporary)
@@ -142,12 +177,38 @@ class CheckpointStore:
             if final.exists():
                 os.replace(final, aside)
             os.replace(temporary, final)
-            new_latest = self.folder / ".latest.tmp"
-            new_latest.write_text(final.name)
-            os.replace(new_latest, self.folder / "latest")
+            self._name("latest", final)
             shutil.rmtree(aside, ignore_errors=True)
-        dist.barrier()
+
+        write_in_threads()
+        speaks = dist.get_rank() == 0
+        try:
+            for part in (make_room if speaks else None, write_shards, complete if speaks else None):
+                agree_on_error(_refused_by_the_disk(part))
+        except ConfigError as error:
+            if speaks:
+                shutil.rmtree(temporary, ignore_errors=True)
+            newest = self.newest()
+            kept = f"{newest.name} is whole, run again to go on from it" if newest is not None else "none was there yet"
+            raise ConfigError(f"the checkpoint {final} cannot be written: {error}; {kept}") from error
         return final
+
+
+def _refused_by_the_disk(part: Callable[[], None] | None) -> str | None:
+    """Do a part of a save; what a disk had against it, None if nothing."""
+    if part is None:
+        return None
+    try:
+        part()
+    except OSError as error:
+        return f"{error.strerror} on {socket.gethostname()}"
+    except CheckpointException as error:
+        # Megatron-Core tells every rank that some rank failed, and the first one why, in words.
+        told = re.search(r"\[Errno \d+\] ([^\n]*)", str(error))
+        if told is None and dist.get_rank() == 0:
+            raise
+        return told.group(1) if told is not None else "another rank failed"
+    return None
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -1,10 +1,12 @@
 """Where images come from and what is done to them."""
 
+import difflib
 from dataclasses import dataclass, field
 from enum import Enum
 
 from megavit.checks import require_number
 from megavit.errors import ConfigError
+from megavit.extension import check_name, is_name
 
 
 class Interpolation(Enum):
@@ -14,7 +16,7 @@ class Interpolation(Enum):
     bicubic = "bicubic"
 
 
-_BY_PATH = ("folder", "parquet")
+_BY_PATH = ("folder", "csv", "images", "parquet", "arrow", "hub")
 
 
 @dataclass
@@ -22,11 +24,13 @@ class DataConfig:
     """Group `data`.
 
     Attributes:
-        source: digits, synthetic, folder or parquet.
-        path: of a folder or of parquet files; null for others.
+        source: digits; synthetic; folder, a folder per class; csv, lines of path and label; images, without labels;
+            parquet; arrow, a folder left by datasets' save_to_disk; hub, an id of the Hugging Face hub; or
+            package.module:name, a source of one's own (see docs/extending.md).
+        path: the folder, file or id; null for digits and synthetic.
         val_fraction: share of each class to validate on, where the path holds one set of images; else null.
         image_size: [height, width] in pixels, as the network sees it.
-        channels: of an image.
+        channels: of an image; pictures are converted to 1 (grey) or 3 (colour), any other number they have themselves.
         mean: per channel, of values in [0, 1].
         std: per channel, of values in [0, 1].
         classes: names of the classes to leave, in the order of their labels; null leaves all.
@@ -39,6 +43,8 @@ class DataConfig:
         interpolation: of every resizing, with antialiasing.
         eval_crop: images are resized to cover a frame larger than image_size by 1 / eval_crop, and its centre is
             taken; null resizes the whole image, whatever its proportions. Also for training without crop_scale.
+        transform: package.module:name of a function or torchvision transform of one's own that training images pass
+            after crop and flip, uint8 to uint8 of the same shape; null for none.
         shift: training images are moved by up to this many pixels down and across; what enters is black.
         workers: processes that load beside the training process; 0 loads in it.
     """
@@ -59,14 +65,21 @@ class DataConfig:
     flip: bool = False
     interpolation: Interpolation = Interpolation.bicubic
     eval_crop: float | None = None
+    transform: str | None = None
     shift: int = 0
     workers: int = 0
 
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
         known = ("digits", "synthetic", *_BY_PATH)
-        if self.source not in known:
-            raise ConfigError(f"data.source={self.source} is not known; known: {', '.join(known)}")
+        if is_name(self.source):
+            check_name(self.source, "data.source")
+        elif self.source not in known:
+            near = difflib.get_close_matches(self.source, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}, or package.module:name"
+            raise ConfigError(f"data.source={self.source} is not known; {hint}")
+        if self.transform is not None:
+            check_name(self.transform, "data.transform")
         require_number("data", self, "channels", at_least=1)
         require_number("data", self, "num_classes", "num_samples", at_least=1)
         require_number("data", self, "workers", at_least=0)
@@ -92,7 +105,7 @@ class DataConfig:
         if not 0 <= self.shift < min(self.image_size):
             raise ConfigError(f"data.shift={self.shift} must be in [0, {min(self.image_size)}), the image's side")
         for key in ("num_classes", "num_samples"):
-            if (getattr(self, key) is None) == (self.source == "synthetic"):
+            if (getattr(self, key) is None) == (self.source == "synthetic") and not is_name(self.source):
                 raise ConfigError(
                     f"data.{key}={getattr(self, key)} with data.source={self.source}: the synthetic source needs it, "
                     f"every other knows its own"
@@ -102,13 +115,9 @@ class DataConfig:
         by_path = self.source in _BY_PATH
         if by_path and self.path is None:
             raise ConfigError(f"data.source={self.source} needs data.path=FOLDER, where the images are")
-        if by_path and self.channels not in (1, 3):
-            raise ConfigError(
-                f"data.channels={self.channels}: data.source={self.source} reads grey (1) or colour (3) images"
-            )
         require_number("data", self, "val_fraction", above=0, below=1)
         for key in ("path", "val_fraction"):
-            if not by_path and getattr(self, key) is not None:
+            if not by_path and not is_name(self.source) and getattr(self, key) is not None:
                 raise ConfigError(
                     f"data.{key}={getattr(self, key)} would be ignored by data.source={self.source}; set it to null, "
                     f"or choose data=folder"

@@ -71,7 +71,14 @@ class _Samples(Dataset[tuple[Tensor, int]]):
         labels = [self.source.label(key.sample_id) if self.needs.labels else -1 for key in keys]
         if not self.needs.images:
             return [(torch.empty(0, dtype=torch.uint8), label) for label in labels]
-        images = self.view([self.source.image(key.sample_id) for key in keys], keys, seed=self.seed)
+        natural = [self.source.image(key.sample_id) for key in keys]
+        for key, image in zip(keys, natural, strict=True):
+            if image.ndim != 3 or image.shape[0] != self.config.channels or image.dtype != torch.uint8:
+                raise ConfigError(
+                    f"sample {key.sample_id} of data.source={self.config.source} is {image.dtype} {list(image.shape)}, "
+                    f"and uint8 [{self.config.channels}, rows, columns] is due (data.channels={self.config.channels})"
+                )
+        images = self.view(natural, keys, seed=self.seed)
         if self.augment and self.config.shift:
             shifts = draw_shifts(keys, pixels=self.config.shift, seed=self.seed)
             images = [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]

@@ -4,18 +4,24 @@ from collections.abc import Callable
 
 from megavit.data.config import DataConfig
 from megavit.data.digits import Digits
-from megavit.data.folder import Folder
-from megavit.data.parquet import Parquet
+from megavit.data.folder import open_folder, open_images
+from megavit.data.listed import open_listed
+from megavit.data.rows import open_arrow, open_hub, open_parquet
 from megavit.data.source import Source
 from megavit.data.subset import choose
 from megavit.data.synthetic import Synthetic
 from megavit.errors import ConfigError
+from megavit.extension import by_name, is_name
 
 _SOURCES: dict[str, Callable[[DataConfig, str], Source]] = {
     "digits": lambda config, split: Digits(split),
     "synthetic": Synthetic,
-    "folder": Folder,
-    "parquet": Parquet,
+    "folder": open_folder,
+    "images": open_images,
+    "csv": open_listed,
+    "parquet": open_parquet,
+    "arrow": open_arrow,
+    "hub": open_hub,
 }
 
 
@@ -29,10 +35,21 @@ def open_source(config: DataConfig, split: str) -> Source:
     Raises:
         ConfigError: if it is not there, or its images are not of the channels that the configuration states.
     """
-    source = _SOURCES[config.source](config, split)
+    source = _own(config, split) if is_name(config.source) else _SOURCES[config.source](config, split)
     if source.image_shape is not None:
         _refuse_other_images(source.image_shape, config)
     return choose(source, config, split)
+
+
+def _own(config: DataConfig, split: str) -> Source:
+    """A user's source, held to what `Source` asks for."""
+    source = by_name(config.source, "data.source")(config, split)
+    missing = [name for name in ("classes", "image_shape", "__len__", "image", "label") if not hasattr(source, name)]
+    if missing:
+        raise ConfigError(f"data.source={config.source} lacks {', '.join(missing)}; see megavit/data/source.py")
+    if not len(source):
+        raise ConfigError(f"data.source={config.source} has no samples for the split {split}")
+    return source
 
 
 def _refuse_other_images(image_shape: tuple[int, ...], config: DataConfig) -> None:

@@ -60,12 +60,14 @@ def choose(source: Source, config: DataConfig, split: str) -> Source:
     for name in names:
         if name not in source.classes:
             near = difflib.get_close_matches(name, source.classes, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"its first classes are {', '.join(source.classes[:10])}"
+            some = f"its first classes are {', '.join(source.classes[:10])}" if source.classes else "it has no classes"
+            hint = f"did you mean {near[0]}?" if near else some
             raise ConfigError(f"data.classes: {name} is no class of data.source={config.source}; {hint}")
     every = np.array([source.label(index) for index in range(len(source))])
     indices, labels = [], []
-    for label, name in enumerate(names):
-        members = np.flatnonzero(every == source.classes.index(name))
+    # Without labels all are of one nameless class.
+    for label, name in enumerate(names or ("",)):
+        members = np.flatnonzero(every == (source.classes.index(name) if names else 0))
         if thins:
             members = _thin(members, name, config)
         indices.append(members)
@@ -83,7 +85,8 @@ def _thin(members: np.ndarray, name: str, config: DataConfig) -> np.ndarray:
         count = max(1, round(len(members) * config.fraction))
     if count > len(members):
         raise ConfigError(
-            f"data.samples_per_class={count} is more than the {len(members)} training images of class {name}; lower it"
+            f"data.samples_per_class={count} is more than the {len(members)} training images of class "
+            f"{name or '(none)'}; lower it"
         )
     # By the class's name: which of its samples stay does not depend on the classes beside it.
     key = [_SUBSET_SEED, zlib.crc32(name.encode())]

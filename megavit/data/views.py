@@ -1,6 +1,6 @@
 """Images of any size to the size that the network sees: at random for training, always alike for evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,8 @@ from torchvision.transforms.v2 import functional
 
 from megavit.data.config import DataConfig
 from megavit.data.order import SampleKey
+from megavit.errors import ConfigError
+from megavit.extension import by_name
 from megavit.parallel.rng import hash_int64
 
 # What the draws are for (see transforms.py).
@@ -27,7 +29,7 @@ class View:
     def __init__(self, config: DataConfig, *, augment: bool) -> None:
         self.size, self.eval_crop = config.image_size, config.eval_crop
         self.interpolation = InterpolationMode(config.interpolation.value)
-        self.random: list[v2.Transform] = []
+        self.random: list[Callable[[Tensor], Tensor]] = []
         self.crops = augment and config.crop_scale is not None
         if augment and config.crop_scale is not None:
             low, high = config.crop_scale
@@ -38,6 +40,8 @@ class View:
             )
         if augment and config.flip:
             self.random.append(v2.RandomHorizontalFlip())
+        if augment and config.transform is not None:
+            self.random.append(_Own(config.transform))
 
     def __call__(self, images: list[Tensor], keys: list[SampleKey], *, seed: int) -> list[Tensor]:
         """See each image; what is random is a function of its key and the seed alone.
@@ -74,6 +78,27 @@ class View:
         covering = [max(height, round(image.shape[1] * factor)), max(width, round(image.shape[2] * factor))]
         resized = functional.resize(image, covering, self.interpolation, antialias=True)
         return functional.center_crop(resized, [height, width])
+
+
+class _Own:
+    """A user's transform, held to what it promises."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._transform = name, by_name(name, "data.transform")
+        if isinstance(self._transform, type):
+            self._transform = self._transform()
+        if not callable(self._transform):
+            raise ConfigError(f"data.transform={name} is a {type(self._transform).__name__}; a function is needed")
+
+    def __call__(self, image: Tensor) -> Tensor:
+        changed = self._transform(image)
+        if not isinstance(changed, Tensor) or (changed.shape, changed.dtype) != (image.shape, image.dtype):
+            got = f"{changed.dtype} {list(changed.shape)}" if isinstance(changed, Tensor) else type(changed).__name__
+            raise ConfigError(
+                f"data.transform={self._name} made {got} of an image of {image.dtype} {list(image.shape)}; it must "
+                f"keep type and shape"
+            )
+        return changed
 
 
 @contextmanager

@@ -35,14 +35,17 @@ def draw_curves(metrics_file: Path, picture: Path) -> None:
         steps = [row["step"] for row in points]
         loss.plot(steps, [row["loss"] for row in points], style, color=colour, markersize=4, label=split)
         name = next((name for name in _RESULTS if name in points[0]), None)
-        if name is not None:
+        # A result that is not a number is null.
+        found = {row["step"]: row[name] for row in points if row[name] is not None} if name is not None else {}
+        if name is not None and found:
             title = _RESULTS[name]
-            label = split if split == "train" else f"val, last {points[-1][name]:.4f}"
-            result.plot(steps, [row[name] for row in points], style, color=colour, markersize=4, label=label)
+            label = split if split == "train" else f"val, last {list(found.values())[-1]:.4f}"
+            result.plot(list(found), list(found.values()), style, color=colour, markersize=4, label=label)
     for axes, name in ((loss, "loss"), (result, title)):
         axes.set(title=name, xlabel="step")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     loss.set_yscale("log")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)

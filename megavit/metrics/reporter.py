@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megavit.metrics.config import MetricsConfig
 from megavit.metrics.pictures import draw_panels
+from megavit.metrics.wandb import WandbRun
 
 _SHOWN = {
     "loss": "loss {:.4f}",
@@ -33,15 +34,28 @@ class Reporter:
         config: the metrics group.
         run_dir: the run's folder.
         speaks: whether this rank is the one that does.
+        name: of the run.
+        settings: the resolved configuration, for services that keep it.
         first_step: steps done before this process.
         num_steps: steps of the whole run.
     """
 
-    def __init__(self, config: MetricsConfig, run_dir: Path, *, speaks: bool, first_step: int, num_steps: int) -> None:
+    def __init__(
+        self,
+        config: MetricsConfig,
+        run_dir: Path,
+        *,
+        speaks: bool,
+        name: str,
+        settings: dict[str, Any],
+        first_step: int,
+        num_steps: int,
+    ) -> None:
         self._speaks, self._run_dir = speaks, run_dir
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._tensorboard: Any = None
+        self._wandb: WandbRun | None = None
         self._lines: TextIO | None = None
         self._log: TextIO | None = None
         if not speaks:
@@ -53,6 +67,8 @@ class Reporter:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(run_dir / "tensorboard")
+        if config.wandb is not None:
+            self._wandb = WandbRun(config.wandb, name=name, run_dir=run_dir, settings=settings)
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("step"),
@@ -74,7 +90,7 @@ class Reporter:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        for file in (self._tensorboard, self._lines, self._log):
+        for file in (self._tensorboard, self._wandb, self._lines, self._log):
             if file is not None:
                 file.close()
 
@@ -105,6 +121,8 @@ class Reporter:
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.record(step, split, values)
         shown = "  ".join(form.format(values[name]) for name, form in _SHOWN.items() if name in values)
         if split == "train" and self._progress is not None:
             assert self._task is not None and self._log is not None
@@ -128,4 +146,6 @@ class Reporter:
         picture = draw_panels(panels, titles=titles, path=path)
         if self._tensorboard is not None:
             self._tensorboard.add_image(f"{split}/pictures", picture, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.show(step, split, picture)
         self.say(f"step {step}  picture {path}")

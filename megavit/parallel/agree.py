@@ -35,6 +35,22 @@ def from_rank_zero(look: Callable[[], T]) -> T:
     return answer[0]
 
 
+def agree_on_error(own: str | None) -> None:
+    """Raise on every rank what any of them has found; every rank calls this.
+
+    Args:
+        own: this rank's message, None if all is well here.
+
+    Raises:
+        ConfigError: the first rank's message.
+    """
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    first = next((message for message in everyone if message is not None), None)
+    if first is not None:
+        raise ConfigError(first)
+
+
 def broadcast_from(rank: int, tensor: Tensor) -> Tensor:
     """Give one rank's tensor to every rank, on the CPU; every rank calls this.
 

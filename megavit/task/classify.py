@@ -21,6 +21,7 @@ from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.task.chunks import name_stages
 from megavit.task.config import TaskConfig
+from megavit.task.goal import Goal
 
 
 class Classify:
@@ -36,6 +37,7 @@ class Classify:
 
     sums: tuple[str, ...] = ("loss", "top1", "count")
     baseline_samples = 0
+    goal = Goal("top1", higher=True)
     panels: tuple[str, ...] = ()
 
     def __init__(

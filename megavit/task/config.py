@@ -5,6 +5,7 @@ from enum import Enum
 
 from megavit.checks import require_number
 from megavit.errors import ConfigError
+from megavit.extension import check_name
 from megavit.model.config import ModelConfig
 
 
@@ -33,6 +34,8 @@ class TaskConfig:
 
     Attributes:
         name: the task.
+        implementation: package.module:name of a class of one's own in its place, called as the task's own class is
+            (see docs/extending.md); null for megavit's.
         label_smoothing: probability spread over all classes, in [0, 1).
         mask_ratio: share of the patches that the encoder does not see, in (0, 1).
         norm_pix: compare with each patch's pixels less their mean, over their deviation; else with the pixels.
@@ -44,6 +47,7 @@ class TaskConfig:
     """
 
     name: TaskName = TaskName.classify
+    implementation: str | None = None
     label_smoothing: float | None = None
     mask_ratio: float | None = None
     norm_pix: bool | None = None
@@ -93,6 +97,8 @@ class TaskConfig:
                 raise ConfigError(f"task.name={self.name.value} needs task.{key}; choose task={self.name.value}")
             if key not in takes and value is not None:
                 raise ConfigError(f"task.{key}={value} would be ignored by task.name={self.name.value}; set it to null")
+        if self.implementation is not None:
+            check_name(self.implementation, "task.implementation")
         require_number("task", self, "label_smoothing", at_least=0, below=1)
         require_number("task", self, "mask_ratio", at_least=0, below=1)
         require_number("task", self, *(key for key in _MAE if key not in ("mask_ratio", "norm_pix")), at_least=1)

@@ -3,6 +3,7 @@
 Shapes: B images, C channels, P patches, K kept ones, V = C · patch² values of a patch.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -22,6 +23,7 @@ from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.task.chunks import name_stages
 from megavit.task.config import TaskConfig
+from megavit.task.goal import Goal
 from megavit.task.masking import hidden_mask, random_keep
 
 
@@ -42,6 +44,7 @@ class Mae:
     """
 
     sums: tuple[str, ...] = ("loss", "baseline", "count")
+    goal = Goal("loss_ratio", higher=False)
     panels: tuple[str, ...] = ("original", "masked", "reconstruction", "with visible")
 
     def __init__(
@@ -140,7 +143,9 @@ class Mae:
 
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """Mean `loss`, and `loss_ratio` to the mean image's on the same patches."""
-        return {"loss": totals["loss"] / totals["count"], "loss_ratio": totals["loss"] / totals["baseline"]}
+        # Where every image is the mean image nothing is left to learn, and no ratio says so.
+        ratio = totals["loss"] / totals["baseline"] if totals["baseline"] else math.nan
+        return {"loss": totals["loss"] / totals["count"], "loss_ratio": ratio}
 
     def summary(self, validation: dict[str, float]) -> str:
         """The ratio to the mean image."""

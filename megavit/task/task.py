@@ -9,6 +9,8 @@ from torch import Tensor
 
 from megavit.data.config import DataConfig
 from megavit.data.loader import Batch, Needs
+from megavit.errors import ConfigError
+from megavit.extension import by_name
 from megavit.model.config import ModelConfig
 from megavit.model.vit import EncoderStage
 from megavit.parallel.boundary import BoundarySpec
@@ -16,6 +18,7 @@ from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.task.classify import Classify
 from megavit.task.config import TaskConfig, TaskName
+from megavit.task.goal import Goal
 from megavit.task.mae import Mae
 
 # A micro batch's output to its mean loss, for the gradient, and sums over its counted images, for the metrics.
@@ -30,6 +33,7 @@ class Task(Protocol):
         sums: what the loss function adds up; `count`, the counted images, is among them.
         score_shapes: what `score` adds up, and in what shapes; `sums` are among them.
         baseline_samples: training images that `prepare` is to be shown; 0 for none.
+        goal: the metric that tells the best checkpoint.
         panels: titles of the pictures that `paint` makes of an image; empty where there is nothing to see.
     """
 
@@ -37,6 +41,7 @@ class Task(Protocol):
     sums: tuple[str, ...]
     score_shapes: Mapping[str, tuple[int, ...]]
     baseline_samples: int
+    goal: Goal
     panels: tuple[str, ...]
 
     def build_chunks(
@@ -92,7 +97,17 @@ def open_task(
         num_classes: of the data; a masked autoencoder does not look at labels.
         layout: this rank's place.
         seed: `run.seed`, of the masks.
+
+    Raises:
+        ConfigError: if it needs labels and there are none.
     """
-    if config.name is TaskName.mae:
-        return Mae(config, model=model, data=data, layout=layout, seed=seed)
-    return Classify(config, model=model, data=data, num_classes=num_classes, layout=layout)
+    if config.name is TaskName.classify and not num_classes:
+        raise ConfigError(
+            f"task.name=classify needs labels, and data.source={data.source} has none in data.path={data.path}; "
+            f"task=mae learns without"
+        )
+    make: Callable[..., Task] = Mae if config.name is TaskName.mae else Classify
+    if config.implementation is not None:
+        make = by_name(config.implementation, "task.implementation")
+    depends_on: dict[str, int] = {"seed": seed} if config.name is TaskName.mae else {"num_classes": num_classes}
+    return make(config, model=model, data=data, layout=layout, **depends_on)

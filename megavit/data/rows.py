@@ -1,0 +1,222 @@
+"""Images in rows of a table, read through Hugging Face `datasets` without filling memory: parquet files, a folder that
+`save_to_disk` has left, or a dataset of the hub.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from megavit.data.config import DataConfig
+from megavit.data.decode import decode_image
+from megavit.data.split import split_indices
+from megavit.errors import ConfigError
+
+_VALIDATION_NAMES = ("val", "validation", "test")
+
+
+class Rows:
+    """One split of tables with a column of images and, unless nothing is labelled, one of labels.
+
+    Args:
+        tables: those of `train` and `val`, or the one of `all` with a share to validate on.
+        config: the data group.
+        split: `train` or `val`.
+
+    Raises:
+        ConfigError: if no image column is found, or the labels do not fit.
+    """
+
+    image_shape: tuple[int, ...] | None = None
+
+    def __init__(self, tables: dict[str, Any], config: DataConfig, split: str) -> None:
+        self._where, self._channels = str(config.path), config.channels
+        if "train" in tables and config.val_fraction is not None:
+            raise ConfigError(
+                f"data.val_fraction={config.val_fraction} would be ignored: {self._where} has rows for training and "
+                f"for validation; leave it null"
+            )
+        training = tables["train" if "train" in tables else "all"]
+        image, label = _columns(training, self._where)
+        rows = training if split == "train" or "all" in tables else tables["val"]
+        if not {image, label or image} <= set(rows.features):
+            raise ConfigError(
+                f"{self._where}: the rows for validation must have the columns {image} and {label} too, not "
+                f"{', '.join(rows.features)}"
+            )
+        self._rows, self._image = _encoded(rows, image), image
+        self.classes: tuple[str, ...] = ()
+        labels = np.zeros(len(rows), dtype=np.int64)
+        if label is not None:
+            labels, training_labels = _labels(rows, label, self._where), _labels(training, label, self._where)
+            names = getattr(training.features[label], "names", None)
+            self.classes = tuple(names or map(str, range(int(training_labels.max()) + 1)))
+            if labels.min() < 0 or labels.max() >= len(self.classes):
+                raise ConfigError(
+                    f"{self._where}: labels go from {labels.min()} to {labels.max()}, and there are "
+                    f"{len(self.classes)} classes"
+                )
+        part = np.arange(len(labels))
+        if "all" in tables:
+            part = split_indices(labels, config.val_fraction, split, where=self._where)
+        self._part, self._labels = part, labels[part]
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    def image(self, index: int) -> Tensor:
+        """One image_CYX, uint8, of its natural size."""
+        row = int(self._part[index])
+        cell, name = self._rows[row][self._image] or {}, f"{self._where}, row {row}"
+        if cell.get("bytes") is not None:
+            return decode_image(cell["bytes"], channels=self._channels, name=name)
+        if cell.get("path") is None:
+            raise ConfigError(f"{name} holds no image; take it away")
+        return decode_image(Path(cell["path"]), channels=self._channels, name=f"{name}, {cell['path']}")
+
+    def label(self, index: int) -> int:
+        """The row's label."""
+        return int(self._labels[index])
+
+
+def open_parquet(config: DataConfig, split: str) -> Rows:
+    """One split of a folder of parquet files, told by their names, or of one file with a share to validate on.
+
+    Raises:
+        ConfigError: if there is none, or one cannot be read.
+    """
+    assert config.path is not None
+    files = _files_by_split(Path(config.path))
+    return Rows({part: _read_parquet(some) for part, some in files.items()}, config, split)
+
+
+def open_arrow(config: DataConfig, split: str) -> Rows:
+    """One split of a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` has left.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    import datasets
+    import pyarrow  # type: ignore[import-untyped]
+
+    try:
+        loaded = datasets.load_from_disk(config.path)
+    except (OSError, ValueError, pyarrow.ArrowInvalid) as error:
+        raise ConfigError(
+            f"data.path={config.path} cannot be read as a folder left by datasets' save_to_disk: {error}"
+        ) from error
+    return Rows(_by_part(loaded, str(config.path)), config, split)
+
+
+def open_hub(config: DataConfig, split: str) -> Rows:
+    """One split of a dataset of the Hugging Face hub, by its id; downloaded once, then read from the hub's cache.
+
+    Raises:
+        ConfigError: if it is not there, or the hub cannot be reached.
+    """
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    datasets.disable_progress_bars()
+    try:
+        loaded = datasets.load_dataset(config.path)
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"data.path={config.path} cannot be had from the Hugging Face hub: {first}. data.source=hub takes an id "
+            f"such as ORG/NAME; files on this machine are data.source=parquet or arrow"
+        ) from error
+    return Rows(_by_part(loaded, str(config.path)), config, split)
+
+
+def _by_part(loaded: Any, where: str) -> dict[str, Any]:
+    """Tables of `train` and `val`, or of `all` where there is one set."""
+    if not isinstance(loaded, dict):
+        return {"all": loaded}
+    if len(loaded) == 1:
+        return {"all": next(iter(loaded.values()))}
+    for name in _VALIDATION_NAMES:
+        if {"train", name} <= set(loaded):
+            return {"train": loaded["train"], "val": loaded[name]}
+    raise ConfigError(
+        f"{where} needs a split train and one of {', '.join(_VALIDATION_NAMES)}; it has {', '.join(loaded)}"
+    )
+
+
+def _files_by_split(path: Path) -> dict[str, list[str]]:
+    """Files of `train` and `val`, or of `all` where there is one set."""
+    if path.is_file():
+        return {"all": [str(path)]}
+    if not path.is_dir():
+        raise ConfigError(f"data.path={path} is neither a folder nor a parquet file")
+    every = sorted(entry.path for entry in os.scandir(path) if entry.name.endswith(".parquet"))
+    training = [name for name in every if "train" in Path(name).name]
+    for word in _VALIDATION_NAMES:
+        validation = [name for name in every if word in Path(name).name and name not in training]
+        if training and validation:
+            return {"train": training, "val": validation}
+    raise ConfigError(
+        f"{path} needs parquet files with 'train' in their names and others with 'val', 'validation' or 'test'; it has "
+        f"{', '.join(Path(name).name for name in every) or 'none'}. One file alone is given as data.path=FILE with "
+        f"data.val_fraction"
+    )
+
+
+def _read_parquet(files: list[str]) -> Any:
+    import datasets
+    import pyarrow  # type: ignore[import-untyped]
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset("parquet", data_files={"rows": files}, split="rows")
+    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid, OSError) as error:
+        cause = error.__cause__ or error
+        if not isinstance(cause, (pyarrow.ArrowInvalid, OSError)):
+            raise
+        raise ConfigError(f"{', '.join(files)} cannot be read as parquet: {cause}; is every file whole?") from error
+
+
+def _columns(rows: Any, where: str) -> tuple[str, str | None]:
+    """The names of the one column of images and of the one of labels; None where no column could be that."""
+    import datasets
+
+    features = rows.features
+    images = [name for name, feature in features.items() if _holds_images(feature)]
+    named = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    whole = [name for name, feature in features.items() if getattr(feature, "dtype", "").startswith(("int", "uint"))]
+    # Words in a column that says it holds labels are not taken for their absence.
+    labels = named or whole or [name for name in features if name in ("label", "labels")]
+    if len(images) != 1 or len(labels) > 1 or not set(labels) <= {*named, *whole}:
+        raise ConfigError(
+            f"{where} must have one column of images and one of labels as whole numbers, or none of labels, not "
+            f"{images} and {labels} of {', '.join(features)}"
+        )
+    return images[0], labels[0] if labels else None
+
+
+def _labels(rows: Any, label: str, where: str) -> np.ndarray:
+    """The column of labels, from Arrow at once: through Python's integers it takes 2,000 times as long."""
+    column = rows.data.column(label)
+    if column.null_count or not len(column):
+        raise ConfigError(
+            f"{where}: {column.null_count} of {len(column)} rows have no {label}; each image needs one, and there must "
+            f"be some"
+        )
+    return column.to_numpy().astype(np.int64)
+
+
+def _encoded(rows: Any, image: str) -> Any:
+    """The same rows, their images left as they lie in the file."""
+    import datasets
+
+    if not isinstance(rows.features[image], datasets.Image):
+        return rows
+    return rows.cast_column(image, datasets.Image(decode=False))
+
+
+def _holds_images(feature: Any) -> bool:
+    import datasets
+
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))

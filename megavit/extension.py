@@ -1,0 +1,67 @@
+"""A user's own parts by name: `package.module:name`, from installed packages or the working folder."""
+
+import importlib
+import re
+import sys
+from importlib.machinery import PathFinder
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+from megavit.errors import ConfigError
+
+_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
+def is_name(text: str) -> bool:
+    """Whether a setting names a user's own part rather than one of megavit's."""
+    return ":" in text
+
+
+def check_name(text: str, setting: str) -> None:
+    """Refuse what is no name of a user's own part; nothing is imported.
+
+    Raises:
+        ConfigError: if it is not of the form, or is Python's own or nobody's.
+    """
+    if not _NAME.fullmatch(text):
+        raise ConfigError(f"{setting}={text} must be package.module:name, for example my_images.py's my_images:Scans")
+    top = text.partition(":")[0].partition(".")[0]
+    if top in sys.stdlib_module_names or top in sys.builtin_module_names:
+        raise ConfigError(f"{setting}={text}: {top} is Python's own; name a package of yours or a file of this folder")
+    if not _in_working_folder(top) and top not in packages_distributions():
+        raise ConfigError(
+            f"{setting}={text}: {top} is neither an installed package nor {top}.py or {top}/ in {Path.cwd()}; install "
+            f"it or start from its folder"
+        )
+
+
+def by_name(text: str, setting: str) -> Any:
+    """Import a user's own part.
+
+    Args:
+        text: `package.module:name`.
+        setting: that named it, for the error.
+
+    Raises:
+        ConfigError: if it is not allowed (see `check_name`), or not there. Its own faults go up as they are.
+    """
+    check_name(text, setting)
+    module_name, _, name = text.partition(":")
+    top = module_name.partition(".")[0]
+    folder = str(Path.cwd())
+    if _in_working_folder(top) and folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigError(f"{setting}={text}: there is no module {error.name}") from error
+    if not hasattr(module, name):
+        raise ConfigError(f"{setting}={text}: {module.__file__} has no {name}")
+    return getattr(module, name)
+
+
+def _in_working_folder(top: str) -> bool:
+    return PathFinder.find_spec(top, [str(Path.cwd())]) is not None

@@ -1,0 +1,69 @@
+"""Weights & Biases, when asked for: the run keeps its id in its folder and goes on in the same curves."""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megavit.checks import shown
+from megavit.errors import ConfigError
+
+_START_S = 60
+
+
+class WandbRun:
+    """One run of Weights & Biases.
+
+    Args:
+        project: its project.
+        name: of the run.
+        run_dir: the run's folder; `wandb_id` there holds the id, `wandb/` its files.
+        settings: the resolved configuration.
+
+    Raises:
+        ConfigError: if the package is missing or the service refuses.
+    """
+
+    def __init__(self, project: str, *, name: str, run_dir: Path, settings: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                f"metrics.wandb={project} needs the package wandb: pip install wandb, or set metrics.wandb=null"
+            ) from error
+        kept = run_dir / "wandb_id"
+        run_id = kept.read_text().strip() if kept.exists() else secrets.token_hex(4)
+        # Its own lines would break into the progress bar; where its files are is in the folder.
+        os.environ.setdefault("WANDB_SILENT", "true")
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                id=run_id,
+                resume="allow",
+                dir=run_dir,
+                config={key: shown(value) for key, value in settings.items()},
+                # Signals stop the run between two steps; wandb must not take them.
+                settings=wandb.Settings(init_timeout=_START_S, console="off"),
+            )
+        except wandb.Error as error:
+            raise ConfigError(
+                f"metrics.wandb={project}: Weights & Biases refuses: {error}. `wandb login` gives it a key; "
+                f"WANDB_MODE=offline keeps everything here; metrics.wandb=null leaves it away"
+            ) from error
+        kept.write_text(run_id + "\n")
+        self._image = wandb.Image
+
+    def record(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Send one line of metrics."""
+        self._run.log({"step": step, **{f"{split}/{name}": value for name, value in values.items()}})
+
+    def show(self, step: int, split: str, picture: np.ndarray) -> None:
+        """Send a picture, uint8 [row, column, RGB]."""
+        self._run.log({"step": step, f"{split}/pictures": self._image(picture)})
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._run.finish()

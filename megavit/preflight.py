@@ -1,0 +1,269 @@
+"""A rehearsal at the real layout before the long part begins: what would fail after hours fails now.
+
+A step, an evaluation batch, a save and a load are made for real; then weights and optimizer are put back as they were,
+bit for bit.
+"""
+
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from megavit.checkpoint import store
+from megavit.checkpoint.store import Averages, CheckpointStore, TrainingState
+from megavit.config import RunConfig
+from megavit.data.loader import Batch, Loader
+from megavit.engine import Engine
+from megavit.errors import ConfigError
+from megavit.model.vit import EncoderStage
+from megavit.optim.step import step_if_finite
+from megavit.parallel.agree import agree_on_error, from_rank_zero
+from megavit.parallel.layout import ParallelLayout
+from megavit.parallel.rng import seed_step
+
+_FOLDER = ".preflight"
+# Adam keeps an fp32 master and two moments of each weight; SGD a master and a momentum.
+_OPTIMIZER_BYTES = 12
+_AVERAGE_BYTES = 4
+
+
+def rehearse(
+    config: RunConfig,
+    *,
+    layout: ParallelLayout,
+    engine: Engine,
+    chunks: dict[str, EncoderStage],
+    optimizer: MegatronOptimizer,
+    averages: Averages | None,
+    loaders: tuple[Loader, Loader],
+    steps: range,
+) -> list[str]:
+    """Rehearse a run, if `run.preflight` wants it and steps are left; every rank calls this.
+
+    Args:
+        config: the run's.
+        layout: this rank's place.
+        engine: runs the network.
+        chunks: its stages by name, with their first weights.
+        optimizer: theirs, before its first step.
+        averages: the weights' averages, if any.
+        loaders: of training and of validation.
+        steps: that are to come.
+
+    Returns:
+        What was found, in words; nothing where nothing was looked at.
+
+    Raises:
+        ConfigError: if the run would fail for its folder's sake.
+    """
+    wanted = layout.world_size > 1 if config.run.preflight is None else config.run.preflight
+    if not wanted or not steps:
+        return []
+    run_dir, every = Path(config.run.dir), config.checkpoint.every or steps.stop
+    check_folder(run_dir, rank=layout.rank)
+    # Those on the way, the last one and the best one.
+    saves = (steps.stop - 1) // every - steps.start // every + 1 + config.checkpoint.best
+    room = check_disk(run_dir, chunks, layout, saves=saves, ema=averages is not None)
+    rehearsal = Rehearsal(run_dir, layout=layout, engine=engine, chunks=chunks, optimizer=optimizer, averages=averages)
+    took = rehearsal.run(
+        *loaders,
+        num_microbatches=config.num_microbatches(layout.world_size),
+        global_batch=config.train.global_batch,
+        seed=config.run.seed,
+    )
+    return [f"preflight: {took}; {room}"]
+
+
+def check_disk(run_dir: Path, chunks: dict[str, EncoderStage], layout: ParallelLayout, *, saves: int, ema: bool) -> str:
+    """Refuse a run whose checkpoints do not fit on the disk; every rank calls this.
+
+    Args:
+        run_dir: the run's folder.
+        chunks: this rank's stages.
+        layout: its place.
+        saves: checkpoints that are still to be written; all of them stay.
+        ema: whether each holds an average of the weights too.
+
+    Returns:
+        What is needed and what is there, in words.
+
+    Raises:
+        ConfigError: with the arithmetic.
+    """
+    own = [p for chunk in chunks.values() for p in chunk.parameters() if _is_counted_here(p, layout)]
+    each = torch.tensor([sum(p.numel() * (p.element_size() + _OPTIMIZER_BYTES + ema * _AVERAGE_BYTES) for p in own)])
+    each = each.to(layout.device)
+    dist.all_reduce(each)
+    size = int(each)
+
+    def look() -> str:
+        free, needed = shutil.disk_usage(run_dir).free, size * saves
+        account = f"{saves} checkpoints of about {_bytes(size)} = {_bytes(needed)}, {_bytes(free)} free"
+        if needed > free:
+            raise ConfigError(
+                f"run.dir={run_dir} has no room for {account}; raise checkpoint.every, make room, or choose another "
+                f"run.dir (run.preflight=false starts without looking)"
+            )
+        return account
+
+    return from_rank_zero(look)
+
+
+def check_folder(run_dir: Path, *, rank: int) -> None:
+    """See that every rank writes into the same folder; every rank calls this.
+
+    Raises:
+        ConfigError: on every rank, naming the first that cannot.
+    """
+    token, mine = run_dir / _FOLDER / "token", run_dir / _FOLDER / f"rank_{rank}"
+
+    def write(path: Path) -> str | None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(str(rank))
+        except OSError as error:
+            return f"run.dir={run_dir} cannot be written by rank {rank} on {socket.gethostname()}: {error.strerror}"
+        return None
+
+    agree_on_error(write(token) if rank == 0 else None)
+    agree_on_error(write(mine))
+    agree_on_error(
+        None
+        if token.exists()
+        else f"run.dir={run_dir}: rank {rank} on {socket.gethostname()} does not see what rank 0 has written; all "
+        f"nodes need the same folder, on a shared file system"
+    )
+    if rank == 0:
+        shutil.rmtree(run_dir / _FOLDER)
+
+
+class Rehearsal:
+    """One step, one evaluation batch, one save and load, and everything as before.
+
+    Args:
+        run_dir: the run's folder, as `check_folder` has found it.
+        layout: this rank's place.
+        engine: runs the network.
+        chunks: its stages by name.
+        optimizer: theirs.
+        averages: the weights' averages, if any.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        layout: ParallelLayout,
+        engine: Engine,
+        chunks: dict[str, EncoderStage],
+        optimizer: MegatronOptimizer,
+        averages: Averages | None,
+    ) -> None:
+        self.run_dir, self.layout, self.engine, self.chunks = run_dir, layout, engine, chunks
+        self.optimizer, self.averages = optimizer, averages
+
+    def run(
+        self, train_loader: Loader, val_loader: Loader, *, num_microbatches: int, global_batch: int, seed: int
+    ) -> str:
+        """Rehearse; every rank calls this.
+
+        Args:
+            train_loader: of training.
+            val_loader: of validation.
+            num_microbatches: of a step, on this rank.
+            global_batch: images per step.
+            seed: `run.seed`.
+
+        Returns:
+            What each part took, in words.
+
+        Raises:
+            ConfigError: if the checkpoint cannot be written.
+        """
+        kept = list(self._kept())
+        groups = [_settings(group) for part in self._parts() for group in part.param_groups]
+        seed_step(self.layout, seed=seed, step=0)
+        batches = train_loader.train_batches(0, num_steps=1, global_batch=global_batch)
+        took = {"a step": self._timed(lambda: self._step(batches, num_microbatches))}
+        took["an evaluation batch"] = self._timed(lambda: self.engine.rehearse_evaluation(val_loader))
+        checkpoints = CheckpointStore(self.run_dir / _FOLDER)
+        nothing = TrainingState(0, 0, {})
+        took["a save"] = self._timed(
+            lambda: checkpoints.save(self.chunks, self.optimizer, nothing, run_yaml="", averages=self.averages)
+        )
+        saved = checkpoints.newest()
+        assert saved is not None
+        took["a load"] = self._timed(
+            lambda: store.load(saved, self.chunks, self.optimizer, averages=self.averages),
+        )
+        dist.barrier()
+        if self.layout.rank == 0:
+            shutil.rmtree(checkpoints.folder)
+        self._put_back(kept, groups)
+        return ", ".join(f"{what} {seconds:.1f} s" for what, seconds in took.items())
+
+    def _timed(self, work: Any) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    def _step(self, batches: Iterator[Batch], num_microbatches: int) -> None:
+        for chunk in self.engine.model:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        self.optimizer.zero_grad()
+        self.engine.accumulate(batches, num_microbatches)
+        # Whether this one is finite the first step will tell.
+        step_if_finite(self.optimizer, self.engine.model)
+        self.engine.gather_weights()
+
+    def _parts(self) -> list[torch.optim.Optimizer]:
+        return [part.optimizer for part in self.optimizer.chained_optimizers if part.optimizer is not None]
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for chunk in self.chunks.values():
+            yield from chunk.parameters()
+        for part in self._parts():
+            for group in part.param_groups:
+                yield from group["params"]
+
+    def _kept(self) -> Iterator[Tensor]:
+        """Weights and their masters, in the host's memory."""
+        for tensor in self._tensors():
+            yield tensor.detach().cpu().clone()
+
+    def _put_back(self, kept: list[Tensor], groups: list[dict[str, Any]]) -> None:
+        with torch.no_grad():
+            for tensor, before in zip(self._tensors(), kept, strict=True):
+                tensor.copy_(before)
+        every = [group for part in self._parts() for group in part.param_groups]
+        for group, settings in zip(every, groups, strict=True):
+            for key in set(group) - set(settings) - {"params"}:
+                del group[key]
+            group.update(settings)
+        for part in self._parts():
+            part.state.clear()
+        self.optimizer.zero_grad()
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _is_counted_here(parameter: torch.nn.Parameter, layout: ParallelLayout) -> bool:
+    sharded = getattr(parameter, "tensor_model_parallel", False)
+    return layout.dp_rank == 0 and (sharded or layout.tp_rank == 0)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.0f} TB" if count >= 1000 else f"{count:.3g} TB"

@@ -1,0 +1,196 @@
+"""Parts of a user's own, by name: imported from where they may be, held to what they promise."""
+
+import sys
+
+import pytest
+import torch
+
+from megavit.compose import compose
+from megavit.errors import ConfigError
+from megavit.extension import by_name, check_name
+from megavit.testing import run_ranks
+from tests.reference import SMALL
+
+MODULE = '''
+import torch
+from torchvision.transforms import v2
+
+from megavit.task.classify import Classify
+
+
+class Stripes:
+    """Two classes of stripes, and noise upon them."""
+
+    classes = ("down", "across")
+    image_shape = None
+
+    def __init__(self, config, split):
+        self.split = split
+
+    def __len__(self):
+        return 64 if self.split == "train" else 16
+
+    def label(self, index):
+        return index % 2
+
+    def image(self, index):
+        image = torch.zeros(1, 8, 8, dtype=torch.uint8)
+        image[:, ::2] = 200
+        noise = torch.randint(0, 50, image.shape, generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
+        return (image if index % 2 else image.mT) + noise
+
+
+def negative(image):
+    return 255 - image
+
+
+def randomly(image):
+    return image + torch.randint(0, 5, (), dtype=torch.uint8)
+
+
+def broken(image):
+    return image.float()
+
+
+class Wide(Classify):
+    """Counts beside what its parent counts."""
+
+    def metrics(self, totals):
+        return {**super().metrics(totals), "seen": totals["count"]}
+
+
+class NoSource:
+    def __init__(self, config, split):
+        pass
+
+
+flipped = v2.RandomVerticalFlip(p=1.0)
+number = 3
+raise_at_import = "megavit" not in globals()
+'''
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A working folder with a module of one's own."""
+    (tmp_path / "my_parts.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    # Imported anew, from this test's folder.
+    monkeypatch.delitem(sys.modules, "my_parts", raising=False)
+    path = list(sys.path)
+    yield tmp_path
+    sys.path[:] = path
+    sys.modules.pop("my_parts", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_parts", "must be package.module:name"),
+        ("my_parts:", "must be package.module:name"),
+        ("my-parts:x", "must be package.module:name"),
+        ("/etc/x:y", "must be package.module:name"),
+        (".my_parts:Stripes", "must be package.module:name"),
+        ("os:system", "os is Python's own"),
+        ("builtins:eval", "builtins is Python's own"),
+        ("subprocess:run", "subprocess is Python's own"),
+        ("no_such_thing:x", "no_such_thing is neither an installed package nor no_such_thing.py"),
+    ],
+)
+def test_what_is_no_name_of_ones_own_part_is_refused_without_importing_it(name, message, mine):
+    with pytest.raises(ConfigError, match=message):
+        check_name(name, "data.source")
+    assert "my_parts" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_parts:Stripe", r"my_parts\.py has no Stripe"),
+        ("my_parts.deeper:x", "there is no module my_parts.deeper"),
+    ],
+)
+def test_what_is_not_there_is_named(name, message, mine):
+    with pytest.raises(ConfigError, match=message):
+        by_name(name, "data.source")
+
+
+def test_installed_packages_are_found():
+    import torchvision.transforms.v2
+
+    assert by_name("torchvision.transforms.v2:GaussianNoise", "x") is torchvision.transforms.v2.GaussianNoise
+
+
+def train_there(folder: str, overrides: list[str]) -> dict:
+    import os
+    import sys
+    from pathlib import Path
+
+    from megavit.compose import compose
+    from megavit.parallel.layout import world_size_from_environment
+    from megavit.trainer import Trainer
+
+    before, path = os.getcwd(), list(sys.path)
+    sys.modules.pop("my_parts", None)
+    os.chdir(folder)
+    try:
+        config = compose(overrides)
+        config.check(world_size_from_environment())
+        trainer = Trainer(config)
+        batch = next(trainer.train_loader.train_batches(0, num_steps=1, global_batch=16))
+        trainer.run()
+    finally:
+        os.chdir(before)
+        sys.path[:] = path
+    return {
+        "validation": trainer.last_validation,
+        "images": batch.images_BCYX,
+        "keys": batch.keys,
+        "log": (Path(config.run.dir) / "train.log").read_text(),
+    }
+
+
+OWN = [*SMALL, "data.source=my_parts:Stripes", "data.mean=[0.4]", "data.std=[0.4]", "train.steps=12", "optim.lr=3e-3"]
+
+
+def test_a_source_a_transform_and_a_task_of_ones_own_train(mine):
+    task = "task.implementation=my_parts:Wide"
+    keys = [*OWN, "data.transform=my_parts:negative", task, f"run.dir={mine / 'run'}"]
+    plain, own = (
+        run_ranks(train_there, 1, str(mine), overrides)[0] for overrides in ([*OWN, f"run.dir={mine / 'plain'}"], keys)
+    )
+    assert torch.equal(own["images"], 255 - plain["images"])
+    assert own["validation"]["seen"] == 16
+    assert plain["validation"]["top1"] == 1
+    for name in ("data.source is my_parts:Stripes, of ", "data.transform is my_parts:negative", "my_parts:Wide, of "):
+        assert name in own["log"]
+    assert f"{mine}/my_parts.py" in own["log"]
+
+
+def test_a_transforms_draws_are_functions_of_the_sample_and_torchvisions_objects_serve(mine):
+    config = compose([*OWN, "data.transform=my_parts:randomly"]).data
+    from megavit.data.order import SampleKey
+    from megavit.data.views import View
+
+    def see(name: str, keys: list[SampleKey]) -> list[torch.Tensor]:
+        from dataclasses import replace
+
+        view = View(replace(config, transform=name), augment=True)
+        return view([torch.arange(64, dtype=torch.uint8).view(1, 8, 8)] * len(keys), keys, seed=0)
+
+    keys = [SampleKey(index, 0) for index in range(8)]
+    first = see("my_parts:randomly", keys)
+    assert all(torch.equal(a, b) for a, b in zip(first, see("my_parts:randomly", keys[::-1])[::-1], strict=True))
+    assert len({int(image[0, 0, 0]) for image in first}) > 1
+    assert torch.equal(see("my_parts:flipped", keys)[0][0, 0], torch.arange(56, 64, dtype=torch.uint8))
+    with pytest.raises(ConfigError, match=r"my_parts:broken made torch.float32 \[1, 8, 8\] of an image of torch.uint8"):
+        see("my_parts:broken", keys)
+    with pytest.raises(ConfigError, match="my_parts:number is a int; a function is needed"):
+        see("my_parts:number", keys)
+
+
+def test_a_source_that_lacks_something_is_refused(mine):
+    from megavit.data.opening import open_source
+
+    with pytest.raises(ConfigError, match="my_parts:NoSource lacks classes, image_shape, __len__, image, label"):
+        open_source(compose([*OWN, "data.source=my_parts:NoSource"]).data, "train")

@@ -1,0 +1,112 @@
+"""A rehearsal finds what would fail later, and leaves no trace in the run."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from megavit.errors import ConfigError
+from megavit.testing import RankFailed, run_ranks
+from tests.ranks import train_and_keep
+from tests.reference import SMALL
+
+OVERLAPPED = ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"]
+LAYOUTS = {
+    "TP 2, dropout, average": (2, ["parallel.tp=2", "model.hidden_dropout=0.1", "optim.ema=0.9"]),
+    "DP 2, bf16, overlapped": (2, ["train.precision=bf16_o2", *OVERLAPPED]),
+    "one rank, SGD": (1, ["optim=sgd", "optim.lr=0.1", "optim.warmup_steps=2"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rehearsed_run_is_the_same_to_the_bit(layout, tmp_path):
+    ranks, overrides = LAYOUTS[layout]
+    runs = {}
+    for rehearsed in ("true", "false"):
+        run_dir = tmp_path / rehearsed
+        keys = [*SMALL, *overrides, "train.steps=4", f"run.preflight={rehearsed}", f"run.dir={run_dir}"]
+        runs[rehearsed] = run_ranks(train_and_keep, ranks, keys)
+        assert ("preflight: a step" in (run_dir / "train.log").read_text()) is (rehearsed == "true")
+        assert not (run_dir / ".preflight").exists()
+    for one, other in zip(runs["true"], runs["false"], strict=True):
+        assert one["losses"] == other["losses"]
+        assert all(torch.equal(one["weights"][name], other["weights"][name]) for name in other["weights"])
+        assert all(torch.equal(a, b) for a, b in zip(one["averages"], other["averages"], strict=True))
+        for states in zip(one["optimizer"], other["optimizer"], strict=True):
+            assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+        assert one["groups"] == other["groups"]
+
+
+def refused(run_dir, *overrides: str, ranks: int = 1) -> str:
+    with pytest.raises(RankFailed) as failure:
+        run_ranks(train_and_keep, ranks, [*SMALL, "run.preflight=true", f"run.dir={run_dir}", *overrides])
+    return str(failure.value)
+
+
+def test_checkpoints_that_the_disk_cannot_hold_are_refused_with_the_arithmetic(tmp_path):
+    message = refused(tmp_path, "train.steps=1000000000", "checkpoint.every=1")
+    assert "ConfigError" in message
+    assert "has no room for 1000000000 checkpoints of about " in message
+    assert "raise checkpoint.every, make room, or choose another run.dir" in message
+
+
+def check_another_folder(run_dir: str) -> str:
+    """Two ranks that mean different folders by one name, as nodes without a shared file system do."""
+    from pathlib import Path
+
+    import torch.distributed as dist
+
+    from megavit.config import RunConfig
+    from megavit.parallel.layout import ParallelLayout, rank_from_environment
+    from megavit.preflight import check_folder
+
+    config = RunConfig()
+    ParallelLayout.create(config.parallel, timeout_s=60)
+    rank = rank_from_environment()
+    try:
+        check_folder(Path(run_dir) / str(rank), rank=rank)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        dist.barrier()
+    return ""
+
+
+def test_ranks_that_do_not_see_one_folder_are_told_apart(tmp_path):
+    first, second = run_ranks(check_another_folder, 2, str(tmp_path))
+    assert first == second
+    assert "rank 1 on " in first
+    assert "does not see what rank 0 has written; all nodes need the same folder" in first
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_disk_that_fills_up_in_the_rehearsal_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no small disk here: {mounted.stderr.decode().strip()}")
+    try:
+        # The arithmetic is content, as it may be where others fill the same disk.
+        message = refused_without_arithmetic(disk)
+        assert "ConfigError" in message
+        assert ".preflight/step_00000000 cannot be written: No space left on device; none was there yet" in message
+        assert not list(disk.rglob("*.distcp"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    shutil.rmtree(disk, ignore_errors=True)
+
+
+def train_on_a_full_disk(overrides: list[str]) -> None:
+    from megavit import preflight
+
+    preflight.check_disk = lambda *_, **__: ""
+    train_and_keep(overrides)
+
+
+def refused_without_arithmetic(disk) -> str:
+    with pytest.raises(RankFailed) as failure:
+        run_ranks(train_on_a_full_disk, 2, [*SMALL, "parallel.tp=2", "run.preflight=true", f"run.dir={disk / 'run'}"])
+    return str(failure.value)
