@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from megavit.parallel import cpu as _cpu
 
 if _TYPE_CHECKING:
-    from megavit.loading import TrainedClassifier
+    from megavit.loading import TrainedEncoder
 
 __version__ = "0.1.0"
 
@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 _cpu.install_import_hook()
 
 
-def load(path: "str | _Path") -> "TrainedClassifier":
-    """Load a trained classifier as an ordinary torch module (see `megavit.loading.load`)."""
+def load(path: "str | _Path") -> "TrainedEncoder":
+    """Load a trained network as an ordinary torch module (see `megavit.loading.load`)."""
     from megavit.loading import load as load_run
 
     return load_run(path)

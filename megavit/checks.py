@@ -43,6 +43,8 @@ def require_number(
 
 def shown(value: Any) -> Any:
     """A setting's value as a user writes it."""
+    if value is None:
+        return "null"
     return value.value if isinstance(value, Enum) else value
 
 

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -59,6 +60,8 @@ def compose(overrides: list[str]) -> RunConfig:
     ]
     # Hydra deletes a group's choice with a tilde; to a user, null says the same.
     given = ["~recipe" if text == "recipe=null" else text for text in overrides]
+    if "recipe" not in typed and any(_is_other_data(override) for override in parsed):
+        given.append("~recipe")
     ConfigStore.instance().store(name="run_config", node=RunConfig)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -82,10 +85,14 @@ def from_yaml(text: str) -> RunConfig:
     Raises:
         ConfigError: if it does not fit this megavit's configuration.
     """
+    if "${" in text:
+        raise ConfigError(
+            "a run's configuration holds ${…}, which is resolved before it is written; it was tampered with"
+        )
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(text)))
-    except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error)) from error
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"a run's configuration cannot be read: {_explain(error)}") from error
     assert isinstance(config, RunConfig)
     return config
 
@@ -138,7 +145,15 @@ def _parse(overrides: list[str]) -> list[Override]:
                 f"'{text}' cannot be read ({str(error).splitlines()[0]}); a value with signs such as = or , goes in "
                 f"quotes that the shell leaves: key='\"value\"'"
             ) from error
+        if parsed[-1].is_sweep_override():
+            raise ConfigError(f"'{text}' gives several values, and a run takes one; a list goes in brackets: key=[a,b]")
     return parsed
+
+
+def _is_other_data(override: Override) -> bool:
+    """Whether a setting chooses other data than the recipe that stands where none is typed, that of the digits."""
+    chooses = override.key_or_group in ("data", "data.path")
+    return chooses and override.value() not in ("digits", None)
 
 
 def _check_key(override: Override) -> None:
@@ -156,7 +171,7 @@ def _check_key(override: Override) -> None:
         return
     if any(path.startswith(key + ".") for path in known):
         raise ConfigError(
-            f"{key}={override.get_value_element_as_str()} sets a whole section; set its keys: "
+            f"{override.input_line} sets a whole section; set its keys: "
             + ", ".join(path for path in known if path.startswith(key + "."))
         )
     raise ConfigError(_unknown(f"the setting {key}", key, [*known, *known_groups], form="{}"))

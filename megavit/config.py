@@ -134,7 +134,8 @@ class RunConfig:
         train = self.train
         if (train.steps is None) == (train.epochs is None):
             raise ConfigError(
-                f"set one of train.steps={train.steps} and train.epochs={train.epochs}, and the other to null"
+                f"set one of train.steps={shown(train.steps)} and train.epochs={shown(train.epochs)}, and the other to "
+                f"null"
             )
         require_number("train", train, "steps", "global_batch", "micro_batch", "eval_every", "stop_at", at_least=1)
         require_number("train", train, "epochs", above=0)

@@ -19,7 +19,7 @@ from megavit.metrics.pictures import draw_confusion
 from megavit.outcome import quieten_imports, run_as_rank
 from megavit.parallel.layout import world_size_from_environment
 from megavit.signals import let_through
-from megavit.trained import find_checkpoint, open_run, read_config
+from megavit.trained import find_checkpoint, open_run, read_config, refuse_untyped_code
 from megavit.verb_arguments import split_from
 
 
@@ -35,6 +35,7 @@ def prepare(arguments: list[str], *, world_size: int | None = None) -> tuple[Run
     """
     path, overrides = split_from("evaluate", arguments)
     checkpoint = find_checkpoint(path)
+    refuse_untyped_code(checkpoint, overrides)
     config = merge(read_config(checkpoint), overrides)
     if world_size is not None:
         # Training's batch need not fit this world; images per micro batch are as they were, or as typed.

@@ -1,8 +1,9 @@
-"""`megavit.load`: a trained classifier as an ordinary torch module, on one device and without Megatron-Core inside.
+"""`megavit.load`: a trained network as an ordinary torch module, on one device and without Megatron-Core inside.
 
-Shapes: B images, C channels, H hidden, K classes.
+Shapes: B images, C channels, N tokens, H hidden, K classes.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,30 +13,35 @@ from megavit.checkpoint.names import Dims, to_plain
 from megavit.data.decode import decode_image
 from megavit.data.transforms import Normalize
 from megavit.data.views import View
+from megavit.model.config import Pool
 from megavit.model.plain import PlainViT
 from megavit.model.vit import parameter_names
 from megavit.task.config import TaskName
-from megavit.trained import TrainedRun, open_run, read_classes, read_run
+from megavit.trained import TrainedRun, find_checkpoint, open_run, read_classes, read_config
 
 
-class TrainedClassifier(torch.nn.Module):
-    """Images as they are to scores or features; evaluating, in fp32, on the CPU until it is moved.
+class TrainedEncoder(torch.nn.Module):
+    """Images as they are to features; evaluating, in fp32, on the CPU until it is moved.
 
     Args:
-        run: an open run of task=classify.
-        classes: names, in the order of the scores.
+        run: an open run.
+        num_classes: K; 0 for a masked autoencoder, whose decoder is left away.
     """
 
-    def __init__(self, run: TrainedRun, classes: tuple[str, ...]) -> None:
+    def __init__(self, run: TrainedRun, *, num_classes: int = 0) -> None:
         super().__init__()
         config = run.config
-        self.classes, self._data, self._seed = classes, config.data, config.run.seed
+        self._data, self._seed = config.data, config.run.seed
         self.normalize = Normalize(config.data.mean, config.data.std)
+        # An autoencoder's encoder ends with the norm of its tokens, whichever of them are looked at afterwards.
+        model = config.model if num_classes else replace(config.model, pool=Pool.cls)
         self.vit = PlainViT(
-            config.model, image_size=config.data.image_size, channels=config.data.channels, num_classes=len(classes)
+            model, image_size=config.data.image_size, channels=config.data.channels, num_classes=num_classes
         )
         whole = {
-            name: weight.detach().float().cpu() for name, weight in parameter_names(run.network.chunks["model"]).items()
+            name: weight.detach().float().cpu()
+            for name, weight in parameter_names(run.network.chunks["model"]).items()
+            if not name.startswith("mae_decoder.")
         }
         self.vit.load_state_dict(to_plain(whole, Dims(config.model.num_heads, config.model.patch_size)))
         self.eval()
@@ -51,6 +57,32 @@ class TrainedClassifier(torch.nn.Module):
         return torch.stack(view(images, [], seed=self._seed))
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
+        """The features of uint8 images of the run's size, features_BH."""
+        return self.features(images_BCYX)
+
+    def tokens(self, images_BCYX: Tensor) -> Tensor:
+        """All tokens of uint8 images after the last layer, class tokens first: tokens_BNH."""
+        return self.vit.tokens(self.normalize(images_BCYX))
+
+    def features(self, images_BCYX: Tensor) -> Tensor:
+        """One vector for each of uint8 images: the first class token, or the patches' mean where there is none."""
+        tokens_BNH = self.tokens(images_BCYX)
+        return tokens_BNH[:, 0] if self.vit.class_tokens else tokens_BNH.mean(dim=1)
+
+
+class TrainedClassifier(TrainedEncoder):
+    """Images as they are to scores or features.
+
+    Args:
+        run: an open run of task=classify.
+        classes: names, in the order of the scores.
+    """
+
+    def __init__(self, run: TrainedRun, classes: tuple[str, ...]) -> None:
+        super().__init__(run, num_classes=len(classes))
+        self.classes = classes
+
+    def forward(self, images_BCYX: Tensor) -> Tensor:
         """Score uint8 images of the run's size: logits_BK."""
         return self.vit(self.normalize(images_BCYX))
 
@@ -59,15 +91,21 @@ class TrainedClassifier(torch.nn.Module):
         return self.vit.features(self.normalize(images_BCYX))
 
 
-def load(path: str | Path) -> TrainedClassifier:
+def load(path: str | Path) -> TrainedEncoder:
     """Load a run's newest checkpoint, or the checkpoint named.
 
     Args:
         path: a run's folder or one of its checkpoints.
 
+    Returns:
+        A `TrainedClassifier`, or of a masked autoencoder its encoder.
+
     Raises:
-        ConfigError: if there is none, or it is no classifier's.
+        ConfigError: if there is none.
     """
-    checkpoint, config = read_run(Path(path), TaskName.classify, does="can be loaded so far")
+    checkpoint = find_checkpoint(Path(path))
+    config = read_config(checkpoint)
+    if config.task.name is TaskName.mae:
+        return TrainedEncoder(open_run(config, checkpoint, num_classes=0))
     classes = read_classes(checkpoint)
     return TrainedClassifier(open_run(config, checkpoint, num_classes=len(classes)), classes)

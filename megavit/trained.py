@@ -13,6 +13,7 @@ from megavit.data.loader import Batch
 from megavit.data.order import SampleKey
 from megavit.data.views import View
 from megavit.errors import ConfigError
+from megavit.extension import is_name
 from megavit.model.config import Attention, Linears
 from megavit.network import Network, build_network
 from megavit.parallel.config import ParallelConfig
@@ -68,15 +69,35 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_config(checkpoint: Path) -> RunConfig:
-    """What a checkpoint was made with, for one rank and torch's own kernels: results depend on neither."""
+    """What a checkpoint was made with, for one rank and torch's own kernels: results depend on neither.
+
+    Parts of its user's own that only training needs are left away: to look at a checkpoint runs no code that it names.
+    """
     config = from_yaml((checkpoint / "run.yaml").read_text())
     return replace(
         config,
         run=replace(config.run, ranks=None),
         train=replace(config.train, compile=Compile.none),
         parallel=ParallelConfig(),
+        data=replace(config.data, transform=None),
+        task=replace(config.task, implementation=None),
         model=replace(config.model, attention=Attention.sdpa, linears=Linears.local),
     )
+
+
+def refuse_untyped_code(checkpoint: Path, overrides: list[str]) -> None:
+    """A checkpoint may come from a stranger: parts by name that it would have run must be typed once more.
+
+    Raises:
+        ConfigError: naming the setting to type.
+    """
+    config = from_yaml((checkpoint / "run.yaml").read_text())
+    for setting, name in (("data.source", config.data.source), ("task.implementation", config.task.implementation)):
+        if name is not None and is_name(name) and not any(text.startswith(f"{setting}=") for text in overrides):
+            raise ConfigError(
+                f"{checkpoint} was made with {setting}={name}, code from outside megavit; type {setting}={name} too, "
+                f"if you trust it, or another {setting}"
+            )
 
 
 def read_classes(checkpoint: Path) -> tuple[str, ...]:

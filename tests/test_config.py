@@ -12,9 +12,9 @@ CHOICES = [(group, choice) for group in composing.groups() for choice in composi
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{g}={c}" for g, c in CHOICES])
 def test_every_choice_composes(group, choice):
-    extra = ["data=synthetic"] if group == "model" and choice != "vit_digits" else []
+    extra = ["data=synthetic", "train.epochs=1"] if group == "model" and choice != "vit_digits" else []
     if group == "data" and choice != "digits":
-        extra = ["model=vit_ti16"]
+        extra = ["train.epochs=1"]
     if choice in ("folder", "imagenet1k", "cifar10"):
         extra.append("data.path=/data")
     if group == "recipe" and compose([f"recipe={choice}"]).data.source in ("folder", "parquet"):
@@ -24,6 +24,16 @@ def test_every_choice_composes(group, choice):
     config = compose([f"{group}={choice}", *extra])
     config.check(1)
     assert from_yaml(to_yaml(config)) == config
+
+
+def test_other_data_leave_the_digits_recipe_away_unless_it_is_typed():
+    with_recipe = compose(["recipe=digits", "data.path=/data"])
+    assert (compose([]).run.name, with_recipe.run.name) == ("digits", "digits")
+    for data in ("data=folder", "data.path=/data"):
+        own = compose([data])
+        assert (own.run.name, own.train.steps, own.model.patch_size) == ("run", None, 16)
+    assert compose(["data=digits"]).run.name == "digits"
+    assert compose(["recipe=null"]).run.name == "run"
 
 
 def test_every_group_is_a_folder_and_a_field():
@@ -75,7 +85,7 @@ def test_every_group_is_a_folder_and_a_field():
         (["data.image_size=[9,8]"], 1, r"9 mod 2 = 1"),
         (["data.mean=[0.5,0.5]"], 1, "has 2 values and data.channels=1"),
         (["train.steps=50"], 1, "optim.warmup_steps=100 must be below the run's 50 steps"),
-        (["train.steps=null"], 1, "set one of train.steps=None and train.epochs=None"),
+        (["train.steps=null"], 1, "set one of train.steps=null and train.epochs=null"),
         (["model.class_tokens=0"], 1, "model.pool=cls needs a class token"),
         (["model.drop_path=1"], 1, "model.drop_path=1.0 must be a finite number at least 0 and below 1"),
         (["parallel.tp=0"], 1, "parallel.tp=0 must be a finite number at least 1"),

@@ -12,7 +12,10 @@ from tests.test_resume import DROPOUT, THIRTEEN_STEPS, assert_bit_equal
 SETTINGS = [*THIRTEEN_STEPS, *MAE]
 
 
-@pytest.mark.parametrize(("world", "layout"), [(1, []), (4, GRID)], ids=["TP 1", "TP 2 × PP 2"])
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [pytest.param(1, [], id="TP 1", marks=pytest.mark.slow), pytest.param(4, GRID, id="TP 2 × PP 2")],
+)
 def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(world, layout, tmp_path):
     overrides = [*SETTINGS, *DROPOUT, *layout]
     want = run_ranks(ranks.train_and_keep, world, [*overrides, f"run.dir={tmp_path}/whole"])
@@ -22,6 +25,7 @@ def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(world, layout, tmp_pat
         assert_bit_equal(mine, whole)
 
 
+@pytest.mark.slow
 def test_recompute_draws_no_other_mask_and_gives_the_same_bits_with_dropout_on(tmp_path):
     overrides = [*SETTINGS, *DROPOUT, "train.steps=4", "parallel.tp=2"]
     want = run_ranks(ranks.train_and_keep, 2, [*overrides, f"run.dir={tmp_path}/none"])

@@ -29,14 +29,13 @@ def assert_bit_equal(got: dict, want: dict) -> None:
 @pytest.mark.parametrize(
     ("world", "overrides"),
     [
-        (1, []),
-        (2, ["parallel.tp=2"]),
-        (2, ["parallel.pp=2"]),
-        (2, []),
-        (2, ["parallel.tp=2", "optim=sgd", "optim.lr=0.01"]),
-        (2, ["parallel.tp=2", "optim.ema=0.9", "train.precision=bf16_o2"]),
+        pytest.param(1, [], id="TP 1", marks=pytest.mark.slow),
+        pytest.param(2, ["parallel.tp=2"], id="TP 2", marks=pytest.mark.slow),
+        pytest.param(2, ["parallel.pp=2"], id="PP 2", marks=pytest.mark.slow),
+        pytest.param(2, [], id="DP 2"),
+        pytest.param(2, ["parallel.tp=2", "optim=sgd", "optim.lr=0.01"], id="TP 2 under SGD"),
+        pytest.param(2, ["parallel.tp=2", "optim.ema=0.9", "train.precision=bf16_o2"], id="TP 2, average, bf16"),
     ],
-    ids=["TP 1", "TP 2", "PP 2", "DP 2", "TP 2 under SGD", "TP 2, average, bf16"],
 )
 def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(world, overrides, tmp_path):
     overrides = [*THIRTEEN_STEPS, *DROPOUT, *overrides]

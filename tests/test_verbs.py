@@ -104,6 +104,47 @@ def test_a_loaded_model_scores_as_the_engine_does(trained, tmp_path, figure):
     assert found["difference"] <= 1e-5
 
 
+def load_and_compare_encoder(overrides: list[str]) -> float:
+    import megavit
+    from megavit.compose import compose
+    from megavit.model.plain_mae import PlainMae
+    from megavit.trainer import Trainer
+    from tests.reference import dims_of
+
+    config = compose(overrides)
+    trainer = Trainer(config)
+    trainer.run()
+    model = megavit.load(config.run.dir)
+    images = torch.stack([Digits("val").image(index) for index in range(8)])
+    # Another way to the same: the plain autoencoder that is shown every patch, up to what its decoder would read.
+    plain = PlainMae(config.model, config.task.decoder(config.model), image_size=[8, 8], channels=1)
+    from megavit.checkpoint.names import to_plain
+    from megavit.model.vit import parameter_names
+
+    weights = {name: weight.detach() for name, weight in parameter_names(trainer.chunks["model"]).items()}
+    plain.load_state_dict(to_plain(weights, dims_of(config)))
+    seen = []
+    plain.norm.register_forward_hook(lambda module, args, tokens: seen.append(tokens))
+    patches = config.num_patches
+    with torch.no_grad():
+        plain(model.normalize(images), torch.arange(patches).expand(8, -1))
+        features, tokens = model(images), model.tokens(images)
+    expected = seen[0][:, 0] if config.model.class_tokens else seen[0].mean(dim=1)
+    assert torch.equal(features, model.features(images))
+    assert features.shape == (8, 32)
+    return float(max((features - expected).abs().max(), (tokens - seen[0]).abs().max()))
+
+
+@pytest.mark.parametrize("class_tokens", [1, 0])
+def test_an_autoencoders_encoder_is_loaded_with_the_norm_of_its_tokens(class_tokens, tmp_path):
+    from tests.test_mae_parity import MAE
+
+    pool = "cls" if class_tokens else "mean"
+    keys = [*SMALL, *MAE, f"model.class_tokens={class_tokens}", f"model.pool={pool}", "train.steps=3"]
+    # Measured: 0.
+    assert run_ranks(load_and_compare_encoder, 1, [*keys, f"run.dir={tmp_path}"])[0] <= 1e-6
+
+
 def test_inspect_says_what_a_run_is(trained, monkeypatch, capsys):
     run_dir, last = trained
     code, out, _ = call(["inspect", f"from={run_dir}"], monkeypatch, capsys)

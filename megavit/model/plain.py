@@ -91,7 +91,7 @@ class PlainViT(nn.Module):
         config: the model group.
         image_size: [height, width] in pixels.
         channels: of an image.
-        num_classes: K.
+        num_classes: K; 0 for no head.
     """
 
     def __init__(self, config: ModelConfig, *, image_size: list[int], channels: int, num_classes: int) -> None:
@@ -113,20 +113,24 @@ class PlainViT(nn.Module):
         self.pre_logits: nn.Module = nn.Identity()
         if config.head is Head.tanh_mlp:
             self.pre_logits = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh())
-        self.head = nn.Linear(hidden, num_classes)
+        self.head = nn.Linear(hidden, num_classes) if num_classes else nn.Identity()
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
         """Map normalised images to logits_BK."""
         return self.head(self.pre_logits(self.features(images_BCYX)))
 
-    def features(self, images_BCYX: Tensor) -> Tensor:
-        """Map normalised images to what the head reads, features_BH."""
+    def tokens(self, images_BCYX: Tensor) -> Tensor:
+        """Map normalised images to all tokens after the last layer, tokens_BNH, class tokens first."""
         tokens_BNH = self.patch_embed(images_BCYX)
         if self.class_tokens:
             tokens_BNH = torch.cat([self.cls_token.expand(tokens_BNH.shape[0], -1, -1), tokens_BNH], dim=1)
         tokens_BNH = tokens_BNH + self.pos_embed
         for block in self.blocks:
             tokens_BNH = block(tokens_BNH)
-        tokens_BNH = self.norm(tokens_BNH)
+        return self.norm(tokens_BNH)
+
+    def features(self, images_BCYX: Tensor) -> Tensor:
+        """Map normalised images to what the head reads, features_BH."""
+        tokens_BNH = self.tokens(images_BCYX)
         pooled_BH = tokens_BNH[:, self.class_tokens :].mean(dim=1) if self.pool_mean else tokens_BNH[:, 0]
         return self.fc_norm(pooled_BH)

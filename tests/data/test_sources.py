@@ -223,7 +223,8 @@ def test_a_masked_autoencoder_trains_on_images_without_labels_and_a_classifier_s
     for number in range(24):
         draw(tmp_path / "images" / f"{number}.png", number * 10)
     unlabelled = [
-        "data.source=images", f"data.path={tmp_path / 'images'}", "data.val_fraction=0.25", "train.steps=3",
+        "recipe=digits", "data.source=images",
+        f"data.path={tmp_path / 'images'}", "data.val_fraction=0.25", "train.steps=3",
     ]  # fmt: skip
     result = run_ranks(train_unlabelled, 1, [*SMALL, *MAE, *unlabelled, f"run.dir={tmp_path / 'run'}"])[0]
     assert result["code"] == 0

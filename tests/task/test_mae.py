@@ -105,7 +105,10 @@ def test_loss_and_every_gradient_equal_hugging_faces(shape, figure):
     assert found["gradient"] <= 1e-5
 
 
-@pytest.mark.parametrize(("layout", "world"), [(GRID, 4), ([], 2), (["parallel.pp=2", "parallel.vpp=2"], 2)])
+@pytest.mark.parametrize(
+    ("layout", "world"),
+    [pytest.param(GRID, 4, marks=pytest.mark.slow), ([], 2), (["parallel.pp=2", "parallel.vpp=2"], 2)],
+)
 def test_validation_and_its_ratio_to_the_mean_image_are_the_same_in_every_layout(layout, world, tmp_path):
     overrides = [*SMALL, *MAE, "train.steps=3", "optim.warmup_steps=1"]
     (want,) = run_ranks(ranks.train_and_evaluate, 1, [*overrides, f"run.dir={tmp_path}/one"])[0]["validation"]

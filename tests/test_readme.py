@@ -1,0 +1,95 @@
+"""What the README and docs/ tell a user to type is typed here."""
+
+import csv
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(document: str, heading: str, language: str) -> list[str]:
+    """The code blocks of one section."""
+    text = (ROOT / document).read_text()
+    section = re.split(r"^## ", text.split(f"\n## {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+    return re.findall(rf"^```{language}\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+
+
+def shell(line: str, folder: Path) -> subprocess.CompletedProcess:
+    """One command line, in a folder, with megavit's console script on the path."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        line, shell=True, cwd=folder, capture_output=True, text=True, timeout=280,
+        env={**os.environ, "PATH": path, "MEGAVIT_DEVICE": "cpu", "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+
+
+def draw(path: Path, value: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.effect_noise((48, 40), 60).convert("RGB").point(lambda level: (level + value) % 256).save(path)
+
+
+def test_your_images_from_a_folder_to_predictions_as_the_readme_says(tmp_path):
+    for number in range(10):
+        for name, value in (("bright", 120), ("dark", 0)):
+            draw(tmp_path / "FOLDER" / name / f"{number}.jpg", value)
+    for name in "ab":
+        draw(tmp_path / "PATH" / f"{name}.jpg", 120)
+        draw(tmp_path / f"{name}.jpg", 120)
+    (commands,) = blocks("README.md", "Your images", "bash")
+    lines = commands.splitlines()
+    assert [shlex.split(line)[:2][-1] for line in lines] == ["train", "evaluate", "predict", "inspect", "recipes"]
+    for line in lines:
+        # As many epochs as a test has time for; all else as it stands there.
+        done = shell(line.replace("train.epochs=10", "train.epochs=2 train.global_batch=8"), tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+    rows = list(csv.DictReader((tmp_path / "guesses.csv").open()))
+    assert [Path(row["image"]).name for row in rows] == ["a.jpg", "b.jpg"]
+    assert {rows[0]["class_1"], rows[0]["class_2"]} == {"bright", "dark"}
+    (code,) = blocks("README.md", "Your images", "python")
+    checked = f"{code}\nassert scores.shape == (2, 2) and features.shape == (2, 192), (scores.shape, features.shape)"
+    (tmp_path / "look.py").write_text(checked)
+    done = shell("python look.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_source_of_ones_own_as_the_guide_says(tmp_path):
+    (code,) = blocks("docs/extending.md", "A source", "python")
+    (tmp_path / "my_scans.py").write_text(code)
+    (tmp_path / "SCANS").mkdir()
+    for split, count in (("train", 16), ("val", 6)):
+        images = [torch.randint(0, 256, (3, 20 + n, 30), dtype=torch.uint8) for n in range(count)]
+        torch.save((images, [n % 2 for n in range(count)]), tmp_path / "SCANS" / f"{split}.pt")
+    (command,) = blocks("docs/extending.md", "A source", "bash")
+    short = command.replace("train.epochs=10", "train.epochs=1 train.global_batch=8 data.workers=1").strip()
+    done = shell(short, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"data.source is my_scans:Scans, of {tmp_path}/my_scans.py" in done.stdout
+    # Somebody else's checkpoint would run their code: it must be typed.
+    refused = shell("megavit evaluate from=runs/scans", tmp_path)
+    assert refused.returncode == 2
+    assert "type data.source=my_scans:Scans too, if you trust it" in refused.stderr
+    typed = shell("megavit evaluate from=runs/scans data.source=my_scans:Scans", tmp_path)
+    assert typed.returncode == 0, typed.stderr
+
+
+def test_a_transform_and_a_task_of_ones_own_as_the_guide_says(tmp_path):
+    # The digits are grey, and a jitter of colour leaves them so.
+    command = "megavit train train.steps=3 optim.warmup_steps=1"
+    parts = {"A transform": "data.transform=my_looks:jitter", "A task": "task.implementation=my_tasks:Weighed"}
+    for heading, setting in parts.items():
+        (code,) = blocks("docs/extending.md", heading, "python")
+        (tmp_path / f"{setting.partition('=')[2].partition(':')[0]}.py").write_text(code)
+        assert setting in blocks("docs/extending.md", heading, "bash")[0]
+        command += f" {setting}"
+    done = shell(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    for setting in parts.values():
+        assert setting.replace("=", " is ") in done.stdout
