@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megavit.checkpoint.store import read_state
+from megavit.checkpoint.store import CheckpointStore, is_complete, read_state
 from megavit.compose import from_yaml
 from megavit.parallel.config import ParallelConfig
 from megavit.trained import find_checkpoint
@@ -25,17 +25,27 @@ def inspect_run(arguments: list[str]) -> int:
         "model": f"{model.num_layers} layers of {model.hidden_size}, MLP {model.ffn_size}, {model.num_heads} heads, "
         f"patch {model.patch_size}, {model.class_tokens} class tokens",
         "images": f"{config.data.image_size} × {config.data.channels} from {config.data.source}",
-        "classes": f"{len(state.classes)}: {', '.join(state.classes[:10])}{' …' if len(state.classes) > 10 else ''}",
+        "classes": "none"
+        if not state.classes
+        else f"{len(state.classes)}: {', '.join(state.classes[:10])}{' …' if len(state.classes) > 10 else ''}",
         "step": f"{state.step} of {config.train.steps or f'{config.train.epochs} epochs'}",
         "samples": f"{state.consumed_samples:,}",
         "precision": config.train.precision.value,
         "layout": _layout(config.parallel),
         "size": f"{sum(path.stat().st_size for path in files):,} bytes in {len(files)} files",
         "validation": "  ".join(f"{name} {value:.4f}" for name, value in state.metrics.items()) or "none yet",
+        "best": _best(checkpoint),
     }
     for name, value in rows.items():
         print(f"{name:<11} {value}")
     return 0
+
+
+def _best(checkpoint: Path) -> str:
+    best = CheckpointStore(checkpoint.parent).best()
+    if best is None or not is_complete(best):
+        return "none named"
+    return f"{best.name}  " + "  ".join(f"{name} {value:.4f}" for name, value in read_state(best).metrics.items())
 
 
 def _layout(parallel: ParallelConfig) -> str:

@@ -54,6 +54,9 @@ class WandbRun:
                 f"WANDB_MODE=offline keeps everything here; metrics.wandb=null leaves it away"
             ) from error
         kept.write_text(run_id + "\n")
+        # Against the optimizer's steps, also where a resumed run logs some of them again.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
         self._image = wandb.Image
 
     def record(self, step: int, split: str, values: dict[str, float]) -> None:
