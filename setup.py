@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["megavit", "megavit.*"]), "megavit.conf", "megavit.launch"],
     package_dir={"megavit.conf": "conf", "megavit.launch": "launch"},
-    package_data={"megavit.conf": ["*.yaml", "*/*.yaml"]},
+    package_data={"megavit.conf": ["*.yaml", "*/*.yaml"], "megavit.data": ["digits.npz"]},
     entry_points={"console_scripts": ["megavit=megavit.__main__:main"]},
     install_requires=[
         # Read and measured in exactly this version; the CPU retarget counts what it rewrites in it.
@@ -35,7 +35,6 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "tensorboard>=2.16",
-        "scikit-learn>=1.4",
     ],
     extras_require={
         "flash": ["flash-attn>=2.7"],
@@ -44,6 +43,7 @@ setup(
         "dev": [
             "pytest>=8",
             "hypothesis>=6",
+            "scikit-learn>=1.4",
             "pytest-timeout",
             "timm>=1.0",
             "transformers>=5.0",

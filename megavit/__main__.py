@@ -16,6 +16,8 @@ verbs
   predict      names and probabilities for images: from=RUN images=PATH [out=FILE.csv|FILE.jsonl top=5]
   reconstruct  draw what a masked autoencoder makes of images: from=RUN images=PATH [out=PICTURE.png count=8]
   inspect      what a run or a checkpoint is: from=PATH
+  verify       read every byte of a run's checkpoints, or of one, and say what is broken: from=PATH
+  prune        remove a run's older checkpoints: from=RUN keep_last=N [keep_every=STEPS]
   recipes      the complete experiments that come with megavit
 
 examples
@@ -38,6 +40,8 @@ def main() -> int:
         "predict": predict,
         "reconstruct": reconstruct,
         "inspect": inspect,
+        "verify": verify,
+        "prune": prune,
         "recipes": recipes,
     }
     arguments = sys.argv[1:]
@@ -136,6 +140,26 @@ def inspect(arguments: list[str]) -> int:
     from megavit.inspect_run import inspect_run
 
     return inspect_run(arguments)
+
+
+def verify(arguments: list[str]) -> int:
+    """Say what is broken."""
+    from megavit.outcome import quieten_imports
+
+    quieten_imports()
+    from megavit.checkpoint_verbs import verify as look_through
+
+    return look_through(arguments)
+
+
+def prune(arguments: list[str]) -> int:
+    """Remove older checkpoints."""
+    from megavit.outcome import quieten_imports
+
+    quieten_imports()
+    from megavit.checkpoint_verbs import prune as remove_older
+
+    return remove_older(arguments)
 
 
 def recipes(arguments: list[str]) -> int:

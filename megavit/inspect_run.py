@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from megavit.checkpoint.store import CheckpointStore, is_complete, read_state
+from megavit.checkpoint.state import read_state
+from megavit.checkpoint.store import CheckpointStore
 from megavit.compose import from_yaml
 from megavit.parallel.config import ParallelConfig
 from megavit.trained import find_checkpoint
@@ -43,7 +44,7 @@ def inspect_run(arguments: list[str]) -> int:
 
 def _best(checkpoint: Path) -> str:
     best = CheckpointStore(checkpoint.parent).best()
-    if best is None or not is_complete(best):
+    if best is None:
         return "none named"
     return f"{best.name}  " + "  ".join(f"{name} {value:.4f}" for name, value in read_state(best).metrics.items())
 

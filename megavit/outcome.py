@@ -61,7 +61,10 @@ def run_as_rank(work: Callable[[], int], *, run_dir: Callable[[], Path | None], 
     except Exception as error:
         if _tells_of_a_lost_peer(error):
             # Of a peer that was killed only the launcher knows; it says so, and ends this rank meanwhile.
+            log.write(traceback.format_exc())
             time.sleep(_GRACE_S)
+            told = f"rank {rank_from_environment()} has lost the connection to another rank, whose log tells why"
+            return _fail(FAULT, told, run_dir(), log)
         return _fail(FAULT, traceback.format_exc(), run_dir(), log)
     return code
 

@@ -16,8 +16,11 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from megavit.checkpoint import store
-from megavit.checkpoint.store import Averages, CheckpointStore, TrainingState
+from megavit.checkpoint import shards
+from megavit.checkpoint.config import CheckpointConfig
+from megavit.checkpoint.shards import Averages
+from megavit.checkpoint.state import TrainingState
+from megavit.checkpoint.store import CheckpointStore
 from megavit.config import RunConfig
 from megavit.data.loader import Batch, Loader
 from megavit.engine import Engine
@@ -68,8 +71,7 @@ def rehearse(
         return []
     run_dir, every = Path(config.run.dir), config.checkpoint.every or steps.stop
     check_folder(run_dir, rank=layout.rank)
-    # Those on the way, the last one and the best one.
-    saves = (steps.stop - 1) // every - steps.start // every + 1 + config.checkpoint.best
+    saves = _checkpoints_at_once(config.checkpoint, every, steps)
     room = check_disk(run_dir, chunks, layout, saves=saves, ema=averages is not None)
     rehearsal = Rehearsal(run_dir, layout=layout, engine=engine, chunks=chunks, optimizer=optimizer, averages=averages)
     took = rehearsal.run(
@@ -88,7 +90,7 @@ def check_disk(run_dir: Path, chunks: dict[str, EncoderStage], layout: ParallelL
         run_dir: the run's folder.
         chunks: this rank's stages.
         layout: its place.
-        saves: checkpoints that are still to be written; all of them stay.
+        saves: checkpoints to come that lie there at the same time.
         ema: whether each holds an average of the weights too.
 
     Returns:
@@ -114,6 +116,16 @@ def check_disk(run_dir: Path, chunks: dict[str, EncoderStage], layout: ParallelL
         return account
 
     return from_rank_zero(look)
+
+
+def _checkpoints_at_once(config: CheckpointConfig, every: int, steps: range) -> int:
+    """Those that come and stay: on the way, the last one and the best one."""
+    due = (steps.stop - 1) // every - steps.start // every + 1
+    if config.keep_last is not None:
+        spared = (steps.stop // config.keep_every) if config.keep_every else 0
+        # One more is written before another goes.
+        due = min(due, config.keep_last + spared + 1)
+    return due + config.best
 
 
 def check_folder(run_dir: Path, *, rank: int) -> None:
@@ -198,10 +210,9 @@ class Rehearsal:
         took["a save"] = self._timed(
             lambda: checkpoints.save(self.chunks, self.optimizer, nothing, run_yaml="", averages=self.averages)
         )
-        saved = checkpoints.newest()
-        assert saved is not None
+        (saved,) = checkpoints.all()
         took["a load"] = self._timed(
-            lambda: store.load(saved, self.chunks, self.optimizer, averages=self.averages),
+            lambda: shards.load(saved, self.chunks, self.optimizer, averages=self.averages),
         )
         dist.barrier()
         if self.layout.rank == 0:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megavit.checkpoint.store import CheckpointStore, TrainingState, is_complete, read_state
+from megavit.checkpoint.state import TrainingState, read_state
+from megavit.checkpoint.store import CheckpointStore
 from megavit.checks import shown
 from megavit.compose import from_yaml, leaves
 from megavit.config import RunConfig
@@ -31,24 +32,19 @@ class Origin:
     state: TrainingState
 
 
-def find_origin(store: CheckpointStore, config: RunConfig) -> Origin | None:
-    """Find the checkpoint to go on from, None to start anew.
+def find_origin(store: CheckpointStore, config: RunConfig) -> tuple[Origin | None, list[str]]:
+    """Find the checkpoint to go on from, None to start anew; and warn of each that is broken.
 
     Args:
         store: the run's checkpoints.
         config: what the run is to be.
 
     Raises:
-        ConfigError: if the checkpoint is not whole, of another model or run, or already where this one would stop.
+        ConfigError: if no checkpoint is whole, or it is of another model or run, or already where this one would stop.
     """
-    path = store.find(config.checkpoint.resume)
+    path, warnings = store.find(config.checkpoint.resume)
     if path is None:
-        return None
-    if not is_complete(path):
-        raise ConfigError(
-            f"{path}, which checkpoints/latest names, is not whole; take an older one: put its name into "
-            f"{store.folder / 'latest'}"
-        )
+        return None, warnings
     saved = from_yaml((path / "run.yaml").read_text())
     _refuse_another_run(path, saved, config)
     if config.optim.ema is not None and saved.optim.ema is None:
@@ -62,7 +58,7 @@ def find_origin(store: CheckpointStore, config: RunConfig) -> Origin | None:
         raise ConfigError(
             f"train.stop_at={stop_at} is not after step {state.step}, where {path} stands; raise it or leave it away"
         )
-    return Origin(path, saved, state)
+    return Origin(path, saved, state), warnings
 
 
 def _refuse_another_run(path: Path, saved: RunConfig, config: RunConfig) -> None:

@@ -15,6 +15,24 @@ def claim_folder(run_dir: Path) -> IO[str]:
     """Claim a folder for this process and mark there that a run is under way; one rank calls this.
 
     Returns:
+        What holds the claim (see `lock_folder`).
+
+    Raises:
+        ConfigError: if another process holds it, or the folder cannot be written.
+    """
+    lock = lock_folder(run_dir)
+    try:
+        # The last run's code must not stand for this one's.
+        write_exit(run_dir, None, None)
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
+    return lock
+
+
+def lock_folder(run_dir: Path) -> IO[str]:
+    """Claim a folder for this process.
+
+    Returns:
         What holds the claim as long as it is open; the system releases it when the process ends, however it ends.
 
     Raises:
@@ -35,8 +53,10 @@ def claim_folder(run_dir: Path) -> IO[str]:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         lock.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
         lock.flush()
-        # The last run's code must not stand for this one's.
-        write_exit(run_dir, None, None)
     except OSError as error:
-        raise ConfigError(f"run.dir={run_dir} cannot be written: {error.strerror}; choose another") from error
+        raise _unwritable(run_dir, error) from error
     return lock
+
+
+def _unwritable(run_dir: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"run.dir={run_dir} cannot be written: {error.strerror}; choose another")

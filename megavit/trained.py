@@ -1,11 +1,15 @@
 """A run that has trained, opened on one device to be looked at: its configuration, its network with its weights."""
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from megavit.checkpoint.store import CheckpointStore, is_complete, load_weights, read_state
+from megavit.checkpoint.manifest import find_fault
+from megavit.checkpoint.shards import load_weights
+from megavit.checkpoint.state import read_state
+from megavit.checkpoint.store import CheckpointStore
 from megavit.compose import from_yaml
 from megavit.config import RunConfig
 from megavit.data.decode import decode_image
@@ -55,12 +59,19 @@ def find_checkpoint(path: Path) -> Path:
     """The newest checkpoint of a run's folder, or the checkpoint itself, or the one that `latest` or `best` names.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is none, or it is broken.
     """
     if path.is_file() and path.name in ("latest", "best"):
         path = path.parent / path.read_text().strip()
-    found = CheckpointStore(path / "checkpoints").newest() if (path / "checkpoints").is_dir() else path
-    if found is None or not is_complete(found):
+    found: Path | None = path
+    if (path / "checkpoints").is_dir():
+        found, warnings = CheckpointStore(path / "checkpoints").newest_whole()
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    fault = find_fault(found) if found is not None else None
+    if fault is not None and fault.file.name != "metadata.json":
+        raise ConfigError(f"from={path} is broken: {fault}; choose another checkpoint")
+    if found is None or fault is not None:
         raise ConfigError(
             f"from={path} holds no checkpoint; give a run's folder, its checkpoints/best or one of its "
             f"checkpoints/step_… folders"

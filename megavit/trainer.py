@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from megavit.checkpoint import store
-from megavit.checkpoint.store import Averages, CheckpointStore, TrainingState
+from megavit.checkpoint import shards
+from megavit.checkpoint.shards import Averages
+from megavit.checkpoint.state import TrainingState
+from megavit.checkpoint.store import CheckpointStore
 from megavit.compose import leaves, to_yaml
 from megavit.config import RunConfig
 from megavit.data.loader import Loader
@@ -92,7 +94,7 @@ class Trainer:
         self.step, self.consumed_samples = 0, 0
         self.last_validation: dict[str, float] = {}
         self.best_validation = from_rank_zero(self.store.best_metrics)
-        self.origin = from_rank_zero(lambda: find_origin(self.store, config))
+        self.origin, self.warnings = from_rank_zero(lambda: find_origin(self.store, config))
         self.rehearsed = rehearse(
             config,
             layout=layout,
@@ -240,6 +242,8 @@ class Trainer:
         if self.layout.rank == 0:
             if is_best:
                 self.store.name_best(path)
+            keeping = self.config.checkpoint
+            self.store.prune(keep_last=keeping.keep_last, keep_every=keeping.keep_every)
             draw_curves(self.run_dir / "metrics.jsonl", self.run_dir / "pictures" / "curves.png")
         if is_best:
             self.best_validation = self.last_validation
@@ -269,7 +273,7 @@ class Trainer:
         origin = self.origin
         if origin is None:
             return
-        store.load(origin.path, self.chunks, self.optimizer, averages=self._averages)
+        shards.load(origin.path, self.chunks, self.optimizer, averages=self._averages)
         self.step, self.consumed_samples = origin.state.step, origin.state.consumed_samples
         self.last_validation = origin.state.metrics
         self.schedule.step(self.step)
@@ -277,7 +281,7 @@ class Trainer:
     def _introduce(self, reporter: Reporter) -> None:
         for line in introduction(self.config, self.layout, self.network):
             reporter.say(line)
-        for line in self.rehearsed:
+        for line in (*self.rehearsed, *self.warnings):
             reporter.say(line)
         if self.origin is not None:
             reporter.say(f"goes on from {self.origin.path} at step {self.step} of {self.num_steps}")

@@ -19,6 +19,8 @@ from megavit.signals import STOPPING
 # Ranks that have not been started by then are not going to be.
 _START_S = 5
 _SHUTDOWN_S = 3
+# A rank that has lost its peer says so by itself within six seconds; one that waits in its start never would.
+_LOST_S = 9
 
 
 def num_ranks(config: RunConfig) -> int:
@@ -71,6 +73,7 @@ def start_ranks(arguments: list[str], *, ranks: int, run_dir: Path | None = None
         signals_to_handle="SIGHUP",
     )
     _hand_signals_on(module, ranks)
+    _end_those_left(module, ranks)
     try:
         elastic_launch(launch, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
@@ -100,6 +103,26 @@ def _hand_signals_on(module: str, ranks: int) -> None:
                     child.send_signal(number if count < 3 else signal.SIGKILL)
 
     threading.Thread(target=hand_on, daemon=True).start()
+
+
+def _end_those_left(module: str, ranks: int) -> None:
+    """End the ranks that are still there some seconds after one has gone.
+
+    Ranks leave together. One that waits for a lost peer in its start hears no signal, and torch's agent would wait for
+    it for 30 s, whatever its time-out is set to (torch 2.15).
+    """
+
+    def watch() -> None:
+        while len(_running(module)) < ranks:
+            time.sleep(0.2)
+        while len(_running(module)) == ranks:
+            time.sleep(0.2)
+        time.sleep(_LOST_S)
+        for child in _running(module):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _running(module: str) -> list[psutil.Process]:

@@ -92,6 +92,7 @@ def test_wrong_input_leaves_with_2_and_one_message(arguments, message, tmp_path)
     assert_one_message(result, message)
 
 
+@pytest.mark.slow
 def test_stop_at_leaves_with_75_on_every_rank_and_the_next_start_goes_on(tmp_path):
     command = ["-m", "megavit", "train", *QUICK, "run.ranks=2", f"run.dir={tmp_path}"]
     stopped = run(*command, "train.stop_at=2")

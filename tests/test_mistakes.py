@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -281,7 +282,7 @@ def root(tmp_path_factory):
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_gives_one_message_and_code_2(mistake, root, tmp_path_factory):
     make, message = MISTAKES[mistake]
-    place = root / mistake.replace(" ", "_").replace(".", "").replace(",", "").replace(".", "")
+    place = root / re.sub(r"\W", "_", mistake)
     place.mkdir()
     code, told = run_ranks(main_here, 1, make(place), timeout_s=60)[0]
     assert message in told

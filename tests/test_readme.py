@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -60,6 +61,7 @@ def test_your_images_from_a_folder_to_predictions_as_the_readme_says(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_source_of_ones_own_as_the_guide_says(tmp_path):
     (code,) = blocks("docs/extending.md", "A source", "python")
     (tmp_path / "my_scans.py").write_text(code)
@@ -80,6 +82,7 @@ def test_a_source_of_ones_own_as_the_guide_says(tmp_path):
     assert typed.returncode == 0, typed.stderr
 
 
+@pytest.mark.slow
 def test_a_transform_and_a_task_of_ones_own_as_the_guide_says(tmp_path):
     # The digits are grey, and a jitter of colour leaves them so.
     command = "megavit train train.steps=3 optim.warmup_steps=1"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megavit.checks import require_number
+from megavit.errors import ConfigError
 
 
 @dataclass
@@ -14,14 +15,23 @@ class CheckpointConfig:
         resume: `auto` goes on from the newest checkpoint of the run if there is one, `never` starts anew in a run
             folder without checkpoints, a path starts from that checkpoint or run; once the run has a checkpoint of its
             own it goes on from that, so that a restarted job does not fall back.
+        keep_last: of the checkpoints that were due, so many of the newest stay; null keeps all.
+        keep_every: checkpoints of steps that this divides stay too; null spares none.
         best: an evaluation better than every one before it saves, and `checkpoints/best` names that checkpoint; the one
             before is removed, unless it was due anyway.
     """
 
     every: int | None = None
     resume: str = "auto"
+    keep_last: int | None = None
+    keep_every: int | None = None
     best: bool = True
 
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
-        require_number("checkpoint", self, "every", at_least=1)
+        require_number("checkpoint", self, "every", "keep_last", "keep_every", at_least=1)
+        if self.keep_every is not None and self.keep_last is None:
+            raise ConfigError(
+                f"checkpoint.keep_every={self.keep_every} would be ignored: checkpoint.keep_last=null keeps all; set "
+                f"checkpoint.keep_last too"
+            )

@@ -1,69 +1,32 @@
-"""Sharded checkpoints: written beside the training by every rank, read back into any layout.
+"""The checkpoints of a run: written whole or not at all, looked through before anything is loaded, thinned out.
 
-`RUN/checkpoints/step_00001000/` holds Megatron-Core's shards, `run.yaml` (the resolved configuration) and
-`state.json` (schema version, step, consumed samples). It is written under a temporary name and renamed when whole;
-`RUN/checkpoints/latest` then names it, and `RUN/checkpoints/best` the one that evaluated best.
+`RUN/checkpoints/step_00001000/` holds Megatron-Core's shards, `run.yaml` (the resolved configuration), `state.json`
+(schema version, step, consumed samples) and `manifest.json` (size and sha256 of each other file). It is written under a
+temporary name, synced and renamed; `RUN/checkpoints/latest` then names it, and `RUN/checkpoints/best` the one that
+evaluated best.
 """
 
-import json
 import os
 import re
 import shutil
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import MegatronModule
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megavit.checkpoint.manifest import Entry, describe, find_fault, write_manifest
+from megavit.checkpoint.shards import Averages, sharded_state
+from megavit.checkpoint.state import TrainingState, read_state, write_state
 from megavit.checkpoint.writer import write_in_threads
 from megavit.errors import ConfigError
 from megavit.parallel.agree import agree_on_error
 
-SCHEMA_VERSION = 1
-
-# Of Megatron-Core's forms of the distributed optimizer's state, the one that loads in every layout (0.16.1).
-_SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "singleton_local_shards": False,
-    "non_homogeneous_layers": True,
-    "chained_optim_avoid_prefix": True,
-}
-
-# Before the keys of the weights' averages.
-_AVERAGES = "average."
-
-# By chunk and by the parameter's name within it.
-Averages = Mapping[str, Mapping[str, Tensor]]
-
-# What the checkpoint, not the configuration, decides in an optimizer's parameter group.
-_FROM_CHECKPOINT = ("params", "step")
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """Where a run stands; with the configuration, all that data order, dropout and schedule depend on.
-
-    Attributes:
-        step: optimizer steps done.
-        consumed_samples: images seen.
-        metrics: the last evaluation's, for whoever inspects the checkpoint.
-        classes: names of a classifier's classes, in the order of its scores.
-        due: saved at its time; else only because it evaluated better than all before.
-    """
-
-    step: int
-    consumed_samples: int
-    metrics: dict[str, float]
-    classes: list[str] = field(default_factory=list)
-    due: bool = True
+_NAME = re.compile(r"step_(\d{8,})")
 
 
 class CheckpointStore:
@@ -76,18 +39,38 @@ class CheckpointStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def newest(self) -> Path | None:
-        """The checkpoint that `latest` names, None where there is none yet."""
-        return self._named("latest")
+    def all(self) -> list[Path]:
+        """Every checkpoint, whole or not, the newest first."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
+
+    def newest_whole(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint of which every byte is as it was written, and a warning for each thing that is not.
+
+        One rank calls this.
+        """
+        self._put_back()
+        warnings = []
+        latest = self.folder / "latest"
+        if latest.exists() and not (named := latest.read_text(errors="replace").strip()).startswith("step_"):
+            warnings.append(f"{latest} is torn (it reads {named[:40]!r}); the checkpoints beside it are looked through")
+        for path in self.all():
+            fault = find_fault(path)
+            if fault is None:
+                return path, warnings
+            warnings.append(f"{fault}; {path.name} is left aside, an older one is taken")
+        return None, warnings
 
     def best(self) -> Path | None:
-        """The checkpoint that `best` names, None where there is none yet."""
-        return self._named("best")
+        """The checkpoint that `best` names, None where there is none."""
+        file = self.folder / "best"
+        best = self.folder / file.read_text(errors="replace").strip() if file.exists() else None
+        return best if best is not None and _NAME.fullmatch(best.name) and best.is_dir() else None
 
     def best_metrics(self) -> dict[str, float]:
         """The evaluation of the best checkpoint, empty where there is none."""
         best = self.best()
-        return {} if best is None or not is_complete(best) else read_state(best).metrics
+        return {} if best is None or find_fault(best) is not None else read_state(best).metrics
 
     def name_best(self, checkpoint: Path) -> None:
         """Have `best` name a checkpoint of this store; the one before goes, if it stayed for that alone.
@@ -96,42 +79,80 @@ class CheckpointStore:
         """
         former = self.best()
         self._name("best", checkpoint)
-        if former is not None and former != checkpoint and is_complete(former) and not read_state(former).due:
-            shutil.rmtree(former)
+        if former is not None and former != checkpoint and not _is_due(former):
+            _remove(former)
 
-    def _named(self, pointer: str) -> Path | None:
-        file = self.folder / pointer
-        return self.folder / file.read_text().strip() if file.exists() else None
+    def prune(self, *, keep_last: int | None, keep_every: int | None, spare: Path | None = None) -> list[Path]:
+        """Remove checkpoints; the newest and the best always stay.
+
+        One rank calls this.
+
+        Args:
+            keep_last: of those that were due, so many of the newest stay; None keeps all.
+            keep_every: those of steps that this divides stay too.
+            spare: stays in any case; without it the newest must be known to be whole.
+
+        Returns:
+            What was removed.
+        """
+        if keep_last is None:
+            return []
+        every = self.all()
+        stay = {*every[:1], spare, self.best(), *[path for path in every if _is_due(path)][:keep_last]}
+        gone = [path for path in every if path not in stay and not (keep_every and step_of(path) % keep_every == 0)]
+        for path in gone:
+            _remove(path)
+        return gone
 
     def _name(self, pointer: str, checkpoint: Path) -> None:
         new = self.folder / f".{pointer}.tmp"
         new.write_text(checkpoint.name)
         os.replace(new, self.folder / pointer)
 
-    def find(self, resume: str) -> Path | None:
-        """Resolve `checkpoint.resume` to a checkpoint, or None to start anew.
+    def _put_back(self) -> None:
+        """A checkpoint that was moved aside for another of its step, which then was not completed, comes back."""
+        for aside in self.folder.glob(".step_*.old"):
+            final = self.folder / aside.name.removeprefix(".").removesuffix(".old")
+            if not final.exists():
+                os.replace(aside, final)
+
+    def find(self, resume: str) -> tuple[Path | None, list[str]]:
+        """Resolve `checkpoint.resume` to a whole checkpoint, or None to start anew; and what is broken, in words.
+
+        One rank calls this.
 
         Raises:
-            ConfigError: if a named one is not there, or `never` would mix two runs in one folder.
+            ConfigError: if a named one is not there or broken, if every one is broken, or `never` would mix two runs
+                in one folder.
         """
-        newest = self.newest()
-        if resume == "auto" or (resume != "never" and newest is not None):
-            return newest
         if resume == "never":
-            if newest is not None:
+            every = self.all()
+            if every:
                 raise ConfigError(
-                    f"checkpoint.resume=never, but {self.folder} already holds checkpoints up to {newest.name}; "
+                    f"checkpoint.resume=never, but {self.folder} already holds checkpoints up to {every[0].name}; "
                     f"choose another run.name or run.dir, or move that folder away"
                 )
-            return None
+            return None, []
+        found, warnings = self.newest_whole()
+        if found is None and self.all():
+            raise ConfigError(
+                f"no checkpoint in {self.folder} is whole: {'; '.join(warnings)}. Move the folder away to start anew"
+            )
+        if found is not None or resume == "auto":
+            return found, warnings
         path = Path(resume)
-        named = CheckpointStore(path / "checkpoints").newest() if (path / "checkpoints").is_dir() else path
-        if named is None or not is_complete(named):
+        named: Path | None = path
+        if (path / "checkpoints").is_dir():
+            named, warnings = CheckpointStore(path / "checkpoints").newest_whole()
+        fault = find_fault(named) if named is not None and named.is_dir() else None
+        if named is None or not named.is_dir() or (fault is not None and fault.file.name == "metadata.json"):
             raise ConfigError(
                 f"checkpoint.resume={resume} is no checkpoint: give a run folder, one of its checkpoints/step_… "
                 f"folders, auto or never"
             )
-        return named
+        if fault is not None:
+            raise ConfigError(f"checkpoint.resume={resume} is broken: {fault}; choose another")
+        return named, warnings
 
     def save(
         self,
@@ -165,11 +186,15 @@ class CheckpointStore:
             temporary.mkdir(parents=True)
 
         def write_shards() -> None:
-            dist_checkpointing.save(_sharded_state(chunks, optimizer, averages, is_loading=False), str(temporary))
+            dist_checkpointing.save(sharded_state(chunks, optimizer, averages, is_loading=False), str(temporary))
+            # Each rank reads its own back, all at once.
+            shards.update(describe(temporary, [path.name for path in temporary.glob(f"__{rank}_*")]))
 
         def complete() -> None:
             (temporary / "run.yaml").write_text(run_yaml)
-            _write_json(temporary / "state.json", {"schema_version": SCHEMA_VERSION, **asdict(state)})
+            write_state(temporary, state)
+            beside = [path.name for path in temporary.iterdir() if path.name not in shards]
+            write_manifest(temporary, {**shards, **describe(temporary, beside)})
             _sync(temporary)
             # A checkpoint of this very step is moved aside first: at no moment is `latest` without a whole one.
             aside = self.folder / f".{final.name}.old"
@@ -181,17 +206,49 @@ class CheckpointStore:
             shutil.rmtree(aside, ignore_errors=True)
 
         write_in_threads()
-        speaks = dist.get_rank() == 0
+        rank = dist.get_rank()
+        speaks, shards = rank == 0, dict[str, Entry]()
         try:
-            for part in (make_room if speaks else None, write_shards, complete if speaks else None):
-                agree_on_error(_refused_by_the_disk(part))
+            agree_on_error(_refused_by_the_disk(make_room if speaks else None))
+            agree_on_error(_refused_by_the_disk(write_shards))
+            shards = _gather(shards)
+            agree_on_error(_refused_by_the_disk(complete if speaks else None))
         except ConfigError as error:
             if speaks:
                 shutil.rmtree(temporary, ignore_errors=True)
-            newest = self.newest()
-            kept = f"{newest.name} is whole, run again to go on from it" if newest is not None else "none was there yet"
+            every = self.all()
+            kept = f"{every[0].name} is whole, run again to go on from it" if every else "none was there yet"
             raise ConfigError(f"the checkpoint {final} cannot be written: {error}; {kept}") from error
         return final
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    found = _NAME.fullmatch(checkpoint.name)
+    assert found is not None
+    return int(found.group(1))
+
+
+def _is_due(checkpoint: Path) -> bool:
+    try:
+        return read_state(checkpoint).due
+    except ConfigError:
+        # Broken: to be told of, not to be kept for its sake.
+        return False
+
+
+def _remove(checkpoint: Path) -> None:
+    # Half removed it would look like a broken one.
+    going = checkpoint.with_name(f".{checkpoint.name}.gone")
+    shutil.rmtree(going, ignore_errors=True)
+    os.replace(checkpoint, going)
+    shutil.rmtree(going)
+
+
+def _gather(own: dict[str, Entry]) -> dict[str, Entry]:
+    everyone: list[dict[str, Entry]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return {name: entry for part in everyone for name, entry in part.items()}
 
 
 def _refused_by_the_disk(part: Callable[[], None] | None) -> str | None:
@@ -211,96 +268,6 @@ def _refused_by_the_disk(part: Callable[[], None] | None) -> str | None:
     return None
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a folder is a whole checkpoint: both Megatron-Core's last file and ours are there."""
-    return (checkpoint / "metadata.json").exists() and (checkpoint / "state.json").exists()
-
-
-def read_state(checkpoint: Path) -> TrainingState:
-    """Read where a checkpoint stands.
-
-    Raises:
-        ConfigError: if a later megavit wrote it.
-    """
-    fields = json.loads((checkpoint / "state.json").read_text())
-    version = fields.pop("schema_version")
-    if version != SCHEMA_VERSION:
-        raise ConfigError(
-            f"{checkpoint} has schema version {version} and this megavit reads {SCHEMA_VERSION}; use the megavit "
-            f"that wrote it"
-        )
-    return TrainingState(**fields)
-
-
-def load(
-    checkpoint: Path,
-    chunks: Mapping[str, MegatronModule],
-    optimizer: MegatronOptimizer,
-    *,
-    averages: Averages | None = None,
-) -> None:
-    """Read a checkpoint of any layout into this one, in place; every rank calls this.
-
-    Learning rate, weight decay and the like stay as configured: a checkpoint holds state, not settings.
-
-    Args:
-        checkpoint: a whole checkpoint of the same model.
-        chunks: this rank's stages by name, unwrapped.
-        optimizer: theirs.
-        averages: where to put the weights' averages, if the checkpoint holds them and they are wanted.
-    """
-    settings = [
-        {key: value for key, value in group.items() if key not in _FROM_CHECKPOINT} for group in optimizer.param_groups
-    ]
-    loaded: dict[str, Any] = dist_checkpointing.load(
-        _sharded_state(chunks, optimizer, averages, is_loading=True), str(checkpoint)
-    )
-    for name, chunk in chunks.items():
-        chunk.load_state_dict(loaded[name], strict=True)
-    optimizer.load_state_dict(loaded["optimizer"])
-    for group, configured in zip(optimizer.param_groups, settings, strict=True):
-        group.update(configured)
-    for name, weights in (averages or {}).items():
-        for key, weight in weights.items():
-            weight.copy_(loaded["averages"][name][key])
-
-
-def load_weights(checkpoint: Path, chunks: Mapping[str, MegatronModule]) -> None:
-    """Read the weights alone, in place, in any layout; every rank calls this.
-
-    Args:
-        checkpoint: a whole checkpoint of the same model.
-        chunks: this rank's stages by name.
-    """
-    state = {name: chunk.sharded_state_dict(metadata=dict(_SHARDING)) for name, chunk in chunks.items()}
-    loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint))
-    for name, chunk in chunks.items():
-        chunk.load_state_dict(loaded[name], strict=True)
-
-
-def _sharded_state(
-    chunks: Mapping[str, MegatronModule],
-    optimizer: MegatronOptimizer,
-    averages: Averages | None,
-    *,
-    is_loading: bool,
-) -> dict[str, Any]:
-    metadata = dict(_SHARDING)
-    state: dict[str, Any] = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in chunks.items()}
-    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
-    if averages is not None:
-        state["averages"] = {name: _sharded_averages(chunk, averages[name]) for name, chunk in chunks.items()}
-    return state
-
-
-def _sharded_averages(chunk: MegatronModule, weights: Mapping[str, Tensor]) -> dict[str, ShardedTensor]:
-    """A chunk's averages, sharded as its weights are, under keys of their own."""
-    shards = chunk.sharded_state_dict(prefix=_AVERAGES, metadata=dict(_SHARDING))
-    return {
-        name: replace(shards[f"{_AVERAGES}{name}"], data=weight, dtype=weight.dtype) for name, weight in weights.items()
-    }
-
-
 def _sync(folder: Path) -> None:
     """Have the files of this rank's machine on the disk before the folder's new name says that they are."""
     for path in [*folder.rglob("*"), folder]:
@@ -309,7 +276,3 @@ def _sync(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

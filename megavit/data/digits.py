@@ -1,16 +1,17 @@
-"""scikit-learn's 1,797 real handwritten digits of 8×8 pixels, inside the package: the data of the first run.
+"""1,797 real handwritten digits of 8×8 pixels, inside the package: the data of the first run.
 
-Source: the test set of UCI's "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak.
+They are scikit-learn's `load_digits`, as 0 to 255, with the split of its `train_test_split`, kept as a file: to import
+scikit-learn for them took 1.3 s of every start.
+
+Source: the test set of UCI's "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak (CC BY 4.0).
 """
 
 from functools import cache
+from importlib.resources import files
 
 import numpy as np
 import torch
 from torch import Tensor
-
-_VALIDATION_SAMPLES = 360
-_SPLIT_SEED = 0
 
 
 class Digits:
@@ -42,12 +43,5 @@ class Digits:
 
 @cache
 def _split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
-    train_x, val_x, train_y, val_y = train_test_split(
-        pixels, digits.target, test_size=_VALIDATION_SAMPLES, random_state=_SPLIT_SEED, stratify=digits.target
-    )
-    return {"train": (train_x, train_y), "val": (val_x, val_y)}
+    with files("megavit.data").joinpath("digits.npz").open("rb") as file, np.load(file, allow_pickle=False) as kept:
+        return {split: (kept[f"{split}_images"], kept[f"{split}_labels"]) for split in ("train", "val")}

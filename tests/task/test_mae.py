@@ -29,6 +29,7 @@ SHAPES = {
     "square, pixels": ["task.norm_pix=false"],
     "12×20 pixels, 3 channels": [
         "data=synthetic",
+        "train.steps=10",
         "data.image_size=[12,20]",
         "model.patch_size=4",
         "data.num_classes=2",

@@ -1,0 +1,85 @@
+"""A stranger's checkpoint runs no code: an allow-list is held against its pickles before anything else reads them.
+
+Megatron-Core and torch read `.metadata` with Python's own unpickler, which calls whatever a file names, and what it
+declares an object with `weights_only=False` (Megatron-Core 0.16.1, torch 2.15). `common.pt` is read weights-only.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megavit.errors import ConfigError
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_PLANNER = "torch.distributed.checkpoint.planner"
+
+# Exactly these names; a dotted one such as `metadata.os.system` is none of them.
+_ALLOWED = {
+    *(
+        (_METADATA, name)
+        for name in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "TensorProperties",
+            "ChunkStorageMetadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    *((_PLANNER, name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("collections", "OrderedDict"),
+    *(
+        ("torch", name)
+        for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+    ),
+}
+
+# Objects of Megatron-Core's own; checkpoints of schema version 1 hold them, and nobody reads them.
+_UNREAD = "._extra_state/"
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it refers to something outside")
+
+
+def refuse_code(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose files would run code when they are read.
+
+    Raises:
+        ConfigError: naming the file, and what it would have called.
+    """
+    metadata, common = checkpoint / ".metadata", checkpoint / "common.pt"
+    try:
+        with metadata.open("rb") as file:
+            declared = _Unpickler(file).load().state_dict_metadata
+        objects = [key for key, entry in declared.items() if type(entry).__name__ == "BytesStorageMetadata"]
+    except OSError as error:
+        raise ConfigError(f"{metadata} cannot be read: {error.strerror}") from error
+    except Exception as error:
+        # Of any type: what a pickle breaks at is the file's choice.
+        raise ConfigError(f"{metadata} is refused: {error}; a checkpoint of megavit does not do that") from error
+    for key in objects:
+        if _UNREAD not in key:
+            raise ConfigError(
+                f"{metadata} is refused: it declares {key} an object, which could be code; ours are tensors"
+            )
+    try:
+        torch.load(common, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"{common} cannot be read: {error.strerror}") from error
+    except Exception as error:
+        told = str(error).splitlines()[-1] if str(error) else type(error).__name__
+        raise ConfigError(f"{common} is refused: {told}") from error

@@ -1,0 +1,99 @@
+"""A rank killed at any moment: the job ends soon, the same command goes on, and at the end nothing differs."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.test_signals import losses, start
+
+EVERY = 4
+GONE_S = 15
+
+
+def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
+    return [child for child in launcher.children() if "megavit.train" in child.cmdline()]
+
+
+def wait_for(what, *, timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if what():
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def newest(run_dir: Path) -> int:
+    return max((int(path.name[-8:]) for path in (run_dir / "checkpoints").glob("step_*")), default=0)
+
+
+def saving(run_dir: Path, *, since: float) -> bool:
+    """Whether a save is under way; what a killed one has left is older."""
+    try:
+        return any(path.stat().st_ctime > since for path in (run_dir / "checkpoints").glob(".step_*.tmp"))
+    except FileNotFoundError:
+        return False
+
+
+def kill_again_and_again(run_dir: Path, *, times: int, seed: int, figure) -> None:
+    """Kill one rank or another in a save, after one, or at a random moment; then compare with a run left alone."""
+    draw = random.Random(seed)
+    settings = ["run.ranks=2", "parallel.tp=2", "model.hidden_dropout=0.1", f"checkpoint.every={EVERY}"]
+    gone_s, in_saves = [], 0
+    for number in range(times):
+        running = start(run_dir, *settings, "checkpoint.keep_last=3")
+        launcher, before, started = psutil.Process(running.pid), newest(run_dir), time.time()
+        if number % 3 == 0:
+            time.sleep(draw.uniform(1, 9))
+        else:
+            # In the first save of this start, or just after it.
+            assert wait_for(lambda since=started: saving(run_dir, since=since), timeout_s=60)
+            if number % 3 == 2:
+                assert wait_for(lambda old=before: newest(run_dir) > old, timeout_s=60)
+            else:
+                time.sleep(draw.uniform(0, 0.3))
+        everyone = [launcher, *launcher.children(recursive=True)]
+        victims = ranks_of(launcher)
+        in_saves += saving(run_dir, since=started)
+        killed = time.monotonic()
+        (draw.choice(victims) if victims else launcher).send_signal(signal.SIGKILL)
+        _, told = running.communicate(timeout=60)
+        assert running.returncode != 0
+        assert wait_for(lambda those=everyone: not any(map(alive, those)), timeout_s=GONE_S), told
+        gone_s.append(time.monotonic() - killed)
+        # What was saved stays, and no more than the steps since then are lost.
+        reached = max(losses(run_dir), default=0) if (run_dir / "metrics.jsonl").exists() else 0
+        assert newest(run_dir) >= before
+        assert reached - newest(run_dir) <= EVERY
+    step = newest(run_dir) + EVERY
+    for folder in (run_dir, run_dir.parent / "whole"):
+        last = start(folder, *settings, f"train.stop_at={step}")
+        _, told = last.communicate(timeout=240)
+        assert last.returncode == 75, told
+    assert losses(run_dir) == losses(run_dir.parent / "whole")
+    assert max(gone_s) <= GONE_S
+    figure(
+        f"{times} ranks killed, {in_saves} of them in a save: {step} steps equal those of a run left alone, every "
+        f"process gone after {max(gone_s):.1f} s at most"
+    )
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_save(tmp_path, figure):
+    kill_again_and_again(tmp_path / "run", times=5, seed=0, figure=figure)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_twenty_killed_ranks(tmp_path, figure):
+    kill_again_and_again(tmp_path / "run", times=20, seed=1, figure=figure)
