@@ -28,6 +28,8 @@ setup(
         "numpy>=1.26",
         "Pillow>=10",
         "datasets>=3",
+        "safetensors>=0.4",
+        "huggingface_hub>=0.30",
         "hydra-core>=1.3,<1.4",
         "omegaconf>=2.3,<2.4",
         # Megatron-Core's checkpoint writer hangs without it.

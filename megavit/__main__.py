@@ -18,6 +18,8 @@ verbs
   inspect      what a run or a checkpoint is: from=PATH
   verify       read every byte of a run's checkpoints, or of one, and say what is broken: from=PATH
   prune        remove a run's older checkpoints: from=RUN keep_last=N [keep_every=STEPS]
+  convert      weights from elsewhere into a run: from=timm:FILE|hf:FOLDER_OR_ID|mae:FILE to=RUN [num_heads=N];
+               a run's into theirs: from=RUN to=timm:FILE|hf:FOLDER|mae:FILE [dtype=fp32|bf16|fp16]
   recipes      the complete experiments that come with megavit
 
 examples
@@ -42,6 +44,7 @@ def main() -> int:
         "inspect": inspect,
         "verify": verify,
         "prune": prune,
+        "convert": convert,
         "recipes": recipes,
     }
     arguments = sys.argv[1:]
@@ -160,6 +163,16 @@ def prune(arguments: list[str]) -> int:
     from megavit.checkpoint_verbs import prune as remove_older
 
     return remove_older(arguments)
+
+
+def convert(arguments: list[str]) -> int:
+    """Take weights from elsewhere, or give them."""
+    from megavit.outcome import quieten_imports
+
+    quieten_imports()
+    from megavit.convert import convert as exchange
+
+    return exchange(arguments)
 
 
 def recipes(arguments: list[str]) -> int:

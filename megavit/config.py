@@ -21,7 +21,12 @@ from megavit.task.config import TaskConfig, TaskName
 
 @dataclass
 class RunConfig:
-    """Everything a run depends on."""
+    """Everything a run depends on: the groups, and
+
+    Attributes:
+        init_from: a run or checkpoint whose weights a new run starts from; once it has checkpoints of its own it goes
+            on from those.
+    """
 
     run: RunSection = field(default_factory=RunSection)
     train: TrainSection = field(default_factory=TrainSection)
@@ -32,6 +37,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    init_from: str | None = None
 
     @property
     def num_patches(self) -> int:
@@ -122,6 +128,11 @@ class RunConfig:
         self.run.check(world_size)
         for group in (self.parallel, self.model, self.task, self.data, self.optim, self.checkpoint, self.metrics):
             group.check()
+        if self.init_from is not None and self.checkpoint.resume not in ("auto", "never"):
+            raise ConfigError(
+                f"init_from={self.init_from} and checkpoint.resume={self.checkpoint.resume} exclude each other: a run "
+                f"starts anew from weights, or goes on with all its state"
+            )
         self._check_train()
         self._check_task()
         self._check_tensor_parallel()

@@ -18,8 +18,9 @@ from megavit.engine import Engine, prepare_task
 from megavit.metrics.pictures import draw_confusion
 from megavit.outcome import quieten_imports, run_as_rank
 from megavit.parallel.layout import world_size_from_environment
+from megavit.search import find_checkpoint
 from megavit.signals import let_through
-from megavit.trained import find_checkpoint, open_run, read_config, refuse_untyped_code
+from megavit.trained import open_run, read_config, refuse_untyped_code
 from megavit.verb_arguments import split_from
 
 

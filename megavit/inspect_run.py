@@ -6,7 +6,7 @@ from megavit.checkpoint.state import read_state
 from megavit.checkpoint.store import CheckpointStore
 from megavit.compose import from_yaml
 from megavit.parallel.config import ParallelConfig
-from megavit.trained import find_checkpoint
+from megavit.search import find_checkpoint
 from megavit.verb_arguments import parse_arguments
 
 

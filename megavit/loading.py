@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from megavit.checkpoint.names import Dims, to_plain
+from megavit.checkpoint.state import read_state
 from megavit.data.decode import decode_image
 from megavit.data.transforms import Normalize
 from megavit.data.views import View
 from megavit.model.config import Pool
 from megavit.model.plain import PlainViT
 from megavit.model.vit import parameter_names
+from megavit.search import find_checkpoint
 from megavit.task.config import TaskName
-from megavit.trained import TrainedRun, find_checkpoint, open_run, read_classes, read_config
+from megavit.trained import TrainedRun, open_run, read_classes, read_config
 
 
 class TrainedEncoder(torch.nn.Module):
@@ -25,7 +27,7 @@ class TrainedEncoder(torch.nn.Module):
 
     Args:
         run: an open run.
-        num_classes: K; 0 for a masked autoencoder, whose decoder is left away.
+        num_classes: K; 0 for a masked autoencoder, whose decoder is left away, and for a model without a classifier.
     """
 
     def __init__(self, run: TrainedRun, *, num_classes: int = 0) -> None:
@@ -33,15 +35,17 @@ class TrainedEncoder(torch.nn.Module):
         config = run.config
         self._data, self._seed = config.data, config.run.seed
         self.normalize = Normalize(config.data.mean, config.data.std)
+        self._pools = config.task.name is TaskName.classify
         # An autoencoder's encoder ends with the norm of its tokens, whichever of them are looked at afterwards.
-        model = config.model if num_classes else replace(config.model, pool=Pool.cls)
+        model = config.model if self._pools else replace(config.model, pool=Pool.cls)
         self.vit = PlainViT(
             model, image_size=config.data.image_size, channels=config.data.channels, num_classes=num_classes
         )
+        dropped = ("mae_decoder.",) if num_classes else ("mae_decoder.", "head.out.")
         whole = {
             name: weight.detach().float().cpu()
             for name, weight in parameter_names(run.network.chunks["model"]).items()
-            if not name.startswith("mae_decoder.")
+            if not name.startswith(dropped)
         }
         self.vit.load_state_dict(to_plain(whole, Dims(config.model.num_heads, config.model.patch_size)))
         self.eval()
@@ -65,7 +69,12 @@ class TrainedEncoder(torch.nn.Module):
         return self.vit.tokens(self.normalize(images_BCYX))
 
     def features(self, images_BCYX: Tensor) -> Tensor:
-        """One vector for each of uint8 images: the first class token, or the patches' mean where there is none."""
+        """One vector for each of uint8 images, features_BH.
+
+        What the head reads; of an autoencoder the first class token, or the patches' mean where there is none.
+        """
+        if self._pools:
+            return self.vit.features(self.normalize(images_BCYX))
         tokens_BNH = self.tokens(images_BCYX)
         return tokens_BNH[:, 0] if self.vit.class_tokens else tokens_BNH.mean(dim=1)
 
@@ -86,10 +95,6 @@ class TrainedClassifier(TrainedEncoder):
         """Score uint8 images of the run's size: logits_BK."""
         return self.vit(self.normalize(images_BCYX))
 
-    def features(self, images_BCYX: Tensor) -> Tensor:
-        """What the head reads of uint8 images: features_BH."""
-        return self.vit.features(self.normalize(images_BCYX))
-
 
 def load(path: str | Path) -> TrainedEncoder:
     """Load a run's newest checkpoint, or the checkpoint named.
@@ -98,7 +103,7 @@ def load(path: str | Path) -> TrainedEncoder:
         path: a run's folder or one of its checkpoints.
 
     Returns:
-        A `TrainedClassifier`, or of a masked autoencoder its encoder.
+        A `TrainedClassifier`, or of a masked autoencoder its encoder, a `TrainedEncoder`.
 
     Raises:
         ConfigError: if there is none.
@@ -107,5 +112,9 @@ def load(path: str | Path) -> TrainedEncoder:
     config = read_config(checkpoint)
     if config.task.name is TaskName.mae:
         return TrainedEncoder(open_run(config, checkpoint, num_classes=0))
+    state = read_state(checkpoint)
+    if not state.classes and not state.optimizer:
+        # Converted from a model without a classifier.
+        return TrainedEncoder(open_run(config, checkpoint, num_classes=1))
     classes = read_classes(checkpoint)
     return TrainedClassifier(open_run(config, checkpoint, num_classes=len(classes)), classes)

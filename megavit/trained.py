@@ -1,15 +1,12 @@
 """A run that has trained, opened on one device to be looked at: its configuration, its network with its weights."""
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from megavit.checkpoint.manifest import find_fault
 from megavit.checkpoint.shards import load_weights
 from megavit.checkpoint.state import read_state
-from megavit.checkpoint.store import CheckpointStore
 from megavit.compose import from_yaml
 from megavit.config import RunConfig
 from megavit.data.decode import decode_image
@@ -22,6 +19,7 @@ from megavit.model.config import Attention, Linears
 from megavit.network import Network, build_network
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
+from megavit.search import find_checkpoint
 from megavit.sections import Compile
 from megavit.task.config import TaskName
 
@@ -53,30 +51,6 @@ class TrainedRun:
         keys = [SampleKey(index, 0) for index in range(len(paths))]
         seen = torch.stack(View(data, augment=False)(images, keys, seed=self.config.run.seed))
         return Batch(seen.to(device), None, torch.ones(len(paths), dtype=torch.bool, device=device), keys)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The newest checkpoint of a run's folder, or the checkpoint itself, or the one that `latest` or `best` names.
-
-    Raises:
-        ConfigError: if there is none, or it is broken.
-    """
-    if path.is_file() and path.name in ("latest", "best"):
-        path = path.parent / path.read_text().strip()
-    found: Path | None = path
-    if (path / "checkpoints").is_dir():
-        found, warnings = CheckpointStore(path / "checkpoints").newest_whole()
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-    fault = find_fault(found) if found is not None else None
-    if fault is not None and fault.file.name != "metadata.json":
-        raise ConfigError(f"from={path} is broken: {fault}; choose another checkpoint")
-    if found is None or fault is not None:
-        raise ConfigError(
-            f"from={path} holds no checkpoint; give a run's folder, its checkpoints/best or one of its "
-            f"checkpoints/step_… folders"
-        )
-    return found
 
 
 def read_config(checkpoint: Path) -> RunConfig:

@@ -32,7 +32,8 @@ from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
 from megavit.plan.flops import training_flops
 from megavit.preflight import rehearse
-from megavit.restore import find_origin
+from megavit.restore import find_origin, start_from
+from megavit.search import find_checkpoint
 from megavit.sections import GradReduce, OnNonfinite
 from megavit.signals import StopRequest, StopVote
 
@@ -271,12 +272,22 @@ class Trainer:
         and data need nothing: they are functions of step and position.
         """
         origin = self.origin
+        if origin is None and self.config.init_from is not None:
+            self._start_from(Path(self.config.init_from))
         if origin is None:
             return
         shards.load(origin.path, self.chunks, self.optimizer, averages=self._averages)
         self.step, self.consumed_samples = origin.state.step, origin.state.consumed_samples
         self.last_validation = origin.state.metrics
         self.schedule.step(self.step)
+
+    def _start_from(self, path: Path) -> None:
+        """Begin with another run's weights: the optimizer's own copies and the average follow them."""
+        checkpoint = from_rank_zero(lambda: find_checkpoint(path, setting="init_from"))
+        self.warnings.append(start_from(checkpoint, self.chunks, self.layout))
+        self.optimizer.reload_model_params()
+        if self.average is not None:
+            self.average = WeightAverage(self.chunks, decay=self.average.decay)
 
     def _introduce(self, reporter: Reporter) -> None:
         for line in introduction(self.config, self.layout, self.network):

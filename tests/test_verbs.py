@@ -77,7 +77,8 @@ def test_predict_agrees_with_evaluate_image_by_image(trained, tmp_path):
 
 def load_and_look(run_dir: str, pictures: list[str]) -> dict:
     import megavit
-    from megavit.trained import find_checkpoint, open_run, read_config
+    from megavit.search import find_checkpoint
+    from megavit.trained import open_run, read_config
 
     model = megavit.load(run_dir)
     images = model.read(*pictures)

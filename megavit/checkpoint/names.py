@@ -126,6 +126,16 @@ TABLE = (
 )
 
 
+def plain_name(name: str) -> str:
+    """The plain name of one of ours.
+
+    Raises:
+        KeyError: for a name that is not in the table.
+    """
+    row, layer = _find({row.ours: row for row in TABLE}, name)
+    return row.plain.replace("#", layer)
+
+
 def to_plain(weights: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
     """Rename and reshape whole weights of ours to the plain model's.
 

@@ -55,8 +55,11 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to something outside")
 
 
-def refuse_code(checkpoint: Path) -> None:
+def refuse_code(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Refuse a checkpoint whose files would run code when they are read.
+
+    Returns:
+        The whole shapes of the tensors that it declares, by key.
 
     Raises:
         ConfigError: naming the file, and what it would have called.
@@ -65,6 +68,7 @@ def refuse_code(checkpoint: Path) -> None:
     try:
         with metadata.open("rb") as file:
             declared = _Unpickler(file).load().state_dict_metadata
+        shapes = {key: tuple(entry.size) for key, entry in declared.items() if hasattr(entry, "size")}
         objects = [key for key, entry in declared.items() if type(entry).__name__ == "BytesStorageMetadata"]
     except OSError as error:
         raise ConfigError(f"{metadata} cannot be read: {error.strerror}") from error
@@ -83,3 +87,4 @@ def refuse_code(checkpoint: Path) -> None:
     except Exception as error:
         told = str(error).splitlines()[-1] if str(error) else type(error).__name__
         raise ConfigError(f"{common} is refused: {told}") from error
+    return shapes

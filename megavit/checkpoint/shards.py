@@ -85,16 +85,51 @@ def load_weights(checkpoint: Path, chunks: Mapping[str, MegatronModule]) -> None
     _fill(chunks, dist_checkpointing.load(state, str(checkpoint)))
 
 
+def load_common_weights(checkpoint: Path, chunks: Mapping[str, MegatronModule]) -> tuple[list[str], list[str]]:
+    """Read those weights that a checkpoint of another network shares with this one, in place; every rank calls this.
+
+    Args:
+        checkpoint: a whole checkpoint.
+        chunks: this rank's stages by name.
+
+    Returns:
+        Of this rank, the keys that are not in the checkpoint, a classifier of other classes among them, and those of
+        another shape there, with both shapes; if there are such, nothing is read.
+
+    Raises:
+        ConfigError: if it would run code.
+    """
+    there = refuse_code(checkpoint)
+    absent, differ = [], []
+    state: dict[str, dict[str, Any]] = {}
+    for name, chunk in chunks.items():
+        state[name] = {}
+        for own, shard in _sharded_weights(chunk).items():
+            is_other = there.get(shard.key) != tuple(shard.global_shape)
+            if shard.key not in there or (is_other and shard.key.startswith("head.")):
+                absent.append(shard.key)
+            elif is_other:
+                differ.append(f"{shard.key} is {list(there[shard.key])} there and {list(shard.global_shape)} here")
+            else:
+                state[name][own] = shard
+    if not differ:
+        loaded = dist_checkpointing.load(state, str(checkpoint))
+        for name, chunk in chunks.items():
+            chunk.load_state_dict(loaded.get(name, {}), strict=False)
+    return absent, differ
+
+
 def sharded_state(
     chunks: Mapping[str, MegatronModule],
-    optimizer: MegatronOptimizer,
+    optimizer: MegatronOptimizer | None,
     averages: Averages | None,
     *,
     is_loading: bool,
 ) -> dict[str, Any]:
     """All that a checkpoint holds of this rank, as Megatron-Core's shards."""
     state: dict[str, Any] = {name: _sharded_weights(chunk) for name, chunk in chunks.items()}
-    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(_SHARDING))
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(_SHARDING))
     if averages is not None:
         state["averages"] = {name: _sharded_averages(chunk, averages[name]) for name, chunk in chunks.items()}
     return state

@@ -27,6 +27,7 @@ class TrainingState:
         metrics: the last evaluation's, for whoever inspects the checkpoint.
         classes: names of a classifier's classes, in the order of its scores.
         due: saved at its time; else only because it evaluated better than all before.
+        optimizer: whether its state is there too; not in what was converted from elsewhere.
     """
 
     step: int
@@ -34,6 +35,7 @@ class TrainingState:
     metrics: dict[str, float]
     classes: list[str] = field(default_factory=list)
     due: bool = True
+    optimizer: bool = True
 
 
 def write_state(checkpoint: Path, state: TrainingState) -> None:

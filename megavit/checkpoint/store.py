@@ -157,7 +157,7 @@ class CheckpointStore:
     def save(
         self,
         chunks: Mapping[str, MegatronModule],
-        optimizer: MegatronOptimizer,
+        optimizer: MegatronOptimizer | None,
         state: TrainingState,
         *,
         run_yaml: str,
@@ -167,7 +167,7 @@ class CheckpointStore:
 
         Args:
             chunks: this rank's stages by name, unwrapped.
-            optimizer: theirs.
+            optimizer: theirs; None to save the weights alone.
             state: where the run stands.
             run_yaml: the resolved configuration.
             averages: the weights' averages by chunk and name, if any.

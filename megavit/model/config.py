@@ -58,7 +58,7 @@ class ModelConfig:
         num_heads: attention heads.
         num_layers: encoder layers.
         patch_size: side of a square patch, in pixels.
-        class_tokens: 0, 1 (timm, Hugging Face, MAE) or 8 (NeMo).
+        class_tokens: 0, 1 (timm, Hugging Face, MAE), 8 (NeMo), or with registers any number.
         positions: learned, or fixed sine-cosine.
         pool: what the head reads; `mean` leaves class tokens out and norms after pooling, as timm does.
         head: the classifier.
@@ -117,6 +117,7 @@ class ModelConfig:
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
         require_number("model", self, "hidden_size", "ffn_size", "num_heads", "num_layers", "patch_size", at_least=1)
+        require_number("model", self, "class_tokens", at_least=0)
         require_number("model", self, "layer_scale", "norm_eps", above=0)
         require_number("model", self, "hidden_dropout", "attention_dropout", "drop_path", at_least=0, below=1)
         require_number("model", self, "head_bias", at_least=-1e6)
@@ -125,8 +126,6 @@ class ModelConfig:
                 f"model.hidden_size={self.hidden_size} is not divided by model.num_heads={self.num_heads}: "
                 f"{self.hidden_size} mod {self.num_heads} = {self.hidden_size % self.num_heads}"
             )
-        if self.class_tokens not in (0, 1, 8):
-            raise ConfigError(f"model.class_tokens={self.class_tokens} must be 0, 1 or 8")
         if self.class_tokens == 0 and self.pool is Pool.cls:
             raise ConfigError("model.pool=cls needs a class token and model.class_tokens=0; set model.pool=mean")
         if self.positions is Positions.sincos and self.hidden_size % 4:

@@ -68,7 +68,7 @@ def test_the_best_alone_stays_beside_the_last(tmp_path):
     overrides = [*SMALL, "train.eval_every=2", "checkpoint.best=true", "train.steps=12", f"run.dir={tmp_path}"]
     run_ranks(train_with_results, 1, overrides, TOP1_AT)
     assert checkpoints(tmp_path) == ([8, 12], 12, 8)
-    from megavit.trained import find_checkpoint
+    from megavit.search import find_checkpoint
 
     assert find_checkpoint(tmp_path / "checkpoints" / "best").name == "step_00000008"
     assert find_checkpoint(tmp_path).name == "step_00000012"

@@ -1,0 +1,165 @@
+"""Weight names of other libraries beside the plain models' (see `names.py`), as one two-sided table per format.
+
+timm's names are the plain ones, and so are those of facebookresearch/mae; Hugging Face keeps queries, keys and values
+apart and names every part anew.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megavit.errors import ConfigError
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class HfRow:
+    """One line of Hugging Face's table: a plain name and the names whose rows, one under the other, it is.
+
+    `#` stands for the layer's number.
+    """
+
+    plain: str
+    theirs: tuple[str, ...]
+
+
+def _hf_layers(plain: str, theirs: str) -> list[HfRow]:
+    parts = {
+        "norm1": ("layernorm_before",),
+        "norm2": ("layernorm_after",),
+        "attn.qkv": tuple(f"attention.attention.{part}" for part in ("query", "key", "value")),
+        "attn.proj": ("attention.output.dense",),
+        "mlp.fc1": ("intermediate.dense",),
+        "mlp.fc2": ("output.dense",),
+    }
+    return [
+        HfRow(f"{plain}.#.{part}.{leaf}", tuple(f"{theirs}.#.{name}.{leaf}" for name in names))
+        for part, names in parts.items()
+        for leaf in ("weight", "bias")
+    ]
+
+
+HF_TABLE = (
+    HfRow("cls_token", ("vit.embeddings.cls_token",)),
+    HfRow("pos_embed", ("vit.embeddings.position_embeddings",)),
+    *_hf_layers("blocks", "vit.encoder.layer"),
+    *_hf_layers("decoder_blocks", "decoder.decoder_layers"),
+    HfRow("mask_token", ("decoder.mask_token",)),
+    HfRow("decoder_pos_embed", ("decoder.decoder_pos_embed",)),
+    *(
+        HfRow(f"{plain}.{leaf}", (f"{theirs}.{leaf}",))
+        for plain, theirs in (
+            ("patch_embed.proj", "vit.embeddings.patch_embeddings.projection"),
+            ("norm", "vit.layernorm"),
+            ("head", "classifier"),
+            ("decoder_embed", "decoder.decoder_embed"),
+            ("decoder_norm", "decoder.decoder_norm"),
+            ("decoder_pred", "decoder.decoder_pred"),
+        )
+        for leaf in ("weight", "bias")
+    ),
+)
+_HF_BY_PLAIN = {row.plain: row.theirs for row in HF_TABLE}
+
+# Other spellings of theirs: those that transformers 5 has in memory, and what its save_pretrained makes of a decoder.
+_HF_SPELLINGS = (
+    (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
+    (r"^vit\.layers\.", "vit.encoder.layer."),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+
+
+def hf_spelling(name: str) -> str:
+    """Hugging Face's name as its files on the hub spell it, with the `vit.` that a bare ViTModel leaves away."""
+    if name.startswith(("embeddings.", "encoder.", "layers.", "layernorm.")):
+        name = f"vit.{name}"
+    for pattern, spelling in _HF_SPELLINGS:
+        name = re.sub(pattern, spelling, name)
+    return name
+
+
+def hf_names(plain: str) -> tuple[str, ...]:
+    """Hugging Face's names for a plain one, in order.
+
+    Raises:
+        ConfigError: if theirs has no such part.
+    """
+    number = re.search(r"blocks\.(\d+)\.", plain)
+    layer = number.group(1) if number else ""
+    theirs = _HF_BY_PLAIN.get(plain.replace(f".{layer}.", ".#.", 1) if number else plain)
+    if theirs is None:
+        raise ConfigError(f"Hugging Face's ViT has no place for {plain}; to=timm: may have")
+    return tuple(name.replace("#", layer) for name in theirs)
+
+
+def from_hf(read: Read, plain: str) -> Tensor:
+    """A plain weight out of theirs."""
+    return torch.cat([read(name) for name in hf_names(plain)])
+
+
+def to_hf(plain: str, weight: Tensor) -> dict[str, Tensor]:
+    """Theirs out of a plain weight."""
+    names = hf_names(plain)
+    return {name: part.contiguous() for name, part in zip(names, weight.chunk(len(names)), strict=True)}
+
+
+def join_prefix(read: Read, names: Iterable[str]) -> dict[str, Tensor]:
+    """Timm's class and register tokens as one tensor, and positions for each of them.
+
+    Models without positions for those tokens (`no_embed_class`) get zeros, which is the same.
+
+    Args:
+        read: a weight by timm's name.
+        names: that there are.
+
+    Returns:
+        `cls_token` and `pos_embed`, as far as there are any.
+    """
+    there = set(names)
+    tokens = [read(name) for name in ("cls_token", "reg_token") if name in there]
+    joined = {"cls_token": torch.cat(tokens, dim=1)} if tokens else {}
+    if "pos_embed" in there:
+        positions = read("pos_embed")
+        prefix = sum(token.shape[1] for token in tokens)
+        side = round(positions.shape[1] ** 0.5)
+        if prefix and side * side == positions.shape[1]:
+            # A square of positions is one for each patch alone.
+            zeros = positions.new_zeros(1, prefix, positions.shape[2])
+            positions = torch.cat([zeros, positions], dim=1)
+        joined["pos_embed"] = positions
+    return joined
+
+
+def split_prefix(plain: dict[str, Tensor], *, pools_class_token: bool, learned: bool) -> dict[str, Tensor]:
+    """The inverse of `join_prefix`: the first token is the class token where it is pooled, the others are registers.
+
+    Args:
+        plain: weights of the plain model; `cls_token` and `pos_embed` are looked at.
+        pools_class_token: whether the head reads the first token.
+        learned: whether positions are learned.
+    """
+    split: dict[str, Tensor] = {name: plain[name] for name in ("cls_token", "pos_embed") if name in plain}
+    tokens = plain.get("cls_token")
+    if tokens is None:
+        return split
+    count = tokens.shape[1]
+    registers = count - 1 if pools_class_token else count
+    if count == 1:
+        registers = 0
+    if registers:
+        split["reg_token"] = tokens[:, count - registers :].contiguous()
+        del split["cls_token"]
+        if registers < count:
+            split["cls_token"] = tokens[:, : count - registers].contiguous()
+    if learned and not plain["pos_embed"][:, :count].any():
+        split["pos_embed"] = plain["pos_embed"][:, count:].contiguous()
+    return split
