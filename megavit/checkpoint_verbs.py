@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megavit.checkpoint.manifest import find_faults
+from megavit.checkpoint.manifest import FILE, find_faults
 from megavit.checkpoint.state import schema_version
 from megavit.checkpoint.store import CheckpointStore
 from megavit.checks import whole_number
@@ -26,7 +26,7 @@ def verify(arguments: list[str]) -> int:
     """
     path = Path(parse_arguments("verify", arguments, needed=("from",), optional=())["from"])
     checkpoints = CheckpointStore(path / "checkpoints").all() if (path / "checkpoints").is_dir() else [path]
-    if not checkpoints or not checkpoints[0].is_dir():
+    if not checkpoints or not any((checkpoints[0] / name).is_file() for name in ("metadata.json", "state.json", FILE)):
         raise ConfigError(f"from={path} holds no checkpoint; give a run's folder or one of its checkpoints/step_…")
     broken = 0
     for checkpoint in checkpoints:

@@ -87,7 +87,10 @@ def assert_same_logits(run_dir: Path, images: torch.Tensor, want: torch.Tensor, 
         assert difference <= 1e-5
 
 
-@pytest.mark.parametrize("variant", TIMM)
+SLOW = ("no class token", "registers, no class token, mean pooling")
+
+
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=pytest.mark.slow if v in SLOW else ()) for v in TIMM])
 def test_timms_weights_come_back_to_the_bit_and_give_the_same_logits(variant, tmp_path, figure):
     theirs = shake(timm.models.VisionTransformer(**{**SIZES, "num_heads": 2, **TIMM[variant]}))
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")

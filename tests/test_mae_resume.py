@@ -14,7 +14,10 @@ SETTINGS = [*THIRTEEN_STEPS, *MAE]
 
 @pytest.mark.parametrize(
     ("world", "layout"),
-    [pytest.param(1, [], id="TP 1", marks=pytest.mark.slow), pytest.param(4, GRID, id="TP 2 × PP 2")],
+    [
+        pytest.param(1, [], id="TP 1", marks=pytest.mark.slow),
+        pytest.param(4, GRID, id="TP 2 × PP 2", marks=pytest.mark.slow),
+    ],
 )
 def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(world, layout, tmp_path):
     overrides = [*SETTINGS, *DROPOUT, *layout]

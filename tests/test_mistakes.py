@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megavit.checkpoint.manifest import FILE, describe, write_manifest
 from megavit.testing import run_ranks
 from tests.reference import SMALL
 from tests.test_launch import assert_one_message, exit_record, run
@@ -136,26 +137,32 @@ def stop_in_the_past(root: Path) -> list[str]:
     return train(root, "train.steps=9", "train.stop_at=2")
 
 
-def with_latest_naming_nothing(root: Path) -> list[str]:
-    (saved(root) / "checkpoints" / "latest").write_text("step_00000999")
+def with_nothing_whole(root: Path) -> list[str]:
+    (saved(root) / "checkpoints" / "step_00000003" / "common.pt").write_bytes(b"")
     return train(root, "train.steps=9")
 
 
+def tampered(root: Path, old: str, new: str) -> Path:
+    """A run whose configuration was changed by somebody who put the manifest in order."""
+    run_dir = saved(root)
+    checkpoint = run_dir / "checkpoints" / "step_00000003"
+    text = (checkpoint / "run.yaml").read_text()
+    assert old in text
+    (checkpoint / "run.yaml").write_text(text.replace(old, new))
+    write_manifest(checkpoint, describe(checkpoint, [p.name for p in checkpoint.iterdir() if p.name != FILE]))
+    return run_dir
+
+
 def with_a_torn_configuration(root: Path) -> list[str]:
-    (saved(root) / "checkpoints" / "step_00000003" / "run.yaml").write_text("run: {name: [")
-    return ["predict", f"from={root / 'run'}", f"images={draw(root / 'x.png')}"]
+    return ["predict", f"from={tampered(root, 'run:', 'run: [')}", f"images={draw(root / 'x.png')}"]
 
 
 def with_a_tampered_configuration(root: Path) -> list[str]:
-    file = saved(root) / "checkpoints" / "step_00000003" / "run.yaml"
-    file.write_text(file.read_text().replace("name: digits", "name: ${oc.env:HOME}"))
-    return ["evaluate", f"from={root / 'run'}"]
+    return ["evaluate", f"from={tampered(root, 'name: digits', 'name: ${oc.env:HOME}')}"]
 
 
 def with_a_strangers_code(root: Path) -> list[str]:
-    file = saved(root) / "checkpoints" / "step_00000003" / "run.yaml"
-    file.write_text(file.read_text().replace("source: digits", "source: strange_code:Source"))
-    return ["evaluate", f"from={root / 'run'}"]
+    return ["evaluate", f"from={tampered(root, 'source: digits', 'source: strange_code:Source')}"]
 
 
 def predicting(path: Callable[[Path], str]) -> Callable[[Path], list[str]]:
@@ -256,7 +263,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "is no checkpoint: give a run folder",
     ),
     "a stop in the past": (stop_in_the_past, "train.stop_at=2 is not after step 3"),
-    "latest names nothing": (with_latest_naming_nothing, "which checkpoints/latest names, is not whole"),
+    "nothing whole to resume from": (with_nothing_whole, "is whole: "),
     "nothing to predict from": (lambda root: ["predict", f"from={root}", "images=."], "holds no checkpoint"),
     "images that are not there": (
         predicting(lambda root: "nowhere"),
@@ -297,7 +304,7 @@ def test_thirty_mistakes_are_listed():
 
 
 def test_two_runs_in_one_folder_at_once_the_second_is_refused_and_the_first_goes_on(tmp_path):
-    command = [*MODEL, "train.steps=1000000", f"run.dir={tmp_path}", "run.ranks=2", "parallel.tp=2"]
+    command = [*MODEL, "train.steps=1000000", f"run.dir={tmp_path}", "run.ranks=1"]
     first = subprocess.Popen(
         [sys.executable, "-m", "megavit", "train", *command],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "MEGAVIT_DEVICE": "cpu"},

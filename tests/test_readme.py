@@ -47,8 +47,9 @@ def test_your_images_from_a_folder_to_predictions_as_the_readme_says(tmp_path):
     lines = commands.splitlines()
     assert [shlex.split(line)[:2][-1] for line in lines] == ["train", "evaluate", "predict", "inspect", "recipes"]
     for line in lines:
-        # As many epochs as a test has time for; all else as it stands there.
-        done = shell(line.replace("train.epochs=10", "train.epochs=2 train.global_batch=8"), tmp_path)
+        # As many epochs and pixels as a test has time for; all else as it stands there.
+        short = "train.epochs=2 train.global_batch=8 data.image_size=[64,64]"
+        done = shell(line.replace("train.epochs=10", short), tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         assert "Traceback" not in done.stderr
     rows = list(csv.DictReader((tmp_path / "guesses.csv").open()))

@@ -33,7 +33,7 @@ def assert_bit_equal(got: dict, want: dict) -> None:
         pytest.param(2, ["parallel.tp=2"], id="TP 2", marks=pytest.mark.slow),
         pytest.param(2, ["parallel.pp=2"], id="PP 2", marks=pytest.mark.slow),
         pytest.param(2, [], id="DP 2"),
-        pytest.param(2, ["parallel.tp=2", "optim=sgd", "optim.lr=0.01"], id="TP 2 under SGD"),
+        pytest.param(2, ["parallel.tp=2", "optim=sgd", "optim.lr=0.01"], id="TP 2 under SGD", marks=pytest.mark.slow),
         pytest.param(2, ["parallel.tp=2", "optim.ema=0.9", "train.precision=bf16_o2"], id="TP 2, average, bf16"),
     ],
 )
