@@ -1,5 +1,6 @@
 """`megavit VERB key=value …`."""
 
+import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -33,33 +34,37 @@ Without GPUs the ranks are CPU processes; MEGAVIT_DEVICE=cpu asks for that on a 
 Not run on a GPU yet: everything. Layouts were measured on CPU processes, which run the same Megatron-Core code.
 """
 
+# Verbs that look at what there is, in this process: module and function.
+_LOOKING = {
+    "predict": "megavit.predict:predict",
+    "reconstruct": "megavit.reconstruct:reconstruct",
+    "inspect": "megavit.inspect_run:inspect_run",
+    "verify": "megavit.checkpoint_verbs:verify",
+    "prune": "megavit.checkpoint_verbs:prune",
+    "convert": "megavit.convert:convert",
+    "recipes": "megavit.list_recipes:list_recipes",
+}
+
 
 def main() -> int:
     """Run the verb on the command line; the exit code is 0 finished, 2 wrong input, 75 stopped and saved, 1 a fault."""
-    verbs: dict[str, Callable[[list[str]], int]] = {
-        "train": train,
-        "evaluate": evaluate,
-        "predict": predict,
-        "reconstruct": reconstruct,
-        "inspect": inspect,
-        "verify": verify,
-        "prune": prune,
-        "convert": convert,
-        "recipes": recipes,
-    }
+    starting: dict[str, Callable[[list[str]], int]] = {"train": train, "evaluate": evaluate}
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_USAGE, end="")
         return 0 if arguments else USER_ERROR
     verb, *rest = arguments
-    if verb not in verbs:
-        print(f"megavit: the verb {verb} does not exist; known: {', '.join(verbs)}", file=sys.stderr)
+    if verb not in starting and verb not in _LOOKING:
+        known = [*starting, *_LOOKING]
+        near = difflib.get_close_matches(verb, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        print(f"megavit: the verb {verb} does not exist; {hint}", file=sys.stderr)
         return USER_ERROR
     if "-h" in rest or "--help" in rest:
         print(_USAGE, end="")
         return 0
     try:
-        return verbs[verb](rest)
+        return starting[verb](rest) if verb in starting else _look(verb, rest)
     except ConfigError as error:
         print(f"megavit: {error}", file=sys.stderr)
         return USER_ERROR
@@ -115,71 +120,15 @@ def evaluate(arguments: list[str]) -> int:
     return evaluation.main(arguments)
 
 
-def predict(arguments: list[str]) -> int:
-    """Classify images."""
+def _look(verb: str, arguments: list[str]) -> int:
+    """Run a verb that starts no ranks."""
+    from importlib import import_module
+
     from megavit.outcome import quieten_imports
 
     quieten_imports()
-    from megavit.predict import predict as classify
-
-    return classify(arguments)
-
-
-def reconstruct(arguments: list[str]) -> int:
-    """Draw what a masked autoencoder makes of images."""
-    from megavit.outcome import quieten_imports
-
-    quieten_imports()
-    from megavit.reconstruct import reconstruct as draw
-
-    return draw(arguments)
-
-
-def inspect(arguments: list[str]) -> int:
-    """Say what a run is."""
-    from megavit.outcome import quieten_imports
-
-    quieten_imports()
-    from megavit.inspect_run import inspect_run
-
-    return inspect_run(arguments)
-
-
-def verify(arguments: list[str]) -> int:
-    """Say what is broken."""
-    from megavit.outcome import quieten_imports
-
-    quieten_imports()
-    from megavit.checkpoint_verbs import verify as look_through
-
-    return look_through(arguments)
-
-
-def prune(arguments: list[str]) -> int:
-    """Remove older checkpoints."""
-    from megavit.outcome import quieten_imports
-
-    quieten_imports()
-    from megavit.checkpoint_verbs import prune as remove_older
-
-    return remove_older(arguments)
-
-
-def convert(arguments: list[str]) -> int:
-    """Take weights from elsewhere, or give them."""
-    from megavit.outcome import quieten_imports
-
-    quieten_imports()
-    from megavit.convert import convert as exchange
-
-    return exchange(arguments)
-
-
-def recipes(arguments: list[str]) -> int:
-    """List the recipes."""
-    from megavit.list_recipes import list_recipes
-
-    return list_recipes(arguments)
+    module, _, function = _LOOKING[verb].partition(":")
+    return getattr(import_module(module), function)(arguments)
 
 
 if __name__ == "__main__":
