@@ -1,11 +1,11 @@
 """Where a number that is not finite came from, told when a step is refused."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megavit.model.vit import EncoderStage, parameter_names
 from megavit.optim.step import last_layer_not_finite
+from megavit.parallel.agree import gather_objects
 from megavit.parallel.layout import ParallelLayout
 
 
@@ -23,8 +23,7 @@ def describe_nonfinite(chunks: list[EncoderStage], sums: dict[str, Tensor], layo
     named = {name: parameter for chunk in chunks for name, parameter in parameter_names(chunk).items()}
     loss_bad = "loss" in sums and not bool(torch.isfinite(sums["loss"]))
     place = (layout.rank, layout.pp_rank, loss_bad, last_layer_not_finite(named))
-    everyone: list[tuple[int, int, bool, str | None]] = [place] * layout.world_size
-    dist.all_gather_object(everyone, place)
+    everyone = gather_objects(place)
     losses = [rank for rank, _, bad, _ in everyone if bad]
     stage = max((stage for _, stage, _, layer in everyone if layer is not None), default=None)
     layers = {rank: layer for rank, own, _, layer in everyone if layer is not None and own == stage}

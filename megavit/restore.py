@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megavit.checkpoint.shards import load_common_weights
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.checkpoint.store import CheckpointStore
@@ -14,7 +12,7 @@ from megavit.compose import from_yaml, leaves
 from megavit.config import RunConfig
 from megavit.errors import ConfigError
 from megavit.model.vit import EncoderStage
-from megavit.parallel.layout import ParallelLayout
+from megavit.parallel.agree import gather_objects
 
 # Of the model, what may change between two parts of a run: it changes neither the weights' shapes nor their meaning.
 _MAY_CHANGE = ("dropout", "drop_path", "attention", "linears", "head_bias", "layer_scale")
@@ -71,7 +69,7 @@ def find_origin(store: CheckpointStore, config: RunConfig) -> tuple[Origin | Non
     return Origin(path, saved, state), warnings
 
 
-def start_from(checkpoint: Path, chunks: dict[str, EncoderStage], layout: ParallelLayout) -> str:
+def start_from(checkpoint: Path, chunks: dict[str, EncoderStage]) -> str:
     """Take the weights of another run, whatever of them this network has; every rank calls this.
 
     The classifier stays as it was drawn where the other run had another or none.
@@ -79,7 +77,6 @@ def start_from(checkpoint: Path, chunks: dict[str, EncoderStage], layout: Parall
     Args:
         checkpoint: a whole one.
         chunks: this rank's stages by name.
-        layout: its place.
 
     Returns:
         What was taken, in words.
@@ -87,9 +84,7 @@ def start_from(checkpoint: Path, chunks: dict[str, EncoderStage], layout: Parall
     Raises:
         ConfigError: for a part that is missing there or has another shape; positions for one, of another image size.
     """
-    absent, differ = load_common_weights(checkpoint, chunks)
-    everyone: list[tuple[list[str], list[str]]] = [([], [])] * layout.world_size
-    dist.all_gather_object(everyone, (absent, differ))
+    everyone = gather_objects(load_common_weights(checkpoint, chunks))
     # In the network's order, the first stage's first.
     missing = [key for keys, _ in everyone for key in keys if not key.startswith("head.")]
     unlike = [key for _, keys in everyone for key in keys]

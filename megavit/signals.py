@@ -40,8 +40,8 @@ class StopRequest:
         self.asked_by = signal.Signals(number).name
 
 
-class StopVote:
-    """The ranks' agreement on when to stop: a signal may reach one of them alone, or each at another step.
+class StepVote:
+    """What the ranks agree on between two steps: a signal may reach one of them alone, one disk be slower than another.
 
     The vote of a step is counted at the end of the next one, so that nobody waits for it.
 
@@ -55,28 +55,28 @@ class StopVote:
         self._ballot: Any = None
         self._count: Any = None
 
-    def agreed(self) -> bool:
-        """Cast this step's vote; True, on every rank at the same step, if any rank wanted to stop a step ago."""
-        if self._alone:
-            return self._request.asked_by is not None
-        agreed = self._counted()
-        self._cast()
-        return agreed
+    def cast(self, *, is_writing: bool) -> None:
+        """Cast this step's vote.
 
-    def close(self) -> None:
-        """Wait for the vote that nobody will count; every rank calls this after its last step."""
-        self._counted()
-
-    def _cast(self) -> None:
+        Args:
+            is_writing: whether this rank still writes a checkpoint.
+        """
         import torch
         import torch.distributed as dist
 
-        self._ballot = torch.tensor([self._request.asked_by is not None], dtype=torch.int32)
-        self._count = dist.all_reduce(self._ballot, op=dist.ReduceOp.MAX, async_op=True)
+        self._ballot = torch.tensor([self._request.asked_by is not None, is_writing], dtype=torch.int32)
+        if not self._alone:
+            self._count = dist.all_reduce(self._ballot, op=dist.ReduceOp.MAX, async_op=True)
 
-    def _counted(self) -> bool:
-        if self._count is None:
-            return False
-        self._count.wait()
-        self._count = None
-        return bool(self._ballot.item())
+    def count(self) -> tuple[bool, bool]:
+        """The last vote, on every rank at the same step: whether any rank wants to stop; whether none was writing.
+
+        To be called after the last step too, so that no vote is left under way.
+        """
+        if self._ballot is None:
+            return False, False
+        if self._count is not None:
+            self._count.wait()
+        wants_stop, is_writing = self._ballot.tolist()
+        self._ballot, self._count = None, None
+        return bool(wants_stop) or (self._alone and self._request.asked_by is not None), not is_writing

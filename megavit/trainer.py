@@ -17,7 +17,7 @@ from megavit.data.opening import open_source
 from megavit.engine import Engine, prepare_task
 from megavit.exits import FINISHED, STOPPED
 from megavit.introduce import introduction
-from megavit.metrics.pictures import draw_curves
+from megavit.keeping import Keeper
 from megavit.metrics.reporter import Reporter
 from megavit.metrics.starts import record_start
 from megavit.metrics.throughput import Throughput, peak_memory_bytes
@@ -35,7 +35,7 @@ from megavit.preflight import rehearse
 from megavit.restore import find_origin, start_from
 from megavit.search import find_checkpoint
 from megavit.sections import GradReduce, OnNonfinite
-from megavit.signals import StopRequest, StopVote
+from megavit.signals import StepVote, StopRequest
 
 
 class Trainer:
@@ -91,9 +91,13 @@ class Trainer:
 
         self.average = WeightAverage(self.chunks, decay=config.optim.ema) if config.optim.ema is not None else None
 
-        # Restore
+        # Checkpoints
+        self.keeper = Keeper(
+            self.store, config, chunks=self.chunks, optimizer=self.optimizer, averages=lambda: self._averages
+        )
         self.step, self.consumed_samples = 0, 0
         self.last_validation: dict[str, float] = {}
+        from_rank_zero(self.store.clear_up)
         self.best_validation = from_rank_zero(self.store.best_metrics)
         self.origin, self.warnings = from_rank_zero(lambda: find_origin(self.store, config))
         self.rehearsed = rehearse(
@@ -153,7 +157,7 @@ class Trainer:
     def _train(self, reporter: Reporter, batches: Any) -> None:
         train = self.config.train
         last = min(self.num_steps, train.stop_at or self.num_steps)
-        vote = StopVote(self.stop, world_size=self.layout.world_size)
+        vote = StepVote(self.stop, world_size=self.layout.world_size)
         window: dict[str, Tensor] = {}
         while self.step < last:
             seed_step(self.layout, seed=self.config.run.seed, step=self.step)
@@ -170,7 +174,10 @@ class Trainer:
             self.step += 1
             self.consumed_samples += train.global_batch
             self.throughput.count(train.global_batch)
-            if vote.agreed():
+            wants_stop, all_written = vote.count()
+            if all_written:
+                self.keeper.finish(reporter)
+            if wants_stop:
                 reporter.say(f"asked to stop by {self.stop.asked_by or 'a signal to another rank'}: saving")
                 last = self.step
             window = {name: window[name] + value if window else value for name, value in sums.items()}
@@ -178,13 +185,16 @@ class Trainer:
                 self._report(reporter, window, grad_norm)
                 window = {}
             self._evaluate_paint_save(reporter, is_last=self.step == last)
-        vote.close()
+            vote.cast(is_writing=self.keeper.is_writing)
+        vote.count()
+        self.keeper.close(reporter)
 
     def _refuse_step(self, reporter: Reporter, grad_norm: float, sums: dict[str, Tensor]) -> None:
         """Stop before a step that would ruin the weights, or go on without it; every rank comes here together."""
         account = describe_nonfinite(list(self.chunks.values()), sums, self.layout)
         message = f"step {self.step + 1}: the gradient norm is {grad_norm:g}; {account}"
         if self.config.train.on_nonfinite is OnNonfinite.stop:
+            self.keeper.close(reporter)
             raise FloatingPointError(
                 f"{message}. The step was not taken and the last checkpoint is untouched. Lower optim.lr, raise "
                 f"optim.warmup_steps or lower optim.clip; train.on_nonfinite=skip goes on without such steps"
@@ -226,10 +236,10 @@ class Trainer:
         if paints:
             reporter.show(self.step, "val", self.engine.paint(self.val_loader), titles=self.task.panels)
         if due or is_best:
-            self._save(reporter, due=due, is_best=is_best)
+            self._save(reporter, due=due, is_best=is_best, is_last=is_last)
         self.throughput.resume()
 
-    def _save(self, reporter: Reporter, *, due: bool, is_best: bool) -> None:
+    def _save(self, reporter: Reporter, *, due: bool, is_best: bool, is_last: bool) -> None:
         state = TrainingState(
             self.step,
             self.consumed_samples,
@@ -237,18 +247,9 @@ class Trainer:
             list(self.train_loader.source.classes),
             due=due,
         )
-        path = self.store.save(
-            self.chunks, self.optimizer, state, run_yaml=to_yaml(self.config), averages=self._averages
-        )
-        if self.layout.rank == 0:
-            if is_best:
-                self.store.name_best(path)
-            keeping = self.config.checkpoint
-            self.store.prune(keep_last=keeping.keep_last, keep_every=keeping.keep_every)
-            draw_curves(self.run_dir / "metrics.jsonl", self.run_dir / "pictures" / "curves.png")
+        self.keeper.save(state, reporter, is_best=is_best, waits=is_last or not self.config.checkpoint.async_save)
         if is_best:
             self.best_validation = self.last_validation
-            reporter.say(f"step {self.step}  the best so far, saved")
 
     def _is_best(self) -> bool:
         wanted = self.config.checkpoint.best
@@ -284,7 +285,7 @@ class Trainer:
     def _start_from(self, path: Path) -> None:
         """Begin with another run's weights: the optimizer's own copies and the average follow them."""
         checkpoint = from_rank_zero(lambda: find_checkpoint(path, setting="init_from"))
-        self.warnings.append(start_from(checkpoint, self.chunks, self.layout))
+        self.warnings.append(start_from(checkpoint, self.chunks))
         self.optimizer.reload_model_params()
         if self.average is not None:
             self.average = WeightAverage(self.chunks, decay=self.average.decay)

@@ -17,7 +17,7 @@ def train(overrides: list[str], *, evaluates: bool = False) -> dict:
     config = compose(overrides)
     config.check(world_size_from_environment())
     trainer = Trainer(config)
-    trainer.store.save = lambda *_, **__: None
+    trainer.keeper.save = lambda *_, **__: None
     if not evaluates:
         # Half of a short test's time would go into the validation set.
         trainer.evaluate = no_evaluation
@@ -111,7 +111,7 @@ def dtypes(overrides: list[str]) -> dict:
     from megavit.trainer import Trainer
 
     trainer = Trainer(compose(overrides))
-    trainer.store.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
+    trainer.keeper.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
     trainer.run()
     optimizer = trainer.optimizer.chained_optimizers[0].optimizer
     masters = [param for group in optimizer.param_groups for param in group["params"]]

@@ -274,7 +274,7 @@ def start_from(overrides: list[str]) -> dict:
     return {"before": before, "said": list(trainer.warnings), "step": trainer.step}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_starts_from_converted_weights_and_then_goes_on_from_its_own(ranks, tmp_path):
     theirs = shake(
         timm.models.VisionTransformer(**{**SIZES, "in_chans": 1, "img_size": 8, "patch_size": 2, "num_heads": 2})

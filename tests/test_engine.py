@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("without_recompute")
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(-2, id="2 + SP")])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(-2, id="2 + SP")])
 @pytest.mark.parametrize(
     "mode",
     ["full", "selective", *(pytest.param(mode, marks=pytest.mark.slow) for mode in RECOMPUTE if "," in mode)],
@@ -129,9 +129,10 @@ def test_bf16_keeps_fp32_masters(tmp_path):
     assert reduced["gradients"] == {torch.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "layout"),
-    [pytest.param(1, [], id="TP 1"), pytest.param(4, GRID, id="TP 2 × PP 2", marks=pytest.mark.slow)],
+    [pytest.param(1, [], id="TP 1"), pytest.param(4, GRID, id="TP 2 × PP 2")],
 )
 def test_bf16_resume_is_bit_equal(world, layout, tmp_path):
     overrides = [*THIRTEEN_STEPS, "train.steps=6", *DROPOUT, *BF16, *layout]
@@ -142,6 +143,7 @@ def test_bf16_resume_is_bit_equal(world, layout, tmp_path):
         assert_bit_equal(mine, whole)
 
 
+@pytest.mark.slow
 def test_interleaved_pipeline_resumes_as_tensor_parallel(tmp_path):
     overrides = [*THIRTEEN_STEPS, "train.steps=12"]
     want = run_ranks(ranks.train_and_keep, 1, [*overrides, f"run.dir={tmp_path}/whole"])[0]

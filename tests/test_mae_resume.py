@@ -40,6 +40,7 @@ def test_recompute_draws_no_other_mask_and_gives_the_same_bits_with_dropout_on(t
             assert_bit_equal(mine, whole)
 
 
+@pytest.mark.slow
 def test_a_change_of_layout_in_mid_run_keeps_every_mask(tmp_path, figure):
     # 1,437 samples: the third batch of 512 straddles two epochs, the sixth another two.
     overrides = [*SETTINGS, "train.steps=8", "train.global_batch=512", "train.micro_batch=128", "model.class_tokens=8"]

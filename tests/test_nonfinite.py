@@ -20,7 +20,7 @@ def inject(overrides: list[str], plan: dict[int, tuple[int, str, float]]) -> dic
     from tests.ranks import no_evaluation
 
     trainer = Trainer(compose(overrides))
-    trainer.store.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
+    trainer.keeper.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
     (chunk,) = trainer.chunks.values()
     named = parameter_names(chunk)
     accumulate, refuse = trainer.engine.accumulate, trainer._refuse_step

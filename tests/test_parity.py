@@ -95,7 +95,7 @@ def test_final_weights_equal_plain_torch_under_sgd(layout, tmp_path):
         ["optim.decay=wsd", "optim.decay_steps=4"],
         ["optim.weight_decay=0.5"],
         ["train.epochs=0.1", "train.global_batch=16"],
-        ["data.workers=1"],
+        pytest.param(["data.workers=1"], marks=pytest.mark.slow),
     ],
     ids=lambda change: change[0],
 )

@@ -17,6 +17,8 @@ class CheckpointConfig:
             own it goes on from that, so that a restarted job does not fall back.
         keep_last: of the checkpoints that were due, so many of the newest stay; null keeps all.
         keep_every: checkpoints of steps that this divides stay too; null spares none.
+        async_save: the training goes on while a checkpoint is written; it waits for its copy in memory alone.
+            The last one of a run, and one that follows before the one before is written, are waited for.
         best: an evaluation better than every one before it saves, and `checkpoints/best` names that checkpoint; the one
             before is removed, unless it was due anyway.
     """
@@ -25,6 +27,7 @@ class CheckpointConfig:
     resume: str = "auto"
     keep_last: int | None = None
     keep_every: int | None = None
+    async_save: bool = False
     best: bool = True
 
     def check(self) -> None:

@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
+from megavit.checkpoint.optimizer_shards import share_out
 from megavit.checkpoint.safety import refuse_code
 
 # Of Megatron-Core's forms of the distributed optimizer's state, the one that loads in every layout (0.16.1).
@@ -128,10 +129,13 @@ def sharded_state(
 ) -> dict[str, Any]:
     """All that a checkpoint holds of this rank, as Megatron-Core's shards."""
     state: dict[str, Any] = {name: _sharded_weights(chunk) for name, chunk in chunks.items()}
+    if not is_loading:
+        state = {name: _spread(shards) for name, shards in state.items()}
     if optimizer is not None:
+        share_out(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(_SHARDING))
     if averages is not None:
-        state["averages"] = {name: _sharded_averages(chunk, averages[name]) for name, chunk in chunks.items()}
+        state["averages"] = {name: _spread(_sharded_averages(chunk, averages[name])) for name, chunk in chunks.items()}
     return state
 
 
@@ -139,6 +143,15 @@ def _sharded_weights(chunk: MegatronModule) -> dict[str, Any]:
     """A chunk's tensors; the objects that its linears would add are empty without FP8, and are read as pickles."""
     shards = chunk.sharded_state_dict(metadata=dict(_SHARDING))
     return {name: shard for name, shard in shards.items() if not name.endswith(_OBJECTS)}
+
+
+def _spread(shards: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+    """Have the data-parallel ranks, which hold the same weights, write them in turn and not all by the first."""
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    return {
+        name: replace(shard, replica_id=(*shard.replica_id[:-1], (shard.replica_id[-1] + number) % ranks))
+        for number, (name, shard) in enumerate(shards.items())
+    }
 
 
 def _fill(chunks: Mapping[str, MegatronModule], loaded: Mapping[str, Any]) -> None:

@@ -7,26 +7,18 @@ evaluated best.
 """
 
 import os
-import re
 import shutil
-import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import MegatronModule
-from torch.distributed.checkpoint.api import CheckpointException
 
-from megavit.checkpoint.manifest import Entry, describe, find_fault, write_manifest
+from megavit.checkpoint.manifest import find_fault
+from megavit.checkpoint.saving import Save, is_name, name_of, point_to, step_of
 from megavit.checkpoint.shards import Averages, sharded_state
-from megavit.checkpoint.state import TrainingState, read_state, write_state
-from megavit.checkpoint.writer import write_in_threads
+from megavit.checkpoint.state import TrainingState, read_state
 from megavit.errors import ConfigError
-from megavit.parallel.agree import agree_on_error
-
-_NAME = re.compile(r"step_(\d{8,})")
 
 
 class CheckpointStore:
@@ -42,14 +34,27 @@ class CheckpointStore:
     def all(self) -> list[Path]:
         """Every checkpoint, whole or not, the newest first."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
+        return sorted((path for path in found if is_name(path.name)), key=step_of, reverse=True)
+
+    def clear_up(self) -> None:
+        """Put in order what a killed run has left: half of a save, half of a removal.
+
+        The one rank calls this whose run it is, before anything else.
+        """
+        for aside in self.folder.glob(".step_*.old"):
+            # It made room for another checkpoint of its step, which then was not completed.
+            final = self.folder / aside.name.removeprefix(".").removesuffix(".old")
+            if not final.exists():
+                os.replace(aside, final)
+        for pattern in (".step_*.tmp", ".step_*.old", ".step_*.gone"):
+            for rest in self.folder.glob(pattern):
+                shutil.rmtree(rest, ignore_errors=True)
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint of which every byte is as it was written, and a warning for each thing that is not.
 
         One rank calls this.
         """
-        self._put_back()
         warnings = []
         latest = self.folder / "latest"
         if latest.exists() and not (named := latest.read_text(errors="replace").strip()).startswith("step_"):
@@ -65,7 +70,7 @@ class CheckpointStore:
         """The checkpoint that `best` names, None where there is none."""
         file = self.folder / "best"
         best = self.folder / file.read_text(errors="replace").strip() if file.exists() else None
-        return best if best is not None and _NAME.fullmatch(best.name) and best.is_dir() else None
+        return best if best is not None and is_name(best.name) and best.is_dir() else None
 
     def best_metrics(self) -> dict[str, float]:
         """The evaluation of the best checkpoint, empty where there is none."""
@@ -78,7 +83,7 @@ class CheckpointStore:
         One rank calls this.
         """
         former = self.best()
-        self._name("best", checkpoint)
+        point_to(checkpoint, by="best")
         if former is not None and former != checkpoint and not _is_due(former):
             _remove(former)
 
@@ -103,18 +108,6 @@ class CheckpointStore:
         for path in gone:
             _remove(path)
         return gone
-
-    def _name(self, pointer: str, checkpoint: Path) -> None:
-        new = self.folder / f".{pointer}.tmp"
-        new.write_text(checkpoint.name)
-        os.replace(new, self.folder / pointer)
-
-    def _put_back(self) -> None:
-        """A checkpoint that was moved aside for another of its step, which then was not completed, comes back."""
-        for aside in self.folder.glob(".step_*.old"):
-            final = self.folder / aside.name.removeprefix(".").removesuffix(".old")
-            if not final.exists():
-                os.replace(aside, final)
 
     def find(self, resume: str) -> tuple[Path | None, list[str]]:
         """Resolve `checkpoint.resume` to a whole checkpoint, or None to start anew; and what is broken, in words.
@@ -154,6 +147,39 @@ class CheckpointStore:
             raise ConfigError(f"checkpoint.resume={resume} is broken: {fault}; choose another")
         return named, warnings
 
+    def begin(
+        self,
+        chunks: Mapping[str, MegatronModule],
+        optimizer: MegatronOptimizer | None,
+        state: TrainingState,
+        *,
+        run_yaml: str,
+        averages: Averages | None = None,
+        lasting: bool = True,
+    ) -> Save:
+        """Begin a checkpoint: what it holds is fixed when this returns, and written in the background.
+
+        Every rank calls this, and then `finish` of what it returns.
+
+        Args:
+            chunks: this rank's stages by name, unwrapped.
+            optimizer: theirs; None to save the weights alone.
+            state: where the run stands.
+            run_yaml: the resolved configuration.
+            averages: the weights' averages by chunk and name, if any.
+            lasting: whether weights or optimizer will change before it is finished.
+
+        Raises:
+            ConfigError: on every rank, if the disk refuses; what was there is whole.
+        """
+        return Save(
+            self.folder / name_of(state.step),
+            sharded_state(chunks, optimizer, averages, is_loading=False),
+            state,
+            run_yaml=run_yaml,
+            lasting=lasting,
+        )
+
     def save(
         self,
         chunks: Mapping[str, MegatronModule],
@@ -163,14 +189,7 @@ class CheckpointStore:
         run_yaml: str,
         averages: Averages | None = None,
     ) -> Path:
-        """Write a checkpoint; every rank calls this.
-
-        Args:
-            chunks: this rank's stages by name, unwrapped.
-            optimizer: theirs; None to save the weights alone.
-            state: where the run stands.
-            run_yaml: the resolved configuration.
-            averages: the weights' averages by chunk and name, if any.
+        """Write a checkpoint, as `begin` and `finish`; every rank calls this.
 
         Returns:
             The checkpoint's final path.
@@ -178,55 +197,7 @@ class CheckpointStore:
         Raises:
             ConfigError: on every rank, if the disk of any of them is full or refuses; what was there is whole.
         """
-        final = self.folder / f"step_{state.step:08d}"
-        temporary = self.folder / f".{final.name}.tmp"
-
-        def make_room() -> None:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-
-        def write_shards() -> None:
-            dist_checkpointing.save(sharded_state(chunks, optimizer, averages, is_loading=False), str(temporary))
-            # Each rank reads its own back, all at once.
-            shards.update(describe(temporary, [path.name for path in temporary.glob(f"__{rank}_*")]))
-
-        def complete() -> None:
-            (temporary / "run.yaml").write_text(run_yaml)
-            write_state(temporary, state)
-            beside = [path.name for path in temporary.iterdir() if path.name not in shards]
-            write_manifest(temporary, {**shards, **describe(temporary, beside)})
-            _sync(temporary)
-            # A checkpoint of this very step is moved aside first: at no moment is `latest` without a whole one.
-            aside = self.folder / f".{final.name}.old"
-            shutil.rmtree(aside, ignore_errors=True)
-            if final.exists():
-                os.replace(final, aside)
-            os.replace(temporary, final)
-            self._name("latest", final)
-            shutil.rmtree(aside, ignore_errors=True)
-
-        write_in_threads()
-        rank = dist.get_rank()
-        speaks, shards = rank == 0, dict[str, Entry]()
-        try:
-            agree_on_error(_refused_by_the_disk(make_room if speaks else None))
-            agree_on_error(_refused_by_the_disk(write_shards))
-            shards = _gather(shards)
-            agree_on_error(_refused_by_the_disk(complete if speaks else None))
-        except ConfigError as error:
-            if speaks:
-                shutil.rmtree(temporary, ignore_errors=True)
-            every = self.all()
-            kept = f"{every[0].name} is whole, run again to go on from it" if every else "none was there yet"
-            raise ConfigError(f"the checkpoint {final} cannot be written: {error}; {kept}") from error
-        return final
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    found = _NAME.fullmatch(checkpoint.name)
-    assert found is not None
-    return int(found.group(1))
+        return self.begin(chunks, optimizer, state, run_yaml=run_yaml, averages=averages, lasting=False).finish()
 
 
 def _is_due(checkpoint: Path) -> bool:
@@ -243,36 +214,3 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(going, ignore_errors=True)
     os.replace(checkpoint, going)
     shutil.rmtree(going)
-
-
-def _gather(own: dict[str, Entry]) -> dict[str, Entry]:
-    everyone: list[dict[str, Entry]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return {name: entry for part in everyone for name, entry in part.items()}
-
-
-def _refused_by_the_disk(part: Callable[[], None] | None) -> str | None:
-    """Do a part of a save; what a disk had against it, None if nothing."""
-    if part is None:
-        return None
-    try:
-        part()
-    except OSError as error:
-        return f"{error.strerror} on {socket.gethostname()}"
-    except CheckpointException as error:
-        # Megatron-Core tells every rank that some rank failed, and the first one why, in words.
-        told = re.search(r"\[Errno \d+\] ([^\n]*)", str(error))
-        if told is None and dist.get_rank() == 0:
-            raise
-        return told.group(1) if told is not None else "another rank failed"
-    return None
-
-
-def _sync(folder: Path) -> None:
-    """Have the files of this rank's machine on the disk before the folder's new name says that they are."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -24,7 +24,10 @@ _SHOWN = {
     "grad_norm": "grad norm {:.3f}",
     "images_per_s": "{:,.0f} images/s",
     "mfu": "mfu {:.1%}",
+    "waited_s": "the training waited {:.1f} s",
 }
+
+_CALLED = {"train": "", "val": "validation  ", "save": "saved  "}
 
 
 class Reporter:
@@ -108,7 +111,7 @@ class Reporter:
 
         Args:
             step: optimizer steps done.
-            split: `train` or `val`.
+            split: `train`, `val` or `save`.
             values: by name; a name that the console knows is shown there too.
         """
         if not self._speaks:
@@ -129,7 +132,7 @@ class Reporter:
             self._progress.update(self._task, completed=step, description=shown)
             self._log.write(f"step {step}  {shown}\n")
         else:
-            self.say(f"step {step}  {'validation  ' if split == 'val' else ''}{shown}")
+            self.say(f"step {step}  {_CALLED[split]}{shown}")
 
     def show(self, step: int, split: str, panels: Tensor, *, titles: tuple[str, ...]) -> None:
         """Write a picture into `pictures/` and TensorBoard.

@@ -8,6 +8,7 @@ import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 _PACKAGES = ("megavit", "torch", "megatron-core", "torchvision", "numpy", "flash-attn", "transformer-engine", "apex")
 
@@ -25,14 +26,21 @@ def record_start(run_dir: Path, *, layout: str, step: int) -> None:
         "step": step,
         "layout": layout,
         "command": sys.argv,
+        **provenance(),
+    }
+    with (run_dir / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def provenance() -> dict[str, Any]:
+    """Machine, versions and commit that a figure comes from."""
+    return {
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
         "commit": _commit(Path(__file__).parent),
     }
-    with (run_dir / "starts.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -44,11 +44,20 @@ def agree_on_error(own: str | None) -> None:
     Raises:
         ConfigError: the first rank's message.
     """
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    first = next((message for message in everyone if message is not None), None)
+    first = next((message for message in gather_objects(own) if message is not None), None)
     if first is not None:
         raise ConfigError(first)
+
+
+def gather_objects(own: T) -> list[T]:
+    """What every rank has, by rank; every rank calls this.
+
+    Args:
+        own: this rank's; pickled.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
 
 
 def broadcast_from(rank: int, tensor: Tensor) -> Tensor:

@@ -206,9 +206,16 @@ def test_a_run_keeps_as_many_as_it_is_told(tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".step_*"))
 
 
-def test_one_moved_aside_for_another_that_was_not_completed_comes_back(saved, tmp_path):
+def test_what_a_killed_run_has_left_is_put_in_order_by_the_run_itself_alone(saved, tmp_path):
     run_dir = Path(shutil.copytree(saved, tmp_path / "run"))
     folder = run_dir / "checkpoints"
+    # Moved aside for another of its step, which then was not completed.
     (folder / "step_00000003").rename(folder / ".step_00000003.old")
-    found, warnings = CheckpointStore(folder).newest_whole()
-    assert (found, warnings) == (folder / "step_00000003", [])
+    shutil.copytree(folder / "step_00000001", folder / ".step_00000004.tmp")
+    shutil.copytree(folder / "step_00000001", folder / ".step_00000000.gone")
+    store = CheckpointStore(folder)
+    assert store.newest_whole() == (folder / "step_00000002", [])
+    assert len(list(folder.glob(".step_*"))) == 3
+    store.clear_up()
+    assert store.newest_whole() == (folder / "step_00000003", [])
+    assert not list(folder.glob(".step_*"))

@@ -81,7 +81,7 @@ def count_synchronisations(overrides: list[str]) -> None:
     from megavit.trainer import Trainer
 
     trainer = Trainer(compose(overrides))
-    trainer.store.save, trainer.evaluate = lambda *_, **__: None, lambda: {"loss": 0.0, "top1": 0.0}
+    trainer.keeper.save, trainer.evaluate = lambda *_, **__: None, lambda: {"loss": 0.0, "top1": 0.0}
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,0 +1,192 @@
+"""The distributed optimizer's state by parameter: each written by the data-parallel rank that holds most of it.
+
+Megatron-Core 0.16.1 gathers the whole state on every data-parallel rank, or on the first one over gloo, to save it, and
+has every rank read the whole to load it: 12 bytes a parameter and rank in the host's memory, several times over. A rank
+holds a run of whole parameters and a piece of one at either end, so only those pieces need to travel. Keys and shapes
+are Megatron-Core's `fully_reshardable`, and either reads what the other has written.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+from torch.nn import Parameter
+
+_FORM = "fully_reshardable"
+_PREFIX = "optimizer.state"
+_STATES = ("param", "exp_avg", "exp_avg_sq")
+
+
+def share_out(optimizer: MegatronOptimizer) -> None:
+    """Have the distributed ones among Megatron-Core's optimizers save and load as this module says."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, DistributedOptimizer):
+            part.sharded_state_dict = partial(_sharded_state, part)
+            part.load_parameter_state_from_fully_reshardable = partial(_take, part)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The elements `start` to `stop` of a flat parameter, held by one data-parallel rank."""
+
+    rank: int
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+class _Share:
+    """Who holds and who writes a parameter.
+
+    Args:
+        pieces: in order, together the whole of it.
+        me: this data-parallel rank.
+    """
+
+    def __init__(self, pieces: list[_Piece], me: int) -> None:
+        self.pieces, self.writer = pieces, max(pieces, key=lambda piece: piece.size).rank
+        self.is_written_here = self.writer == me
+        self.own = next((piece for piece in pieces if piece.rank == me), None)
+
+
+def _shares(part: DistributedOptimizer) -> dict[Parameter, _Share]:
+    """Each parameter's, in the order of the gradient buffers; every data-parallel rank finds the same."""
+    ranks, me = part.data_parallel_group.size(), part.data_parallel_group.rank()
+    shares = {}
+    for buffer in part.buffers:
+        for parameter, (start, stop, number) in buffer.param_index_map.items():
+            bucket = buffer.buckets[number]
+            # Megatron-Core cuts each bucket evenly, wherever a parameter begins.
+            each = bucket.grad_data.numel() // ranks
+            pieces = []
+            for rank in range((start - bucket.offset) // each, (stop - 1 - bucket.offset) // each + 1):
+                cut = bucket.offset + rank * each
+                pieces.append(_Piece(rank, max(start, cut) - start, min(stop, cut + each) - start))
+            shares[parameter] = _Share(pieces, me)
+    return shares
+
+
+def _sharded_state(
+    part: DistributedOptimizer, weights: Mapping[str, Any], is_loading: bool = False, metadata: Any = None
+) -> dict[str, Any]:
+    """In place of the method of that name, which would also collect garbage, 0.3 s a save."""
+    if is_loading:
+        # What has not taken a step yet has no state to load into; this makes it.
+        part.load_state_dict(part.state_dict())
+    return {
+        **part.state_dict(),
+        "param_state": _by_parameter(part, weights, is_loading=is_loading),
+        "param_state_sharding_type": _FORM,
+    }
+
+
+def _by_parameter(
+    part: DistributedOptimizer, weights: Mapping[str, Any], *, is_loading: bool
+) -> dict[int, dict[str, ShardedTensor]]:
+    """What this rank writes or reads of the parameters' state, by their numbers."""
+    of_weights = {shard.data: shard for shard in nested_values(weights) if isinstance(shard, ShardedTensor)}
+    shares = _shares(part)
+    if is_loading:
+        here = {parameter: share for parameter, share in shares.items() if share.own is not None}
+        states = {parameter: _empty(parameter) for parameter in here}
+    else:
+        # A weight that tensor-parallel ranks hold alike is written by one of them.
+        written = {p: share for p, share in shares.items() if not any(of_weights[p].replica_id[:-1])}
+        states = _gather(part, written)
+    numbers = {parameter: number for number, parameter in enumerate(shares)}
+    return {
+        numbers[parameter]: {
+            name: _like(of_weights[parameter], name, state, is_main=shares[parameter].is_written_here)
+            for name, state in of_parameter.items()
+        }
+        for parameter, of_parameter in states.items()
+    }
+
+
+def _like(weight: ShardedTensor, name: str, state: Tensor, *, is_main: bool) -> ShardedTensor:
+    """The shard of a parameter's state, cut as the parameter is."""
+    return replace(
+        weight,
+        key=f"{_PREFIX}.{name}.{weight.key}",
+        data=state.view(weight.data.shape),
+        dtype=state.dtype,
+        replica_id=(*weight.replica_id[:-1], 0 if is_main else 1),
+    )
+
+
+def _empty(parameter: Parameter) -> dict[str, Tensor]:
+    return {name: torch.empty(parameter.numel(), dtype=torch.float32) for name in _STATES}
+
+
+def _gather(part: DistributedOptimizer, shares: Mapping[Parameter, _Share]) -> dict[Parameter, dict[str, Tensor]]:
+    """The whole flat state of every parameter that this rank writes: its own memory where it holds all of it."""
+    travelling = {parameter: share for parameter, share in shares.items() if len(share.pieces) > 1}
+    arrived = _exchange(part, travelling)
+    gathered = {}
+    for parameter, share in shares.items():
+        if not share.is_written_here:
+            continue
+        own = _own(part, parameter)
+        if parameter in travelling:
+            assert share.own is not None
+            whole = _empty(parameter)
+            for name in _STATES:
+                whole[name][share.own.start : share.own.stop].copy_(own[name])
+            for piece in share.pieces:
+                for name in _STATES if piece != share.own else ():
+                    whole[name][piece.start : piece.stop] = arrived[piece.rank].pop(0)
+            own = whole
+        gathered[parameter] = own
+    return gathered
+
+
+def _exchange(part: DistributedOptimizer, shares: Mapping[Parameter, _Share]) -> dict[int, list[Tensor]]:
+    """Send this rank's pieces to those who write them; what has come from each rank, in the order of the buffers."""
+    group, ranks = part.data_parallel_group_gloo, dist.get_process_group_ranks(part.data_parallel_group_gloo)
+    outgoing: dict[int, list[Tensor]] = {}
+    lengths: dict[int, list[int]] = {}
+    for parameter, share in shares.items():
+        if share.is_written_here:
+            for piece in share.pieces:
+                if piece != share.own:
+                    lengths.setdefault(piece.rank, []).extend([piece.size] * len(_STATES))
+        elif share.own is not None:
+            own = _own(part, parameter)
+            outgoing.setdefault(share.writer, []).extend(own[name].cpu() for name in _STATES)
+    incoming = {rank: torch.empty(sum(parts), dtype=torch.float32) for rank, parts in lengths.items()}
+    messages = {rank: torch.cat(parts) for rank, parts in outgoing.items()}
+    transfers = [dist.irecv(buffer, src=ranks[rank], group=group) for rank, buffer in incoming.items()]
+    transfers += [dist.isend(message, dst=ranks[rank], group=group) for rank, message in messages.items()]
+    for transfer in transfers:
+        assert transfer is not None
+        transfer.wait()
+    return {rank: list(buffer.split(lengths[rank])) for rank, buffer in incoming.items()}
+
+
+def _own(part: DistributedOptimizer, parameter: Parameter) -> dict[str, Tensor]:
+    """This rank's piece of a parameter's state, each flat, in place."""
+    found = part._get_main_param_and_optimizer_states(parameter)
+    own = {name: found[name].detach().view(-1) for name in _STATES}
+    assert all(state.dtype == torch.float32 for state in own.values()), "master weights and moments are fp32"
+    return own
+
+
+@torch.no_grad()
+def _take(part: DistributedOptimizer, loaded: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Copy this rank's pieces out of what was read."""
+    for number, (parameter, share) in enumerate(_shares(part).items()):
+        if share.own is not None:
+            own = slice(share.own.start, share.own.stop)
+            states = {name: whole.view(-1)[own] for name, whole in loaded[number].items()}
+            part._set_main_param_and_optimizer_states(parameter, states)
