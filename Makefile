@@ -34,10 +34,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The clone by its path too: else a script beside it would import the clone's own folder, as an empty package.
 $(INSTALLED): setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q -e '.[dev]'
+	echo $(CURDIR) > $$(echo $(VENV)/lib/python3*/site-packages)/clone.pth
 	touch $@
 
 clean:

@@ -16,6 +16,12 @@ _cpu.install_import_hook()
 
 def load(path: "str | _Path") -> "TrainedEncoder":
     """Load a trained network as an ordinary torch module (see `megavit.loading.load`)."""
-    from megavit.loading import load as load_run
+    import warnings
 
-    return load_run(path)
+    from megavit.outcome import quieten_imports
+
+    with warnings.catch_warnings():
+        quieten_imports()
+        from megavit.loading import load as load_run
+
+        return load_run(path)

@@ -116,8 +116,10 @@ def evaluate(arguments: list[str]) -> int:
     ranks = num_ranks(config)
     evaluation.prepare(arguments, world_size=ranks)
     if ranks > 1:
-        return start_ranks([*arguments, f"run.ranks={ranks}"], ranks=ranks, module="megavit.evaluate")
-    return evaluation.main(arguments)
+        return start_ranks([*arguments, f"run.ranks={ranks}"], ranks=ranks, module="megavit.evaluate_rank")
+    from megavit.evaluate_rank import main as evaluate_as_rank
+
+    return evaluate_as_rank(arguments)
 
 
 def _look(verb: str, arguments: list[str]) -> int:

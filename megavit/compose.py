@@ -62,6 +62,9 @@ def compose(overrides: list[str]) -> RunConfig:
     given = ["~recipe" if text == "recipe=null" else text for text in overrides]
     if "recipe" not in typed and any(_is_other_data(override) for override in parsed):
         given.append("~recipe")
+        if "data" not in typed:
+            # Else the digits' one channel, mean and deviation would stay.
+            given.append("data=folder")
     ConfigStore.instance().store(name="run_config", node=RunConfig)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -109,7 +112,9 @@ def merge(config: RunConfig, overrides: list[str]) -> RunConfig:
     """
     for override in _parse(overrides):
         if override.key_or_group in groups():
-            raise ConfigError(f"{override.input_line}: a run's groups are as they were; set single keys of them")
+            example = {"data": f"data.source={override.value()}"}.get(override.key_or_group)
+            hint = f", {example} for example" if example is not None else ""
+            raise ConfigError(f"{override.input_line}: a run's groups are as they were; set single keys of them{hint}")
         _check_key(override)
     try:
         typed = OmegaConf.create({})

@@ -144,9 +144,11 @@ class RunConfig:
     def _check_train(self) -> None:
         train = self.train
         if (train.steps is None) == (train.epochs is None):
+            both = f"train.steps={shown(train.steps)} and train.epochs={shown(train.epochs)}"
             raise ConfigError(
-                f"set one of train.steps={shown(train.steps)} and train.epochs={shown(train.epochs)}, and the other to "
-                f"null"
+                "say how long to train: train.epochs=10 or train.steps=1000, for example"
+                if train.steps is None
+                else f"{both} both say how long to train; set one of them to null"
             )
         require_number("train", train, "steps", "global_batch", "micro_batch", "eval_every", "stop_at", at_least=1)
         require_number("train", train, "epochs", above=0)

@@ -78,6 +78,8 @@ def _into_run(kind: str, place: str, run_dir: Path, *, num_heads: int | None) ->
         (run_dir / "config.yaml").write_text(to_yaml(config))
     count = sum(p.numel() for chunk in network.chunks.values() for p in chunk.parameters())
     print(f"{path}: {count:,} weights of {kind}:{place}; init_from={run_dir} starts a run from them")
+    if foreign.assumes:
+        print(foreign.assumes)
     return FINISHED
 
 

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import os
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +14,8 @@ from megavit.data.loader import Loader
 from megavit.data.opening import open_source
 from megavit.engine import Engine, prepare_task
 from megavit.metrics.pictures import draw_confusion
-from megavit.outcome import quieten_imports, run_as_rank
 from megavit.parallel.layout import world_size_from_environment
 from megavit.search import find_checkpoint
-from megavit.signals import let_through
 from megavit.trained import open_run, read_config, refuse_untyped_code
 from megavit.verb_arguments import split_from
 
@@ -92,18 +88,3 @@ def _report(totals: dict[str, Tensor], metrics: dict[str, float], classes: tuple
         draw_confusion(confusion, classes=classes, path=folder / "confusion.png")
     (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"{checkpoint}: {count} images  {shown}; {folder} has it all")
-
-
-def main(arguments: list[str]) -> int:
-    """Evaluate as one of the ranks that a launcher has started."""
-    let_through()
-    quieten_imports()
-    return run_as_rank(lambda: evaluate(arguments), run_dir=lambda: None)
-
-
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # As in megavit.train.
-    os._exit(code)

@@ -99,6 +99,7 @@ class ForeignModel:
         channels: of an image.
         mean, std: per channel.
         classes: names, in the order of the scores; empty of a masked autoencoder or a model without a head.
+        assumes: what its files do not tell and was taken as usual, in words.
         decoder: a masked autoencoder's other sizes: settings of the task group.
         weights: by plain name, read when asked for.
         names: the plain names that there are.
@@ -113,7 +114,16 @@ class ForeignModel:
     is_hf: bool
     mean: list[float] = field(default_factory=lambda: list(_MEAN))
     std: list[float] = field(default_factory=lambda: list(_STD))
+    assumes: str = ""
     decoder: dict[str, Any] = field(default_factory=dict)
+
+    def assume_normalisation(self) -> None:
+        """Take images in [-1, 1], as most of timm's ViTs and Google's take them."""
+        self.mean, self.std = [0.5] * self.channels, [0.5] * self.channels
+        self.assumes = (
+            f"how images were normalised is not told: data.mean={self.mean} and data.std={self.std} are taken, type "
+            f"others where they are wrong"
+        )
 
     def weight(self, plain: str) -> Tensor:
         """One weight by its plain name.
@@ -216,7 +226,7 @@ def _read_preprocessor(path: Path, foreign: ForeignModel) -> None:
         foreign.mean = list(settings.get("image_mean") or foreign.mean)
         foreign.std = list(settings.get("image_std") or foreign.std)
     else:
-        foreign.mean, foreign.std = [0.5] * foreign.channels, [0.5] * foreign.channels
+        foreign.assume_normalisation()
 
 
 def _read_plain(path: Path, *, num_heads: int | None) -> ForeignModel:
@@ -256,7 +266,7 @@ def _read_plain(path: Path, *, num_heads: int | None) -> ForeignModel:
     )
     classes = [str(index) for index in range(files.shape("head.weight")[0])] if "head.weight" in files else []
     foreign = ForeignModel(model, [side * patch] * 2, channels, classes, files, {}, is_hf=False)
-    foreign.mean, foreign.std = [0.5] * channels, [0.5] * channels
+    foreign.assume_normalisation()
     if "decoder_embed.weight" in files:
         narrow = files.shape("decoder_embed.weight")[0]
         deep = 1 + max(int(name.split(".")[1]) for name in files if name.startswith("decoder_blocks."))
@@ -269,7 +279,7 @@ def _read_plain(path: Path, *, num_heads: int | None) -> ForeignModel:
             "mask_ratio": 0.75,
             "norm_pix": True,
         }
-        foreign.mean, foreign.std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+        foreign.mean, foreign.std, foreign.assumes = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], ""
         foreign.classes = []
         _choose_positions(foreign)
     return foreign

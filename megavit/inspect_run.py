@@ -29,12 +29,12 @@ def inspect_run(arguments: list[str]) -> int:
         "classes": "none"
         if not state.classes
         else f"{len(state.classes)}: {', '.join(state.classes[:10])}{' …' if len(state.classes) > 10 else ''}",
-        "step": f"{state.step} of {config.train.steps or f'{config.train.epochs} epochs'}",
+        "step": f"{state.step} of {config.train.steps or f'{config.train.epochs:g} epochs'}",
         "samples": f"{state.consumed_samples:,}",
         "precision": config.train.precision.value,
         "layout": _layout(config.parallel),
         "size": f"{sum(path.stat().st_size for path in files):,} bytes in {len(files)} files",
-        "validation": "  ".join(f"{name} {value:.4f}" for name, value in state.metrics.items()) or "none yet",
+        "validation": _told(state.metrics) or "none yet",
         "best": _best(checkpoint),
     }
     for name, value in rows.items():
@@ -46,7 +46,11 @@ def _best(checkpoint: Path) -> str:
     best = CheckpointStore(checkpoint.parent).best()
     if best is None:
         return "none named"
-    return f"{best.name}  " + "  ".join(f"{name} {value:.4f}" for name, value in read_state(best).metrics.items())
+    return f"{best.name}  {_told(read_state(best).metrics)}"
+
+
+def _told(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}".removesuffix(".0000") for name, value in metrics.items())
 
 
 def _layout(parallel: ParallelConfig) -> str:

@@ -310,5 +310,6 @@ class Trainer:
         )
 
     def _say_complete(self, reporter: Reporter) -> None:
+        length = "train.steps" if self.config.train.steps is not None else "train.epochs"
         result = f"; {self.task.summary(self.last_validation)}" if self.last_validation else ""
-        reporter.say(f"complete: step {self.step} of {self.num_steps}{result}. Raise train.steps to go on")
+        reporter.say(f"complete: step {self.step} of {self.num_steps}{result}. Raise {length} to go on")

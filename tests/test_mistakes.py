@@ -188,7 +188,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "say which share of each class validates, data.val_fraction=0.1",
     ),
     "corrupt image": (with_corrupt_image, ".png cannot be read as an image: "),
-    "text named .png, in a worker": (with_text_named_image, ".png cannot be read as an image: cannot identify"),
+    "text named .png, in a worker": (with_text_named_image, ".png cannot be read as an image: it is in no format"),
     "wrong channels": (with_wrong_channels, ".npy has 5 channels, and data.channels=3"),
     "labels out of range": (with_labels_out_of_range, "labels go from 0 to 7, and there are 2 classes"),
     "broken parquet": (with_broken_parquet, "all.parquet cannot be read as parquet"),
@@ -211,7 +211,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "a word for a number": (lambda root: train(root, "train.global_batch=many"), "train.global_batch: Value 'many'"),
     "several values": (lambda root: train(root, "optim.lr=1e-3,1e-4"), "gives several values, and a run takes one"),
     "no setting at all": (lambda root: train(root, "faster"), "'faster' is no setting: write key=value"),
-    "neither steps nor epochs": (lambda root: train(root, "train.steps=null"), "set one of train.steps=null"),
+    "neither steps nor epochs": (lambda root: train(root, "train.steps=null"), "say how long to train"),
     "warm-up longer than the run": (
         lambda root: train(root, "optim.warmup_steps=50"),
         "must be below the run's 3 steps",

@@ -23,7 +23,7 @@ def trained(tmp_path_factory):
     result = run("-m", "megavit", "train", "run.ranks=2", "parallel.pp=2", *overrides, f"run.dir={run_dir}")
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return run_dir, rows[-1]
+    return run_dir, next(row for row in reversed(rows) if row["split"] == "val")
 
 
 @pytest.mark.parametrize(

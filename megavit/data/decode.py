@@ -6,7 +6,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from megavit.errors import ConfigError
@@ -38,7 +38,9 @@ def decode_image(encoded: Path | bytes, *, channels: int, name: str) -> Tensor:
             pixels = _array(file) if is_array else _picture(file, channels)
     except Exception as error:
         # Of any type: of 60,000 images broken at random, Pillow 13 failed on one with a TypeError.
-        raise ConfigError(f"{name} cannot be read as an image: {error}; mend it or take it away") from error
+        # Pillow would say of which object in memory.
+        told = "it is in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise ConfigError(f"{name} cannot be read as an image: {told}; mend it or take it away") from error
     if pixels.ndim != 3 or pixels.shape[2] != channels:
         has = f"{pixels.shape[2]} channels" if pixels.ndim == 3 else f"the shape {list(pixels.shape)}"
         raise ConfigError(

@@ -80,6 +80,6 @@ def _class_names(root: Path) -> tuple[str, ...]:
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise ConfigError(
-            f"{root} has no class folders; images belong into {root}/CLASS/. Without labels they are data.source=images"
+            f"{root} has no class folders; images belong into {root}/CLASS/. Without labels they are data=images"
         )
     return tuple(names)

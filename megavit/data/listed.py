@@ -61,7 +61,7 @@ def _read(path: Path) -> list[tuple[str, str]]:
             rows = [(str(path.parent / (row["path"] or "")), row["label"] or "") for row in reader]
     except OSError as error:
         raise ConfigError(
-            f"data.path={path} cannot be read: {error.strerror}; data.source=csv takes a CSV file, or a folder with "
+            f"data.path={path} cannot be read: {error.strerror}; data=csv takes a CSV file, or a folder with "
             f"train.csv and val.csv"
         ) from error
     except (UnicodeDecodeError, csv.Error) as error:

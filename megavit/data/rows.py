@@ -125,8 +125,8 @@ def open_hub(config: DataConfig, split: str) -> Rows:
     except (OSError, ValueError, RuntimeError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(
-            f"data.path={config.path} cannot be had from the Hugging Face hub: {first}. data.source=hub takes an id "
-            f"such as ORG/NAME; files on this machine are data.source=parquet or arrow"
+            f"data.path={config.path} cannot be had from the Hugging Face hub: {first}. data=hub takes an id "
+            f"such as ORG/NAME; files on this machine are data=parquet or arrow"
         ) from error
     return Rows(_by_part(loaded, str(config.path)), config, split)
 

@@ -58,7 +58,7 @@ def test_two_lists_are_the_two_parts_in_their_own_order(listed):
 
 
 WRONG_LISTS = {
-    "no such file": (None, "No such file or directory; data.source=csv takes a CSV file"),
+    "no such file": (None, "No such file or directory; data=csv takes a CSV file"),
     "other columns": (
         "file,class\na.png,x\n",
         "must name the columns path and label in its first line, not file, clas",
