@@ -19,8 +19,9 @@ verbs
   inspect      what a run or a checkpoint is: from=PATH
   verify       read every byte of a run's checkpoints, or of one, and say what is broken: from=PATH
   prune        remove a run's older checkpoints: from=RUN keep_last=N [keep_every=STEPS]
-  convert      weights from elsewhere into a run: from=timm:FILE|hf:FOLDER_OR_ID|mae:FILE to=RUN [num_heads=N];
-               a run's into theirs: from=RUN to=timm:FILE|hf:FOLDER|mae:FILE [dtype=fp32|bf16|fp16]
+  convert      weights from elsewhere into a run: from=timm:FILE|hf:FOLDER_OR_ID|mae:FILE|nemo:FILE to=RUN
+               [num_heads=N]; a run's into theirs: from=RUN to=timm:FILE|hf:FOLDER|mae:FILE|nemo:FILE
+               [dtype=fp32|bf16|fp16] [push=ORG/NAME]
   recipes      the complete experiments that come with megavit
 
 examples

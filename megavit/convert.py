@@ -15,7 +15,7 @@ from megavit.checks import whole_number
 from megavit.compose import compose, to_yaml
 from megavit.config import RunConfig
 from megavit.errors import ConfigError
-from megavit.exchange import ForeignModel, read_foreign, write_hf, write_timm
+from megavit.exchange import ForeignModel, read_foreign, write_hf, write_nemo, write_timm
 from megavit.exits import FINISHED
 from megavit.model.config import Head, Pool, Positions
 from megavit.model.embedding import sincos_positions
@@ -28,7 +28,7 @@ from megavit.task.config import TaskName
 from megavit.trained import TrainedRun, open_run, read_classes, read_config
 from megavit.verb_arguments import parse_arguments
 
-_KINDS = ("hf", "timm", "mae")
+_KINDS = ("hf", "timm", "mae", "nemo")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HUB_FILES = ["*.json", "*.safetensors"]
 
@@ -37,13 +37,13 @@ def convert(arguments: list[str]) -> int:
     """Convert in the direction that the arguments name.
 
     Args:
-        arguments: `from=KIND:PATH to=RUN` or `from=RUN to=KIND:PATH`, KIND one of hf, timm, mae; optionally
-            `dtype=fp32|bf16|fp16` on the way out and `num_heads=N` on the way in.
+        arguments: `from=KIND:PATH to=RUN` or `from=RUN to=KIND:PATH`, KIND one of hf, timm, mae, nemo; optionally
+            `dtype=fp32|bf16|fp16` and `push=ORG/NAME` on the way out and `num_heads=N` on the way in.
 
     Raises:
         ConfigError: if one of them cannot be read, or the other has no place for what it holds.
     """
-    given = parse_arguments("convert", arguments, needed=("from", "to"), optional=("dtype", "num_heads"))
+    given = parse_arguments("convert", arguments, needed=("from", "to"), optional=("dtype", "num_heads", "push"))
     kinds = {key: given[key].partition(":")[0] for key in ("from", "to") if given[key].partition(":")[0] in _KINDS}
     if len(kinds) != 1:
         raise ConfigError(
@@ -55,12 +55,19 @@ def convert(arguments: list[str]) -> int:
             raise ConfigError(f"dtype={given['dtype']} would be ignored: a run's weights are fp32")
         heads = whole_number("num_heads", given["num_heads"]) if "num_heads" in given else None
         return _into_run(kinds["from"], given["from"].partition(":")[2], Path(given["to"]), num_heads=heads)
+    push = given.get("push")
+    if push is not None and (kinds["to"] != "hf" or push.count("/") != 1):
+        raise ConfigError(f"push={push} takes ORG/NAME, where to=hf:FOLDER goes on the Hugging Face hub")
     if "num_heads" in given:
         raise ConfigError(f"num_heads={given['num_heads']} would be ignored: a run knows its heads")
     dtype = given.get("dtype", "fp32")
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype} is not known; known: {', '.join(_DTYPES)}")
-    return _out_of_run(Path(given["from"]), kinds["to"], Path(given["to"].partition(":")[2]), dtype=dtype)
+    target = Path(given["to"].partition(":")[2])
+    _out_of_run(Path(given["from"]), kinds["to"], target, dtype=dtype)
+    if push is not None:
+        _push(target, push)
+    return FINISHED
 
 
 def _into_run(kind: str, place: str, run_dir: Path, *, num_heads: int | None) -> int:
@@ -85,7 +92,7 @@ def _into_run(kind: str, place: str, run_dir: Path, *, num_heads: int | None) ->
 
 def _download(kind: str, place: str) -> Path:
     path = Path(place)
-    if path.exists() or kind == "mae" or place.count("/") != 1:
+    if path.exists() or kind in ("mae", "nemo") or place.count("/") != 1:
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -110,8 +117,8 @@ def _config_of(kind: str, foreign: ForeignModel, run_dir: Path) -> RunConfig:
         channels=foreign.channels,
         mean=foreign.mean,
         std=foreign.std,
-        # Hugging Face's processor resizes the whole image, timm's evaluation cuts the centre out.
-        eval_crop=None if kind == "hf" else 0.9,
+        # Hugging Face's processor and NeMo resize the whole image, timm's evaluation cuts the centre out.
+        eval_crop=None if kind in ("hf", "nemo") else 0.9,
     )
     return replace(
         config,
@@ -152,7 +159,29 @@ def _fill(chunk: Any, foreign: ForeignModel, config: RunConfig) -> None:
         raise ConfigError(f"{left[0]} has no place in megavit's network ({len(left)} weights are left over)")
 
 
-def _out_of_run(run: Path, kind: str, target: Path, *, dtype: str) -> int:
+def _push(folder: Path, repository: str) -> None:
+    """Copy a folder to the hub; a repository that is made for it is private."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Converted by megavit")
+    except Exception as error:
+        # Without a network its HTTP library raises errors of its own, which are no OSError.
+        known = (OSError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError)
+        if not isinstance(error, known) and not type(error).__module__.startswith("httpx"):
+            raise
+        told = next((line for line in str(error).splitlines() if line), type(error).__name__)
+        raise ConfigError(
+            f"push={repository}: the Hugging Face hub does not take it: {told}. {folder} is whole; `hf auth login` "
+            f"and `hf upload {repository} {folder}` do the rest"
+        ) from error
+    print(f"https://huggingface.co/{repository}: a new repository is private until you publish it")
+
+
+def _out_of_run(run: Path, kind: str, target: Path, *, dtype: str) -> None:
     checkpoint = find_checkpoint(run)
     config = read_config(checkpoint)
     is_mae = config.task.name is TaskName.mae
@@ -162,7 +191,7 @@ def _out_of_run(run: Path, kind: str, target: Path, *, dtype: str) -> int:
         raise ConfigError(f"to={kind}:{target} is there already; choose another place")
     classes = () if is_mae else read_classes(checkpoint)
     trained = open_run(config, checkpoint, num_classes=len(classes))
-    plain = _plain_weights(trained, config, decoder=is_mae and kind != "timm", dtype=_DTYPES[dtype])
+    plain = _plain_weights(trained, config, decoder=is_mae and kind not in ("timm", "nemo"), dtype=_DTYPES[dtype])
     if kind == "hf":
         _refuse_unlike_hf(config)
         write_hf(target, plain, _hf_config(config, classes, dtype), _preprocessor(config))
@@ -171,11 +200,12 @@ def _out_of_run(run: Path, kind: str, target: Path, *, dtype: str) -> int:
         if config.model.head is not Head.linear:
             raise ConfigError(f"model.head={config.model.head.value}: timm's ViT has one matrix for a head")
         write_timm(target, plain, config.model)
+    elif kind == "nemo":
+        write_nemo(target, plain, _dims(config))
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"model": plain}, target)
     print(f"{target}: {kind}, {dtype}, of {checkpoint}")
-    return FINISHED
 
 
 def _plain_weights(run: TrainedRun, config: RunConfig, *, decoder: bool, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -14,13 +14,25 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megavit.checkpoint.foreign import from_hf, hf_spelling, join_prefix, split_prefix, to_hf
+from megavit.checkpoint.foreign import (
+    HfSpelling,
+    NemoSpelling,
+    PlainSpelling,
+    Spelling,
+    join_prefix,
+    split_prefix,
+    to_hf,
+)
+from megavit.checkpoint.names import Dims
+from megavit.checkpoint.nemo import PREFIX, bare, nemo_row
 from megavit.errors import ConfigError
-from megavit.model.config import ModelConfig, Pool, Positions
+from megavit.model.config import Head, ModelConfig, Pool, Positions
 from megavit.model.embedding import sincos_positions
 
 # timm's and Hugging Face's default for ViT.
 _MEAN, _STD = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
+# MAE's and NeMo's.
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Heads cannot be seen in the weights: width, layers and patch tell the named sizes; others have heads of 64.
 _HEADS = {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16}
@@ -110,8 +122,7 @@ class ForeignModel:
     channels: int
     classes: list[str]
     files: TensorFiles
-    aliases: dict[str, str]
-    is_hf: bool
+    spelling: Spelling
     mean: list[float] = field(default_factory=lambda: list(_MEAN))
     std: list[float] = field(default_factory=lambda: list(_STD))
     assumes: str = ""
@@ -132,40 +143,37 @@ class ForeignModel:
             ConfigError: if it is not there.
         """
         try:
-            if self.is_hf:
-                return from_hf(lambda name: self.files.read(self.aliases[name]), plain)
-            if plain in ("cls_token", "pos_embed"):
-                return join_prefix(self.files.read, self.files)[plain]
-            return self.files.read(plain)
+            return self.spelling.weight(plain)
         except KeyError as error:
             raise ConfigError(f"the model has no weight {error}, which {plain} is made of") from error
 
     def unread(self, wanted: list[str]) -> list[str]:
         """Their names that none of the wanted plain ones is made of."""
-        from megavit.checkpoint.foreign import hf_names
-
-        if self.is_hf:
-            used = {self.aliases.get(name, name) for plain in wanted for name in hf_names(plain)}
-        else:
-            used = {*wanted, "reg_token"} if "cls_token" in wanted else set(wanted)
-        fixed = {"decoder_pos_embed", self.aliases.get("decoder.decoder_pos_embed", "")}
+        fixed = ["decoder_pos_embed"] if self.decoder else []
         if self.model.positions is Positions.sincos:
-            fixed |= {"pos_embed", self.aliases.get("vit.embeddings.position_embeddings", "")}
-        return sorted(name for name in self.files if name not in used | fixed and name not in _UNUSED)
+            fixed.append("pos_embed")
+        used = {name for plain in (*wanted, *fixed) for name in self.spelling.names(plain)}
+        return sorted(name for name in self.files if name not in used and name not in _UNUSED)
 
 
 def read_foreign(kind: str, path: Path, *, num_heads: int | None) -> ForeignModel:
     """Read a model of another library.
 
     Args:
-        kind: `timm` (one file of weights), `mae` (facebookresearch/mae's .pth) or `hf` (a folder with config.json).
+        kind: `timm` (one file of weights), `mae` (facebookresearch/mae's .pth), `hf` (a folder with config.json) or
+            `nemo` (one file with a state dict).
         path: the file or folder.
         num_heads: where weights alone do not tell; None for those of the named sizes, else heads of 64.
 
     Raises:
         ConfigError: if it cannot be read, or is no ViT that this network can be.
     """
-    return _read_hf(path) if kind == "hf" else _read_plain(path, num_heads=num_heads)
+    if kind == "hf":
+        return _read_hf(path)
+    if not path.is_file():
+        raise ConfigError(f"{path} is no file; weights of {kind} are one file, Hugging Face's folder is from=hf:")
+    files = TensorFiles([path])
+    return (_read_nemo if kind == "nemo" else _read_plain)(path, files, num_heads=num_heads)
 
 
 def _read_hf(path: Path) -> ForeignModel:
@@ -182,7 +190,7 @@ def _read_hf(path: Path) -> ForeignModel:
     if not weights:
         raise ConfigError(f"from=hf:{path} has no *.safetensors and no pytorch_model*.bin")
     files = TensorFiles(weights)
-    aliases = {hf_spelling(name): name for name in files}
+    spelling = HfSpelling(files.read, files)
     size = config.get("image_size", 224)
     image_size = list(size) if isinstance(size, list | tuple) else [size, size]
     foreign = ForeignModel(
@@ -198,8 +206,7 @@ def _read_hf(path: Path) -> ForeignModel:
         config.get("num_channels", 3),
         [],
         files,
-        aliases,
-        is_hf=True,
+        spelling,
     )
     if config["model_type"] == "vit_mae":
         foreign.decoder = {
@@ -229,12 +236,7 @@ def _read_preprocessor(path: Path, foreign: ForeignModel) -> None:
         foreign.assume_normalisation()
 
 
-def _read_plain(path: Path, *, num_heads: int | None) -> ForeignModel:
-    if not path.is_file():
-        raise ConfigError(
-            f"{path} is no file; timm's and MAE's weights are one file, Hugging Face's folder is from=hf:"
-        )
-    files = TensorFiles([path])
+def _read_plain(path: Path, files: TensorFiles, *, num_heads: int | None) -> ForeignModel:
     try:
         width, channels, patch, _ = files.shape("patch_embed.proj.weight")
         ffn = files.shape("blocks.0.mlp.fc1.weight")[0]
@@ -255,7 +257,7 @@ def _read_plain(path: Path, *, num_heads: int | None) -> ForeignModel:
     model = ModelConfig(
         hidden_size=width,
         ffn_size=ffn,
-        num_heads=num_heads or _HEADS.get((width, layers), max(1, width // 64)),
+        num_heads=num_heads or _usual_heads(width, layers),
         num_layers=layers,
         patch_size=patch,
         class_tokens=prefix,
@@ -265,7 +267,7 @@ def _read_plain(path: Path, *, num_heads: int | None) -> ForeignModel:
         layer_scale=float(scale.flatten()[0].abs().clamp(min=1e-12)) if scale is not None else None,
     )
     classes = [str(index) for index in range(files.shape("head.weight")[0])] if "head.weight" in files else []
-    foreign = ForeignModel(model, [side * patch] * 2, channels, classes, files, {}, is_hf=False)
+    foreign = ForeignModel(model, [side * patch] * 2, channels, classes, files, PlainSpelling(files.read, files))
     foreign.assume_normalisation()
     if "decoder_embed.weight" in files:
         narrow = files.shape("decoder_embed.weight")[0]
@@ -279,9 +281,49 @@ def _read_plain(path: Path, *, num_heads: int | None) -> ForeignModel:
             "mask_ratio": 0.75,
             "norm_pix": True,
         }
-        foreign.mean, foreign.std, foreign.assumes = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], ""
+        foreign.mean, foreign.std, foreign.assumes = list(_IMAGENET_MEAN), list(_IMAGENET_STD), ""
         foreign.classes = []
         _choose_positions(foreign)
+    return foreign
+
+
+def _usual_heads(width: int, layers: int) -> int:
+    return _HEADS.get((width, layers), max(1, width // 64))
+
+
+def _read_nemo(path: Path, files: TensorFiles, *, num_heads: int | None) -> ForeignModel:
+    shapes = {bare(name): files.shape(name) for name in files}
+    try:
+        width, values = shapes["backbone.linear_encoder.weight"]
+        tokens = shapes["backbone.cls_token"][1]
+        ffn = shapes["backbone.transformer.layers.0.mlp.dense_h_to_4h.weight"][0]
+        positions = shapes["backbone.position_embeddings.weight"][0] - tokens
+    except KeyError as error:
+        raise ConfigError(f"{path} is no ViT of NeMo's names: {error} is missing") from error
+    layers = 1 + max(int(name.split(".")[3]) for name in shapes if name.startswith("backbone.transformer.layers."))
+    # Its images were of three channels.
+    side, patch = math.isqrt(positions), math.isqrt(values // 3)
+    if side * side != positions or 3 * patch * patch != values:
+        raise ConfigError(
+            f"{path} has {positions} positions and {values} values a patch: only square patches of square images in "
+            f"three channels are told from weights alone"
+        )
+    two_matrices = "head.dense_in.weight" in shapes
+    model = ModelConfig(
+        hidden_size=width,
+        ffn_size=ffn,
+        num_heads=num_heads or _usual_heads(width, layers),
+        num_layers=layers,
+        patch_size=patch,
+        class_tokens=tokens,
+        patch_bias="backbone.linear_encoder.bias" in shapes,
+        head=Head.tanh_mlp if two_matrices else Head.linear,
+        norm_eps=1e-5,
+    )
+    spelling = NemoSpelling(files.read, files, Dims(model.num_heads, patch), two_matrices=two_matrices)
+    scores = shapes.get("head.dense_out.weight" if two_matrices else "head.weight", (0,))[0]
+    foreign = ForeignModel(model, [side * patch] * 2, 3, [str(index) for index in range(scores)], files, spelling)
+    foreign.mean, foreign.std = list(_IMAGENET_MEAN), list(_IMAGENET_STD)
     return foreign
 
 
@@ -312,6 +354,29 @@ def write_timm(path: Path, plain: dict[str, Tensor], model: ModelConfig) -> None
         plain.pop(name, None)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({**plain, **split}, path, metadata={"format": "pt"})
+
+
+def write_nemo(path: Path, plain: dict[str, Tensor], dims: Dims) -> None:
+    """Write one file with a state dict of NeMo's names.
+
+    Args:
+        path: the file.
+        plain: weights of the plain model; taken out one by one.
+        dims: of the model.
+
+    Raises:
+        ConfigError: for a weight that theirs has no place for.
+    """
+    two_matrices = "pre_logits.0.weight" in plain
+    theirs = {}
+    for name in list(plain):
+        try:
+            row, spelled = nemo_row(name, two_matrices=two_matrices)
+        except KeyError as error:
+            raise ConfigError(f"NeMo's ViT has no place for {name}; to=timm: may have") from error
+        theirs[f"{PREFIX}{spelled}"] = row.from_plain(plain.pop(name), dims).contiguous().clone()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": theirs}, path)
 
 
 def write_hf(folder: Path, plain: dict[str, Tensor], settings: dict[str, Any], preprocessor: dict[str, Any]) -> None:

@@ -5,12 +5,15 @@ apart and names every part anew.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megavit.checkpoint.names import Dims
+from megavit.checkpoint.nemo import bare, nemo_row
 from megavit.errors import ConfigError
 
 Read = Callable[[str], Tensor]
@@ -163,3 +166,82 @@ def split_prefix(plain: dict[str, Tensor], *, pools_class_token: bool, learned: 
     if learned and not plain["pos_embed"][:, :count].any():
         split["pos_embed"] = plain["pos_embed"][:, count:].contiguous()
     return split
+
+
+class Spelling(Protocol):
+    """How one library's files spell plain weights."""
+
+    def names(self, plain: str) -> tuple[str, ...]:
+        """The names in the files of what a plain weight is made of; some may not be there."""
+
+    def weight(self, plain: str) -> Tensor:
+        """A plain weight.
+
+        Raises:
+            KeyError: naming what is not there.
+        """
+
+
+class PlainSpelling:
+    """timm's and facebookresearch/mae's.
+
+    Args:
+        read: a weight by its name in the files.
+        there: those names.
+    """
+
+    def __init__(self, read: Read, there: Iterable[str]) -> None:
+        self._read, self._there = read, set(there)
+
+    def names(self, plain: str) -> tuple[str, ...]:
+        """See `Spelling`."""
+        return ("cls_token", "reg_token") if plain == "cls_token" else (plain,)
+
+    def weight(self, plain: str) -> Tensor:
+        """See `Spelling`."""
+        if plain in ("cls_token", "pos_embed"):
+            return join_prefix(self._read, self._there)[plain]
+        return self._read(plain)
+
+
+class HfSpelling:
+    """Hugging Face's (see `PlainSpelling`)."""
+
+    def __init__(self, read: Read, there: Iterable[str]) -> None:
+        self._read, self._aliases = read, {hf_spelling(name): name for name in there}
+
+    def names(self, plain: str) -> tuple[str, ...]:
+        """See `Spelling`."""
+        return tuple(self._aliases.get(name, name) for name in hf_names(plain))
+
+    def weight(self, plain: str) -> Tensor:
+        """See `Spelling`."""
+        return from_hf(lambda name: self._read(self._aliases[name]), plain)
+
+
+class NemoSpelling:
+    """NVIDIA NeMo's (see `PlainSpelling`).
+
+    Args:
+        read: a weight by its name in the files.
+        there: those names.
+        dims: of the model.
+        two_matrices: whether its head has two.
+    """
+
+    def __init__(self, read: Read, there: Iterable[str], dims: Dims, *, two_matrices: bool) -> None:
+        self._read, self._dims, self._two_matrices = read, dims, two_matrices
+        self._aliases: Mapping[str, str] = {bare(name): name for name in there}
+
+    def names(self, plain: str) -> tuple[str, ...]:
+        """See `Spelling`."""
+        try:
+            _, name = nemo_row(plain, two_matrices=self._two_matrices)
+        except KeyError:
+            return ()
+        return (self._aliases.get(name, name),)
+
+    def weight(self, plain: str) -> Tensor:
+        """See `Spelling`."""
+        row, name = nemo_row(plain, two_matrices=self._two_matrices)
+        return row.to_plain(self._read(self._aliases[name]), self._dims)

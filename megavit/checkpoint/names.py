@@ -36,23 +36,24 @@ def _swap_first_two(weight: Tensor, dims: Dims) -> Tensor:
     return weight.transpose(0, 1)
 
 
-def _heads_to_parts(weight: Tensor, dims: Dims) -> Tensor:
+def heads_to_parts(weight: Tensor, dims: Dims) -> Tensor:
     """Rows head by head (query, key, value of each) to all queries, all keys, all values."""
     rows = weight.unflatten(0, (dims.num_heads, 3, -1))
     return rows.transpose(0, 1).flatten(0, 2)
 
 
-def _parts_to_heads(weight: Tensor, dims: Dims) -> Tensor:
+def parts_to_heads(weight: Tensor, dims: Dims) -> Tensor:
+    """The inverse of `heads_to_parts`."""
     rows = weight.unflatten(0, (3, dims.num_heads, -1))
     return rows.transpose(0, 1).flatten(0, 2)
 
 
 def _decoder_heads_to_parts(weight: Tensor, dims: Dims) -> Tensor:
-    return _heads_to_parts(weight, replace(dims, num_heads=dims.decoder_heads))
+    return heads_to_parts(weight, replace(dims, num_heads=dims.decoder_heads))
 
 
 def _decoder_parts_to_heads(weight: Tensor, dims: Dims) -> Tensor:
-    return _parts_to_heads(weight, replace(dims, num_heads=dims.decoder_heads))
+    return parts_to_heads(weight, replace(dims, num_heads=dims.decoder_heads))
 
 
 def _channels_last(weight: Tensor, dims: Dims) -> Tensor:
@@ -71,9 +72,9 @@ Transform = Callable[[Tensor, Dims], Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `#` stands for the layer's number, counted from 0 over the whole model."""
+    """One line of a table: a name there and the plain one; `#` stands for the layer's number, from 0 over the model."""
 
-    ours: str
+    name: str
     plain: str
     to_plain: Transform = _same
     from_plain: Transform = _same
@@ -81,7 +82,7 @@ class Row:
 
 def _layers(ours: str, plain: str, from_heads: Transform, to_heads: Transform) -> list[Row]:
     """The rows of a block of layers."""
-    same = (
+    alike = (
         ("norm1", "norm1"),
         ("norm2", "norm2"),
         ("attn.q_layernorm", "attn.q_norm"),
@@ -92,7 +93,7 @@ def _layers(ours: str, plain: str, from_heads: Transform, to_heads: Transform) -
     )
     rows = []
     for leaf in ("weight", "bias"):
-        rows += [Row(f"{ours}.layers.#.{one}.{leaf}", f"{plain}.#.{other}.{leaf}") for one, other in same]
+        rows += [Row(f"{ours}.layers.#.{one}.{leaf}", f"{plain}.#.{other}.{leaf}") for one, other in alike]
         rows.append(Row(f"{ours}.layers.#.attn.qkv.{leaf}", f"{plain}.#.attn.qkv.{leaf}", from_heads, to_heads))
     return rows
 
@@ -102,7 +103,7 @@ TABLE = (
     Row("embed.proj.bias", "patch_embed.proj.bias"),
     Row("embed.cls_token", "cls_token", _swap_first_two, _swap_first_two),
     Row("embed.pos_embed", "pos_embed", _swap_first_two, _swap_first_two),
-    *_layers("blocks", "blocks", _heads_to_parts, _parts_to_heads),
+    *_layers("blocks", "blocks", heads_to_parts, parts_to_heads),
     *_layers("mae_decoder.blocks", "decoder_blocks", _decoder_heads_to_parts, _decoder_parts_to_heads),
     Row("mae_decoder.mask_token", "mask_token"),
     Row("blocks.layers.#.residual1.gamma", "blocks.#.ls1.gamma"),
@@ -132,7 +133,7 @@ def plain_name(name: str) -> str:
     Raises:
         KeyError: for a name that is not in the table.
     """
-    row, layer = _find({row.ours: row for row in TABLE}, name)
+    row, layer = find_row({row.name: row for row in TABLE}, name)
     return row.plain.replace("#", layer)
 
 
@@ -142,10 +143,10 @@ def to_plain(weights: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
     Raises:
         KeyError: for a name that is not in the table.
     """
-    table = {row.ours: row for row in TABLE}
+    table = {row.name: row for row in TABLE}
     renamed = {}
     for name, weight in weights.items():
-        row, layer = _find(table, name)
+        row, layer = find_row(table, name)
         renamed[row.plain.replace("#", layer)] = row.to_plain(weight, dims)
     return renamed
 
@@ -155,13 +156,18 @@ def from_plain(weights: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
     table = {row.plain: row for row in TABLE}
     renamed = {}
     for name, weight in weights.items():
-        row, layer = _find(table, name)
-        renamed[row.ours.replace("#", layer)] = row.from_plain(weight, dims)
+        row, layer = find_row(table, name)
+        renamed[row.name.replace("#", layer)] = row.from_plain(weight, dims)
     return renamed
 
 
-def _find(table: dict[str, Row], name: str) -> tuple[Row, str]:
-    number = re.search(r"blocks\.(?:layers\.)?(\d+)\.", name)
+def find_row(table: dict[str, Row], name: str) -> tuple[Row, str]:
+    """The row of a name, and the layer's number where it has one.
+
+    Raises:
+        KeyError: for a name that is not in the table.
+    """
+    number = re.search(r"(?:blocks|layers)\.(\d+)\.", name)
     layer = number.group(1) if number else ""
     pattern = name.replace(f".{layer}.", ".#.", 1) if number else name
     return table[pattern], layer
