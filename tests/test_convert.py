@@ -1,6 +1,12 @@
 """Weights from and to timm, Hugging Face and MAE: every tensor comes back to the bit, the logits are theirs."""
 
+import contextlib
 import json
+import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -329,6 +335,35 @@ def test_what_is_pushed_goes_into_a_private_repository_or_stays_here_whole(tmp_p
     assert told.count("megavit: push=me/mine: the Hugging Face hub does not take it: ") == 1
     assert (tmp_path / "again" / "model.safetensors").exists()
     assert "push=mine takes ORG/NAME" in refused(*out[:3], "push=mine")
+
+
+def peak_memory(*arguments: str) -> int:
+    """The most memory of its own, in bytes, that a conversion has held; mapped files are the page cache's."""
+    command = [sys.executable, "-m", "megavit", "convert", *arguments]
+    running = subprocess.Popen(command, env={**os.environ, "MEGAVIT_DEVICE": "cpu"}, stdout=subprocess.DEVNULL)
+    peak = 0
+    while running.poll() is None:
+        with contextlib.suppress(OSError, AttributeError, ProcessLookupError):
+            status = Path(f"/proc/{running.pid}/status").read_text()
+            peak = max(peak, int(re.search(r"RssAnon:\s+(\d+)", status).group(1)) * 1024)
+        time.sleep(0.01)
+    return peak
+
+
+@pytest.mark.slow
+def test_a_conversion_holds_less_than_half_more_than_the_model(tmp_path, figure):
+    theirs = tmp_path / "timm.safetensors"
+    save_file(timm.create_model("vit_large_patch16_224").state_dict(), theirs)
+    imports, size = peak_memory("from=nothing", "to=nothing"), theirs.stat().st_size
+    for name, arguments in {
+        "from timm": [f"from=timm:{theirs}", f"to={tmp_path / 'run'}"],
+        "to timm": [f"from={tmp_path / 'run'}", f"to=timm:{tmp_path / 'back.safetensors'}"],
+        "to Hugging Face": [f"from={tmp_path / 'run'}", f"to=hf:{tmp_path / 'hf'}"],
+        "from Hugging Face": [f"from=hf:{tmp_path / 'hf'}", f"to={tmp_path / 'again'}"],
+    }.items():
+        ratio = (peak_memory(*arguments) - imports) / size
+        figure(f"ViT-L/16 {name}: {ratio:.2f} times its size")
+        assert ratio < 1.5
 
 
 def test_half_precision_is_written_when_it_is_asked_for(tmp_path):

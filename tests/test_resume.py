@@ -50,6 +50,7 @@ def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(world, overrides, tmp_
         assert len(mine["due"]) < len(whole["due"])
 
 
+@pytest.mark.slow
 def test_resume_in_other_layouts_continues_the_same_run(tmp_path, figure):
     overrides = [*THIRTEEN_STEPS, "train.steps=16"]
     want = run_ranks(ranks.train_and_keep, 1, [*overrides, f"run.dir={tmp_path}/whole"])[0]

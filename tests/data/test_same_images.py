@@ -42,7 +42,7 @@ def train(overrides: list[str]) -> list[tuple]:
     config.check(1)
     Trainer(config).run()
     rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["split"], row["loss"], row["top1"]) for row in rows]
+    return [(row["step"], row["split"], row["loss"], row["top1"]) for row in rows if row["split"] != "save"]
 
 
 def compare(folder: Path, steps: int, figure) -> None:
