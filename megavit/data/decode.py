@@ -1,6 +1,7 @@
 """An encoded image to uint8 values, as a person would see it."""
 
 import io
+import warnings
 from pathlib import Path
 from typing import IO
 
@@ -11,6 +12,10 @@ from torch import Tensor
 
 from megavit.errors import ConfigError
 
+# A file of a few kilobytes can hold a picture of gigabytes: from here on Pillow warns of it, and we refuse.
+_MAX_PIXELS = 89_478_485
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 _MODES = {1: "L", 3: "RGB"}
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I")
 _NUMPY_MAGIC = b"\x93NUMPY"
@@ -20,7 +25,8 @@ def decode_image(encoded: Path | bytes, *, channels: int, name: str) -> Tensor:
     """Decode one image to image_CYX, uint8, upright.
 
     Pictures are converted to grey (1 channel) or colour (3); for any other number they must have as many themselves.
-    The camera's rotation (EXIF) is applied; 16-bit greys are scaled to 8 bits, which Pillow alone would saturate.
+    The camera's rotation (EXIF) is applied; 16-bit greys are scaled to 8 bits, which Pillow alone would saturate; alpha
+    is left away, CMYK and palettes become colours, of an animation the first frame is taken.
     NumPy's .npy files hold [row, column, channel] or [row, column] of uint8 or uint16.
 
     Args:
@@ -29,7 +35,7 @@ def decode_image(encoded: Path | bytes, *, channels: int, name: str) -> Tensor:
         name: of the image, for the error.
 
     Raises:
-        ConfigError: if it cannot be read, or has another number of channels.
+        ConfigError: if it cannot be read, is too large to be decoded safely, or has another number of channels.
     """
     try:
         with encoded.open("rb") if isinstance(encoded, Path) else io.BytesIO(encoded) as file:
@@ -52,6 +58,11 @@ def decode_image(encoded: Path | bytes, *, channels: int, name: str) -> Tensor:
 
 def _picture(file: IO[bytes], channels: int) -> np.ndarray:
     with Image.open(file) as opened:
+        if opened.width * opened.height > _MAX_PIXELS:
+            raise ValueError(
+                f"it has {opened.width:,} × {opened.height:,} pixels, and {_MAX_PIXELS:,} are decoded at most; make it "
+                f"smaller once"
+            )
         image = ImageOps.exif_transpose(opened)
         if image.mode in _SIXTEEN_BIT:
             image = Image.fromarray(_to_8_bit(np.asarray(image, dtype=np.uint32)))

@@ -50,13 +50,23 @@ class ImageFiles:
         return int(self.labels[index])
 
 
-def images_within(folder: Path) -> Iterator[str]:
-    """The paths of the images in a folder and in the folders within, hidden ones left away, in no order."""
+def images_within(folder: Path, *, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """The paths of the images in a folder and in the folders within, hidden ones left away, in no order.
+
+    Links are followed, but for one that leads back to a folder it lies in.
+
+    Args:
+        folder: to look in.
+        above: the true paths of the folders that it lies in.
+    """
+    true = os.path.realpath(folder)
+    if true in above:
+        return
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from images_within(Path(entry.path))
+            yield from images_within(Path(entry.path), above=above | {true})
         elif entry.name.lower().endswith(SUFFIXES):
             yield entry.path
 

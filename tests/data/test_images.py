@@ -1,6 +1,10 @@
 """Images from folders and parquet files: what is found, what is refused, what the network sees."""
 
+import io
 import os
+import random
+import re
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +16,7 @@ from PIL import Image
 
 from megavit.compose import compose
 from megavit.data.decode import decode_image
+from megavit.data.files import find_images
 from megavit.data.loader import Loader, Needs
 from megavit.data.opening import open_source
 from megavit.data.order import SampleKey
@@ -136,6 +141,81 @@ def test_a_broken_image_is_named_whatever_pillow_raises(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "open", open_badly)
     with pytest.raises(ConfigError, match=r"^a\.tif cannot be read as an image: 'float' object"):
         decode_image(tmp_path / "a.tif", channels=3, name="a.tif")
+
+
+def with_faults(root: Path) -> dict[str, str | tuple[int, int]]:
+    """A folder with one of each; what is said of it, or its height and width."""
+    square = Image.effect_noise((40, 30), 60)
+    colours = square.convert("RGB")
+    encoded = io.BytesIO()
+    colours.save(encoded, "JPEG")
+    whole = encoded.getvalue()
+    (root / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "empty.jpg").write_bytes(b"")
+    (root / "text.jpg").write_text("no picture")
+    colours.convert("CMYK").save(root / "cmyk.jpg")
+    colours.quantize(8).save(root / "palette.png")
+    square.save(root / "grey.png")
+    Image.fromarray(np.full((30, 40), 4000, dtype=np.uint16)).save(root / "deep.png")
+    colours.convert("RGBA").save(root / "alpha.png")
+    colours.resize((1, 1)).save(root / "one.png")
+    exif = colours.getexif()
+    exif[0x0112] = 8
+    colours.save(root / "turned.jpg", exif=exif)
+    colours.save(root / "moving.gif", save_all=True, append_images=[square.convert("RGB")])
+    Image.new("1", (12_000, 12_000)).save(root / "bomb.png")
+    colours.save(root / "naïve photo, 東京.png")
+    colours.save(root.parent / "outside.png")
+    (root / "link.png").symlink_to(root.parent / "outside.png")
+    (root / "loop").symlink_to(root)
+    there = {"cmyk.jpg", "palette.png", "grey.png", "deep.png", "alpha.png", "moving.gif", "link.png"}
+    return {
+        **dict.fromkeys(there | {"naïve photo, 東京.png"}, (30, 40)),
+        "one.png": (1, 1),
+        "turned.jpg": (40, 30),
+        "truncated.jpg": "image file is truncated",
+        "empty.jpg": "it is in no format that Pillow knows",
+        "text.jpg": "it is in no format that Pillow knows",
+        "bomb.png": "it has 12,000 × 12,000 pixels, and 89,478,485 are decoded at most",
+    }
+
+
+def test_one_of_each_fault_is_converted_or_named(tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    expected = with_faults(root)
+    assert (root / "bomb.png").stat().st_size < 20_000
+    found = find_images(root)
+    assert {path.name for path in found} == expected.keys()
+    assert len(found) == len(expected)
+    tracemalloc.start()
+    for path in found:
+        what = expected[path.name]
+        if isinstance(what, str):
+            with pytest.raises(ConfigError, match=re.escape(f"{path.name} cannot be read as an image: {what}")):
+                decode_image(path, channels=3, name=path.name)
+        else:
+            assert decode_image(path, channels=3, name=path.name).shape == (3, *what), path.name
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2_000_000
+    deep = decode_image(root / "deep.png", channels=3, name="deep")
+    assert (deep == 4000 >> 8).all()
+
+
+def test_a_flipped_bit_gives_a_picture_or_an_error(tmp_path):
+    draw, encoded = random.Random(0), io.BytesIO()
+    Image.effect_noise((40, 30), 60).convert("RGB").save(encoded, "JPEG")
+    whole, told = encoded.getvalue(), []
+    for _ in range(300):
+        broken = bytearray(whole)
+        broken[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        try:
+            assert decode_image(bytes(broken), channels=3, name="x").shape[0] == 3
+        except ConfigError as error:
+            told.append(str(error))
+    assert told
+    assert all(message.startswith("x cannot be read as an image: ") for message in told)
 
 
 KEYS = [SampleKey(3, 0), SampleKey(4, 0), SampleKey(3, 1), SampleKey(3, 0, 1)]
