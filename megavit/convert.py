@@ -1,7 +1,6 @@
-"""`megavit convert from=… to=…`: weights of timm, Hugging Face and MAE into a run, and a run's weights into theirs."""
+"""`megavit convert from=… to=…`: weights of other libraries into a run, and a run's weights into theirs."""
 
 import ctypes
-import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +16,12 @@ from megavit.checks import whole_number
 from megavit.compose import compose, to_yaml
 from megavit.config import RunConfig
 from megavit.errors import ConfigError
-from megavit.exchange import ForeignModel, read_foreign, write_hf, write_nemo, write_timm
+from megavit.exchange.foreign_model import ForeignModel
+from megavit.exchange.hf_folder import hf_config, hf_preprocessor, model_card, push, refuse_unlike_hf
+from megavit.exchange.read import read_foreign
+from megavit.exchange.write import write_hf, write_nemo, write_timm
 from megavit.exits import FINISHED
-from megavit.model.config import Head, Pool, Positions
+from megavit.model.config import Head, Positions
 from megavit.model.embedding import sincos_positions
 from megavit.model.vit import parameter_names
 from megavit.network import build_network
@@ -60,9 +62,9 @@ def convert(arguments: list[str]) -> int:
             raise ConfigError(f"dtype={given['dtype']} would be ignored: a run's weights are fp32")
         heads = whole_number("num_heads", given["num_heads"]) if "num_heads" in given else None
         return _into_run(kinds["from"], given["from"].partition(":")[2], Path(given["to"]), num_heads=heads)
-    push = given.get("push")
-    if push is not None and (kinds["to"] != "hf" or push.count("/") != 1):
-        raise ConfigError(f"push={push} takes ORG/NAME, where to=hf:FOLDER goes on the Hugging Face hub")
+    repository = given.get("push")
+    if repository is not None and (kinds["to"] != "hf" or repository.count("/") != 1):
+        raise ConfigError(f"push={repository} takes ORG/NAME, where to=hf:FOLDER goes on the Hugging Face hub")
     if "num_heads" in given:
         raise ConfigError(f"num_heads={given['num_heads']} would be ignored: a run knows its heads")
     dtype = given.get("dtype", "fp32")
@@ -70,8 +72,8 @@ def convert(arguments: list[str]) -> int:
         raise ConfigError(f"dtype={dtype} is not known; known: {', '.join(_DTYPES)}")
     target = Path(given["to"].partition(":")[2])
     _out_of_run(Path(given["from"]), kinds["to"], target, dtype=dtype)
-    if push is not None:
-        _push(target, push)
+    if repository is not None:
+        push(target, repository)
     return FINISHED
 
 
@@ -170,28 +172,6 @@ def _fill(chunk: Any, foreign: ForeignModel, config: RunConfig) -> None:
         raise ConfigError(f"{left[0]} has no place in megavit's network ({len(left)} weights are left over)")
 
 
-def _push(folder: Path, repository: str) -> None:
-    """Copy a folder to the hub; a repository that is made for it is private."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-
-    api = HfApi()
-    try:
-        api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Converted by megavit")
-    except Exception as error:
-        # Without a network its HTTP library raises errors of its own, which are no OSError.
-        known = (OSError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError)
-        if not isinstance(error, known) and not type(error).__module__.startswith("httpx"):
-            raise
-        told = next((line for line in str(error).splitlines() if line), type(error).__name__)
-        raise ConfigError(
-            f"push={repository}: the Hugging Face hub does not take it: {told}. {folder} is whole; `hf auth login` "
-            f"and `hf upload {repository} {folder}` do the rest"
-        ) from error
-    print(f"https://huggingface.co/{repository}: a new repository is private until you publish it")
-
-
 def _out_of_run(run: Path, kind: str, target: Path, *, dtype: str) -> None:
     checkpoint = find_checkpoint(run)
     config = read_config(checkpoint)
@@ -204,9 +184,9 @@ def _out_of_run(run: Path, kind: str, target: Path, *, dtype: str) -> None:
     trained = open_run(config, checkpoint, num_classes=len(classes))
     plain = _plain_weights(trained, config, decoder=is_mae and kind not in ("timm", "nemo"), dtype=_DTYPES[dtype])
     if kind == "hf":
-        _refuse_unlike_hf(config)
-        write_hf(target, plain, _hf_config(config, classes, dtype), _preprocessor(config))
-        (target / "README.md").write_text(_card(config, checkpoint))
+        refuse_unlike_hf(config)
+        write_hf(target, plain, hf_config(config, classes, dtype), hf_preprocessor(config))
+        (target / "README.md").write_text(model_card(config, checkpoint))
     elif kind == "timm":
         if config.model.head is not Head.linear:
             raise ConfigError(f"model.head={config.model.head.value}: timm's ViT has one matrix for a head")
@@ -240,83 +220,3 @@ def _plain_weights(run: TrainedRun, config: RunConfig, *, decoder: bool, dtype: 
         assert narrow is not None
         plain["decoder_pos_embed"] = sincos_positions(grid, narrow, class_tokens=tokens).unsqueeze(0).to(dtype)
     return plain
-
-
-def _refuse_unlike_hf(config: RunConfig) -> None:
-    model, mae = config.model, config.task.name is TaskName.mae
-    reasons = {
-        f"model.class_tokens={model.class_tokens}": model.class_tokens != 1,
-        f"model.pool={model.pool.value}": model.pool is not Pool.cls and not mae,
-        f"model.head={model.head.value}": model.head is not Head.linear and not mae,
-        "model.patch_bias=false": not model.patch_bias,
-        "model.qk_norm=true": model.qk_norm,
-        f"model.layer_scale={model.layer_scale}": model.layer_scale is not None,
-        f"data.image_size={config.data.image_size}": mae and len(set(config.data.image_size)) > 1,
-    }
-    for setting, differs in reasons.items():
-        if differs:
-            raise ConfigError(f"{setting}: Hugging Face's {'ViTMAE' if mae else 'ViT'} has no such; to=timm: may have")
-
-
-def _hf_config(config: RunConfig, classes: tuple[str, ...], dtype: str) -> dict[str, Any]:
-    model, task = config.model, config.task
-    size = config.data.image_size
-    settings: dict[str, Any] = {
-        "architectures": ["ViTForImageClassification"],
-        "model_type": "vit",
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_size,
-        "num_attention_heads": model.num_heads,
-        "num_hidden_layers": model.num_layers,
-        "patch_size": model.patch_size,
-        "image_size": size[0] if size[0] == size[1] else size,
-        "num_channels": config.data.channels,
-        "layer_norm_eps": model.norm_eps,
-        "hidden_act": "gelu",
-        "qkv_bias": True,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "dtype": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype],
-    }
-    if config.task.name is TaskName.mae:
-        return settings | {
-            "architectures": ["ViTMAEForPreTraining"],
-            "model_type": "vit_mae",
-            "decoder_hidden_size": task.decoder_hidden_size,
-            "decoder_intermediate_size": task.decoder_ffn_size,
-            "decoder_num_attention_heads": task.decoder_num_heads,
-            "decoder_num_hidden_layers": task.decoder_num_layers,
-            "mask_ratio": task.mask_ratio,
-            "norm_pix_loss": task.norm_pix,
-        }
-    return settings | {
-        "id2label": {str(index): name for index, name in enumerate(classes)},
-        "label2id": {name: index for index, name in enumerate(classes)},
-    }
-
-
-def _preprocessor(config: RunConfig) -> dict[str, Any]:
-    height, width = config.data.image_size
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 3 if config.data.interpolation.value == "bicubic" else 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": config.data.mean,
-        "image_std": config.data.std,
-    }
-
-
-def _card(config: RunConfig, checkpoint: Path) -> str:
-    state = json.loads((checkpoint / "state.json").read_text())
-    results = "\n".join(f"- {name}: {value}" for name, value in state["metrics"].items()) or "- none"
-    model = config.model
-    return (
-        f"---\nlibrary_name: transformers\ntags: [megavit, vit]\n---\n\n# {config.run.name}\n\n"
-        f"{model.num_layers} layers of {model.hidden_size}, patch {model.patch_size}, trained with megavit for "
-        f"{state['step']} steps on {state['consumed_samples']:,} images of `data.source={config.data.source}`.\n\n"
-        f"Validation at that step:\n\n{results}\n"
-    )

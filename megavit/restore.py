@@ -34,6 +34,16 @@ class Origin:
     config: RunConfig
     state: TrainingState
 
+    def told_of_data(self, num_samples: int) -> list[str]:
+        """What the user must know of a run that goes on with so many training images."""
+        before = self.state.num_samples
+        if before in (0, num_samples):
+            return []
+        return [
+            f"the run had {before:,} training images and has {num_samples:,} now: from here on they come in another "
+            f"order, and of this epoch some twice and some not at all"
+        ]
+
 
 def find_origin(store: CheckpointStore, config: RunConfig) -> tuple[Origin | None, list[str]]:
     """Find the checkpoint to go on from, None to start anew; and warn of each that is broken.

@@ -246,6 +246,7 @@ class Trainer:
             self.last_validation,
             list(self.train_loader.source.classes),
             due=due,
+            num_samples=len(self.train_loader.source),
         )
         self.keeper.save(state, reporter, is_best=is_best, waits=is_last or not self.config.checkpoint.async_save)
         if is_best:
@@ -280,6 +281,7 @@ class Trainer:
         shards.load(origin.path, self.chunks, self.optimizer, averages=self._averages)
         self.step, self.consumed_samples = origin.state.step, origin.state.consumed_samples
         self.last_validation = origin.state.metrics
+        self.warnings += origin.told_of_data(len(self.train_loader.source))
         self.schedule.step(self.step)
 
     def _start_from(self, path: Path) -> None:

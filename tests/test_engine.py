@@ -75,7 +75,11 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(-2, id="2 + SP")])
 @pytest.mark.parametrize(
     "mode",
-    ["full", "selective", *(pytest.param(mode, marks=pytest.mark.slow) for mode in RECOMPUTE if "," in mode)],
+    [
+        "selective",
+        pytest.param("full", marks=pytest.mark.slow),
+        *(pytest.param(mode, marks=pytest.mark.slow) for mode in RECOMPUTE if "," in mode),
+    ],
 )
 def test_recompute_is_bit_equal_to_none_with_dropout_on(mode, world, tmp_path, folder):
     layout = {1: [], 2: ["parallel.tp=2"], -2: SP}[world]
@@ -99,10 +103,10 @@ def bf16_in_one_process(overrides: tuple[str, ...]) -> dict:
 @pytest.mark.parametrize(
     ("world", "layout"),
     [
-        (2, ["parallel.tp=2"]),
+        pytest.param(2, ["parallel.tp=2"], marks=pytest.mark.slow),
         (2, SP),
-        (4, GRID),
-        (2, VPP),
+        pytest.param(4, GRID, marks=pytest.mark.slow),
+        pytest.param(2, VPP, marks=pytest.mark.slow),
         (2, []),
         (4, [*GRID, "parallel.vpp=2", "parallel.overlap_p2p=true", "parallel.recompute=full"]),
     ],

@@ -124,7 +124,7 @@ def test_under_torchrun_the_same_job_runs_and_the_code_is_in_exit_json(tmp_path)
 @pytest.mark.parametrize(
     ("kind", "code", "message"),
     [
-        ("config", 2, "megavit: data.path of rank 1 is bad"),
+        pytest.param("config", 2, "megavit: data.path of rank 1 is bad", marks=pytest.mark.slow),
         ("fault", 1, "RuntimeError: rank 1 is broken"),
         pytest.param("killed", 1, "megavit: rank 1 was ended by SIGKILL", marks=pytest.mark.slow),
     ],

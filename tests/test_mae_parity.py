@@ -43,7 +43,7 @@ LAYOUTS = {
 
 
 # Kept for `make test-slow`: each is its neighbours' sum.
-SLOW = ("TP 2 + SP, PP 2", "selective recompute, TP 2 × PP 2", "full recompute of groups of 2, PP 2")
+SLOW = ("TP 2", "PP 2", "TP 2 + SP, PP 2", "selective recompute, TP 2 × PP 2", "full recompute of groups of 2, PP 2")
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def test_raised_steps_go_on_and_settings_come_from_the_configuration(tmp_path):
     assert decayed["step"] == 9
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_another_runs_checkpoint_and_then_goes_on_from_its_own(tmp_path):
     overrides = [*SMALL, "train.steps=8"]
     want = run_ranks(ranks.train_and_keep, 1, [*overrides, f"run.dir={tmp_path}/whole", "checkpoint.every=4"])[0]

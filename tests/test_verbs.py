@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param([], id="one rank"),
+        pytest.param([], id="one rank", marks=pytest.mark.slow),
         pytest.param(["run.ranks=2", "parallel.tp=2"], id="TP 2"),
         pytest.param(["run.ranks=2"], id="DP 2", marks=pytest.mark.slow),
     ],

@@ -28,6 +28,7 @@ class TrainingState:
         classes: names of a classifier's classes, in the order of its scores.
         due: saved at its time; else only because it evaluated better than all before.
         optimizer: whether its state is there too; not in what was converted from elsewhere.
+        num_samples: training images of the source; 0 where nobody wrote it down.
     """
 
     step: int
@@ -36,6 +37,7 @@ class TrainingState:
     classes: list[str] = field(default_factory=list)
     due: bool = True
     optimizer: bool = True
+    num_samples: int = 0
 
 
 def write_state(checkpoint: Path, state: TrainingState) -> None:

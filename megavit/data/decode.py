@@ -14,7 +14,6 @@ from megavit.errors import ConfigError
 
 # A file of a few kilobytes can hold a picture of gigabytes: from here on Pillow warns of it, and we refuse.
 _MAX_PIXELS = 89_478_485
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _MODES = {1: "L", 3: "RGB"}
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I")
@@ -57,7 +56,10 @@ def decode_image(encoded: Path | bytes, *, channels: int, name: str) -> Tensor:
 
 
 def _picture(file: IO[bytes], channels: int) -> np.ndarray:
-    with Image.open(file) as opened:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        opened = Image.open(file)
+    with opened:
         if opened.width * opened.height > _MAX_PIXELS:
             raise ValueError(
                 f"it has {opened.width:,} × {opened.height:,} pixels, and {_MAX_PIXELS:,} are decoded at most; make it "

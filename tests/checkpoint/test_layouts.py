@@ -1,6 +1,7 @@
 """Every layout's checkpoint in every other: all that it holds equal to the bit, and the next loss the same.
 
-A Latin square of layouts takes each pair of layouts, and each layout with each setting, once; the whole matrix is slow.
+Each pair of three layouts, and each of them with each setting, on either end, comes at least once; the whole matrix is
+slow.
 """
 
 import itertools
@@ -122,15 +123,15 @@ def moments(setting) -> set[str]:
     return {"exp_avg", "exp_avg_sq"} if setting[2] == "Adam" else {"momentum_buffer"}
 
 
-def test_each_pair_of_four_layouts_and_settings(tmp_path, figure):
-    names = list(LAYOUTS)[:4]
+def test_each_pair_of_three_layouts_and_settings(tmp_path, figure):
+    names = ["DP 2", "PP 2 × VPP 2", "TP 2 × PP 2"]
     for number, setting in enumerate(SETTINGS):
-        pairs = [(origin, names[(index + number) % 4]) for index, origin in enumerate(names)]
+        pairs = [(origin, names[(index + number) % 3]) for index, origin in enumerate(names)]
         largest = assert_loads(setting, pairs, tmp_path / str(number))
         figure(
             f"{' '.join(setting)}: {', '.join(f'{a} → {b}' for a, b in pairs)}: equal, relative |Δloss| ≤ {largest:.1e}"
         )
-        keys = whole(folder(tmp_path / str(number), "from", "one rank") / "checkpoints" / f"step_{SAVED:08d}").keys()
+        keys = whole(folder(tmp_path / str(number), "from", "DP 2") / "checkpoints" / f"step_{SAVED:08d}").keys()
         for moment in moments(setting):
             assert any(f".{moment}." in key for key in keys)
         assert any(key.startswith("average.") for key in keys)

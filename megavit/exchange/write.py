@@ -1,0 +1,75 @@
+"""A run's weights written as other libraries' files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megavit.checkpoint.foreign import split_prefix, to_hf
+from megavit.checkpoint.names import Dims
+from megavit.checkpoint.nemo import PREFIX, nemo_row
+from megavit.errors import ConfigError
+from megavit.model.config import ModelConfig, Pool, Positions
+
+
+def write_timm(path: Path, plain: dict[str, Tensor], model: ModelConfig) -> None:
+    """Write one .safetensors file that `timm.create_model(…, checkpoint_path=…)` reads.
+
+    Args:
+        path: the file.
+        plain: weights of the plain model, `pos_embed` among them also where it is fixed; taken out one by one.
+        model: their sizes.
+    """
+    split = split_prefix(plain, pools_class_token=model.pool is Pool.cls, learned=model.positions is Positions.learned)
+    for name in ("cls_token", "pos_embed"):
+        plain.pop(name, None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({**plain, **split}, path, metadata={"format": "pt"})
+
+
+def write_nemo(path: Path, plain: dict[str, Tensor], dims: Dims) -> None:
+    """Write one file with a state dict of NeMo's names.
+
+    Args:
+        path: the file.
+        plain: weights of the plain model; taken out one by one.
+        dims: of the model.
+
+    Raises:
+        ConfigError: for a weight that theirs has no place for.
+    """
+    two_matrices = "pre_logits.0.weight" in plain
+    theirs = {}
+    for name in list(plain):
+        try:
+            row, spelled = nemo_row(name, two_matrices=two_matrices)
+        except KeyError as error:
+            raise ConfigError(f"NeMo's ViT has no place for {name}; to=timm: may have") from error
+        theirs[f"{PREFIX}{spelled}"] = row.from_plain(plain.pop(name), dims).contiguous().clone()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": theirs}, path)
+
+
+def write_hf(folder: Path, plain: dict[str, Tensor], settings: dict[str, Any], preprocessor: dict[str, Any]) -> None:
+    """Write a folder that `from_pretrained(folder)` reads.
+
+    Args:
+        folder: where to.
+        plain: weights of the plain model; taken out one by one.
+        settings: of config.json.
+        preprocessor: of preprocessor_config.json.
+
+    Raises:
+        ConfigError: for a weight that theirs has no place for.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    theirs: dict[str, Tensor] = {}
+    for name in list(plain):
+        # Taken out: never are both whole in memory.
+        theirs |= to_hf(name, plain.pop(name))
+    save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
