@@ -1,13 +1,24 @@
 """Pictures of a run."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 # What is drawn beside the loss: the first that a run reports.
 _RESULTS = {"top1": "top-1 accuracy", "loss_ratio": "loss / loss of the mean image"}
+
+
+def _rows(metrics_file: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, but for those that a full disk or a killed run has torn."""
+    rows = []
+    for line in metrics_file.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def draw_curves(metrics_file: Path, picture: Path) -> None:
@@ -19,7 +30,7 @@ def draw_curves(metrics_file: Path, picture: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    rows = _rows(metrics_file)
     # A run that was stopped and went on may have logged a step twice: the later line stands.
     curves = {
         split: {row["step"]: row for row in rows if row["split"] == split and row["loss"] is not None}

@@ -64,7 +64,7 @@ class Reporter:
         if not speaks:
             return
         self.console = Console(soft_wrap=True, highlight=False)
-        self._lines = (run_dir / "metrics.jsonl").open("a")
+        self._lines = _append_to(run_dir / "metrics.jsonl")
         self._log = (run_dir / "train.log").open("a")
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -152,3 +152,15 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.show(step, split, picture)
         self.say(f"step {step}  picture {path}")
+
+
+def _append_to(path: Path) -> TextIO:
+    """Open a file of lines to go on with; what a full disk or a killed run has torn stays a line of its own."""
+    with path.open("ab+") as written:
+        size = written.tell()
+        written.seek(max(0, size - 1))
+        torn = size > 0 and written.read() != b"\n"
+    file = path.open("a")
+    if torn:
+        file.write("\n")
+    return file
