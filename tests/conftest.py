@@ -1,10 +1,31 @@
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 
 # Before anything imports Megatron-Core: the tests replay the layouts on CPU processes, also on a GPU machine.
 os.environ.setdefault("MEGAVIT_DEVICE", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a disk of a size, such as 300k; skipped where that is not allowed."""
+    disk = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        mounted = subprocess.run(command, capture_output=True)
+        if mounted.returncode:
+            pytest.skip(f"no small disk here: {mounted.stderr.decode().strip()}")
+        return disk
+
+    yield mount
+    if os.path.ismount(disk):
+        subprocess.run(["umount", str(disk)], check=True)
+
 
 _figures: list[str] = []
 

@@ -1,8 +1,6 @@
 """A rehearsal finds what would fail later, and leaves no trace in the run."""
 
 import os
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -82,22 +80,14 @@ def test_ranks_that_do_not_see_one_folder_are_told_apart(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_disk_that_fills_up_in_the_rehearsal_is_told_and_leaves_nothing(tmp_path, monkeypatch):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk here: {mounted.stderr.decode().strip()}")
-    try:
-        # The arithmetic is content, as it may be where others fill the same disk.
-        message = refused_without_arithmetic(disk)
-        assert "ConfigError" in message
-        assert ".preflight/step_00000000 cannot be written: No space left on device on " in message
-        assert "; none was there yet" in message
-        assert not list(disk.rglob("*.distcp"))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-    shutil.rmtree(disk, ignore_errors=True)
+def test_a_disk_that_fills_up_in_the_rehearsal_is_told_and_leaves_nothing(small_disk):
+    disk = small_disk("300k")
+    # The arithmetic is content, as it may be where others fill the same disk.
+    message = refused_without_arithmetic(disk)
+    assert "ConfigError" in message
+    assert ".preflight/step_00000000 cannot be written: No space left on device on " in message
+    assert "; none was there yet" in message
+    assert not list(disk.rglob("*.distcp"))
 
 
 def train_on_a_full_disk(overrides: list[str]) -> None:

@@ -125,17 +125,10 @@ def save_until_it_fits(disk: str, room: int) -> list[str]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_disk_that_is_full_at_any_byte_or_read_only_costs_no_checkpoint(tmp_path, figure):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk here: {mounted.stderr.decode().strip()}")
-    try:
-        first, second = run_ranks(save_until_it_fits, 2, str(disk), 50_000)
-        assert find_fault(disk / "run" / "checkpoints" / "step_00000051") is None
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+def test_a_disk_that_is_full_at_any_byte_or_read_only_costs_no_checkpoint(small_disk, figure):
+    disk = small_disk("8m")
+    first, second = run_ranks(save_until_it_fits, 2, str(disk), 50_000)
+    assert find_fault(disk / "run" / "checkpoints" / "step_00000051") is None
     assert first == second
     whole, *full, fits, read_only, again = first
     assert (whole, fits, again) == ("", "", "")
