@@ -8,10 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megavit.bad_samples import BadSamples
 from megavit.compose import merge
 from megavit.config import RunConfig
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source
+from megavit.data.reading import naming_lost_workers
 from megavit.engine import Engine, prepare_task
 from megavit.metrics.pictures import draw_confusion
 from megavit.parallel.layout import world_size_from_environment
@@ -63,9 +65,15 @@ def evaluate(arguments: list[str]) -> int:
     if task.baseline_samples:
         prepare_task(task, loader, open_source(config.data, "train"), seed=config.run.seed)
     engine = Engine(network, list(network.chunks.values()), layout=layout, micro_batch=micro_batch)
-    totals = engine.score(loader(source, train=False))
+    shown = loader(source, train=False)
+    with naming_lost_workers(shown.samples):
+        totals = engine.score(shown)
+    bad_samples = BadSamples(shown, "val", run_dir=checkpoint.parent.parent)
+    told = bad_samples.collect(0)
     if layout.rank == 0:
-        _report(totals, task.metrics({name: float(totals[name]) for name in task.sums}), source.classes, checkpoint)
+        print(*told, sep="\n", end="\n" if told else "")
+        metrics = {**task.metrics({name: float(totals[name]) for name in task.sums}), **bad_samples.metrics}
+        _report(totals, metrics, source.classes, checkpoint)
     return 0
 
 

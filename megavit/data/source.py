@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 
@@ -27,3 +28,14 @@ class Source(Protocol):
     def label(self, index: int) -> int:
         """One label, in [0, number of classes)."""
         ...
+
+
+def all_labels(source: Source) -> np.ndarray:
+    """The label of every sample."""
+    return np.array([source.label(index) for index in range(len(source))])
+
+
+def name_of(source: Source, index: int) -> str:
+    """How a person finds a sample: what the source's own `name(index)` says, if it has one."""
+    name = getattr(source, "name", None)
+    return name(index) if name is not None else f"sample {index}"

@@ -8,7 +8,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megavit.data.config import DataConfig
-from megavit.data.loader import Batch, Needs
+from megavit.data.loader import Batch
+from megavit.data.reading import Needs
 from megavit.errors import ConfigError
 from megavit.extension import by_name
 from megavit.model.config import ModelConfig
