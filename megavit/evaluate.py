@@ -13,7 +13,6 @@ from megavit.compose import merge
 from megavit.config import RunConfig
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source
-from megavit.data.reading import naming_lost_workers
 from megavit.engine import Engine, prepare_task
 from megavit.metrics.pictures import draw_confusion
 from megavit.parallel.layout import world_size_from_environment
@@ -66,8 +65,7 @@ def evaluate(arguments: list[str]) -> int:
         prepare_task(task, loader, open_source(config.data, "train"), seed=config.run.seed)
     engine = Engine(network, list(network.chunks.values()), layout=layout, micro_batch=micro_batch)
     shown = loader(source, train=False)
-    with naming_lost_workers(shown.samples):
-        totals = engine.score(shown)
+    totals = engine.score(shown)
     bad_samples = BadSamples(shown, "val", run_dir=checkpoint.parent.parent)
     told = bad_samples.collect(0)
     if layout.rank == 0:

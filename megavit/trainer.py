@@ -15,7 +15,6 @@ from megavit.compose import leaves, to_yaml
 from megavit.config import RunConfig
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source
-from megavit.data.reading import naming_lost_workers
 from megavit.engine import Engine, prepare_task
 from megavit.errors import ConfigError
 from megavit.exits import FINISHED, STOPPED
@@ -140,7 +139,7 @@ class Trainer:
             first_step=self.step,
             num_steps=self.num_steps,
         )
-        with reporter, naming_lost_workers(self.train_loader.samples, self.val_loader.samples):
+        with reporter:
             self._introduce(reporter)
             if self.step >= self.num_steps:
                 self._say_complete(reporter)

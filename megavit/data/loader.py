@@ -70,7 +70,7 @@ class Loader:
         self.micro_batch = micro_batch
         self.order = _training_order(source, config, seed=seed) if train else None
         self._evaluated = range(len(source)) if only is None else only
-        self.samples = Samples(source, config, needs, seed=seed, augment=train)
+        self._samples = Samples(source, config, needs, seed=seed, augment=train)
         self._bad: list[BadSample] = []
         self._reads = layout.tp_rank == 0 and (needs.images or needs.labels)
 
@@ -134,7 +134,7 @@ class Loader:
                 yield row
 
         on_gpu = self.layout.device.type == "cuda"
-        reads = read_ahead(self.samples, remember(), pins=on_gpu)
+        reads = read_ahead(self._samples, remember(), pins=on_gpu)
         for read in _copy_ahead(reads, self.layout.device) if on_gpu else reads:
             row = due.pop(0)
             self._bad += read.bad

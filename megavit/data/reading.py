@@ -1,7 +1,8 @@
 """Sample keys to images as the network sees them, here or in worker processes."""
 
+import signal
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +23,10 @@ _REPLACE = 4
 
 # A class of which so many in a row cannot be read has more wrong with it than an image.
 _TRIES = 20
+
+# How often a wait for the workers looks whether they live, and what torch 2.15 says of those that do not.
+_LOOK_S = 5.0
+_TIMED_OUT, _DIED = "DataLoader timed out", "DataLoader worker (pid"
 
 
 @dataclass(frozen=True)
@@ -172,48 +177,63 @@ def read_ahead(samples: Samples, batches: Iterator[list[SampleKey]], *, pins: bo
 
     Raises:
         ConfigError: if an image cannot be read.
+        RuntimeError: if a worker process dies or hangs; it names the images that were being read.
     """
     workers = samples.config.workers
-    loader = DataLoader(
-        samples,
-        batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=workers,
-        timeout=samples.config.timeout_s if workers else 0,
-        pin_memory=pins,
-        # DataLoader draws a seed for its workers when it starts; from the default generator that would move the
-        # dropout of the step in which it happens to start, and a resumed run would not be bit-equal.
-        generator=torch.Generator(),
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
+    before = signal.getsignal(signal.SIGCHLD)
+    reads = iter(
+        DataLoader(
+            samples,
+            batch_sampler=batches,  # type: ignore[arg-type]
+            num_workers=workers,
+            timeout=min(_LOOK_S, samples.config.timeout_s) if workers else 0,
+            pin_memory=pins,
+            # DataLoader draws a seed for its workers when it starts; from the default generator that would move the
+            # dropout of the step in which it happens to start, and a resumed run would not be bit-equal.
+            generator=torch.Generator(),
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
+        )
     )
-    for read in loader:
+    # torch's own handler raises wherever this process happens to be when a worker ends, even where it cleans up.
+    signal.signal(signal.SIGCHLD, before)
+    while True:
+        try:
+            read = _next(reads, samples)
+        except StopIteration:
+            return
         if isinstance(read, ConfigError):
             raise read
         yield read
 
 
+def _next(reads: Iterator[Micro | ConfigError], samples: Samples) -> Micro | ConfigError:
+    """Wait for the next micro batch, looking now and then whether all workers live."""
+    started = time.monotonic()
+    while True:
+        try:
+            return next(reads)
+        except (RuntimeError, OSError, EOFError) as error:
+            waited_s = time.monotonic() - started
+            hangs, died = _TIMED_OUT in str(error), _tells_of_a_dead_worker(error, samples)
+            if hangs and waited_s < samples.config.timeout_s:
+                continue
+            if not (hangs or died):
+                raise
+            names = [name_of(samples.source, at) for at in samples.at.tolist() if at >= 0]
+            what = f"no micro batch came for {waited_s:.0f} s" if hangs else "a loading process died"
+            raise RuntimeError(
+                f"{what}; being read: {', '.join(names) or 'nothing'}. Look at these images; where memory has run out "
+                f"lower data.workers, where reading is slow raise data.timeout_s={samples.config.timeout_s:g}"
+            ) from error
+
+
+def _tells_of_a_dead_worker(error: Exception, samples: Samples) -> bool:
+    if _DIED in str(error):
+        return True
+    # What it had read before lies in its memory, and cannot be fetched any more. An error of the source in a worker
+    # says where it was caught.
+    return samples.config.workers > 0 and not isinstance(error, RuntimeError) and "Caught " not in str(error)
+
+
 def _as_it_is(read: Micro | ConfigError) -> Micro | ConfigError:
     return read
-
-
-@contextmanager
-def naming_lost_workers(*readers: Samples) -> Iterator[None]:
-    """Tell of a worker process that died or hangs which image it was at.
-
-    torch raises its error wherever the training process happens to be.
-
-    Args:
-        readers: whose workers these may be.
-
-    Raises:
-        RuntimeError: torch's, with the images' names.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        names = [name_of(reader.source, at) for reader in readers for at in reader.at.tolist() if at >= 0]
-        raise RuntimeError(
-            f"{str(error).strip()} The workers were reading {', '.join(names) or 'nothing'}. Look at these images; "
-            f"where memory has run out lower data.workers, where reading is slow raise data.timeout_s"
-        ) from error
