@@ -134,7 +134,7 @@ class RunConfig:
                 f"starts anew from weights, or goes on with all its state"
             )
         self._check_train()
-        self._check_task()
+        self.check_task()
         self._check_tensor_parallel()
         self._check_batch(world_size)
         self._check_precision()
@@ -215,7 +215,8 @@ class RunConfig:
                 f"train.micro_batch"
             )
 
-    def _check_task(self) -> None:
+    def check_task(self) -> None:
+        """Raise ConfigError where another group has settings that the task would ignore."""
         if self.task.name is not TaskName.mae:
             if self.metrics.pictures_every is not None:
                 raise ConfigError(
