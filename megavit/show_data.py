@@ -10,8 +10,9 @@ from megavit.checks import whole_number
 from megavit.compose import compose
 from megavit.config import RunConfig
 from megavit.data.device import DeviceTransforms
-from megavit.data.loader import Batch, Loader, Needs
+from megavit.data.loader import Batch, Loader
 from megavit.data.opening import open_source
+from megavit.data.reading import Needs
 from megavit.errors import ConfigError
 from megavit.metrics.pictures import draw_samples
 from megavit.parallel.layout import ParallelLayout

@@ -10,7 +10,8 @@ from megavit import show_data as verb
 from megavit.compose import compose
 from megavit.data.device import DeviceTransforms
 from megavit.data.digits import Digits
-from megavit.data.loader import Loader, Needs
+from megavit.data.loader import Loader
+from megavit.data.reading import Needs
 from megavit.errors import ConfigError
 from megavit.parallel.layout import ParallelLayout
 from megavit.task.masking import random_keep

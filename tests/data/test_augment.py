@@ -12,7 +12,8 @@ from PIL import Image
 
 from megavit.compose import compose
 from megavit.data.augment import RandAugment, colour_transforms
-from megavit.data.config import AutoAugment, DataConfig
+from megavit.data.augment_config import AutoAugment
+from megavit.data.config import DataConfig
 from megavit.data.order import SampleKey
 from megavit.data.views import View
 from megavit.errors import ConfigError

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from megavit.compose import compose
+from megavit.compose import compose, to_yaml
 from megavit.data.config import DataConfig
 from megavit.data.device import DeviceTransforms
 from megavit.data.digits import Digits
 from megavit.data.erasing import Boxes, Erasing
-from megavit.data.loader import Batch, Loader, Needs
+from megavit.data.loader import Batch, Loader
 from megavit.data.mixing import Mix, Mixing, beta_quantiles, neighbours
 from megavit.data.order import SampleKey
+from megavit.data.reading import Needs
 from megavit.errors import ConfigError
+from megavit.trained import read_config
 
 CPU = torch.device("cpu")
 EVERYTHING = [
@@ -227,3 +229,11 @@ def test_an_erased_box_is_normal_noise_and_everything_else_stays():
 def test_what_cannot_be_mixed_is_refused_with_the_way_out(overrides, world, message):
     with pytest.raises(ConfigError, match=message):
         compose(overrides).check(world)
+
+
+def test_a_run_that_mixed_is_evaluated_in_micro_batches_of_any_size(tmp_path):
+    config = compose(["data.mixup=0.8", "data.cutmix=1.0", "data.mix_switch=0.3"])
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    evaluated = read_config(tmp_path)
+    replace(evaluated, train=replace(evaluated.train, micro_batch=3, global_batch=3)).check(1)
+    assert not evaluated.data.mixes
