@@ -17,7 +17,7 @@ from megavit.parallel.agree import gather_objects
 # Of the model, what may change between two parts of a run: it changes neither the weights' shapes nor their meaning.
 _MAY_CHANGE = ("dropout", "drop_path", "attention", "linears", "head_bias", "layer_scale")
 
-_TASK_MAY_CHANGE = ("label_smoothing", "baseline_samples")
+_TASK_MAY_CHANGE = ("label_smoothing", "loss", "class_weights", "baseline_samples")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from megavit.checks import require_number
+from megavit.data.augment_config import AugmentConfig
 from megavit.errors import ConfigError
 from megavit.extension import check_name, is_name
 
@@ -27,8 +28,8 @@ _BY_PATH = ("folder", "csv", "images", "parquet", "arrow", "hub")
 
 
 @dataclass
-class DataConfig:
-    """Group `data`.
+class DataConfig(AugmentConfig):
+    """Group `data`; what is done to training images at random stands in `AugmentConfig`.
 
     Attributes:
         source: digits; synthetic; folder, a folder per class; csv, lines of path and label; images, without labels;
@@ -56,7 +57,7 @@ class DataConfig:
         eval_crop: images are resized to cover a frame larger than image_size by 1 / eval_crop, and its centre is
             taken; null resizes the whole image, whatever its proportions. Also for training without crop_scale.
         transform: package.module:name of a function or torchvision transform of one's own that training images pass
-            after crop and flip, uint8 to uint8 of the same shape; null for none.
+            after crop, flip, auto_augment and color_jitter, uint8 to uint8 of the same shape; null for none.
         shift: training images are moved by up to this many pixels down and across; what enters is black.
         workers: processes that load beside the training process; 0 loads in it.
         timeout_s: seconds to wait for a micro batch from those processes; then the image is named that one hangs at.
@@ -107,6 +108,7 @@ class DataConfig:
         self._check_path()
         self._check_subset()
         self._check_bad_samples()
+        self.check_augmentation(self.channels)
         require_number("data", self, "eval_crop", above=0, below=1.0000001)
         if self.crop_scale is not None and not (
             len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1

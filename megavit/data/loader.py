@@ -27,12 +27,14 @@ class Batch:
         labels_B: int64.
         counted_B: bool, False for the padding at the end of an evaluation.
         keys: which samples these are, known on every rank.
+        augmented: whether they are to train on, so that the device erases and mixes them.
     """
 
     images_BCYX: Tensor | None
     labels_B: Tensor | None
     counted_B: Tensor
     keys: list[SampleKey]
+    augmented: bool = False
 
     def key_columns(self) -> tuple[Tensor, ...]:
         """The keys as int64 tensors on the CPU: sample_ids_B, epochs_B, occurrences_B."""
@@ -124,7 +126,7 @@ class Loader:
         if not self._reads:
             for row in rows:
                 images, labels = self._share(None, None)
-                yield Batch(images, labels, counted(row), row)
+                yield Batch(images, labels, counted(row), row, self.samples.augment)
             return
         due: list[list[SampleKey]] = []
 
@@ -139,7 +141,7 @@ class Loader:
             row = due.pop(0)
             self._bad += read.bad
             images, labels = self._share(read.images, read.labels)
-            yield Batch(images, labels, counted(row), row)
+            yield Batch(images, labels, counted(row), row, self.samples.augment)
 
     def take_bad(self) -> list[BadSample]:
         """What was replaced on this rank since the last call."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
+from megavit.data.augment import colour_transforms
 from megavit.data.config import DataConfig
 from megavit.data.order import SampleKey
 from megavit.errors import ConfigError
@@ -40,6 +41,8 @@ class View:
             )
         if augment and config.flip:
             self.random.append(v2.RandomHorizontalFlip())
+        if augment:
+            self.random += colour_transforms(config)
         if augment and config.transform is not None:
             self.random.append(_Own(config.transform))
 
@@ -58,7 +61,7 @@ class View:
         columns = torch.tensor([(key.epoch, key.sample_id, key.occurrence) for key in keys]).unbind(dim=1)
         draws = (hash_int64(seed, *columns, _VIEW) & (2**62 - 1)).tolist()
         seen = []
-        with _generator_of_its_own():
+        with _as_in_any_process():
             for image, draw in zip(images, draws, strict=True):
                 # Not torch.manual_seed: that seeds every GPU too, and this process's dropout with it.
                 torch.default_generator.manual_seed(draw)
@@ -102,7 +105,13 @@ class _Own:
 
 
 @contextmanager
-def _generator_of_its_own() -> Iterator[None]:
-    # torchvision draws from torch's default generator, which in this process also drives the dropout.
-    with torch.random.fork_rng(devices=[]):
-        yield
+def _as_in_any_process() -> Iterator[None]:
+    # torchvision draws from torch's default generator, which in this process also drives the dropout. A worker process
+    # has one thread; with one here too, an image's sums are added up in the same order.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(num_threads)
