@@ -1,5 +1,6 @@
 """A rank killed at any moment: the job ends soon, the same command goes on, and at the end nothing differs."""
 
+import os
 import random
 import signal
 import time
@@ -8,10 +9,21 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.test_signals import STOPPED, losses, start, undisturbed
+from megavit.testing import run_ranks
+from tests.data.hashing import hashes, train_and_hash
+from tests.reference import SMALL
+from tests.test_signals import STOPPED, losses, start
 
 EVERY = 4
 GONE_S = 15
+BATCH = 16
+
+# Of what is random in a step, all: dropout, and images shifted, mixed and erased by two workers.
+SETTINGS = [
+    "run.ranks=2", "parallel.tp=2", "model.hidden_dropout=0.1", f"checkpoint.every={EVERY}",
+    "data.workers=2", "data.shift=1", "data.mixup=0.8", "data.cutmix=1", "data.erase=0.25",
+    "task.implementation=tests.data.hashing:Hashing",
+]  # fmt: skip
 
 
 def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
@@ -42,11 +54,10 @@ def saving(run_dir: Path, *, since: float) -> bool:
 def kill_again_and_again(run_dir: Path, *, times: int, seed: int, figure) -> None:
     """Kill one rank or another in a save, after one, or at a random moment; then compare with a run left alone."""
     draw = random.Random(seed)
-    settings = ["run.ranks=2", "parallel.tp=2", "model.hidden_dropout=0.1", f"checkpoint.every={EVERY}"]
     gone_s, in_saves = [], 0
     for number in range(times):
         in_background = f"checkpoint.async_save={str(number % 2 == 1).lower()}"
-        running = start(run_dir, *settings, "checkpoint.keep_last=3", in_background)
+        running = start(run_dir, *SETTINGS, "checkpoint.keep_last=3", in_background)
         launcher, before, started = psutil.Process(running.pid), newest(run_dir), time.time()
         if number % 3 == 0:
             time.sleep(draw.uniform(1, 9))
@@ -72,14 +83,20 @@ def kill_again_and_again(run_dir: Path, *, times: int, seed: int, figure) -> Non
         assert newest(run_dir) >= before
         assert reached - newest(run_dir) <= EVERY * (1 + number % 2)
     step = newest(run_dir) + EVERY
-    last = start(run_dir, *settings, f"train.stop_at={step}")
+    last = start(run_dir, *SETTINGS, f"train.stop_at={step}")
     _, told = last.communicate(timeout=240)
     assert last.returncode == STOPPED, told
-    assert losses(run_dir) == undisturbed(run_dir.parent / "whole", *settings, f"train.stop_at={step}")
+    whole = [*SMALL, "train.steps=1000000", *SETTINGS, f"train.stop_at={step}", f"run.dir={run_dir.parent / 'whole'}"]
+    left_alone = run_ranks(train_and_hash, 2, whole, run_dir.parent / "due", timeout_s=300)[0]["losses"]
+    assert losses(run_dir) == left_alone
+    seen, due = hashes(Path(os.environ["HASHES"])), hashes(run_dir.parent / "due")
+    assert len(due) == step * BATCH
+    # What a killed run saw beyond its last save was seen again.
+    assert {key: seen.get(key) for key in due} == due
     assert max(gone_s) <= GONE_S
     figure(
-        f"{times} ranks killed, {in_saves} of them in a save: {step} steps equal those of a run left alone, every "
-        f"process gone after {max(gone_s):.1f} s at most"
+        f"{times} ranks killed, {in_saves} of them in a save: {step} steps and "
+        f"{len(due)} images equal those of a run left alone, every process gone after {max(gone_s):.1f} s at most"
     )
 
 
@@ -88,6 +105,11 @@ def alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+@pytest.fixture(autouse=True)
+def hashes_of_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("HASHES", str(tmp_path / "hashes"))
 
 
 def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_save(tmp_path, figure):
