@@ -37,7 +37,7 @@ def hash_int64(*parts: Tensor | int) -> Tensor:
     for part in parts:
         # Plain numbers stay numbers: as tensors they would call the state back to the host, which would have to wait.
         if isinstance(part, Tensor) and part.device != state.device:
-            state = state.to(part.device)
+            state = state.to(part.device, non_blocking=True)
         part = part.to(torch.int64) if isinstance(part, Tensor) else int(part)
         state = _finalise((state ^ part) + _GOLDEN)
     return state
