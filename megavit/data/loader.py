@@ -126,7 +126,7 @@ class Loader:
         if not self._reads:
             for row in rows:
                 images, labels = self._share(None, None)
-                yield Batch(images, labels, counted(row), row, self.samples.augment)
+                yield Batch(images, labels, counted(row), row, self._samples.augment)
             return
         due: list[list[SampleKey]] = []
 
@@ -141,7 +141,7 @@ class Loader:
             row = due.pop(0)
             self._bad += read.bad
             images, labels = self._share(read.images, read.labels)
-            yield Batch(images, labels, counted(row), row, self.samples.augment)
+            yield Batch(images, labels, counted(row), row, self._samples.augment)
 
     def take_bad(self) -> list[BadSample]:
         """What was replaced on this rank since the last call."""
