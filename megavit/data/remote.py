@@ -1,5 +1,6 @@
 """Files that lie elsewhere, by URL: http and object stores, through fsspec."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,12 +72,14 @@ def open_stream(url: str) -> Iterator[IO[bytes]]:
     """
     system, path = _system(url)
     file = _patiently(url, lambda: system.open(path, "rb"))
-    if not file.seekable():
-        file.close()
-        raise ConfigError(
-            f"{url}: its server does not serve parts of files (HTTP ranges); copy the file to one that does"
-        )
     with file:
+        try:
+            file.seek(0, os.SEEK_END)
+        except ValueError as error:
+            raise ConfigError(
+                f"{url}: its server does not serve parts of files (HTTP ranges); copy the file to one that does"
+            ) from error
+        file.seek(0)
         yield file
 
 

@@ -68,6 +68,12 @@ def find_shards(path: str) -> dict[str, list[str]]:
     return {part: [f"{path.rstrip('/')}/{name}" for name in some] for part, some in parts.items()}
 
 
+def beside(path: str, name: str) -> str:
+    """A file beside the shards: in their folder, or where the tar or the list of them is."""
+    bare = _bare(path)
+    return os.path.join(bare.rpartition("/")[0] if bare.endswith((".tar", ".txt")) else bare, name)
+
+
 def look_at(paths: Sequence[str]) -> list[Shard]:
     """Their sizes and versions, now.
 
@@ -169,19 +175,18 @@ def _listed(path: str) -> list[str]:
         raise _unreadable(path, error) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} cannot be read as text in UTF-8: {error}") from error
-    names = [line for line in lines if line]
-    for name in names:
+    names = [line if remote.is_url(line) else beside(path, line) for line in lines if line]
+    for line, name in zip(filter(None, lines), names, strict=True):
         if not _bare(name).endswith((".tar", *_COMPRESSED)):
-            raise ConfigError(f"{path} names {name}, which does not end in .tar; it takes a shard a line")
-        if remote.is_url(path) and name.startswith("/"):
+            raise ConfigError(f"{path} names {line}, which does not end in .tar; it takes a shard a line")
+        if remote.is_url(path) and line.startswith("/"):
             raise ConfigError(
-                f"{path} names {name}, a path of one machine; a list that lies elsewhere names URLs, or paths "
+                f"{path} names {line}, a path of one machine; a list that lies elsewhere names URLs, or paths "
                 f"relative to it"
             )
     if not names:
         raise ConfigError(f"{path} names no shard; it takes one a line")
-    folder = path.rpartition("/")[0] if remote.is_url(path) else os.path.dirname(path)
-    return [name if remote.is_url(name) else os.path.join(folder, name) for name in names]
+    return names
 
 
 def _within(path: str) -> list[str]:

@@ -27,7 +27,8 @@ def parts_by_name(names: Iterable[str]) -> dict[str, list[str]] | None:
 
 
 def _own(name: str) -> str:
-    return name.rpartition("/")[2]
+    # Of a URL also without what it asks of the server.
+    return (name.partition("?")[0] if "://" in name else name).rpartition("/")[2]
 
 
 def split_indices(labels: np.ndarray, fraction: float | None, split: str, *, where: str) -> np.ndarray:

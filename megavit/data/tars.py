@@ -13,7 +13,7 @@ from megavit.data.config import DataConfig
 from megavit.data.decode import decode_image
 from megavit.data.files import as_bytes
 from megavit.data.index import Index, kept_or_built
-from megavit.data.shards import Shard, ShardReader, find_shards, look_at, open_shard
+from megavit.data.shards import Shard, ShardReader, beside, find_shards, look_at, open_shard
 from megavit.data.split import split_indices
 from megavit.data.tar_index import Placed, read_headers
 from megavit.data.walk import places_in_order, shown
@@ -158,8 +158,7 @@ def _read_shard(path: str) -> list[Placed]:
 
 def _class_names(path: str) -> tuple[str, ...] | None:
     """The lines of classes.txt beside the shards; None where there is none."""
-    is_file = path.endswith((".tar", ".txt"))
-    file = os.path.join(path.rpartition("/")[0] if is_file else path, _CLASSES_FILE)
+    file = beside(path, _CLASSES_FILE)
     try:
         if remote.is_url(file):
             content = remote.read(file) if remote.exists(file) else None
