@@ -27,7 +27,7 @@ from megavit.optim.average import WeightAverage
 from megavit.optim.config import Decay
 from megavit.optim.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
 from megavit.optim.step import step_if_finite
-from megavit.parallel.agree import from_rank_zero
+from megavit.parallel.agree import from_rank_zero, wait_for_rank_zero
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
 from megavit.plan.flops import training_flops
@@ -54,7 +54,7 @@ class Trainer:
 
         # Length
         index = self.run_dir / "index"
-        from_rank_zero(lambda: prepare_index(config.data, index))
+        wait_for_rank_zero(lambda: prepare_index(config.data, index))
         train_source, val_source = (open_source(config.data, split, index=index) for split in ("train", "val"))
         self.num_steps = config.num_steps(len(train_source))
         self.micro_batch = config.micro_batch(layout.world_size)

@@ -225,13 +225,13 @@ def open_as_a_rank(path: str, index: str) -> tuple[list, bool]:
     import torch.distributed as dist
 
     from megavit.data import folder
-    from megavit.parallel.agree import from_rank_zero
+    from megavit.parallel.agree import wait_for_rank_zero
 
     dist.init_process_group("gloo")
     data, builds, whole = config(Path(path), "folder", val_fraction=0.3), [], folder._list
     folder._list = lambda *given: builds.append(1) or whole(*given)
     try:
-        from_rank_zero(lambda: prepare_index(data, Path(index)))
+        wait_for_rank_zero(lambda: prepare_index(data, Path(index)))
         source = open_source(data, "train", index=Path(index))
     finally:
         folder._list = whole
