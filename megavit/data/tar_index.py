@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO
 
-from megavit.data.walk import SUFFIXES
+from megavit.data.walk import SUFFIXES, shown
 from megavit.errors import ConfigError
 
 _ENDINGS = tuple(suffix[1:] for suffix in SUFFIXES)
@@ -47,7 +47,8 @@ def read_headers(file: IO[bytes], shard: str) -> list[Placed]:
     """The images of a tar, in its order.
 
     A sample's members share their path up to the first dot of the file's own name: an image, and `.cls`, a whole
-    number, or `.json` with a whole number as "label". Other members are left away, hidden ones too.
+    number, or `.json` with a whole number as "label". Other members are left away, and what is hidden or lies
+    in a hidden folder.
 
     Args:
         file: the tar, not compressed.
@@ -75,8 +76,8 @@ def read_headers(file: IO[bytes], shard: str) -> list[Placed]:
         elif any(ending in ("cls", "json") or ending.endswith(_ENDINGS) for ending in sample.endings):
             has = ", ".join(f".{ending}" for ending in sorted(sample.endings))
             raise ConfigError(
-                f"{shard}: the sample {key} has no image, but {has}; a name counts up to its first dot, and an image "
-                f"ends in one of {', '.join(SUFFIXES)}"
+                f"{shard}: the sample {shown(key)} has no image, but {shown(has)}; a name counts up to its first "
+                f"dot, and an image ends in one of {', '.join(SUFFIXES)}"
             )
     return placed
 
@@ -92,8 +93,8 @@ def _members(file: IO[bytes], shard: str) -> Iterator[tarfile.TarInfo]:
             _refuse_unsafe(member, shard)
             if not 0 <= member.size <= size - member.offset_data:
                 raise ConfigError(
-                    f"{shard} ends within {member.name}, at {size:,} of {member.offset_data + member.size:,} bytes; "
-                    f"copy it again"
+                    f"{shard} ends within {shown(member.name)}, at {size:,} of {member.offset_data + member.size:,} "
+                    f"bytes; copy it again"
                 )
             if member.isfile():
                 yield member
@@ -111,7 +112,9 @@ def _members(file: IO[bytes], shard: str) -> Iterator[tarfile.TarInfo]:
 def _refuse_unsafe(member: tarfile.TarInfo, shard: str) -> None:
     name = member.name
     if name.startswith("/") or ".." in name.split("/"):
-        raise ConfigError(f"{shard}: the member {name} lies outside the tar; pack it again with paths within a folder")
+        raise ConfigError(
+            f"{shard}: the member {shown(name)} lies outside the tar; pack it again with paths within a folder"
+        )
     if member.issparse() or not (member.type in tarfile.REGULAR_TYPES or member.isdir()):
         kinds = {
             tarfile.SYMTYPE: "a link",
@@ -122,7 +125,7 @@ def _refuse_unsafe(member: tarfile.TarInfo, shard: str) -> None:
         }
         kind = "a sparse file" if member.issparse() else kinds.get(member.type, f"of type {member.type!r}")
         raise ConfigError(
-            f"{shard}: the member {name} is {kind}; a shard holds files alone, pack it again without (tar -h "
+            f"{shard}: the member {shown(name)} is {kind}; a shard holds files alone, pack it again without (tar -h "
             f"follows links)"
         )
 
@@ -133,23 +136,28 @@ def _add(member: tarfile.TarInfo, file: IO[bytes], samples: dict[str, _Sample], 
         name = name[2:]
     folder, slash, own = name.rpartition("/")
     stem, dot, ending = own.partition(".")
-    if not stem or not dot:
+    if not dot or name.startswith(".") or "/." in name:
         return
     key, ending = f"{folder}{slash}{stem}", ending.lower()
     sample = samples.setdefault(key, _Sample())
     if ending in sample.endings:
-        raise ConfigError(f"{shard}: {key}.{ending} is there twice; of each sample's members one may end so")
+        raise ConfigError(
+            f"{shard}: {shown(key)}.{shown(ending)} is there twice; of each sample's members one may end so"
+        )
     sample.endings.add(ending)
     if ending in _ENDINGS:
         if sample.image is not None:
-            raise ConfigError(f"{shard}: the sample {key} has two images, {sample.image[0]} and {name}; leave one")
+            raise ConfigError(
+                f"{shard}: the sample {shown(key)} has two images, {shown(sample.image[0])} and "
+                f"{shown(name)}; leave one"
+            )
         sample.image = (name, member.offset_data, member.size)
     elif ending in ("cls", "json"):
         file.seek(member.offset_data)
-        label = _label(file.read(member.size), ending, f"{shard}: {name}")
+        label = _label(file.read(member.size), ending, f"{shard}: {shown(name)}")
         if label is not None:
             if sample.label not in (None, label):
-                raise ConfigError(f"{shard}: the sample {key} has two labels, {sample.label} and {label}")
+                raise ConfigError(f"{shard}: the sample {shown(key)} has two labels, {sample.label} and {label}")
             sample.label = label
 
 

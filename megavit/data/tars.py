@@ -153,7 +153,7 @@ def index_shards(paths: list[str]) -> dict[str, np.ndarray]:
 
 def _read_shard(path: str) -> list[Placed]:
     with open_shard(path) as file:
-        return read_headers(file, path)
+        return read_headers(file, shown(path))
 
 
 def _class_names(path: str) -> tuple[str, ...] | None:

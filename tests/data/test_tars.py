@@ -1,8 +1,10 @@
 """Tar shards: which samples are found and in what order, what is refused by name, what another process reads."""
 
+import io
 import multiprocessing as mp
 import os
 import pickle
+import random
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -106,6 +108,7 @@ def test_what_is_no_part_of_a_sample_is_left_away(tmp_path):
         "README": b"x",
         "notes.txt": b"x",
         ".hidden.png": b"x",
+        ".thumbnails/000001.png": b"x",
         "000001.txt": b"a caption",
         "000001.seg.png": b"a mask",
         "d/000002.PNG": png(2),
@@ -228,6 +231,29 @@ def test_a_tar_that_is_not_whole_is_refused_by_name(damage, tmp_path):
     with pytest.raises(ConfigError, match=message) as refused:
         open_source(tar_config(path, val_fraction=0.5), "train")
     assert str(path) in str(refused.value)
+
+
+def test_a_flipped_bit_gives_samples_or_an_error(tmp_path):
+    long = "d/" * 80 + "x" * 120
+    members = labelled(range(3)) | {
+        f"{long}.png": png(0),
+        f"{long}.cls": b"1",
+        "\udcff.png": png(1),
+        "\udcff.cls": b"1",
+    }
+    draw, told = random.Random(0), []
+    whole = shard(tmp_path / "x.tar", members, errors="surrogateescape", encoding="utf-8").read_bytes()
+    for _ in range(1000):
+        broken = bytearray(whole)
+        broken[draw.randrange(len(whole.rstrip(b"\0")))] ^= 1 << draw.randrange(8)
+        try:
+            read_headers(io.BytesIO(broken), "x.tar")
+        except ConfigError as error:
+            told.append(str(error))
+    assert len(told) > 100
+    for message in told:
+        assert message.startswith("x.tar")
+        message.encode()
 
 
 FOLDERS = {
