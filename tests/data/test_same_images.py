@@ -66,6 +66,8 @@ def compare(folder: Path, steps: int, figure) -> None:
     ]
     assert len(runs[0]) == steps + 1
     assert runs[0] == runs[1] == runs[2]
+    for name in ("from_files", "from_tars"):
+        assert sorted(path.name for path in (folder / name / "index").iterdir()) == ["train.index", "val.index"]
     figure(f"CIFAR-10 in parquet, as a folder and as tars: {steps} losses and the validation's are identical")
 
 
