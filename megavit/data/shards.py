@@ -184,8 +184,9 @@ def _listed(path: str) -> list[str]:
                 f"{path} names {line}, a path of one machine; a list that lies elsewhere names URLs, or paths "
                 f"relative to it"
             )
-    if not names:
-        raise ConfigError(f"{path} names no shard; it takes one a line")
+    if not names or len(set(names)) < len(names):
+        twice = next((name for name in names if names.count(name) > 1), None)
+        raise ConfigError(f"{path} names {f'{twice} twice' if twice else 'no shard'}; it takes one a line")
     return names
 
 

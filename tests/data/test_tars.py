@@ -265,6 +265,7 @@ FOLDERS = {
     "one is compressed": ({"a.tar": 1, "b.tar.gz": 1}, {"val_fraction": 0.1}, r"b\.tar\.gz is compressed"),
     "a list of others": ({"a.tar": 1, "x.txt": "a.zip"}, {}, r"x\.txt names a\.zip, which does not end in \.tar"),
     "an empty list": ({"a.tar": 1, "x.txt": "\n"}, {}, r"x\.txt names no shard"),
+    "a shard twice": ({"a.tar": 1, "x.txt": "a.tar\na.tar"}, {}, r"x\.txt names .*a\.tar twice"),
     "a class twice": ({"a.tar": 1, "classes.txt": "a\nb\na"}, {"val_fraction": 0.5}, r"classes\.txt must name each"),
     "too few classes": ({"a.tar": 1, "classes.txt": "a\n"}, {"val_fraction": 0.5}, "labels up to 2, and there are 1"),
 }
