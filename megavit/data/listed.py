@@ -31,7 +31,7 @@ def open_listed(config: DataConfig, split: str) -> ImageFiles:
     """
     assert config.path is not None
     path = config.path
-    is_folder = not path.endswith(".csv") if remote.is_url(path) else os.path.isdir(path)
+    is_folder = not remote.bare(path).endswith(".csv") if remote.is_url(path) else os.path.isdir(path)
     halves = {half: f"{path.rstrip('/')}/{half}.csv" for half in ("train", "val")} if is_folder else {}
     if halves and config.val_fraction is not None:
         raise ConfigError(
@@ -55,7 +55,7 @@ def open_listed(config: DataConfig, split: str) -> ImageFiles:
 
 
 def _read(path: str) -> list[tuple[str, str]]:
-    folder = path.rpartition("/")[0] if remote.is_url(path) else os.path.dirname(path)
+    folder = remote.bare(path).rpartition("/")[0] if remote.is_url(path) else os.path.dirname(path)
     try:
         content = remote.read(path) if remote.is_url(path) else Path(path).read_bytes()
         reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))

@@ -32,6 +32,11 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def bare(path: str) -> str:
+    """A URL without what it asks of the server, as in s.tar?signature=…; any other path as it is."""
+    return path.partition("?")[0] if is_url(path) else path
+
+
 def can_list(url: str) -> bool:
     """Whether the store can tell which files it has; web servers cannot."""
     return not url.startswith(("http://", "https://"))

@@ -47,9 +47,9 @@ def find_shards(path: str) -> dict[str, list[str]]:
     Raises:
         ConfigError: if there is none, or one is compressed.
     """
-    if _bare(path).endswith((".tar", *_COMPRESSED)):
+    if remote.bare(path).endswith((".tar", *_COMPRESSED)):
         return {"all": _uncompressed([path])}
-    if _bare(path).endswith(".txt"):
+    if remote.bare(path).endswith(".txt"):
         names = _uncompressed(_listed(path))
         return parts_by_name(names) or {"all": names}
     names = in_order(_uncompressed(_within(path)))
@@ -70,7 +70,7 @@ def find_shards(path: str) -> dict[str, list[str]]:
 
 def beside(path: str, name: str) -> str:
     """A file beside the shards: in their folder, or where the tar or the list of them is."""
-    bare = _bare(path)
+    bare = remote.bare(path)
     return os.path.join(bare.rpartition("/")[0] if bare.endswith((".tar", ".txt")) else bare, name)
 
 
@@ -177,7 +177,7 @@ def _listed(path: str) -> list[str]:
         raise ConfigError(f"{path} cannot be read as text in UTF-8: {error}") from error
     names = [line if remote.is_url(line) else beside(path, line) for line in lines if line]
     for line, name in zip(filter(None, lines), names, strict=True):
-        if not _bare(name).endswith((".tar", *_COMPRESSED)):
+        if not remote.bare(name).endswith((".tar", *_COMPRESSED)):
             raise ConfigError(f"{path} names {line}, which does not end in .tar; it takes a shard a line")
         if remote.is_url(path) and line.startswith("/"):
             raise ConfigError(
@@ -223,17 +223,12 @@ def _within(path: str) -> list[str]:
 
 def _uncompressed(names: list[str]) -> list[str]:
     for name in names:
-        if _bare(name).endswith(_COMPRESSED):
+        if remote.bare(name).endswith(_COMPRESSED):
             raise ConfigError(
                 f"{name} is compressed, and images are read from any place of a shard; unpack it to .tar once (images "
                 f"hardly get smaller)"
             )
     return names
-
-
-def _bare(path: str) -> str:
-    """A URL without what it asks of the server, as in s.tar?signature=…; a path as it is."""
-    return path.partition("?")[0] if remote.is_url(path) else path
 
 
 def _unreadable(path: str, error: OSError) -> ConfigError:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from megavit.data import remote
 from megavit.errors import ConfigError
 
 VALIDATION_NAMES = ("val", "validation", "test")
@@ -27,8 +28,7 @@ def parts_by_name(names: Iterable[str]) -> dict[str, list[str]] | None:
 
 
 def _own(name: str) -> str:
-    # Of a URL also without what it asks of the server.
-    return (name.partition("?")[0] if "://" in name else name).rpartition("/")[2]
+    return remote.bare(name).rpartition("/")[2]
 
 
 def split_indices(labels: np.ndarray, fraction: float | None, split: str, *, where: str) -> np.ndarray:
