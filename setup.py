@@ -28,6 +28,7 @@ setup(
         "numpy>=1.26",
         "Pillow>=10",
         "datasets>=3",
+        "fsspec[http]>=2024.2",
         "safetensors>=0.4",
         "huggingface_hub>=0.30",
         "hydra-core>=1.3,<1.4",

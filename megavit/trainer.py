@@ -14,7 +14,7 @@ from megavit.checkpoint.store import CheckpointStore
 from megavit.compose import leaves, to_yaml
 from megavit.config import RunConfig
 from megavit.data.loader import Loader
-from megavit.data.opening import open_source
+from megavit.data.opening import open_source, prepare_index
 from megavit.engine import Engine, prepare_task
 from megavit.errors import ConfigError
 from megavit.exits import FINISHED, STOPPED
@@ -29,7 +29,7 @@ from megavit.optim.average import WeightAverage
 from megavit.optim.config import Decay
 from megavit.optim.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
 from megavit.optim.step import step_if_finite
-from megavit.parallel.agree import from_rank_zero
+from megavit.parallel.agree import from_rank_zero, wait_for_rank_zero
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
 from megavit.plan.flops import training_flops
@@ -55,7 +55,9 @@ class Trainer:
         self.layout = layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
 
         # Length
-        train_source, val_source = open_source(config.data, "train"), open_source(config.data, "val")
+        index = self.run_dir / "index"
+        wait_for_rank_zero(lambda: prepare_index(config.data, index))
+        train_source, val_source = (open_source(config.data, split, index=index) for split in ("train", "val"))
         self.num_steps = config.num_steps(len(train_source))
         self.micro_batch = config.micro_batch(layout.world_size)
         self.num_microbatches = config.num_microbatches(layout.world_size)

@@ -24,7 +24,10 @@ class OnBadSample(Enum):
     skip = "skip"
 
 
-_BY_PATH = ("folder", "csv", "images", "parquet", "arrow", "hub")
+_BY_PATH = ("folder", "csv", "images", "tar", "parquet", "arrow", "hub")
+
+# Of those, the ones that read from web servers and object stores too.
+_FROM_AFAR = ("csv", "tar")
 
 
 @dataclass
@@ -33,9 +36,10 @@ class DataConfig(AugmentConfig):
 
     Attributes:
         source: digits; synthetic; folder, a folder per class; csv, lines of path and label; images, without labels;
-            parquet; arrow, a folder left by datasets' save_to_disk; hub, an id of the Hugging Face hub; or
-            package.module:name, a source of one's own (see docs/extending.md).
-        path: the folder, file or id; null for digits and synthetic.
+            tar, WebDataset shards; parquet; arrow, a folder left by datasets' save_to_disk; hub, an id of the Hugging
+            Face hub; or package.module:name, a source of one's own (see docs/extending.md).
+        path: the folder, file or id; for csv and tar also a URL, http://… or s3://… for example; null for digits and
+            synthetic.
         val_fraction: share of each class to validate on, where the path holds one set of images; else null.
         image_size: [height, width] in pixels, as the network sees it.
         channels: of an image; pictures are converted to 1 (grey) or 3 (colour), any other number they have themselves.
@@ -137,6 +141,11 @@ class DataConfig(AugmentConfig):
         by_path = self.source in _BY_PATH
         if by_path and self.path is None:
             raise ConfigError(f"data.source={self.source} needs data.path=FOLDER, where the images are")
+        if by_path and "://" in str(self.path) and self.source not in _FROM_AFAR:
+            raise ConfigError(
+                f"data.path={self.path} is a URL, and data.source={self.source} reads this machine's files; copy them "
+                f"here, or pack them as tar shards: data=tar reads those from afar"
+            )
         require_number("data", self, "val_fraction", above=0, below=1)
         for key in ("path", "val_fraction"):
             if not by_path and not is_name(self.source) and getattr(self, key) is not None:

@@ -1,88 +1,75 @@
 """Images that lie in files of their own: what every source that lists files has in common."""
 
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from megavit.data import remote
 from megavit.data.decode import decode_image
+from megavit.data.walk import SUFFIXES, shown, walk_images
 from megavit.errors import ConfigError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".npy")
 
 
 class ImageFiles:
     """Image files and their labels.
 
     Args:
-        names: paths.
+        names: paths relative to the folder, or whole, or URLs; as bytes of a fixed width (see `as_bytes`).
         labels: theirs, in [0, number of classes); without classes all 0.
         classes: names, in label order; empty where nothing is labelled.
         channels: that each image is to have.
+        folder: that the names are relative to.
+        part: which of the files are meant, by their places; None for all. An index that is mapped into memory is not
+            copied for it.
     """
 
     image_shape: tuple[int, ...] | None = None
 
     def __init__(
-        self, names: list[str] | np.ndarray, labels: list[int] | np.ndarray, *, classes: tuple[str, ...], channels: int
+        self,
+        names: np.ndarray,
+        labels: np.ndarray,
+        *,
+        classes: tuple[str, ...],
+        channels: int,
+        folder: Path | None = None,
+        part: np.ndarray | None = None,
     ) -> None:
-        # Arrays, not lists: they are copied into every worker, and ImageNet has more than a million rows.
-        self.names, self.labels = np.asarray(names), np.asarray(labels)
-        self.classes, self._channels = classes, channels
-
-    def part(self, indices: np.ndarray) -> "ImageFiles":
-        """Some of the files, under the same classes."""
-        return ImageFiles(self.names[indices], self.labels[indices], classes=self.classes, channels=self._channels)
+        self._names, self._labels, self.classes = names, labels, classes
+        self._folder, self._channels = b"" if folder is None else os.fsencode(folder), channels
+        self._part = np.arange(len(names)) if part is None else part
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._part)
 
     def image(self, index: int) -> Tensor:
         """One image_CYX, uint8, of its natural size."""
-        path = Path(str(self.names[index]))
-        return decode_image(path, channels=self._channels, name=str(path))
+        path = self._path(index)
+        encoded = remote.read(path) if remote.is_url(path) else Path(path)
+        return decode_image(encoded, channels=self._channels, name=shown(path))
 
     def label(self, index: int) -> int:
         """Its label."""
-        return int(self.labels[index])
+        return int(self._labels[self._part[index]])
+
+    def name(self, index: int) -> str:
+        """Its path."""
+        return shown(self._path(index))
+
+    def _path(self, index: int) -> str:
+        return os.fsdecode(os.path.join(self._folder, bytes(self._names[self._part[index]])))
 
 
-def images_within(folder: Path, *, above: frozenset[str] = frozenset()) -> Iterator[str]:
-    """The paths of the images in a folder and in the folders within, hidden ones left away, in no order.
+def as_bytes(names: Sequence[str]) -> np.ndarray:
+    """Names as one array, of the longest one's width.
 
-    Links are followed, but for one that leads back to a folder it lies in.
-
-    Args:
-        folder: to look in.
-        above: the true paths of the folders that it lies in.
+    Not a list: it is copied into every worker, and ImageNet has more than a million. Not text: that takes four bytes
+    a letter, and cannot hold every name that a file may have.
     """
-    true = os.path.realpath(folder)
-    if true in above:
-        return
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from images_within(Path(entry.path), above=above | {true})
-        elif entry.name.lower().endswith(SUFFIXES):
-            yield entry.path
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """Sorted by the files' own names, numbers in them as numbers, then by folder.
-
-    Files that were numbered when they were exported from a table come in the table's order, whatever folder they are
-    in, so that both give the same run.
-    """
-    return sorted(names, key=lambda path: (_parts(os.path.basename(path)), path))
-
-
-def _parts(name: str) -> list[str | int]:
-    # Text and numbers take turns, so that like is compared with like.
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    return np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
 
 
 def find_images(path: Path, *, setting: str = "images") -> list[Path]:
@@ -99,7 +86,7 @@ def find_images(path: Path, *, setting: str = "images") -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ConfigError(f"{setting}={path} is neither an image nor a folder")
-    found = sorted(map(Path, images_within(path)))
+    found = sorted(path / walked.path / name for walked in walk_images(path) for name in walked.images)
     if not found:
         raise ConfigError(f"{setting}={path} holds no image ({', '.join(SUFFIXES)})")
     return found

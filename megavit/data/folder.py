@@ -1,17 +1,26 @@
 """Images in folders: one folder per class, as ImageNet lies on most disks, or without labels."""
 
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megavit.data.config import DataConfig
-from megavit.data.files import SUFFIXES, ImageFiles, find_images, images_within, in_order
+from megavit.data.files import ImageFiles, as_bytes
+from megavit.data.index import Index, kept_or_built, settled
 from megavit.data.split import split_indices
+from megavit.data.walk import SUFFIXES, places_in_order, shown, walk_images
 from megavit.errors import ConfigError
 
+# Folders that are asked at once whether they have changed.
+_THREADS = 16
 
-def open_folder(config: DataConfig, split: str) -> ImageFiles:
+
+def open_folder(config: DataConfig, split: str, index: Path | None = None) -> ImageFiles:
     """One split of a folder: PATH/train/CLASS/… and PATH/val/CLASS/…, or PATH/CLASS/… with a share to validate on.
 
     Within a class's folder images may lie in folders of their own.
@@ -19,6 +28,7 @@ def open_folder(config: DataConfig, split: str) -> ImageFiles:
     Args:
         config: the data group.
         split: `train` or `val`.
+        index: folder that keeps the listing for the next start; None to keep none.
 
     Raises:
         ConfigError: if the folders are not there, or one is empty.
@@ -29,31 +39,88 @@ def open_folder(config: DataConfig, split: str) -> ImageFiles:
     unknown = sorted(set(_class_names(folder)) - set(classes))
     if unknown:
         raise ConfigError(f"{folder} has classes that {halves['train']} has not: {', '.join(unknown[:5])}")
-    labels: dict[str, int] = {}
-    for label, name in enumerate(classes):
-        found = dict.fromkeys(images_within(folder / name) if (folder / name).is_dir() else (), label)
-        if not found:
-            raise ConfigError(f"{folder / name} holds no image ({', '.join(SUFFIXES)}); fill it or remove it")
-        labels |= found
-    names = in_order(labels)
-    files = ImageFiles(names, [labels[name] for name in names], classes=classes, channels=config.channels)
-    return files if halves else _share(files, config, split, root)
+    return _open(folder, classes, config, split if halves else None, split=split, index=index)
 
 
-def open_images(config: DataConfig, split: str) -> ImageFiles:
+def open_images(config: DataConfig, split: str, index: Path | None = None) -> ImageFiles:
     """One split of images without labels: those under PATH/train and PATH/val, or a share of those under PATH.
 
     Args:
         config: the data group.
         split: `train` or `val`.
+        index: folder that keeps the listing for the next start; None to keep none.
 
     Raises:
         ConfigError: if there is no image.
     """
     root, halves = _halves(config)
-    names = in_order(map(str, find_images(halves.get(split, root), setting="data.path")))
-    files = ImageFiles(names, np.zeros(len(names), dtype=int), classes=(), channels=config.channels)
-    return files if halves else _share(files, config, split, root)
+    return _open(halves.get(split, root), (), config, split if halves else None, split=split, index=index)
+
+
+def _open(
+    folder: Path, classes: tuple[str, ...], config: DataConfig, half: str | None, *, split: str, index: Path | None
+) -> ImageFiles:
+    """The images of a folder, or, where it holds one set for both splits, this split's share."""
+    about = {"source": config.source, "folder": os.path.abspath(folder), "classes": list(classes)}
+    listing = kept_or_built(
+        index,
+        half or "all",
+        fits=lambda kept: _is_of(kept, about) and _is_unchanged(folder, kept["changed_ns"]),
+        build=partial(_list, folder, classes, about),
+    )
+    names, labels = listing.arrays["names"], listing.arrays["labels"]
+    part = None if half else split_indices(labels, config.val_fraction, split, where=str(folder))
+    return ImageFiles(names, labels, classes=classes, channels=config.channels, folder=folder, part=part)
+
+
+def _list(folder: Path, classes: tuple[str, ...], about: dict[str, Any]) -> Index:
+    """The images under a folder, of each class or of none, in their order."""
+    paths: list[str] = []
+    labels: list[int] = []
+    changed_ns: dict[str, int | None] = {}
+    places = {name: place for place, name in enumerate(classes)}
+    there = [name for name in classes if (folder / name).is_dir()]
+    for walked in walk_images(folder, start=there if classes else ("",)):
+        within = f"{walked.path}/" if walked.path else ""
+        paths += [within + name for name in walked.images]
+        labels += [places[walked.path.partition("/")[0]] if classes else 0] * len(walked.images)
+        changed_ns[walked.path] = settled(walked.changed_ns)
+    _refuse_empty(folder, classes, labels)
+    order = places_in_order(paths)
+    return Index(
+        {**about, "changed_ns": changed_ns},
+        {"names": as_bytes([paths[place] for place in order]), "labels": np.array(labels, dtype=np.int32)[order]},
+    )
+
+
+def _refuse_empty(folder: Path, classes: Sequence[str], labels: list[int]) -> None:
+    if not classes and not labels:
+        raise ConfigError(f"data.path={folder} holds no image ({', '.join(SUFFIXES)})")
+    filled = set(labels)
+    for label, name in enumerate(classes):
+        if label not in filled:
+            raise ConfigError(
+                f"{shown(str(folder / name))} holds no image ({', '.join(SUFFIXES)}); fill it or remove it"
+            )
+
+
+def _is_of(kept: dict[str, Any], about: dict[str, Any]) -> bool:
+    return {name: kept.get(name) for name in about} == about
+
+
+def _is_unchanged(folder: Path, changed_ns: dict[str, int | None]) -> bool:
+    """Whether every folder that was walked has the entries that it had."""
+
+    def now(path: str) -> int:
+        try:
+            return os.stat(os.path.join(folder, path)).st_mtime_ns
+        except OSError:
+            return -1
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return all(
+            before == after for before, after in zip(changed_ns.values(), pool.map(now, changed_ns), strict=True)
+        )
 
 
 def _halves(config: DataConfig) -> tuple[Path, dict[str, Path]]:
@@ -70,10 +137,6 @@ def _halves(config: DataConfig) -> tuple[Path, dict[str, Path]]:
             f"data.val_fraction={config.val_fraction} would be ignored: {root} has train/ and val/; leave it null"
         )
     return root, halves
-
-
-def _share(files: ImageFiles, config: DataConfig, split: str, root: Path) -> ImageFiles:
-    return files.part(split_indices(files.labels, config.val_fraction, split, where=str(root)))
 
 
 def _class_names(root: Path) -> tuple[str, ...]:

@@ -1,10 +1,15 @@
-"""Images named in a CSV file, a line each with path and label."""
+"""Images named in a CSV file, a line each with path and label; here or elsewhere."""
 
 import csv
+import io
+import os
 from pathlib import Path
 
+import numpy as np
+
+from megavit.data import remote
 from megavit.data.config import DataConfig
-from megavit.data.files import ImageFiles
+from megavit.data.files import ImageFiles, as_bytes
 from megavit.data.split import split_indices
 from megavit.errors import ConfigError
 
@@ -14,8 +19,8 @@ _COLUMNS = ("path", "label")
 def open_listed(config: DataConfig, split: str) -> ImageFiles:
     """One split of a list: PATH/train.csv and PATH/val.csv, or the file PATH with a share to validate on.
 
-    The first line names the columns; `path` is relative to the CSV's folder, `label` is a class's name. Classes are
-    sorted by name, or as numbers where all of them are.
+    The first line names the columns; `path` is relative to the CSV's folder, or a URL; `label` is a class's name.
+    Classes are sorted by name, or as numbers where all of them are. PATH may be a URL.
 
     Args:
         config: the data group.
@@ -25,8 +30,9 @@ def open_listed(config: DataConfig, split: str) -> ImageFiles:
         ConfigError: if a file, a column or a label is missing.
     """
     assert config.path is not None
-    path = Path(config.path)
-    halves = {half: path / f"{half}.csv" for half in ("train", "val")} if path.is_dir() else {}
+    path = config.path
+    is_folder = not remote.bare(path).endswith(".csv") if remote.is_url(path) else os.path.isdir(path)
+    halves = {half: f"{path.rstrip('/')}/{half}.csv" for half in ("train", "val")} if is_folder else {}
     if halves and config.val_fraction is not None:
         raise ConfigError(
             f"data.val_fraction={config.val_fraction} would be ignored: {path} has train.csv and val.csv; leave it null"
@@ -38,27 +44,27 @@ def open_listed(config: DataConfig, split: str) -> ImageFiles:
     unknown = sorted({label for _, label in rows} - set(classes))
     if unknown:
         raise ConfigError(f"{halves['val']} has labels that {halves['train']} has not: {', '.join(unknown[:5])}")
-    files = ImageFiles(
-        [name for name, _ in rows],
-        [places[label] for _, label in rows],
+    labels = np.array([places[label] for _, label in rows])
+    return ImageFiles(
+        as_bytes([name for name, _ in rows]),
+        labels,
         classes=classes,
         channels=config.channels,
+        part=None if halves else split_indices(labels, config.val_fraction, split, where=path),
     )
-    if halves:
-        return files
-    return files.part(split_indices(files.labels, config.val_fraction, split, where=str(path)))
 
 
-def _read(path: Path) -> list[tuple[str, str]]:
+def _read(path: str) -> list[tuple[str, str]]:
+    folder = remote.bare(path).rpartition("/")[0] if remote.is_url(path) else os.path.dirname(path)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            if not set(_COLUMNS) <= set(columns):
-                raise ConfigError(
-                    f"{path} must name the columns path and label in its first line, not {', '.join(columns) or 'none'}"
-                )
-            rows = [(str(path.parent / (row["path"] or "")), row["label"] or "") for row in reader]
+        content = remote.read(path) if remote.is_url(path) else Path(path).read_bytes()
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+        columns = reader.fieldnames or []
+        if not set(_COLUMNS) <= set(columns):
+            raise ConfigError(
+                f"{path} must name the columns path and label in its first line, not {', '.join(columns) or 'none'}"
+            )
+        rows = [(row["path"] or "", row["label"] or "") for row in reader]
     except OSError as error:
         raise ConfigError(
             f"data.path={path} cannot be read: {error.strerror}; data=csv takes a CSV file, or a folder with "
@@ -70,11 +76,18 @@ def _read(path: Path) -> list[tuple[str, str]]:
         raise ConfigError(f"{path} lists no image; each takes a line below the first")
     # The first line names the columns.
     for line, (name, label) in enumerate(rows, start=2):
-        if not label or name == str(path.parent):
+        if not label or not name:
             raise ConfigError(f"{path}, line {line}: path or label is empty; every image needs both")
-    if not Path(rows[0][0]).is_file():
-        raise ConfigError(f"{path}, line 2: {rows[0][0]} is not there; paths are relative to the CSV's folder")
-    return rows
+        if name.startswith("/") and remote.is_url(path):
+            raise ConfigError(
+                f"{path}, line {line}: {name} is a path of one machine; a list that lies elsewhere "
+                f"names URLs, or paths relative to it"
+            )
+    named = [(name if remote.is_url(name) else os.path.join(folder, name), label) for name, label in rows]
+    first = named[0][0]
+    if not (remote.exists(first) if remote.is_url(first) else os.path.isfile(first)):
+        raise ConfigError(f"{path}, line 2: {first} is not there; paths are relative to the CSV's folder")
+    return named
 
 
 def _by_number_or_name(label: str) -> tuple[int, int, str]:

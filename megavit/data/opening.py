@@ -1,6 +1,7 @@
 """From the data group to an open source."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from megavit.data.config import DataConfig
 from megavit.data.digits import Digits
@@ -10,35 +11,56 @@ from megavit.data.rows import open_arrow, open_hub, open_parquet
 from megavit.data.source import Source
 from megavit.data.subset import choose
 from megavit.data.synthetic import Synthetic
+from megavit.data.tars import open_tars
 from megavit.errors import ConfigError
 from megavit.extension import by_name, is_name
 
 _SOURCES: dict[str, Callable[[DataConfig, str], Source]] = {
     "digits": lambda config, split: Digits(split),
     "synthetic": Synthetic,
-    "folder": open_folder,
-    "images": open_images,
     "csv": open_listed,
     "parquet": open_parquet,
     "arrow": open_arrow,
     "hub": open_hub,
 }
 
+# Those that list what may be millions of samples, and keep the listing for the next start.
+_INDEXED: dict[str, Callable[[DataConfig, str, Path | None], Source]] = {
+    "folder": open_folder,
+    "images": open_images,
+    "tar": open_tars,
+}
 
-def open_source(config: DataConfig, split: str) -> Source:
+
+def open_source(config: DataConfig, split: str, *, index: Path | None = None) -> Source:
     """Open the data that the configuration names.
 
     Args:
         config: the data group, checked.
         split: `train` or `val`.
+        index: folder in which folders, images and tars keep their listing for the next start; None to keep none.
 
     Raises:
         ConfigError: if it is not there, or its images are not of the channels that the configuration states.
     """
-    source = _own(config, split) if is_name(config.source) else _SOURCES[config.source](config, split)
+    if config.source in _INDEXED:
+        source = _INDEXED[config.source](config, split, index)
+    else:
+        source = _own(config, split) if is_name(config.source) else _SOURCES[config.source](config, split)
     if source.image_shape is not None:
         _refuse_other_images(source.image_shape, config)
     return choose(source, config, split)
+
+
+def prepare_index(config: DataConfig, index: Path) -> None:
+    """List the samples of both splits, if that takes long, and keep the listing; one rank calls this before all open.
+
+    Raises:
+        ConfigError: if the data are not there, or the listing cannot be kept.
+    """
+    if config.source in _INDEXED:
+        for split in ("train", "val"):
+            _INDEXED[config.source](config, split, index)
 
 
 def _own(config: DataConfig, split: str) -> Source:

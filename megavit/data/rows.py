@@ -11,10 +11,8 @@ from torch import Tensor
 
 from megavit.data.config import DataConfig
 from megavit.data.decode import decode_image
-from megavit.data.split import split_indices
+from megavit.data.split import VALIDATION_NAMES, parts_by_name, split_indices
 from megavit.errors import ConfigError
-
-_VALIDATION_NAMES = ("val", "validation", "test")
 
 
 class Rows:
@@ -140,11 +138,11 @@ def _by_part(loaded: Any, where: str) -> dict[str, Any]:
         return {"all": loaded}
     if len(loaded) == 1:
         return {"all": next(iter(loaded.values()))}
-    for name in _VALIDATION_NAMES:
+    for name in VALIDATION_NAMES:
         if {"train", name} <= set(loaded):
             return {"train": loaded["train"], "val": loaded[name]}
     raise ConfigError(
-        f"{where} needs a split train and one of {', '.join(_VALIDATION_NAMES)}; it has {', '.join(loaded)}"
+        f"{where} needs a split train and one of {', '.join(VALIDATION_NAMES)}; it has {', '.join(loaded)}"
     )
 
 
@@ -155,11 +153,9 @@ def _files_by_split(path: Path) -> dict[str, list[str]]:
     if not path.is_dir():
         raise ConfigError(f"data.path={path} is neither a folder nor a parquet file")
     every = sorted(entry.path for entry in os.scandir(path) if entry.name.endswith(".parquet"))
-    training = [name for name in every if "train" in Path(name).name]
-    for word in _VALIDATION_NAMES:
-        validation = [name for name in every if word in Path(name).name and name not in training]
-        if training and validation:
-            return {"train": training, "val": validation}
+    parts = parts_by_name(every)
+    if parts is not None:
+        return parts
     raise ConfigError(
         f"{path} needs parquet files with 'train' in their names and others with 'val', 'validation' or 'test'; it has "
         f"{', '.join(Path(name).name for name in every) or 'none'}. One file alone is given as data.path=FILE with "

@@ -1,6 +1,7 @@
 """One rank looks, all ranks see the same."""
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -9,6 +10,9 @@ from torch import Tensor
 from megavit.errors import ConfigError
 
 T = TypeVar("T")
+
+# How often the ranks that wait hear that rank 0 is still at work; far below any time limit of a collective.
+_WORD_EVERY_S = 20.0
 
 
 def from_rank_zero(look: Callable[[], T]) -> T:
@@ -33,6 +37,29 @@ def from_rank_zero(look: Callable[[], T]) -> T:
     if answer[1] is not None:
         raise ConfigError(answer[1])
     return answer[0]
+
+
+def wait_for_rank_zero(work: Callable[[], None]) -> None:
+    """Let rank 0 do what may take longer than a collective may wait (`run.timeout_s`); every rank calls this.
+
+    Args:
+        work: called on rank 0.
+
+    Raises:
+        ConfigError: on every rank, if rank 0's work raised one.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        doing = pool.submit(work) if dist.get_rank() == 0 else None
+        while not from_rank_zero(lambda: doing is not None and _is_done(doing)):
+            pass
+
+
+def _is_done(doing: Future[None]) -> bool:
+    wait([doing], timeout=_WORD_EVERY_S)
+    if not doing.done():
+        return False
+    doing.result()
+    return True
 
 
 def agree_on_error(own: str | None) -> None:

@@ -30,6 +30,8 @@ def test_a_run_that_goes_on_with_fewer_images_says_what_that_does_to_their_order
     run_ranks(ranks.train_and_keep, 1, [*settings, "train.stop_at=3"])
     run_ranks(ranks.train_and_keep, 1, [*settings, "train.stop_at=4"])
     assert "training images" not in log()
+    # The listing that the second start took, and that no longer holds for the third.
+    assert (tmp_path / "run" / "index" / "all.index").is_file()
     for path in (tmp_path / "images" / "a").glob("1*.png"):
         path.unlink()
     run_ranks(ranks.train_and_keep, 1, settings)

@@ -37,6 +37,10 @@ def folder_config(path: Path, **changes):
     return replace(compose(["data=folder", "recipe=null", f"data.path='{path}'"]).data, **changes)
 
 
+def paths(source) -> list[str]:
+    return [source.name(index) for index in range(len(source))]
+
+
 @pytest.fixture
 def one_set(tmp_path):
     for name, count in (("ant", 20), ("bee", 10), ("cat", 1)):
@@ -54,10 +58,10 @@ def test_classes_are_the_sorted_folders_and_images_may_lie_deeper(one_set):
 
 def test_the_two_parts_of_one_set_are_disjoint_whole_and_always_the_same(one_set):
     config = folder_config(one_set, val_fraction=0.2)
-    parts = {split: open_source(config, split).names.tolist() for split in ("train", "val")}
+    parts = {split: paths(open_source(config, split)) for split in ("train", "val")}
     assert sorted(parts["train"] + parts["val"]) == sorted(str(path) for path in one_set.rglob("*.PNG"))
     assert not set(parts["train"]) & set(parts["val"])
-    assert parts["val"] == open_source(config, "val").names.tolist()
+    assert parts["val"] == paths(open_source(config, "val"))
 
 
 def test_two_folders_are_the_two_parts(tmp_path):
@@ -285,7 +289,7 @@ def test_cifar10_in_parquet_is_the_same_as_its_exported_folder(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rows.image(index).permute(1, 2, 0).numpy()).save(path)
     folder = open_source(replace(config, source="folder", path=str(tmp_path)), "val")
-    exported = {Path(str(name)).stem: place for place, name in enumerate(folder.names)}
+    exported = {Path(name).stem: place for place, name in enumerate(paths(folder))}
     for index in range(60):
         place = exported[f"{index:05d}"]
         assert torch.equal(folder.image(place), rows.image(index))

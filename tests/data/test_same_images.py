@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megavit.testing import run_ranks
+from tests.data.tars import shard
 
 DATA = os.environ.get("MEGAVIT_TEST_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="MEGAVIT_TEST_DATA names no folder of real images")
@@ -20,18 +21,27 @@ RUN = [
 
 
 def export(folder: Path, counts: dict[str, int]) -> None:
-    """The first rows of each part as parquet files and, numbered by row, as a folder of classes."""
+    """The first rows of each part as parquet files and, numbered by row, as a folder of classes and as tar shards."""
     import datasets
 
     for split, count in counts.items():
         file = f"{DATA}/cifar10-{split}.parquet"
         rows = datasets.load_dataset("parquet", data_files=file, split=f"train[:{count}]")
         rows.to_parquet(folder / "rows" / f"{split}.parquet")
-        names = rows.features["label"].names
+        names, part = rows.features["label"].names, {"train": "train", "test": "val"}[split]
+        shards: list[dict[str, bytes]] = [{} for _ in range(4)]
         for number, row in enumerate(rows.cast_column("image", datasets.Image(decode=False))):
-            path = folder / "files" / {"train": "train", "test": "val"}[split] / names[row["label"]] / f"{number}.jpg"
+            path = folder / "files" / part / names[row["label"]] / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(row["image"]["bytes"])
+            # Dealt out, as a writer of shards with several processes would.
+            shards[number % len(shards)] |= {
+                f"{number}.jpg": row["image"]["bytes"],
+                f"{number}.cls": str(row["label"]).encode(),
+            }
+        for number, members in enumerate(shards):
+            shard(folder / "tars" / part / f"{number}.tar", members)
+    (folder / "tars" / "classes.txt").write_text("\n".join(names) + "\n")
 
 
 def train(overrides: list[str]) -> list[tuple]:
@@ -51,15 +61,18 @@ def compare(folder: Path, steps: int, figure) -> None:
         for name, own in {
             "from_rows": [f"data.path={folder / 'rows'}"],
             "from_files": [f"data.path={folder / 'files'}", "data.source=folder"],
+            "from_tars": [f"data.path={folder / 'tars'}", "data.source=tar"],
         }.items()
     ]
     assert len(runs[0]) == steps + 1
-    assert runs[0] == runs[1]
-    figure(f"CIFAR-10 in parquet and as a folder: {steps} losses and the validation's are identical")
+    assert runs[0] == runs[1] == runs[2]
+    for name in ("from_files", "from_tars"):
+        assert sorted(path.name for path in (folder / name / "index").iterdir()) == ["train.index", "val.index"]
+    figure(f"CIFAR-10 in parquet, as a folder and as tars: {steps} losses and the validation's are identical")
 
 
 @needs_data
-def test_parquet_and_its_exported_folder_give_identical_losses(tmp_path, figure):
+def test_parquet_and_its_exported_folder_and_tars_give_identical_losses(tmp_path, figure):
     export(tmp_path, {"train": 600, "test": 100})
     compare(tmp_path, 60, figure)
 
@@ -67,6 +80,6 @@ def test_parquet_and_its_exported_folder_give_identical_losses(tmp_path, figure)
 @needs_data
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_whole_of_cifar10_in_parquet_and_as_a_folder_gives_identical_losses(tmp_path, figure):
+def test_the_whole_of_cifar10_in_parquet_as_a_folder_and_as_tars_gives_identical_losses(tmp_path, figure):
     export(tmp_path, {"train": 50_000, "test": 10_000})
     compare(tmp_path, 400, figure)

@@ -1,6 +1,7 @@
 """Sources of one's own images: a list in a CSV, images without labels, arrays of any number of channels, tables."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,13 @@ from megavit.testing import run_ranks
 from tests.reference import SMALL
 
 
-def config(path: Path, source: str, **changes) -> DataConfig:
-    made = replace(compose(["data=folder", "recipe=null", f"data.path='{path}'"]).data, source=source, **changes)
+@cache
+def folder_group() -> DataConfig:
+    return compose(["data=folder", "recipe=null"]).data
+
+
+def config(path: Path | str, source: str, **changes) -> DataConfig:
+    made = replace(folder_group(), path=str(path), source=source, **changes)
     made.check()
     return made
 
