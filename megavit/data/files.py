@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from megavit.data.decode import decode_image
+from megavit.data.decode import Jpeg, decode_image, open_image
 from megavit.errors import ConfigError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".npy")
@@ -44,6 +44,11 @@ class ImageFiles:
         """One image_CYX, uint8, of its natural size."""
         path = Path(str(self.names[index]))
         return decode_image(path, channels=self._channels, name=str(path))
+
+    def opened(self, index: int) -> Tensor | Jpeg:
+        """The same, a JPEG not decoded yet."""
+        path = Path(str(self.names[index]))
+        return open_image(path, channels=self._channels, name=str(path))
 
     def label(self, index: int) -> int:
         """Its label."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from megavit.data.config import DataConfig
 from megavit.data.order import SampleKey, SampleOrder
-from megavit.data.source import Source
+from megavit.data.source import Source, open_sample
 from megavit.data.transforms import draw_shifts, shift_image
 from megavit.data.views import View
 from megavit.errors import ConfigError
@@ -71,9 +71,11 @@ class _Samples(Dataset[tuple[Tensor, int]]):
         labels = [self.source.label(key.sample_id) if self.needs.labels else -1 for key in keys]
         if not self.needs.images:
             return [(torch.empty(0, dtype=torch.uint8), label) for label in labels]
-        natural = [self.source.image(key.sample_id) for key in keys]
+        natural = [open_sample(self.source, key.sample_id) for key in keys]
         for key, image in zip(keys, natural, strict=True):
-            if image.ndim != 3 or image.shape[0] != self.config.channels or image.dtype != torch.uint8:
+            if isinstance(image, Tensor) and (
+                image.ndim != 3 or image.shape[0] != self.config.channels or image.dtype != torch.uint8
+            ):
                 raise ConfigError(
                     f"sample {key.sample_id} of data.source={self.config.source} is {image.dtype} {list(image.shape)}, "
                     f"and uint8 [{self.config.channels}, rows, columns] is due (data.channels={self.config.channels})"
