@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from megavit.data.config import DataConfig
+from megavit.data.decode import Jpeg
 from megavit.data.order import SampleKey, SampleOrder
 from megavit.data.source import Source, open_sample
 from megavit.data.transforms import draw_shifts, shift_image
@@ -71,8 +72,16 @@ class _Samples(Dataset[tuple[Tensor, int]]):
         labels = [self.source.label(key.sample_id) if self.needs.labels else -1 for key in keys]
         if not self.needs.images:
             return [(torch.empty(0, dtype=torch.uint8), label) for label in labels]
-        natural = [open_sample(self.source, key.sample_id) for key in keys]
-        for key, image in zip(keys, natural, strict=True):
+        images = self.view(self._natural(keys), keys, seed=self.seed)
+        if self.augment and self.config.shift:
+            shifts = draw_shifts(keys, pixels=self.config.shift, seed=self.seed)
+            images = [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]
+        return list(zip(images, labels, strict=True))
+
+    def _natural(self, keys: list[SampleKey]) -> Iterator[Tensor | Jpeg]:
+        # One by one: a micro batch of photographs as they were taken can be larger than the memory.
+        for key in keys:
+            image = open_sample(self.source, key.sample_id)
             if isinstance(image, Tensor) and (
                 image.ndim != 3 or image.shape[0] != self.config.channels or image.dtype != torch.uint8
             ):
@@ -80,11 +89,7 @@ class _Samples(Dataset[tuple[Tensor, int]]):
                     f"sample {key.sample_id} of data.source={self.config.source} is {image.dtype} {list(image.shape)}, "
                     f"and uint8 [{self.config.channels}, rows, columns] is due (data.channels={self.config.channels})"
                 )
-        images = self.view(natural, keys, seed=self.seed)
-        if self.augment and self.config.shift:
-            shifts = draw_shifts(keys, pixels=self.config.shift, seed=self.seed)
-            images = [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]
-        return list(zip(images, labels, strict=True))
+            yield image
 
 
 def _collate(samples: list[tuple[Tensor, int]] | ConfigError) -> tuple[Tensor, Tensor] | ConfigError:

@@ -1,6 +1,6 @@
 """Images of any size to the size that the network sees: at random for training, always alike for evaluation."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -45,11 +45,11 @@ class View:
         if augment and config.transform is not None:
             self.random.append(_Own(config.transform))
 
-    def __call__(self, images: Sequence[Tensor | Jpeg], keys: list[SampleKey], *, seed: int) -> list[Tensor]:
+    def __call__(self, images: Iterable[Tensor | Jpeg], keys: list[SampleKey], *, seed: int) -> list[Tensor]:
         """See each image; what is random is a function of its key and the seed alone.
 
         Args:
-            images: uint8 images_CYX of any sizes, or JPEGs that are decoded here, one after the other.
+            images: uint8 images_CYX of any sizes, or JPEGs to be decoded; taken one by one.
             keys: theirs.
             seed: `run.seed`.
         """

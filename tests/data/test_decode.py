@@ -3,8 +3,10 @@
 import io
 import os
 import random
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from torchvision.transforms.v2 import functional
 from megavit.compose import compose
 from megavit.data import decode
 from megavit.data.decode import Box, Jpeg, decode_image, open_image
+from megavit.data.loader import Loader, Needs
+from megavit.data.opening import open_source
 from megavit.data.order import SampleKey
 from megavit.data.views import View
 from megavit.errors import ConfigError
@@ -213,3 +217,55 @@ def test_a_broken_jpeg_is_named_also_when_it_is_decoded_reduced():
     jpeg = open_image(encoded[: len(encoded) // 2], channels=3, name="half.jpg")
     with pytest.raises(ConfigError, match=r"^half\.jpg cannot be read as an image: image file is truncated"):
         jpeg.resized(Box(0, 0, 480, 640), [32, 32], resample=Image.Resampling.BICUBIC)
+
+
+class Counted:
+    """Ten images as a user's source gives them; `most` were alive at once."""
+
+    classes, image_shape, alive, most = (), None, 0, 0
+
+    def __len__(self) -> int:
+        return 10
+
+    def label(self, index: int) -> int:
+        return 0
+
+    def image(self, index: int) -> torch.Tensor:
+        image = torch.zeros(3, 300, 400, dtype=torch.uint8)
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        weakref.finalize(image, self.gone)
+        return image
+
+    def gone(self) -> None:
+        self.alive -= 1
+
+
+def load(source, micro_batch: int, **changes) -> Loader:
+    layout = SimpleNamespace(tp=1, tp_rank=0, pp=1, vpp=1, dp=1, dp_rank=0, device=torch.device("cpu"), groups=None)
+    needs = Needs(images=True, labels=False)
+    data = config(**{"image_size": [32, 32], "workers": 0, **changes})
+    return Loader(source, data, layout=layout, needs=needs, micro_batch=micro_batch, seed=0, train=True)
+
+
+def test_a_micro_batch_is_never_in_memory_as_it_was_taken():
+    source = Counted()
+    list(load(source, 10).train_batches(0, num_steps=2, global_batch=10))
+    # The one before is let go when its successor is there.
+    assert source.most == 2
+
+
+@pytest.mark.parametrize(("workers", "micro_batch"), [(0, 2), (2, 4)])
+def test_reduced_views_are_the_same_in_any_division(workers, micro_batch, tmp_path):
+    for number in range(6):
+        for half in ("train", "val"):
+            (tmp_path / half).mkdir(exist_ok=True)
+            (tmp_path / half / f"{number}.jpg").write_bytes(encode(drawing(400 + 40 * number, 480)))
+    source = open_source(config(source="images", path=str(tmp_path)), "train")
+    want, got = (
+        torch.cat([batch.images_BCYX for batch in loader.train_batches(0, num_steps=2, global_batch=4)])
+        for loader in (load(source, 1), load(source, micro_batch, workers=workers))
+    )
+    assert torch.equal(want, got)
+    full = load(source, 4, reduced_decode=False).train_batches(0, num_steps=2, global_batch=4)
+    assert not torch.equal(want, torch.cat([batch.images_BCYX for batch in full]))
