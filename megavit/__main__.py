@@ -22,6 +22,8 @@ verbs
   convert      weights from elsewhere into a run: from=timm:FILE|hf:FOLDER_OR_ID|mae:FILE|nemo:FILE to=RUN
                [num_heads=N]; a run's into theirs: from=RUN to=timm:FILE|hf:FOLDER|mae:FILE|nemo:FILE
                [dtype=fp32|bf16|fp16] [push=ORG/NAME]
+  show-data    draw the first training images as the network will see them, beside what they were: key=value …
+               [out=PICTURE.png count=16]
   recipes      the complete experiments that come with megavit
 
 examples
@@ -43,6 +45,7 @@ _LOOKING = {
     "verify": "megavit.checkpoint_verbs:verify",
     "prune": "megavit.checkpoint_verbs:prune",
     "convert": "megavit.convert:convert",
+    "show-data": "megavit.show_data:show_data",
     "recipes": "megavit.list_recipes:list_recipes",
 }
 

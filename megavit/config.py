@@ -134,7 +134,7 @@ class RunConfig:
                 f"starts anew from weights, or goes on with all its state"
             )
         self._check_train()
-        self._check_task()
+        self.check_task()
         self._check_tensor_parallel()
         self._check_batch(world_size)
         self._check_precision()
@@ -215,7 +215,8 @@ class RunConfig:
                 f"train.micro_batch"
             )
 
-    def _check_task(self) -> None:
+    def check_task(self) -> None:
+        """Raise ConfigError where another group has settings that the task would ignore."""
         if self.task.name is not TaskName.mae:
             if self.metrics.pictures_every is not None:
                 raise ConfigError(
@@ -223,6 +224,12 @@ class RunConfig:
                     f"{self.task.name.value}, which has nothing to paint; set it to null"
                 )
             return
+        for key in ("erase", "mixup", "cutmix"):
+            if getattr(self.data, key):
+                raise ConfigError(
+                    f"data.{key}={getattr(self.data, key)} would be ignored by task.name=mae, which sees its images "
+                    f"whole and without labels; set it to {shown(getattr(DataConfig(), key))}"
+                )
         used = ModelConfig(pool=Pool.cls if self.model.class_tokens else Pool.mean)
         for key in ("pool", "head", "head_bias"):
             if getattr(self.model, key) != getattr(used, key):
@@ -268,4 +275,11 @@ class RunConfig:
                 f"train.global_batch={self.train.global_batch} is not a multiple of train.micro_batch="
                 f"{micro} × data-parallel size {dp} = {portion}; set train.global_batch={near}, or "
                 f"a train.micro_batch that divides {self.train.global_batch / dp:g}"
+            )
+        if self.data.mixes and micro % 2:
+            key = "mixup" if self.data.mixup is not None else "cutmix"
+            raise ConfigError(
+                f"data.{key}={getattr(self.data, key)} mixes the images of a micro batch in pairs, and "
+                f"train.micro_batch={micro} leaves one over: {micro} mod 2 = 1; set "
+                f"train.micro_batch={max(2, micro - 1)}, and a train.global_batch that it divides"
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megavit.bad_samples import BadSamples
 from megavit.compose import merge
 from megavit.config import RunConfig
 from megavit.data.loader import Loader
@@ -63,9 +64,14 @@ def evaluate(arguments: list[str]) -> int:
     if task.baseline_samples:
         prepare_task(task, loader, open_source(config.data, "train"), seed=config.run.seed)
     engine = Engine(network, list(network.chunks.values()), layout=layout, micro_batch=micro_batch)
-    totals = engine.score(loader(source, train=False))
+    shown = loader(source, train=False)
+    totals = engine.score(shown)
+    bad_samples = BadSamples(shown, "val", run_dir=checkpoint.parent.parent)
+    told = bad_samples.collect(0)
     if layout.rank == 0:
-        _report(totals, task.metrics({name: float(totals[name]) for name in task.sums}), source.classes, checkpoint)
+        print(*told, sep="\n", end="\n" if told else "")
+        metrics = {**task.metrics({name: float(totals[name]) for name in task.sums}), **bad_samples.metrics}
+        _report(totals, metrics, source.classes, checkpoint)
     return 0
 
 

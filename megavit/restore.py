@@ -17,7 +17,7 @@ from megavit.parallel.agree import gather_objects
 # Of the model, what may change between two parts of a run: it changes neither the weights' shapes nor their meaning.
 _MAY_CHANGE = ("dropout", "drop_path", "attention", "linears", "head_bias", "layer_scale")
 
-_TASK_MAY_CHANGE = ("label_smoothing", "baseline_samples")
+_TASK_MAY_CHANGE = ("label_smoothing", "loss", "class_weights", "baseline_samples")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Origin:
     def told_of_data(self, num_samples: int) -> list[str]:
         """What the user must know of a run that goes on with so many training images."""
         before = self.state.num_samples
+        if self.state.former_order and self.state.step:
+            return [
+                f"{self.path} was saved by an earlier megavit, whose samples came in another order: of this epoch some "
+                f"come twice and some not at all"
+            ]
         if before in (0, num_samples):
             return []
         return [
@@ -129,6 +134,8 @@ def _identity(config: RunConfig) -> dict[str, Any]:
         "data.classes": config.data.classes,
         "data.samples_per_class": config.data.samples_per_class,
         "data.fraction": config.data.fraction,
+        "data.repeats": config.data.repeats,
+        "data.class_balanced": config.data.class_balanced,
         "data.val_fraction": config.data.val_fraction,
         "data.image_size": config.data.image_size,
         "data.channels": config.data.channels,

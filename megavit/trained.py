@@ -64,7 +64,8 @@ def read_config(checkpoint: Path) -> RunConfig:
         run=replace(config.run, ranks=None),
         train=replace(config.train, compile=Compile.none),
         parallel=ParallelConfig(),
-        data=replace(config.data, transform=None),
+        # Nothing is mixed in an evaluation, so micro batches need not be even.
+        data=replace(config.data, transform=None, mixup=None, cutmix=None, mix_prob=1.0, mix_switch=0.5),
         task=replace(config.task, implementation=None),
         model=replace(config.model, attention=Attention.sdpa, linears=Linears.local),
     )

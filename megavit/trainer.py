@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megavit.bad_samples import BadSamples
 from megavit.checkpoint import shards
 from megavit.checkpoint.shards import Averages
 from megavit.checkpoint.state import TrainingState
@@ -15,6 +16,7 @@ from megavit.config import RunConfig
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source
 from megavit.engine import Engine, prepare_task
+from megavit.errors import ConfigError
 from megavit.exits import FINISHED, STOPPED
 from megavit.introduce import introduction
 from megavit.keeping import Keeper
@@ -81,6 +83,8 @@ class Trainer:
         )
         self.train_loader = loader(train_source, train=True)
         self.val_loader = loader(val_source, train=False)
+        loaders = {"train": self.train_loader, "val": self.val_loader}
+        self.bad_samples = {split: BadSamples(of, split, run_dir=self.run_dir) for split, of in loaders.items()}
         if self.task.baseline_samples:
             prepare_task(self.task, loader, train_source, seed=config.run.seed)
 
@@ -211,12 +215,23 @@ class Trainer:
             {
                 "consumed_samples": self.consumed_samples,
                 **self.task.metrics(totals),
+                **self._count_bad(reporter, "train"),
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "grad_norm": grad_norm,
                 **speed,
                 "peak_memory_bytes": peak_memory_bytes(self.layout.device),
             },
         )
+
+    def _count_bad(self, reporter: Reporter, split: str) -> dict[str, float]:
+        """Name the images that could not be read since the last time; too many end the run on every rank."""
+        bad = self.bad_samples[split]
+        for line in bad.collect(self.step):
+            reporter.say(line)
+        if bad.too_many is not None:
+            self.keeper.close(reporter)
+            raise ConfigError(bad.too_many)
+        return bad.metrics
 
     def _evaluate_paint_save(self, reporter: Reporter, *, is_last: bool) -> None:
         finished = self.step == self.num_steps
@@ -231,7 +246,10 @@ class Trainer:
         self.engine.gather_weights()
         if evaluates:
             self.last_validation = self.evaluate()
-            reporter.record(self.step, "val", {"consumed_samples": self.consumed_samples, **self.last_validation})
+            counted = self._count_bad(reporter, "val")
+            reporter.record(
+                self.step, "val", {"consumed_samples": self.consumed_samples, **self.last_validation, **counted}
+            )
         is_best = evaluates and self._is_best()
         if paints:
             reporter.show(self.step, "val", self.engine.paint(self.val_loader), titles=self.task.panels)

@@ -8,12 +8,14 @@ from typing import Any
 
 from megavit.errors import ConfigError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _FILE = "state.json"
 
-# From each version to the next. 1 had no manifest beside it, and classes and due came while it stood.
+# From each version to the next. 1 had no manifest beside it, and classes and due came while it stood. 2 shuffled the
+# samples otherwise.
 _MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda fields: {"classes": [], "due": True, **fields},
+    2: lambda fields: {**fields, "former_order": True},
 }
 
 
@@ -29,6 +31,7 @@ class TrainingState:
         due: saved at its time; else only because it evaluated better than all before.
         optimizer: whether its state is there too; not in what was converted from elsewhere.
         num_samples: training images of the source; 0 where nobody wrote it down.
+        former_order: written when samples came in another order than they do now.
     """
 
     step: int
@@ -38,6 +41,7 @@ class TrainingState:
     due: bool = True
     optimizer: bool = True
     num_samples: int = 0
+    former_order: bool = False
 
 
 def write_state(checkpoint: Path, state: TrainingState) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from megavit.checks import require_number
+from megavit.data.augment_config import AugmentConfig
 from megavit.errors import ConfigError
 from megavit.extension import check_name, is_name
 
@@ -16,12 +17,19 @@ class Interpolation(Enum):
     bicubic = "bicubic"
 
 
+class OnBadSample(Enum):
+    """What happens at an image that cannot be read: the run stops, or another of its class takes its place."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 _BY_PATH = ("folder", "csv", "images", "parquet", "arrow", "hub")
 
 
 @dataclass
-class DataConfig:
-    """Group `data`.
+class DataConfig(AugmentConfig):
+    """Group `data`; what is done to training images at random stands in `AugmentConfig`.
 
     Attributes:
         source: digits; synthetic; folder, a folder per class; csv, lines of path and label; images, without labels;
@@ -36,6 +44,11 @@ class DataConfig:
         classes: names of the classes to leave, in the order of their labels; null leaves all.
         samples_per_class: training images to leave of each class; null leaves all.
         fraction: share of each class's training images to leave; null leaves all.
+        repeats: views of a training image in succession, each augmented anew (repeated augmentation); an epoch is as
+            many images as before.
+        class_balanced: in training each class comes as often as the largest, its images as often as that takes.
+        on_bad_sample: what happens at an image that cannot be read.
+        max_bad_fraction: with skip, share of the source's images that may be bad before the run stops; else null.
         num_classes: of the synthetic source; null for others, which know theirs.
         num_samples: of the synthetic source's training split; null for others.
         crop_scale: training images are cut out at random, of this range of the image's area, and resized; null to not.
@@ -46,9 +59,10 @@ class DataConfig:
         eval_crop: images are resized to cover a frame larger than image_size by 1 / eval_crop, and its centre is
             taken; null resizes the whole image, whatever its proportions. Also for training without crop_scale.
         transform: package.module:name of a function or torchvision transform of one's own that training images pass
-            after crop and flip, uint8 to uint8 of the same shape; null for none.
+            after crop, flip, auto_augment and color_jitter, uint8 to uint8 of the same shape; null for none.
         shift: training images are moved by up to this many pixels down and across; what enters is black.
         workers: processes that load beside the training process; 0 loads in it.
+        timeout_s: seconds to wait for a micro batch from those processes; then the image is named that one hangs at.
     """
 
     source: str = "digits"
@@ -61,6 +75,10 @@ class DataConfig:
     classes: list[str] | None = None
     samples_per_class: int | None = None
     fraction: float | None = None
+    repeats: int = 1
+    class_balanced: bool = False
+    on_bad_sample: OnBadSample = OnBadSample.stop
+    max_bad_fraction: float | None = None
     num_classes: int | None = None
     num_samples: int | None = None
     crop_scale: list[float] | None = None
@@ -71,6 +89,7 @@ class DataConfig:
     transform: str | None = None
     shift: int = 0
     workers: int = 0
+    timeout_s: float = 300.0
 
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
@@ -83,13 +102,16 @@ class DataConfig:
             raise ConfigError(f"data.source={self.source} is not known; {hint}")
         if self.transform is not None:
             check_name(self.transform, "data.transform")
-        require_number("data", self, "channels", at_least=1)
+        require_number("data", self, "channels", "repeats", at_least=1)
+        require_number("data", self, "timeout_s", above=0)
         require_number("data", self, "num_classes", "num_samples", at_least=1)
         require_number("data", self, "workers", at_least=0)
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise ConfigError(f"data.image_size={self.image_size} must be [height, width] in pixels")
         self._check_path()
         self._check_subset()
+        self._check_bad_samples()
+        self.check_augmentation(self.channels)
         require_number("data", self, "eval_crop", above=0, below=1.0000001)
         if self.crop_scale is not None and not (
             len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
@@ -136,3 +158,17 @@ class DataConfig:
             )
         if self.classes is not None and len(set(self.classes)) < max(1, len(self.classes)):
             raise ConfigError(f"data.classes={self.classes} must name at least one class, and each once")
+
+    def _check_bad_samples(self) -> None:
+        require_number("data", self, "max_bad_fraction", at_least=0, below=1.0000001)
+        skips = self.on_bad_sample is OnBadSample.skip
+        if skips and self.max_bad_fraction is None:
+            raise ConfigError(
+                "data.on_bad_sample=skip needs data.max_bad_fraction, the share of the images that may be bad before "
+                "the run stops: 0.01 for example"
+            )
+        if not skips and self.max_bad_fraction is not None:
+            raise ConfigError(
+                f"data.max_bad_fraction={self.max_bad_fraction} would be ignored by data.on_bad_sample="
+                f"{self.on_bad_sample.value}; set it to null, or choose skip"
+            )

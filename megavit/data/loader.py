@@ -4,19 +4,16 @@ Shapes: B images of a micro batch, C channels, Y rows, X columns.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
 
 from megavit.data.config import DataConfig
-from megavit.data.decode import Jpeg
 from megavit.data.order import SampleKey, SampleOrder
-from megavit.data.source import Source, open_sample
-from megavit.data.transforms import draw_shifts, shift_image
-from megavit.data.views import View
+from megavit.data.reading import BadSample, Micro, Needs, Samples, read_ahead
+from megavit.data.source import Source, all_labels
 from megavit.errors import ConfigError
 from megavit.parallel.layout import ParallelLayout
 
@@ -30,70 +27,18 @@ class Batch:
         labels_B: int64.
         counted_B: bool, False for the padding at the end of an evaluation.
         keys: which samples these are, known on every rank.
+        augmented: whether they are to train on, so that the device erases and mixes them.
     """
 
     images_BCYX: Tensor | None
     labels_B: Tensor | None
     counted_B: Tensor
     keys: list[SampleKey]
+    augmented: bool = False
 
     def key_columns(self) -> tuple[Tensor, ...]:
         """The keys as int64 tensors on the CPU: sample_ids_B, epochs_B, occurrences_B."""
         return torch.tensor([(key.sample_id, key.epoch, key.occurrence) for key in self.keys]).unbind(dim=1)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What this rank's pipeline stage reads of a batch."""
-
-    images: bool
-    labels: bool
-
-
-class _Samples(Dataset[tuple[Tensor, int]]):
-    """Keys to augmented images and labels, here or in a worker process."""
-
-    def __init__(self, source: Source, config: DataConfig, needs: Needs, *, seed: int, augment: bool) -> None:
-        self.source, self.config, self.needs, self.seed, self.augment = source, config, needs, seed, augment
-        self.view = View(config, augment=augment)
-
-    def __getitems__(self, keys: list[SampleKey]) -> list[tuple[Tensor, int]] | ConfigError:
-        """Read a micro batch, called by DataLoader.
-
-        A user's error comes back as a value: raised in a worker, DataLoader would bury its message in a traceback.
-        """
-        try:
-            return self._read(keys)
-        except ConfigError as error:
-            return error
-
-    def _read(self, keys: list[SampleKey]) -> list[tuple[Tensor, int]]:
-        # Draws are made for all of the micro batch at once.
-        labels = [self.source.label(key.sample_id) if self.needs.labels else -1 for key in keys]
-        if not self.needs.images:
-            return [(torch.empty(0, dtype=torch.uint8), label) for label in labels]
-        images = self.view(self._natural(keys), keys, seed=self.seed)
-        if self.augment and self.config.shift:
-            shifts = draw_shifts(keys, pixels=self.config.shift, seed=self.seed)
-            images = [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]
-        return list(zip(images, labels, strict=True))
-
-    def _natural(self, keys: list[SampleKey]) -> Iterator[Tensor | Jpeg]:
-        # One by one: a micro batch of photographs as they were taken can be larger than the memory.
-        for key in keys:
-            image = open_sample(self.source, key.sample_id)
-            if isinstance(image, Tensor) and (
-                image.ndim != 3 or image.shape[0] != self.config.channels or image.dtype != torch.uint8
-            ):
-                raise ConfigError(
-                    f"sample {key.sample_id} of data.source={self.config.source} is {image.dtype} {list(image.shape)}, "
-                    f"and uint8 [{self.config.channels}, rows, columns] is due (data.channels={self.config.channels})"
-                )
-            yield image
-
-
-def _collate(samples: list[tuple[Tensor, int]] | ConfigError) -> tuple[Tensor, Tensor] | ConfigError:
-    return samples if isinstance(samples, ConfigError) else default_collate(samples)
 
 
 class Loader:
@@ -125,9 +70,10 @@ class Loader:
         assert only is None or not train
         self.source, self.config, self.layout, self.needs = source, config, layout, needs
         self.micro_batch = micro_batch
-        self.order = SampleOrder(len(source), seed=seed) if train else None
+        self.order = _training_order(source, config, seed=seed) if train else None
         self._evaluated = range(len(source)) if only is None else only
-        self._samples = _Samples(source, config, needs, seed=seed, augment=train)
+        self._samples = Samples(source, config, needs, seed=seed, augment=train)
+        self._bad: list[BadSample] = []
         self._reads = layout.tp_rank == 0 and (needs.images or needs.labels)
 
     def train_batches(self, consumed_samples: int, *, num_steps: int, global_batch: int) -> Iterator[Batch]:
@@ -180,7 +126,7 @@ class Loader:
         if not self._reads:
             for row in rows:
                 images, labels = self._share(None, None)
-                yield Batch(images, labels, counted(row), row)
+                yield Batch(images, labels, counted(row), row, self._samples.augment)
             return
         due: list[list[SampleKey]] = []
 
@@ -189,22 +135,18 @@ class Loader:
                 due.append(row)
                 yield row
 
-        loader = DataLoader(
-            self._samples,
-            batch_sampler=remember(),  # type: ignore[arg-type]
-            num_workers=self.config.workers,
-            pin_memory=self.layout.device.type == "cuda",
-            # DataLoader draws a seed for its workers when it starts; from the default generator that would move the
-            # dropout of the step in which it happens to start, and a resumed run would not be bit-equal.
-            generator=torch.Generator(),
-            collate_fn=_collate,
-        )
-        for read in loader:
-            if isinstance(read, ConfigError):
-                raise read
+        on_gpu = self.layout.device.type == "cuda"
+        reads = read_ahead(self._samples, remember(), pins=on_gpu)
+        for read in _copy_ahead(reads, self.layout.device) if on_gpu else reads:
             row = due.pop(0)
-            images, labels = self._share(*read)
-            yield Batch(images, labels, counted(row), row)
+            self._bad += read.bad
+            images, labels = self._share(read.images, read.labels)
+            yield Batch(images, labels, counted(row), row, self._samples.augment)
+
+    def take_bad(self) -> list[BadSample]:
+        """What was replaced on this rank since the last call."""
+        bad, self._bad = self._bad, []
+        return bad
 
     def _share(self, images: Tensor | None, labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Move a micro batch to the device and, from tensor-parallel rank 0, to its peers."""
@@ -227,3 +169,40 @@ class Loader:
                 dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
             shared.append(tensor)
         return shared[0], shared[1]
+
+
+def _training_order(source: Source, config: DataConfig, *, seed: int) -> SampleOrder:
+    if config.class_balanced and not source.classes:
+        raise ConfigError(
+            f"data.class_balanced=true needs classes, and data.source={config.source} has none; set it to false"
+        )
+    labels = all_labels(source) if config.class_balanced else None
+    return SampleOrder(len(source), seed=seed, repeats=config.repeats, labels=labels)
+
+
+def _copy_ahead(reads: Iterator[Micro], device: torch.device) -> Iterator[Micro]:
+    """Copy micro batches to a GPU, each while the one before it is computed."""
+    stream = torch.cuda.Stream(device)
+    ahead: tuple[Micro, torch.cuda.Event] | None = None
+    for read in reads:
+        with torch.cuda.stream(stream):
+            images, labels = (
+                None if tensor is None else tensor.to(device, non_blocking=True)
+                for tensor in (read.images, read.labels)
+            )
+            copied = replace(read, images=images, labels=labels), stream.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead)
+        ahead = copied
+    if ahead is not None:
+        yield _arrived(*ahead)
+
+
+def _arrived(read: Micro, copied: torch.cuda.Event) -> Micro:
+    computing = torch.cuda.current_stream()
+    computing.wait_event(copied)
+    for tensor in (read.images, read.labels):
+        if tensor is not None:
+            # Its memory is the copying stream's, and must not be used anew before this one is done with it.
+            tensor.record_stream(computing)
+    return read

@@ -73,8 +73,7 @@ class Rows:
 
     def opened(self, index: int) -> Tensor | Jpeg:
         """The same, a JPEG not decoded yet."""
-        row = int(self._part[index])
-        cell, name = self._rows[row][self._image] or {}, f"{self._where}, row {row}"
+        cell, name = self._rows[int(self._part[index])][self._image] or {}, self.name(index)
         if cell.get("bytes") is not None:
             return open_image(cell["bytes"], channels=self._channels, name=name)
         if cell.get("path") is None:
@@ -84,6 +83,10 @@ class Rows:
     def label(self, index: int) -> int:
         """The row's label."""
         return int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        """File or folder, and row."""
+        return f"{self._where}, row {self._part[index]}"
 
 
 def open_parquet(config: DataConfig, split: str) -> Rows:

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from megavit.data.decode import Jpeg
@@ -35,3 +36,14 @@ def open_sample(source: Source, index: int) -> Tensor | Jpeg:
     """One image, not decoded yet where the source has a method `opened` that can hand it over so."""
     opened = getattr(source, "opened", None)
     return source.image(index) if opened is None else opened(index)
+
+
+def all_labels(source: Source) -> np.ndarray:
+    """The label of every sample."""
+    return np.array([source.label(index) for index in range(len(source))])
+
+
+def name_of(source: Source, index: int) -> str:
+    """How a person finds a sample: what the source's own `name(index)` says, if it has one."""
+    name = getattr(source, "name", None)
+    return name(index) if name is not None else f"sample {index}"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megavit.data.config import DataConfig
 from megavit.data.decode import Jpeg
-from megavit.data.source import Source, open_sample
+from megavit.data.source import Source, all_labels, name_of, open_sample
 from megavit.errors import ConfigError
 
 _SUBSET_SEED = 1
@@ -43,6 +43,10 @@ class Subset:
         """Its class's place among the chosen ones."""
         return int(self._labels[index])
 
+    def name(self, index: int) -> str:
+        """The source's own."""
+        return name_of(self._source, int(self._indices[index]))
+
 
 def choose(source: Source, config: DataConfig, split: str) -> Source:
     """Leave of a source what `data.classes`, `data.samples_per_class` and `data.fraction` name.
@@ -68,7 +72,7 @@ def choose(source: Source, config: DataConfig, split: str) -> Source:
             some = f"its first classes are {', '.join(source.classes[:10])}" if source.classes else "it has no classes"
             hint = f"did you mean {near[0]}?" if near else some
             raise ConfigError(f"data.classes: {name} is no class of data.source={config.source}; {hint}")
-    every = np.array([source.label(index) for index in range(len(source))])
+    every = all_labels(source)
     indices, labels = [], []
     # Without labels all are of one nameless class.
     for label, name in enumerate(names or ("",)):

@@ -1,7 +1,7 @@
 """Images of any size to the size that the network sees: at random for training, always alike for evaluation."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from PIL import Image
@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
+from megavit.data.augment import colour_transforms
 from megavit.data.config import DataConfig
 from megavit.data.decode import Box, Jpeg
 from megavit.data.order import SampleKey
@@ -42,6 +43,8 @@ class View:
             )
         if augment and config.flip:
             self.random.append(v2.RandomHorizontalFlip())
+        if augment:
+            self.random += colour_transforms(config)
         if augment and config.transform is not None:
             self.random.append(_Own(config.transform))
 
@@ -53,20 +56,36 @@ class View:
             keys: theirs.
             seed: `run.seed`.
         """
-        if self.crop is None and not self.random:
-            return [self._fit(image).contiguous() for image in images]
+        draws = self.draws(keys, seed=seed)
+        with self.drawing():
+            return [self.change(self.cut(image, draw)) for image, draw in zip(images, draws, strict=True)]
+
+    def draws(self, keys: list[SampleKey], *, seed: int) -> list[int]:
+        """For each key what its image's view is drawn from."""
         columns = torch.tensor([(key.epoch, key.sample_id, key.occurrence) for key in keys]).unbind(dim=1)
-        draws = (hash_int64(seed, *columns, _VIEW) & (2**62 - 1)).tolist()
-        seen = []
-        with _generator_of_its_own():
-            for image, draw in zip(images, draws, strict=True):
-                # Not torch.manual_seed: that seeds every GPU too, and this process's dropout with it.
-                torch.default_generator.manual_seed(draw)
-                one = (self._fit(image) if self.crop is None else self._cut(image, self.crop)).contiguous()
-                for transform in self.random:
-                    one = transform(one)
-                seen.append(one)
-        return seen
+        return (hash_int64(seed, *columns, _VIEW) & (2**62 - 1)).tolist()
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """Within it images are cut and changed; after it torch's generator is as it was."""
+        return _as_in_any_process() if self.crop is not None or self.random else nullcontext()
+
+    def cut(self, image: Tensor | Jpeg, draw: int) -> Tensor:
+        """One image in the size that the network sees, before it is changed at random.
+
+        Raises:
+            ConfigError: if it is a JPEG and cannot be decoded.
+        """
+        if self.crop is None and not self.random:
+            return self._fit(image).contiguous()
+        # Not torch.manual_seed: that seeds every GPU too, and this process's dropout with it.
+        torch.default_generator.manual_seed(draw)
+        return (self._fit(image) if self.crop is None else self._cut(image, self.crop)).contiguous()
+
+    def change(self, image: Tensor) -> Tensor:
+        """What was cut last, changed at random: it goes on from where the cut's draws have ended."""
+        for transform in self.random:
+            image = transform(image)
+        return image
 
     def _cut(self, opened: Tensor | Jpeg, crop: v2.RandomResizedCrop) -> Tensor:
         """A part of the image drawn at random, resized. What is drawn depends on the image's size alone."""
@@ -118,7 +137,13 @@ class _Own:
 
 
 @contextmanager
-def _generator_of_its_own() -> Iterator[None]:
-    # torchvision draws from torch's default generator, which in this process also drives the dropout.
-    with torch.random.fork_rng(devices=[]):
-        yield
+def _as_in_any_process() -> Iterator[None]:
+    # torchvision draws from torch's default generator, which in this process also drives the dropout. A worker process
+    # has one thread; with one here too, an image's sums are added up in the same order.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(num_threads)

@@ -96,6 +96,41 @@ def draw_panels(panels: Tensor, *, titles: tuple[str, ...], path: Path) -> np.nd
     return picture
 
 
+def draw_samples(rows: dict[str, list[Tensor]], *, captions: dict[str, list[str]], path: Path) -> None:
+    """Draw samples side by side into a PNG, the rows of each beneath one another, eight samples at most in a line.
+
+    Args:
+        rows: by title, an image of each sample: uint8 image_CYX of any size; other than 3 channels show their first,
+            in grey.
+        captions: of some rows, a line for each sample, written above its image.
+        path: where to write.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    count = len(next(iter(rows.values())))
+    columns = min(8, count)
+    lines = -(-count // columns)
+    close = ConstrainedLayoutEngine(h_pad=0.03, w_pad=0.03, hspace=0.0, wspace=0.0)
+    figure = Figure(figsize=(1.5 * columns + 0.5, 1.8 * lines * len(rows) + 0.2), layout=close, dpi=110)
+    grid = figure.subplots(lines * len(rows), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    for place, (title, images) in enumerate(rows.items()):
+        for index, image in enumerate(images):
+            line, column = divmod(index, columns)
+            axes = grid[line * len(rows) + place][column]
+            pixels = image.permute(1, 2, 0).cpu().numpy()
+            axes.imshow(pixels if pixels.shape[2] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=255)
+            if title in captions:
+                axes.set_title(captions[title][index], fontsize=7, pad=3)
+            if column == 0:
+                axes.set_ylabel(title, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
 def draw_confusion(confusion: Tensor, *, classes: tuple[str, ...], path: Path) -> None:
     """Draw which class is taken for which into a PNG, each label's row as shares of its images.
 

@@ -62,6 +62,24 @@ class ParallelLayout:
         """The first of the global ranks that compute the loss."""
         return self.world_size // self.pp * (self.pp - 1)
 
+    @classmethod
+    def alone(cls) -> "ParallelLayout":
+        """This process by itself, on the CPU and without any group: to look at data, where nothing is sent."""
+        return cls(
+            tp=1,
+            pp=1,
+            vpp=1,
+            dp=1,
+            sequence_parallel=False,
+            rank=0,
+            world_size=1,
+            tp_rank=0,
+            pp_rank=0,
+            dp_rank=0,
+            device=torch.device("cpu"),
+            groups=None,  # type: ignore[arg-type]
+        )
+
     def on_one_stage(self) -> "ParallelLayout":
         """This rank's place for a network that stands whole on its pipeline stage, its tokens not split."""
         groups = copy(self.groups)

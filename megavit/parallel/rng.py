@@ -35,9 +35,10 @@ def hash_int64(*parts: Tensor | int) -> Tensor:
     """
     state = torch.zeros((), dtype=torch.int64)
     for part in parts:
-        part = torch.as_tensor(part, dtype=torch.int64)
-        if part.device != state.device:
+        # Plain numbers stay numbers: as tensors they would call the state back to the host, which would have to wait.
+        if isinstance(part, Tensor) and part.device != state.device:
             state = state.to(part.device)
+        part = part.to(torch.int64) if isinstance(part, Tensor) else int(part)
         state = _finalise((state ^ part) + _GOLDEN)
     return state
 
@@ -45,6 +46,31 @@ def hash_int64(*parts: Tensor | int) -> Tensor:
 def uniform(*parts: Tensor | int) -> Tensor:
     """Draw from [0, 1) in float64, a pure function of the parts (53 of the hash's bits)."""
     return _shift_right(hash_int64(*parts), 11).double() * 2.0**-53
+
+
+def normal(*parts: Tensor | int) -> Tensor:
+    """Draw noise of zero mean and unit deviation in float32, the same bits on every device.
+
+    The sum of a hash's eight bytes: normal in its middle, but never beyond 4.9 deviations (excess kurtosis −0.15). No
+    logarithm or cosine is taken, whose last bit differs between devices.
+    """
+    draws, low = hash_int64(*parts), 0x00FF00FF00FF00FF
+    pairs = (draws & low) + (_shift_right(draws, 8) & low)
+    total = _shift_right(pairs * 0x0001000100010001, 48)
+    return (total - 1020).float() * (8 * (256**2 - 1) / 12) ** -0.5
+
+
+def drawn_from(quantiles: Tensor, draws: Tensor) -> Tensor:
+    """Turn uniform draws into draws from a distribution that is given by its quantiles.
+
+    A look-up instead of a formula: torch's power function gives other last bits for 2 numbers than for the same among
+    16 (533 of 32,000 on the CPU, torch 2.15), and a sample's draw must not depend on its micro batch.
+
+    Args:
+        quantiles: ascending; each is as likely as the others.
+        draws: in [0, 1).
+    """
+    return quantiles[(draws * len(quantiles)).long()]
 
 
 def seed_step(layout: ParallelLayout, *, seed: int, step: int) -> None:

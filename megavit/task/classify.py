@@ -12,20 +12,22 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megavit.data.config import DataConfig
-from megavit.data.loader import Batch, Needs
-from megavit.data.transforms import Normalize
+from megavit.data.device import DeviceTransforms
+from megavit.data.loader import Batch
+from megavit.data.reading import Needs
+from megavit.errors import ConfigError
 from megavit.model.config import ModelConfig
 from megavit.model.vit import EncoderStage, VisionTransformer
 from megavit.parallel.boundary import BoundarySpec, tokens_boundary
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.task.chunks import name_stages
-from megavit.task.config import TaskConfig
+from megavit.task.config import Loss, TaskConfig
 from megavit.task.goal import Goal
 
 
 class Classify:
-    """Cross-entropy of the head's scores, and how many of them are right.
+    """Cross-entropy of the head's scores, of all classes at once or of each by itself, and how many of them are right.
 
     Args:
         config: the task group.
@@ -33,6 +35,10 @@ class Classify:
         data: the data group.
         num_classes: K.
         layout: this rank's place.
+        seed: `run.seed`, of what the device draws.
+
+    Raises:
+        ConfigError: if there are not as many class weights as classes.
     """
 
     sums: tuple[str, ...] = ("loss", "top1", "count")
@@ -41,12 +47,20 @@ class Classify:
     panels: tuple[str, ...] = ()
 
     def __init__(
-        self, config: TaskConfig, *, model: ModelConfig, data: DataConfig, num_classes: int, layout: ParallelLayout
+        self,
+        config: TaskConfig,
+        *,
+        model: ModelConfig,
+        data: DataConfig,
+        num_classes: int,
+        layout: ParallelLayout,
+        seed: int,
     ) -> None:
         assert config.label_smoothing is not None
-        self.label_smoothing = config.label_smoothing
+        self.label_smoothing, self.by_class = config.label_smoothing, config.loss is Loss.bce
+        self.weights_K = _class_weights(config, data, num_classes, layout)
         self.model, self.data, self.num_classes, self.layout = model, data, num_classes, layout
-        self.normalize = Normalize(data.mean, data.std).to(layout.device)
+        self.see = DeviceTransforms(data, seed=seed, device=layout.device)
         self.score_shapes: Mapping[str, tuple[int, ...]] = {
             **dict.fromkeys(("loss", "top1", "top5", "count"), ()),
             "confusion": (num_classes, num_classes),
@@ -76,7 +90,7 @@ class Classify:
 
     def forward(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
         """Images on the first stage to scores on the last."""
-        images = None if batch is None or batch.images_BCYX is None else self.normalize(batch.images_BCYX)
+        images = None if batch is None or batch.images_BCYX is None else self.see(batch)
         return model(images), lambda logits_BK: self.loss(logits_BK, batch)
 
     def loss(self, logits_BK: Tensor, batch: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -84,17 +98,39 @@ class Classify:
 
         Returns:
             The loss, and sums `loss`, `top1` and `count`; dividing by `count` is left to whoever has added them all.
+            Of a mixed image the class of the larger share is the right one.
         """
         assert batch is not None and batch.labels_B is not None
-        losses_B = F.cross_entropy(logits_BK, batch.labels_B, label_smoothing=self.label_smoothing, reduction="none")
+        labels_B, mix = batch.labels_B, self.see.mix(batch)
+        shares_BK = None
+        if mix is not None:
+            shares_BK = mix.targets(F.one_hot(labels_B, self.num_classes).float())
+            labels_B = shares_BK.argmax(dim=1)
+        losses_B = self._losses(logits_BK, labels_B, shares_BK)
         with torch.no_grad():
             counted_B = batch.counted_B
             sums = {
                 "loss": (losses_B * counted_B).sum(),
-                "top1": ((logits_BK.argmax(dim=1) == batch.labels_B) & counted_B).sum().float(),
+                "top1": ((logits_BK.argmax(dim=1) == labels_B) & counted_B).sum().float(),
                 "count": counted_B.sum().float(),
             }
         return losses_B.mean(), sums
+
+    def _losses(self, logits_BK: Tensor, labels_B: Tensor, shares_BK: Tensor | None) -> Tensor:
+        """Each image's loss; where there are shares, the labels stand for nothing else."""
+        if not self.by_class:
+            return F.cross_entropy(
+                logits_BK,
+                labels_B if shares_BK is None else shares_BK,
+                weight=self.weights_K,
+                label_smoothing=self.label_smoothing,
+                reduction="none",
+            )
+        if shares_BK is None:
+            shares_BK = F.one_hot(labels_B, self.num_classes).float()
+        smooth_BK = shares_BK * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
+        losses_BK = F.binary_cross_entropy_with_logits(logits_BK, smooth_BK, weight=self.weights_K, reduction="none")
+        return losses_BK.mean(dim=1)
 
     def score(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
         """Beside the loss and top-1: `top5`, and `confusion`, images by [label, guess]."""
@@ -122,3 +158,15 @@ class Classify:
     def paint(self, batch: Batch | None, model: torch.nn.Module) -> NoReturn:
         """A classifier has no panels."""
         raise AssertionError("a classifier paints nothing")
+
+
+def _class_weights(config: TaskConfig, data: DataConfig, num_classes: int, layout: ParallelLayout) -> Tensor | None:
+    weights = config.class_weights
+    if weights is None:
+        return None
+    if len(weights) != num_classes:
+        raise ConfigError(
+            f"task.class_weights has {len(weights)} values and data.source={data.source} has {num_classes} classes: "
+            f"give one for each class, in the order of the labels"
+        )
+    return torch.tensor(weights, device=layout.device)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from megavit.checks import require_number
+from megavit.checks import require_number, shown
 from megavit.errors import ConfigError
 from megavit.extension import check_name
 from megavit.model.config import ModelConfig
@@ -16,7 +16,19 @@ class TaskName(Enum):
     mae = "mae"
 
 
+class Loss(Enum):
+    """How a classifier's scores are held against the labels.
+
+    `cross_entropy`: of all classes at once, which share one image's probability.
+    `bce`: binary cross-entropy of each class by itself, the mean over the classes (arXiv 2110.00476, section 3).
+    """
+
+    cross_entropy = "cross_entropy"
+    bce = "bce"
+
+
 _CLASSIFY = ("label_smoothing",)
+_CLASSIFY_MAY = ("loss", "class_weights")
 _MAE = (
     "mask_ratio",
     "norm_pix",
@@ -37,6 +49,9 @@ class TaskConfig:
         implementation: package.module:name of a class of one's own in its place, called as the task's own class is
             (see docs/extending.md); null for megavit's.
         label_smoothing: probability spread over all classes, in [0, 1).
+        loss: how scores are held against labels; null is cross_entropy, as in runs from before there was a choice.
+        class_weights: one per class, in the order of the labels: what each class's part of the loss is multiplied by;
+            the loss stays a mean over the images, not over the weights. Null for all 1.
         mask_ratio: share of the patches that the encoder does not see, in (0, 1).
         norm_pix: compare with each patch's pixels less their mean, over their deviation; else with the pixels.
         decoder_hidden_size: the decoder's token width.
@@ -49,6 +64,8 @@ class TaskConfig:
     name: TaskName = TaskName.classify
     implementation: str | None = None
     label_smoothing: float | None = None
+    loss: Loss | None = None
+    class_weights: list[float] | None = None
     mask_ratio: float | None = None
     norm_pix: bool | None = None
     decoder_hidden_size: int | None = None
@@ -90,16 +107,21 @@ class TaskConfig:
 
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
-        takes = {TaskName.classify: _CLASSIFY, TaskName.mae: _MAE}[self.name]
-        for key in (*_CLASSIFY, *_MAE):
+        needs, may = {TaskName.classify: (_CLASSIFY, _CLASSIFY_MAY), TaskName.mae: (_MAE, ())}[self.name]
+        for key in (*_CLASSIFY, *_CLASSIFY_MAY, *_MAE):
             value = getattr(self, key)
-            if key in takes and value is None:
+            if key in needs and value is None:
                 raise ConfigError(f"task.name={self.name.value} needs task.{key}; choose task={self.name.value}")
-            if key not in takes and value is not None:
-                raise ConfigError(f"task.{key}={value} would be ignored by task.name={self.name.value}; set it to null")
+            if key not in (*needs, *may) and value is not None:
+                raise ConfigError(
+                    f"task.{key}={shown(value)} would be ignored by task.name={self.name.value}; set it to null"
+                )
         if self.implementation is not None:
             check_name(self.implementation, "task.implementation")
         require_number("task", self, "label_smoothing", at_least=0, below=1)
+        weights = self.class_weights
+        if weights is not None and not (all(0 <= weight < float("inf") for weight in weights) and any(weights)):
+            raise ConfigError(f"task.class_weights={weights} must be at least 0 each, and one above 0")
         require_number("task", self, "mask_ratio", at_least=0, below=1)
         require_number("task", self, *(key for key in _MAE if key not in ("mask_ratio", "norm_pix")), at_least=1)
         if self.name is TaskName.mae:

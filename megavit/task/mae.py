@@ -12,7 +12,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megavit.data.config import DataConfig
-from megavit.data.loader import Batch, Needs
+from megavit.data.loader import Batch
+from megavit.data.reading import Needs
 from megavit.data.transforms import Normalize
 from megavit.model.config import ModelConfig
 from megavit.model.embedding import patchify, unpatchify

@@ -8,7 +8,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megavit.data.config import DataConfig
-from megavit.data.loader import Batch, Needs
+from megavit.data.loader import Batch
+from megavit.data.reading import Needs
 from megavit.errors import ConfigError
 from megavit.extension import by_name
 from megavit.model.config import ModelConfig
@@ -96,7 +97,7 @@ def open_task(
         data: the data group.
         num_classes: of the data; a masked autoencoder does not look at labels.
         layout: this rank's place.
-        seed: `run.seed`, of the masks.
+        seed: `run.seed`, of the masks, and of what the device erases and mixes.
 
     Raises:
         ConfigError: if it needs labels and there are none.
@@ -109,5 +110,5 @@ def open_task(
     make: Callable[..., Task] = Mae if config.name is TaskName.mae else Classify
     if config.implementation is not None:
         make = by_name(config.implementation, "task.implementation")
-    depends_on: dict[str, int] = {"seed": seed} if config.name is TaskName.mae else {"num_classes": num_classes}
-    return make(config, model=model, data=data, layout=layout, **depends_on)
+    depends_on = {} if config.name is TaskName.mae else {"num_classes": num_classes}
+    return make(config, model=model, data=data, layout=layout, seed=seed, **depends_on)

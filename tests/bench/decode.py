@@ -32,8 +32,9 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import InterpolationMode, v2
 
 from megavit.compose import compose
-from megavit.data.loader import Loader, Needs
+from megavit.data.loader import Loader
 from megavit.data.opening import open_source
+from megavit.data.reading import Needs
 from megavit.metrics.starts import provenance
 
 MICRO_BATCH, SIZE, SCALE, BICUBIC = 50, 224, (0.08, 1.0), InterpolationMode.BICUBIC

@@ -106,7 +106,7 @@ def test_the_first_schema_is_read_and_a_later_one_refused(checkpoint):
     assert find_fault(checkpoint) is None
     assert (read_state(checkpoint).step, read_state(checkpoint).due) == (3, True)
     path.write_text(json.dumps({**fields, "schema_version": 99}))
-    with pytest.raises(ConfigError, match="has schema version 99 and this megavit reads up to 2"):
+    with pytest.raises(ConfigError, match="has schema version 99 and this megavit reads up to 3"):
         read_state(checkpoint)
 
 

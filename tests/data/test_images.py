@@ -17,9 +17,10 @@ from PIL import Image
 from megavit.compose import compose
 from megavit.data.decode import decode_image
 from megavit.data.files import find_images
-from megavit.data.loader import Loader, Needs
+from megavit.data.loader import Loader
 from megavit.data.opening import open_source
 from megavit.data.order import SampleKey
+from megavit.data.reading import Needs
 from megavit.data.views import View
 from megavit.errors import ConfigError
 

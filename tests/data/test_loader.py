@@ -7,8 +7,9 @@ import torch
 
 from megavit.data.config import DataConfig
 from megavit.data.digits import Digits
-from megavit.data.loader import Loader, Needs
+from megavit.data.loader import Loader
 from megavit.data.order import SampleKey
+from megavit.data.reading import Needs
 from megavit.data.transforms import Normalize, draw_shifts, shift_image
 from megavit.errors import ConfigError
 

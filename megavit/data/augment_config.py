@@ -1,0 +1,114 @@
+"""What is done to training images at random: the settings, part of the group `data`."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from megavit.checks import require_number
+from megavit.errors import ConfigError
+
+
+class AutoAugment(Enum):
+    """How training images are changed by operations drawn from a list.
+
+    `autoaugment`: one of 25 learned pairs of operations, those of ImageNet (arXiv 1805.09501).
+    `randaugment`: `randaugment_ops` of 14 operations at one strength (arXiv 1909.13719).
+    `trivialaugment`: one operation at a strength of its own (arXiv 2103.10158).
+    `three_augment`: grey, solarised or blurred (arXiv 2204.07118, which adds color_jitter=[0.3,0.3,0.3,0] and flip).
+    """
+
+    autoaugment = "autoaugment"
+    randaugment = "randaugment"
+    trivialaugment = "trivialaugment"
+    three_augment = "three_augment"
+
+
+@dataclass
+class AugmentConfig:
+    """Part of group `data`.
+
+    Attributes:
+        auto_augment: operations that training images pass after crop and flip; null for none.
+        randaugment_ops: operations that RandAugment draws for an image.
+        randaugment_magnitude: their strength, from 0 to 10 (the 9 of timm's rand-m9-mstd0.5).
+        randaugment_magnitude_std: its deviation: each operation draws its own strength (the 0.5 there).
+        randaugment_prob: share of the operations drawn that are carried out; timm's is 0.5.
+        color_jitter: largest change of [brightness, contrast, saturation, hue] of training images, after auto_augment,
+            the first three as shares, the hue of the whole circle, at most 0.5; null for none.
+        erase: share of the training images of which a box, 0.02 to 1/3 of the area, becomes normal noise.
+        mixup: training images are blended with their neighbour in the batch, and so are their labels, in shares drawn
+            from Beta(mixup, mixup); null to not.
+        cutmix: a box is cut from the neighbour instead, of a share of the area drawn from Beta(cutmix, cutmix); null to
+            not.
+        mix_prob: share of the images that are mixed at all, where mixup or cutmix is set.
+        mix_switch: share of the mixed ones that get cutmix, where both are set.
+    """
+
+    auto_augment: AutoAugment | None = None
+    randaugment_ops: int = 2
+    randaugment_magnitude: float = 9.0
+    randaugment_magnitude_std: float = 0.5
+    randaugment_prob: float = 1.0
+    color_jitter: list[float] | None = None
+    erase: float = 0.0
+    mixup: float | None = None
+    cutmix: float | None = None
+    mix_prob: float = 1.0
+    mix_switch: float = 0.5
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed with one another."""
+        return self.mixup is not None or self.cutmix is not None
+
+    def check_augmentation(self, channels: int) -> None:
+        """Raise ConfigError where these settings contradict themselves, or images of so many channels."""
+        self._check_operations(channels)
+        self._check_mixing()
+
+    def _check_operations(self, channels: int) -> None:
+        require_number("data", self, "randaugment_ops", at_least=1)
+        require_number("data", self, "randaugment_magnitude", at_least=0, below=10.0000001)
+        require_number("data", self, "randaugment_magnitude_std", at_least=0)
+        require_number("data", self, "randaugment_prob", above=0, below=1.0000001)
+        if self.auto_augment is not AutoAugment.randaugment:
+            for key in ("ops", "magnitude", "magnitude_std", "prob"):
+                self._refuse_unused(f"randaugment_{key}", "data.auto_augment=randaugment")
+        jitter, name = self.color_jitter, self.auto_augment and self.auto_augment.value
+        if jitter is not None and not (
+            len(jitter) == 4 and all(0 <= part < float("inf") for part in jitter) and jitter[3] <= 0.5 and any(jitter)
+        ):
+            raise ConfigError(
+                f"data.color_jitter={jitter} must be [brightness, contrast, saturation, hue], none negative, one above "
+                f"0, the hue at most 0.5; null is none"
+            )
+        for setting in (f"auto_augment={name}" if name else None, f"color_jitter={jitter}" if jitter else None):
+            if setting and channels not in (1, 3):
+                raise ConfigError(
+                    f"data.{setting} is made for grey and colour, and data.channels={channels}; set it to null, "
+                    f"or name a function of your own, data.transform=package.module:name"
+                )
+        if channels == 1 and jitter is not None and any(jitter[2:]):
+            raise ConfigError(
+                f"data.color_jitter={jitter} changes saturation and hue, and data.channels=1 has neither; set "
+                f"data.color_jitter=[{jitter[0]},{jitter[1]},0,0]"
+            )
+        if channels == 1 and self.auto_augment is AutoAugment.three_augment:
+            raise ConfigError(
+                "data.auto_augment=three_augment takes the colour of a third of the images, and data.channels=1 has "
+                "none; choose randaugment or trivialaugment"
+            )
+
+    def _check_mixing(self) -> None:
+        require_number("data", self, "erase", "mix_switch", at_least=0, below=1.0000001)
+        require_number("data", self, "mixup", "cutmix", above=0)
+        require_number("data", self, "mix_prob", above=0, below=1.0000001)
+        if not self.mixes:
+            self._refuse_unused("mix_prob", "data.mixup or data.cutmix")
+        if self.mixup is None or self.cutmix is None:
+            self._refuse_unused("mix_switch", "data.mixup and data.cutmix, between which it chooses")
+
+    def _refuse_unused(self, key: str, needs: str) -> None:
+        """Refuse a setting that was changed and would be ignored."""
+        value, default = getattr(self, key), getattr(AugmentConfig(), key)
+        if value != default:
+            raise ConfigError(f"data.{key}={value} would be ignored without {needs}; leave it at {default}")
