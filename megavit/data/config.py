@@ -56,6 +56,8 @@ class DataConfig(AugmentConfig):
         num_classes: of the synthetic source; null for others, which know theirs.
         num_samples: of the synthetic source's training split; null for others.
         crop_scale: training images are cut out at random, of this range of the image's area, and resized; null to not.
+        reduced_decode: where such a part of a JPEG is at least four times as high and wide as image_size, it is decoded
+            at a half, a quarter or an eighth of its scale; false decodes it in full. Evaluation always does.
         flip: training images are mirrored, left and right, half of the time.
         interpolation: of every resizing, with antialiasing.
         eval_crop: images are resized to cover a frame larger than image_size by 1 / eval_crop, and its centre is
@@ -84,6 +86,7 @@ class DataConfig(AugmentConfig):
     num_classes: int | None = None
     num_samples: int | None = None
     crop_scale: list[float] | None = None
+    reduced_decode: bool = True
     flip: bool = False
     interpolation: Interpolation = Interpolation.bicubic
     eval_crop: float | None = None

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from megavit.data import remote
-from megavit.data.decode import decode_image
+from megavit.data.decode import Jpeg, decode_image, open_image
 from megavit.data.walk import SUFFIXES, shown, walk_images
 from megavit.errors import ConfigError
 
@@ -47,9 +47,11 @@ class ImageFiles:
 
     def image(self, index: int) -> Tensor:
         """One image_CYX, uint8, of its natural size."""
-        path = self._path(index)
-        encoded = remote.read(path) if remote.is_url(path) else Path(path)
-        return decode_image(encoded, channels=self._channels, name=shown(path))
+        return decode_image(self._encoded(index), channels=self._channels, name=self.name(index))
+
+    def opened(self, index: int) -> Tensor | Jpeg:
+        """The same, a JPEG not decoded yet."""
+        return open_image(self._encoded(index), channels=self._channels, name=self.name(index))
 
     def label(self, index: int) -> int:
         """Its label."""
@@ -58,6 +60,10 @@ class ImageFiles:
     def name(self, index: int) -> str:
         """Its path."""
         return shown(self._path(index))
+
+    def _encoded(self, index: int) -> Path | bytes:
+        path = self._path(index)
+        return remote.read(path) if remote.is_url(path) else Path(path)
 
     def _path(self, index: int) -> str:
         return os.fsdecode(os.path.join(self._folder, bytes(self._names[self._part[index]])))

@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from megavit.data.config import DataConfig, OnBadSample
+from megavit.data.decode import Jpeg
 from megavit.data.order import SampleKey
-from megavit.data.source import Source, all_labels, name_of
+from megavit.data.source import Source, all_labels, name_of, open_sample
 from megavit.data.transforms import draw_shifts, shift_image
 from megavit.data.views import View
 from megavit.errors import ConfigError
@@ -107,28 +109,37 @@ class Samples(Dataset[Micro]):
         if not self.needs.images:
             return Micro(None, labels, [])
         bad: list[BadSample] = []
-        natural = [self._image(key, bad) for key in keys]
-        # Draws are made for all of the micro batch at once.
-        images = self.view(natural, keys, seed=self.seed)
+        # Draws are made for all of the micro batch at once. Images are read one by one: as they were taken, the memory
+        # may not hold them together.
+        draws = self.view.draws(keys, seed=self.seed)
+        with self.view.drawing():
+            images = [self.view.change(self._cut(key, draw, bad)) for key, draw in zip(keys, draws, strict=True)]
         if self.augment and self.config.shift:
             shifts = draw_shifts(keys, pixels=self.config.shift, seed=self.seed)
             images = [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]
         return Micro(torch.stack(images), labels, bad)
 
-    def _image(self, key: SampleKey, bad: list[BadSample]) -> Tensor:
-        """The sample's image; where that cannot be read and the user wants it so, another's."""
+    def _cut(self, key: SampleKey, draw: int, bad: list[BadSample]) -> Tensor:
+        """What the view cuts from the sample's image; where that cannot be read and the user wants it so, another's."""
         tried: list[tuple[int, str]] = []
         for sample_id in self._candidates(key):
             try:
-                image = self._decode(sample_id)
+                with self._told_of(sample_id):
+                    image = open_sample(self.source, sample_id)
+                    cut = self.view.cut(image, draw) if self._fits(image) else None
             except ConfigError as error:
                 if self.config.on_bad_sample is OnBadSample.stop:
                     raise
                 tried.append((sample_id, str(error)))
                 continue
             bad += [BadSample(failed, told, replaced_by=sample_id) for failed, told in tried]
-            self._refuse_other_images(image, sample_id)
-            return image
+            if cut is None:
+                assert isinstance(image, Tensor)
+                raise ConfigError(
+                    f"sample {sample_id} of data.source={self.config.source} is {image.dtype} {list(image.shape)}, "
+                    f"and uint8 [{self.config.channels}, rows, columns] is due (data.channels={self.config.channels})"
+                )
+            return cut
         raise ConfigError(
             f"{tried[0][1]}; nor can {len(tried) - 1} others of its class be read that were to take its place"
         )
@@ -150,21 +161,22 @@ class Samples(Dataset[Micro]):
             self._labels = all_labels(self.source)
         return np.flatnonzero(self._labels == label)
 
-    def _decode(self, sample_id: int) -> Tensor:
+    @contextmanager
+    def _told_of(self, sample_id: int) -> Iterator[None]:
         worker = get_worker_info()
-        if worker is not None:
-            self.at[worker.id] = sample_id
-        image = self.source.image(sample_id)
-        if worker is not None:
+        if worker is None:
+            yield
+            return
+        self.at[worker.id] = sample_id
+        try:
+            yield
+        finally:
             self.at[worker.id] = -1
-        return image
 
-    def _refuse_other_images(self, image: Tensor, sample_id: int) -> None:
-        if image.ndim != 3 or image.shape[0] != self.config.channels or image.dtype != torch.uint8:
-            raise ConfigError(
-                f"sample {sample_id} of data.source={self.config.source} is {image.dtype} {list(image.shape)}, "
-                f"and uint8 [{self.config.channels}, rows, columns] is due (data.channels={self.config.channels})"
-            )
+    def _fits(self, image: Tensor | Jpeg) -> bool:
+        if isinstance(image, Jpeg):
+            return True
+        return image.ndim == 3 and image.shape[0] == self.config.channels and image.dtype == torch.uint8
 
 
 def read_ahead(samples: Samples, batches: Iterator[list[SampleKey]], *, pins: bool) -> Iterator[Micro]:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from megavit.data.config import DataConfig
-from megavit.data.decode import decode_image
+from megavit.data.decode import Jpeg, open_image
 from megavit.data.split import VALIDATION_NAMES, parts_by_name, split_indices
 from megavit.errors import ConfigError
 
@@ -66,12 +66,17 @@ class Rows:
 
     def image(self, index: int) -> Tensor:
         """One image_CYX, uint8, of its natural size."""
+        image = self.opened(index)
+        return image.decode() if isinstance(image, Jpeg) else image
+
+    def opened(self, index: int) -> Tensor | Jpeg:
+        """The same, a JPEG not decoded yet."""
         cell, name = self._rows[int(self._part[index])][self._image] or {}, self.name(index)
         if cell.get("bytes") is not None:
-            return decode_image(cell["bytes"], channels=self._channels, name=name)
+            return open_image(cell["bytes"], channels=self._channels, name=name)
         if cell.get("path") is None:
             raise ConfigError(f"{name} holds no image; take it away")
-        return decode_image(Path(cell["path"]), channels=self._channels, name=f"{name}, {cell['path']}")
+        return open_image(Path(cell["path"]), channels=self._channels, name=f"{name}, {cell['path']}")
 
     def label(self, index: int) -> int:
         """The row's label."""

@@ -1,9 +1,11 @@
-"""What every data source offers."""
+"""What every data source offers, and what some do."""
 
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
+
+from megavit.data.decode import Jpeg
 
 
 class Source(Protocol):
@@ -28,6 +30,12 @@ class Source(Protocol):
     def label(self, index: int) -> int:
         """One label, in [0, number of classes)."""
         ...
+
+
+def open_sample(source: Source, index: int) -> Tensor | Jpeg:
+    """One image, not decoded yet where the source has a method `opened` that can hand it over so."""
+    opened = getattr(source, "opened", None)
+    return source.image(index) if opened is None else opened(index)
 
 
 def all_labels(source: Source) -> np.ndarray:

@@ -7,7 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from megavit.data.config import DataConfig
-from megavit.data.source import Source, all_labels, name_of
+from megavit.data.decode import Jpeg
+from megavit.data.source import Source, all_labels, name_of, open_sample
 from megavit.errors import ConfigError
 
 _SUBSET_SEED = 1
@@ -33,6 +34,10 @@ class Subset:
     def image(self, index: int) -> Tensor:
         """One image_CYX, uint8."""
         return self._source.image(int(self._indices[index]))
+
+    def opened(self, index: int) -> Tensor | Jpeg:
+        """The same, a JPEG not decoded yet where the whole source can leave it so."""
+        return open_sample(self._source, int(self._indices[index]))
 
     def label(self, index: int) -> int:
         """Its class's place among the chosen ones."""

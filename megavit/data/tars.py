@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megavit.data import remote
 from megavit.data.config import DataConfig
-from megavit.data.decode import decode_image
+from megavit.data.decode import Jpeg, decode_image, open_image
 from megavit.data.files import as_bytes
 from megavit.data.index import Index, kept_or_built
 from megavit.data.shards import Shard, ShardReader, beside, find_shards, look_at, open_shard
@@ -56,10 +56,16 @@ class TarImages:
 
     def image(self, index: int) -> Tensor:
         """One image_CYX, uint8, of its natural size."""
+        return decode_image(self._encoded(index), channels=self._channels, name=self.name(index))
+
+    def opened(self, index: int) -> Tensor | Jpeg:
+        """The same, a JPEG not decoded yet."""
+        return open_image(self._encoded(index), channels=self._channels, name=self.name(index))
+
+    def _encoded(self, index: int) -> bytes:
         place = self._part[index]
         shard, offset, size = (int(self._columns[name][place]) for name in ("shards", "offsets", "sizes"))
-        encoded = self._shards.read(shard, offset, size)
-        return decode_image(encoded, channels=self._channels, name=self.name(index))
+        return self._shards.read(shard, offset, size)
 
     def label(self, index: int) -> int:
         """Its label; 0 where nothing is labelled."""

@@ -1,15 +1,17 @@
 """Images of any size to the size that the network sees: at random for training, always alike for evaluation."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
 from megavit.data.augment import colour_transforms
 from megavit.data.config import DataConfig
+from megavit.data.decode import Box, Jpeg
 from megavit.data.order import SampleKey
 from megavit.errors import ConfigError
 from megavit.extension import by_name
@@ -31,13 +33,13 @@ class View:
         self.size, self.eval_crop = config.image_size, config.eval_crop
         self.interpolation = InterpolationMode(config.interpolation.value)
         self.random: list[Callable[[Tensor], Tensor]] = []
-        self.crops = augment and config.crop_scale is not None
+        self.reduces = config.reduced_decode
+        self.resample = Image.Resampling[config.interpolation.value.upper()]
+        self.crop: v2.RandomResizedCrop | None = None
         if augment and config.crop_scale is not None:
             low, high = config.crop_scale
-            self.random.append(
-                v2.RandomResizedCrop(
-                    tuple(config.image_size), scale=(low, high), interpolation=self.interpolation, antialias=True
-                )
+            self.crop = v2.RandomResizedCrop(
+                tuple(config.image_size), scale=(low, high), interpolation=self.interpolation, antialias=True
             )
         if augment and config.flip:
             self.random.append(v2.RandomHorizontalFlip())
@@ -46,32 +48,62 @@ class View:
         if augment and config.transform is not None:
             self.random.append(_Own(config.transform))
 
-    def __call__(self, images: list[Tensor], keys: list[SampleKey], *, seed: int) -> list[Tensor]:
+    def __call__(self, images: Iterable[Tensor | Jpeg], keys: list[SampleKey], *, seed: int) -> list[Tensor]:
         """See each image; what is random is a function of its key and the seed alone.
 
         Args:
-            images: uint8 images_CYX of any sizes.
+            images: uint8 images_CYX of any sizes, or JPEGs to be decoded; taken one by one.
             keys: theirs.
             seed: `run.seed`.
         """
-        if not self.crops:
-            images = [self._fit(image) for image in images]
-        if not self.random:
-            return images
-        columns = torch.tensor([(key.epoch, key.sample_id, key.occurrence) for key in keys]).unbind(dim=1)
-        draws = (hash_int64(seed, *columns, _VIEW) & (2**62 - 1)).tolist()
-        seen = []
-        with _as_in_any_process():
-            for image, draw in zip(images, draws, strict=True):
-                # Not torch.manual_seed: that seeds every GPU too, and this process's dropout with it.
-                torch.default_generator.manual_seed(draw)
-                for transform in self.random:
-                    image = transform(image)
-                seen.append(image)
-        return seen
+        draws = self.draws(keys, seed=seed)
+        with self.drawing():
+            return [self.change(self.cut(image, draw)) for image, draw in zip(images, draws, strict=True)]
 
-    def _fit(self, image: Tensor) -> Tensor:
+    def draws(self, keys: list[SampleKey], *, seed: int) -> list[int]:
+        """For each key what its image's view is drawn from."""
+        columns = torch.tensor([(key.epoch, key.sample_id, key.occurrence) for key in keys]).unbind(dim=1)
+        return (hash_int64(seed, *columns, _VIEW) & (2**62 - 1)).tolist()
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """Within it images are cut and changed; after it torch's generator is as it was."""
+        return _as_in_any_process() if self.crop is not None or self.random else nullcontext()
+
+    def cut(self, image: Tensor | Jpeg, draw: int) -> Tensor:
+        """One image in the size that the network sees, before it is changed at random.
+
+        Raises:
+            ConfigError: if it is a JPEG and cannot be decoded.
+        """
+        if self.crop is None and not self.random:
+            return self._fit(image).contiguous()
+        # Not torch.manual_seed: that seeds every GPU too, and this process's dropout with it.
+        torch.default_generator.manual_seed(draw)
+        return (self._fit(image) if self.crop is None else self._cut(image, self.crop)).contiguous()
+
+    def change(self, image: Tensor) -> Tensor:
+        """What was cut last, changed at random: it goes on from where the cut's draws have ended."""
+        for transform in self.random:
+            image = transform(image)
+        return image
+
+    def _cut(self, opened: Tensor | Jpeg, crop: v2.RandomResizedCrop) -> Tensor:
+        """A part of the image drawn at random, resized. What is drawn depends on the image's size alone."""
+        size = (opened.height, opened.width) if isinstance(opened, Jpeg) else opened.shape[1:]
+        drawn = crop.make_params([torch.empty(1, 1, 1).expand(1, *size)])
+        box = Box(**{side: int(drawn[side]) for side in ("top", "left", "height", "width")})
+        if isinstance(opened, Jpeg):
+            reduced = opened.resized(box, self.size, resample=self.resample) if self.reduces else None
+            if reduced is not None:
+                return reduced
+        image = opened.decode() if isinstance(opened, Jpeg) else opened
+        return functional.resized_crop(
+            image, box.top, box.left, box.height, box.width, self.size, self.interpolation, antialias=True
+        )
+
+    def _fit(self, opened: Tensor | Jpeg) -> Tensor:
         """Resize the whole image; or, with `eval_crop`, cover a frame larger by as much and cut its centre out."""
+        image = opened.decode() if isinstance(opened, Jpeg) else opened
         height, width = self.size
         if list(image.shape[1:]) == [height, width] and self.eval_crop is None:
             return image

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from megavit.data import remote
-from megavit.data.loader import Loader, Needs
+from megavit.data.loader import Loader
 from megavit.data.opening import open_source
+from megavit.data.reading import Needs
 from megavit.errors import ConfigError
 from tests.data.tars import labelled, png, shard
 from tests.data.test_sources import config, pairs
