@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from megavit.data.config import DataConfig, OnBadSample
 from megavit.data.decode import Jpeg
@@ -117,7 +117,8 @@ class Samples(Dataset[Micro]):
         if self.augment and self.config.shift:
             shifts = draw_shifts(keys, pixels=self.config.shift, seed=self.seed)
             images = [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]
-        return Micro(torch.stack(images), labels, bad)
+        # Not torch.stack: in a worker this writes into memory that is shared, which else is one more copy.
+        return Micro(default_collate(images), labels, bad)
 
     def _cut(self, key: SampleKey, draw: int, bad: list[BadSample]) -> Tensor:
         """What the view cuts from the sample's image; where that cannot be read and the user wants it so, another's."""
