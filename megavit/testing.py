@@ -94,6 +94,8 @@ def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, timeout
 def _serve(pipe: Connection) -> None:
     os.environ["MEGAVIT_DEVICE"] = "cpu"
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Else this process's own would be spawned too: a loading worker starts in 2 s then, and in a run by a fork.
+    mp.set_start_method("fork", force=True)
     while True:
         try:
             module, name, arguments, rank, ranks, port = pipe.recv()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from megavit.data import reading
 from megavit.data.config import DataConfig, OnBadSample
 from megavit.data.digits import Digits
 from megavit.data.loader import Loader
@@ -140,20 +141,25 @@ class Faulty(Digits):
         return 1 / 0
 
 
+@pytest.fixture
+def looks_often(monkeypatch):
+    monkeypatch.setattr(reading, "_LOOK_S", 1.0)
+
+
 @pytest.mark.parametrize(
     ("kind", "told"), [(Deadly, "a loading process died"), (Slow, r"no micro batch came for \d+ s")]
 )
-def test_of_a_worker_that_dies_or_hangs_the_image_is_named(kind, told):
+def test_of_a_worker_that_dies_or_hangs_the_image_is_named(kind, told, looks_often):
     bad = due(64)[37]
-    loader = make_loader(kind({bad}), workers=2, timeout_s=7.0)
+    loader = make_loader(kind({bad}), workers=2, timeout_s=5.0)
     with pytest.raises(RuntimeError, match=rf"{told}; being read: .*digit {bad}") as raised:
         read([loader])
     assert "lower data.workers" in str(raised.value)
 
 
-def test_slow_reading_within_the_time_is_waited_for():
+def test_slow_reading_within_the_time_is_waited_for(looks_often):
     bad = due(64)[5]
-    loader = make_loader(Slow({bad}, delay_s=6), workers=1, timeout_s=60.0)
+    loader = make_loader(Slow({bad}, delay_s=2.5), workers=1, timeout_s=60.0)
     assert len(read([loader])[0]) == 64
 
 
