@@ -16,7 +16,7 @@ from megavit.parallel.config import ParallelConfig, Recompute
 from megavit.parallel.stages import plan_stages
 from megavit.plan.flops import DecoderShape, NetworkShape
 from megavit.sections import Compile, GradReduce, Precision, RunSection, TrainSection
-from megavit.task.config import TaskConfig, TaskName
+from megavit.task.config import Loss, TaskConfig, TaskName
 
 
 @dataclass
@@ -217,6 +217,11 @@ class RunConfig:
 
     def check_task(self) -> None:
         """Raise ConfigError where another group has settings that the task would ignore."""
+        if self.data.multi_label and self.task.loss is not Loss.bce:
+            raise ConfigError(
+                "data.multi_label=true needs task.loss=bce, by which each class is judged by itself; without labels "
+                "data.multi_label is false"
+            )
         if self.task.name is not TaskName.mae:
             if self.metrics.pictures_every is not None:
                 raise ConfigError(

@@ -81,12 +81,13 @@ def _report(totals: dict[str, Tensor], metrics: dict[str, float], classes: tuple
     count = int(totals["count"])
     results: dict[str, object] = {"checkpoint": str(checkpoint), "count": count, **metrics}
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    if "top5" in totals:
+        results["top5"] = float(totals["top5"]) / count
+        shown += f"  top5 {results['top5']:.4f}"
     if "confusion" in totals:
         confusion = totals["confusion"].long()
-        results["top5"] = float(totals["top5"]) / count
         per_class = (confusion.diagonal() / confusion.sum(dim=1).clamp(min=1)).tolist()
         results["top1_per_class"] = dict(zip(classes, per_class, strict=True))
-        shown += f"  top5 {results['top5']:.4f}"
         with (folder / "confusion.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["label \\ guess", *classes])

@@ -10,7 +10,7 @@ import torch
 from megavit.checks import whole_number
 from megavit.data.files import find_images
 from megavit.errors import ConfigError
-from megavit.task.config import TaskName
+from megavit.task.config import Loss, TaskName
 from megavit.trained import open_run, read_classes, read_run
 from megavit.verb_arguments import parse_arguments
 
@@ -40,7 +40,9 @@ def predict(arguments: list[str]) -> int:
         some = paths[first : first + _AT_ONCE]
         with torch.no_grad():
             logits, _ = trained.network.task.forward(trained.batch(some), trained.network.chunks["model"])
-        best = logits.softmax(dim=1).topk(top, dim=1)
+        # Trained with binary cross-entropy, each class has a probability of its own.
+        chances = logits.sigmoid() if config.task.loss is Loss.bce else logits.softmax(dim=1)
+        best = chances.topk(top, dim=1)
         for path, scores, labels in zip(some, best.values.tolist(), best.indices.tolist(), strict=True):
             guesses = [{"class": classes[k], "probability": p} for k, p in zip(labels, scores, strict=True)]
             rows.append({"image": str(path), "guesses": guesses})

@@ -136,6 +136,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
         "data.fraction": config.data.fraction,
         "data.repeats": config.data.repeats,
         "data.class_balanced": config.data.class_balanced,
+        "data.multi_label": config.data.multi_label,
         "data.val_fraction": config.data.val_fraction,
         "data.image_size": config.data.image_size,
         "data.channels": config.data.channels,

@@ -61,7 +61,8 @@ def show_data(arguments: list[str]) -> int:
         rows["masked"] = list(_masked(seen_BCYX, batch, config))
     captions = {}
     if labelled:
-        names = [source.classes[label] for label in batch.labels_B.tolist()]  # type: ignore[union-attr]
+        assert batch.labels_B is not None
+        names = _names(source.classes, batch.labels_B)
         mix = device.mix(batch)
         captions["original"] = names
         if mix is not None:
@@ -70,6 +71,13 @@ def show_data(arguments: list[str]) -> int:
     draw_samples(rows, captions=captions, path=out)
     print(f"{out}: the first {count} of {len(source):,} training images of data.source={config.data.source}")
     return 0
+
+
+def _names(classes: tuple[str, ...], labels_B: Tensor) -> list[str]:
+    """Each image's class, or its classes, joined by commas."""
+    if labels_B.ndim == 1:
+        return [classes[label] for label in labels_B.tolist()]
+    return [", ".join(classes[label] for label in row.nonzero().flatten().tolist()) or "none" for row in labels_B]
 
 
 def _shares(names: list[str], row: int, share: float) -> str:

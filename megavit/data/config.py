@@ -4,7 +4,7 @@ import difflib
 from dataclasses import dataclass, field
 from enum import Enum
 
-from megavit.checks import require_number
+from megavit.checks import require_number, shown
 from megavit.data.augment_config import AugmentConfig
 from megavit.errors import ConfigError
 from megavit.extension import check_name, is_name
@@ -29,6 +29,9 @@ _BY_PATH = ("folder", "csv", "images", "tar", "parquet", "arrow", "hub")
 # Of those, the ones that read from web servers and object stores too.
 _FROM_AFAR = ("csv", "tar")
 
+# And the ones that can tell several labels of an image.
+_SEVERAL_LABELS = ("csv", "parquet", "arrow", "hub")
+
 
 @dataclass
 class DataConfig(AugmentConfig):
@@ -50,6 +53,8 @@ class DataConfig(AugmentConfig):
         fraction: share of each class's training images to leave; null leaves all.
         repeats: views of a training image in succession, each augmented anew (repeated augmentation); an epoch is as
             many images as before.
+        multi_label: an image may have several labels, or none: in a CSV joined by |, in tables a column of lists. For
+            task.loss=bce.
         class_balanced: in training each class comes as often as the largest, its images as often as that takes.
         on_bad_sample: what happens at an image that cannot be read.
         max_bad_fraction: with skip, share of the source's images that may be bad before the run stops; else null.
@@ -80,6 +85,7 @@ class DataConfig(AugmentConfig):
     samples_per_class: int | None = None
     fraction: float | None = None
     repeats: int = 1
+    multi_label: bool = False
     class_balanced: bool = False
     on_bad_sample: OnBadSample = OnBadSample.stop
     max_bad_fraction: float | None = None
@@ -115,6 +121,7 @@ class DataConfig(AugmentConfig):
         self._check_path()
         self._check_subset()
         self._check_bad_samples()
+        self._check_multi_label()
         self.check_augmentation(self.channels)
         require_number("data", self, "eval_crop", above=0, below=1.0000001)
         if self.crop_scale is not None and not (
@@ -180,4 +187,25 @@ class DataConfig(AugmentConfig):
             raise ConfigError(
                 f"data.max_bad_fraction={self.max_bad_fraction} would be ignored by data.on_bad_sample="
                 f"{self.on_bad_sample.value}; set it to null, or choose skip"
+            )
+
+    def _check_multi_label(self) -> None:
+        if not self.multi_label:
+            return
+        if self.source not in _SEVERAL_LABELS and not is_name(self.source):
+            raise ConfigError(
+                f"data.multi_label=true needs a data.source of {', '.join(_SEVERAL_LABELS)}, or one of your own; "
+                f"{self.source} has one label for each image"
+            )
+        parts = {"classes": None, "samples_per_class": None, "fraction": None, "class_balanced": False}
+        for key, off in parts.items():
+            if getattr(self, key) != off:
+                raise ConfigError(
+                    f"data.{key}={getattr(self, key)} goes by the one class of an image, and with "
+                    f"data.multi_label=true there is none; set it to {shown(off)}"
+                )
+        if self.on_bad_sample is OnBadSample.skip:
+            raise ConfigError(
+                "data.on_bad_sample=skip puts another image of the same class in place, and with data.multi_label=true "
+                "none has the same labels; set it to stop"
             )

@@ -24,6 +24,7 @@ class ImageFiles:
         folder: that the names are relative to.
         part: which of the files are meant, by their places; None for all. An index that is mapped into memory is not
             copied for it.
+        label_sets: all labels of each file, where it may have several; the labels are not looked at then.
     """
 
     image_shape: tuple[int, ...] | None = None
@@ -37,10 +38,12 @@ class ImageFiles:
         channels: int,
         folder: Path | None = None,
         part: np.ndarray | None = None,
+        label_sets: list[list[int]] | None = None,
     ) -> None:
         self._names, self._labels, self.classes = names, labels, classes
         self._folder, self._channels = b"" if folder is None else os.fsencode(folder), channels
         self._part = np.arange(len(names)) if part is None else part
+        self._label_sets = label_sets
 
     def __len__(self) -> int:
         return len(self._part)
@@ -56,6 +59,11 @@ class ImageFiles:
     def label(self, index: int) -> int:
         """Its label."""
         return int(self._labels[self._part[index]])
+
+    def labels(self, index: int) -> list[int]:
+        """All its labels."""
+        assert self._label_sets is not None
+        return self._label_sets[self._part[index]]
 
     def name(self, index: int) -> str:
         """Its path."""

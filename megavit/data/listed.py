@@ -19,7 +19,8 @@ _COLUMNS = ("path", "label")
 def open_listed(config: DataConfig, split: str) -> ImageFiles:
     """One split of a list: PATH/train.csv and PATH/val.csv, or the file PATH with a share to validate on.
 
-    The first line names the columns; `path` is relative to the CSV's folder, or a URL; `label` is a class's name.
+    The first line names the columns; `path` is relative to the CSV's folder, or a URL; `label` is a class's name, with
+    `data.multi_label` several joined by |, or nothing.
     Classes are sorted by name, or as numbers where all of them are. PATH may be a URL.
 
     Args:
@@ -37,24 +38,31 @@ def open_listed(config: DataConfig, split: str) -> ImageFiles:
         raise ConfigError(
             f"data.val_fraction={config.val_fraction} would be ignored: {path} has train.csv and val.csv; leave it null"
         )
-    training = _read(halves.get("train", path))
-    classes = tuple(sorted({label for _, label in training}, key=_by_number_or_name))
-    rows = training if split == "train" or not halves else _read(halves["val"])
+    several = config.multi_label
+    training = _read(halves.get("train", path), several=several)
+    classes = tuple(sorted({label for _, labels in training for label in labels}, key=_by_number_or_name))
+    rows = training if split == "train" or not halves else _read(halves["val"], several=several)
     places = {name: place for place, name in enumerate(classes)}
-    unknown = sorted({label for _, label in rows} - set(classes))
+    unknown = sorted({label for _, labels in rows for label in labels} - set(classes))
     if unknown:
         raise ConfigError(f"{halves['val']} has labels that {halves['train']} has not: {', '.join(unknown[:5])}")
-    labels = np.array([places[label] for _, label in rows])
+    if not classes:
+        raise ConfigError(f"{path} has no label in any line; without labels images are data=images")
+    label_sets = [[places[label] for label in labels] for _, labels in rows]
+    # Of several labels none is the one by which a share could be taken of each class.
+    labels = np.zeros(len(rows), dtype=int) if several else np.array([label for (label,) in label_sets])
     return ImageFiles(
         as_bytes([name for name, _ in rows]),
         labels,
         classes=classes,
         channels=config.channels,
         part=None if halves else split_indices(labels, config.val_fraction, split, where=path),
+        label_sets=label_sets if several else None,
     )
 
 
-def _read(path: str) -> list[tuple[str, str]]:
+def _read(path: str, *, several: bool) -> list[tuple[str, list[str]]]:
+    """Paths and labels, line by line."""
     folder = remote.bare(path).rpartition("/")[0] if remote.is_url(path) else os.path.dirname(path)
     try:
         content = remote.read(path) if remote.is_url(path) else Path(path).read_bytes()
@@ -76,14 +84,20 @@ def _read(path: str) -> list[tuple[str, str]]:
         raise ConfigError(f"{path} lists no image; each takes a line below the first")
     # The first line names the columns.
     for line, (name, label) in enumerate(rows, start=2):
-        if not label or not name:
+        if not name or not (label or several):
             raise ConfigError(f"{path}, line {line}: path or label is empty; every image needs both")
         if name.startswith("/") and remote.is_url(path):
             raise ConfigError(
                 f"{path}, line {line}: {name} is a path of one machine; a list that lies elsewhere "
                 f"names URLs, or paths relative to it"
             )
-    named = [(name if remote.is_url(name) else os.path.join(folder, name), label) for name, label in rows]
+    named = [
+        (
+            name if remote.is_url(name) else os.path.join(folder, name),
+            list(dict.fromkeys(filter(None, label.split("|")))) if several else [label],
+        )
+        for name, label in rows
+    ]
     first = named[0][0]
     if not (remote.exists(first) if remote.is_url(first) else os.path.isfile(first)):
         raise ConfigError(f"{path}, line 2: {first} is not there; paths are relative to the CSV's folder")

@@ -24,7 +24,7 @@ class Batch:
 
     Attributes:
         images_BCYX: uint8.
-        labels_B: int64.
+        labels_B: int64; with `data.multi_label` uint8 labels_BK, 1 for each of an image's labels.
         counted_B: bool, False for the padding at the end of an evaluation.
         keys: which samples these are, known on every rank.
         augmented: whether they are to train on, so that the device erases and mixes them.
@@ -151,10 +151,12 @@ class Loader:
     def _share(self, images: Tensor | None, labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Move a micro batch to the device and, from tensor-parallel rank 0, to its peers."""
         layout, shape = self.layout, (self.micro_batch, self.config.channels, *self.config.image_size)
+        several = (len(self.source.classes),) if self.config.multi_label else ()
+        labels_type = torch.uint8 if several else torch.int64
         shared: list[Tensor | None] = []
         for needed, tensor, size, dtype in (
             (self.needs.images, images, shape, torch.uint8),
-            (self.needs.labels, labels, (self.micro_batch,), torch.int64),
+            (self.needs.labels, labels, (self.micro_batch, *several), labels_type),
         ):
             if not needed:
                 shared.append(None)

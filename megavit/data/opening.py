@@ -66,7 +66,8 @@ def prepare_index(config: DataConfig, index: Path) -> None:
 def _own(config: DataConfig, split: str) -> Source:
     """A user's source, held to what `Source` asks for."""
     source = by_name(config.source, "data.source")(config, split)
-    missing = [name for name in ("classes", "image_shape", "__len__", "image", "label") if not hasattr(source, name)]
+    label = "labels" if config.multi_label else "label"
+    missing = [name for name in ("classes", "image_shape", "__len__", "image", label) if not hasattr(source, name)]
     if missing:
         raise ConfigError(f"data.source={config.source} lacks {', '.join(missing)}; see megavit/data/source.py")
     if not len(source):

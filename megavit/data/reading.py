@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from megavit.data.config import DataConfig, OnBadSample
 from megavit.data.decode import Jpeg
 from megavit.data.order import SampleKey
-from megavit.data.source import Source, all_labels, name_of, open_sample
+from megavit.data.source import Source, all_labels, label_set, name_of, open_sample
 from megavit.data.transforms import draw_shifts, shift_image
 from megavit.data.views import View
 from megavit.errors import ConfigError
@@ -60,7 +60,7 @@ class Micro:
 
     Attributes:
         images: uint8 images_BCYX, or nothing.
-        labels: int64 labels_B, or nothing.
+        labels: int64 labels_B, or uint8 labels_BK, or nothing.
         bad: what was replaced in it.
     """
 
@@ -105,7 +105,7 @@ class Samples(Dataset[Micro]):
     def _read(self, keys: list[SampleKey]) -> Micro:
         labels = None
         if self.needs.labels:
-            labels = torch.tensor([self.source.label(key.sample_id) for key in keys])
+            labels = self._labels_of(keys)
         if not self.needs.images:
             return Micro(None, labels, [])
         bad: list[BadSample] = []
@@ -119,6 +119,15 @@ class Samples(Dataset[Micro]):
             images = [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]
         # Not torch.stack: in a worker this writes into memory that is shared, which else is one more copy.
         return Micro(default_collate(images), labels, bad)
+
+    def _labels_of(self, keys: list[SampleKey]) -> Tensor:
+        """int64 labels_B; or uint8 labels_BK, 1 for each of an image's labels, where it may have several."""
+        if not self.config.multi_label:
+            return torch.tensor([self.source.label(key.sample_id) for key in keys])
+        labels_BK = torch.zeros(len(keys), len(self.source.classes), dtype=torch.uint8)
+        for row, key in enumerate(keys):
+            labels_BK[row, label_set(self.source, key.sample_id)] = 1
+        return labels_BK
 
     def _cut(self, key: SampleKey, draw: int, bad: list[BadSample]) -> Tensor:
         """What the view cuts from the sample's image; where that cannot be read and the user wants it so, another's."""

@@ -37,7 +37,7 @@ class Rows:
                 f"for validation; leave it null"
             )
         training = tables["train" if "train" in tables else "all"]
-        image, label = _columns(training, self._where)
+        image, label = _columns(training, self._where, several=config.multi_label)
         rows = training if split == "train" or "all" in tables else tables["val"]
         if not {image, label or image} <= set(rows.features):
             raise ConfigError(
@@ -47,7 +47,10 @@ class Rows:
         self._rows, self._image = _encoded(rows, image), image
         self.classes: tuple[str, ...] = ()
         labels = np.zeros(len(rows), dtype=np.int64)
-        if label is not None:
+        self._label_sets: list[list[int]] = []
+        if label is not None and config.multi_label:
+            self.classes, self._label_sets = _several_labels(training, rows, label, self._where)
+        elif label is not None:
             labels, training_labels = _labels(rows, label, self._where), _labels(training, label, self._where)
             names = getattr(training.features[label], "names", None)
             self.classes = tuple(names or map(str, range(int(training_labels.max()) + 1)))
@@ -81,6 +84,10 @@ class Rows:
     def label(self, index: int) -> int:
         """The row's label."""
         return int(self._labels[index])
+
+    def labels(self, index: int) -> list[int]:
+        """All the row's labels."""
+        return self._label_sets[self._part[index]]
 
     def name(self, index: int) -> str:
         """File or folder, and row."""
@@ -182,14 +189,26 @@ def _read_parquet(files: list[str]) -> Any:
         raise ConfigError(f"{', '.join(files)} cannot be read as parquet: {cause}; is every file whole?") from error
 
 
-def _columns(rows: Any, where: str) -> tuple[str, str | None]:
-    """The names of the one column of images and of the one of labels; None where no column could be that."""
+def _columns(rows: Any, where: str, *, several: bool) -> tuple[str, str | None]:
+    """The names of the one column of images and of the one of labels; None where no column could be that.
+
+    Args:
+        rows: a table.
+        where: it is, for the error.
+        several: whether a label is a list of whole numbers.
+    """
     import datasets
 
     features = rows.features
     images = [name for name, feature in features.items() if _holds_images(feature)]
-    named = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    whole = [name for name, feature in features.items() if getattr(feature, "dtype", "").startswith(("int", "uint"))]
+    single = {name: getattr(feature, "feature", None) if several else feature for name, feature in features.items()}
+    named = [name for name, feature in single.items() if isinstance(feature, datasets.ClassLabel)]
+    whole = [name for name, feature in single.items() if getattr(feature, "dtype", "").startswith(("int", "uint"))]
+    if several and len(named or whole) != 1:
+        raise ConfigError(
+            f"{where} must have one column of lists of labels, whole numbers, for data.multi_label=true, not "
+            f"{named or whole} of {', '.join(features)}"
+        )
     # Words in a column that says it holds labels are not taken for their absence.
     labels = named or whole or [name for name in features if name in ("label", "labels")]
     if len(images) != 1 or len(labels) > 1 or not set(labels) <= {*named, *whole}:
@@ -209,6 +228,17 @@ def _labels(rows: Any, label: str, where: str) -> np.ndarray:
             f"be some"
         )
     return column.to_numpy().astype(np.int64)
+
+
+def _several_labels(training: Any, rows: Any, label: str, where: str) -> tuple[tuple[str, ...], list[list[int]]]:
+    """The classes, and all labels of each row; a row without a list has none."""
+    trained, own = ([cell or [] for cell in table.data.column(label).to_pylist()] for table in (training, rows))
+    names = getattr(training.features[label].feature, "names", None)
+    classes = tuple(names or map(str, range(max((max(cell) for cell in trained if cell), default=-1) + 1)))
+    found = {number for cell in own for number in cell}
+    if not classes or found - set(range(len(classes))):
+        raise ConfigError(f"{where}: labels are {sorted(found)[:5]} …, and there are {len(classes)} classes")
+    return classes, own
 
 
 def _encoded(rows: Any, image: str) -> Any:

@@ -43,6 +43,12 @@ def all_labels(source: Source) -> np.ndarray:
     return np.array([source.label(index) for index in range(len(source))])
 
 
+def label_set(source: Source, index: int) -> list[int]:
+    """All labels of a sample, where it may have several: what the source's own `labels(index)` says."""
+    labels: list[int] = source.labels(index)  # type: ignore[attr-defined]
+    return labels
+
+
 def name_of(source: Source, index: int) -> str:
     """How a person finds a sample: what the source's own `name(index)` says, if it has one."""
     name = getattr(source, "name", None)

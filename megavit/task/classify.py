@@ -61,10 +61,9 @@ class Classify:
         self.weights_K = _class_weights(config, data, num_classes, layout)
         self.model, self.data, self.num_classes, self.layout = model, data, num_classes, layout
         self.see = DeviceTransforms(data, seed=seed, device=layout.device)
-        self.score_shapes: Mapping[str, tuple[int, ...]] = {
-            **dict.fromkeys(("loss", "top1", "top5", "count"), ()),
-            "confusion": (num_classes, num_classes),
-        }
+        self.score_shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(("loss", "top1", "top5", "count"), ())
+        if not data.multi_label:
+            self.score_shapes = {**self.score_shapes, "confusion": (num_classes, num_classes)}
         self.needs = Needs(images=layout.holds_first_stage, labels=layout.holds_last_stage)
 
     def build_chunks(
@@ -98,20 +97,21 @@ class Classify:
 
         Returns:
             The loss, and sums `loss`, `top1` and `count`; dividing by `count` is left to whoever has added them all.
-            Of a mixed image the class of the larger share is the right one.
+            Of a mixed image the class of the larger share is the right one; of several labels each is.
         """
         assert batch is not None and batch.labels_B is not None
         labels_B, mix = batch.labels_B, self.see.mix(batch)
-        shares_BK = None
+        shares_BK = labels_B.float() if self.data.multi_label else None
         if mix is not None:
-            shares_BK = mix.targets(F.one_hot(labels_B, self.num_classes).float())
-            labels_B = shares_BK.argmax(dim=1)
+            whole_BK = shares_BK if shares_BK is not None else F.one_hot(labels_B, self.num_classes).float()
+            shares_BK = mix.targets(whole_BK)
+            labels_B = labels_B if self.data.multi_label else shares_BK.argmax(dim=1)
         losses_B = self._losses(logits_BK, labels_B, shares_BK)
         with torch.no_grad():
             counted_B = batch.counted_B
             sums = {
                 "loss": (losses_B * counted_B).sum(),
-                "top1": ((logits_BK.argmax(dim=1) == labels_B) & counted_B).sum().float(),
+                "top1": (self._are_right(logits_BK, labels_B, best=1) & counted_B).sum().float(),
                 "count": counted_B.sum().float(),
             }
         return losses_B.mean(), sums
@@ -132,8 +132,19 @@ class Classify:
         losses_BK = F.binary_cross_entropy_with_logits(logits_BK, smooth_BK, weight=self.weights_K, reduction="none")
         return losses_BK.mean(dim=1)
 
+    def _are_right(self, logits_BK: Tensor, labels_B: Tensor, *, best: int) -> Tensor:
+        """Whether one of the best guesses for each image is a label of its."""
+        if best == 1:
+            # As the confusion counts; of equal scores topk may take another.
+            guesses = logits_BK.argmax(dim=1, keepdim=True)
+        else:
+            guesses = logits_BK.topk(min(best, self.num_classes), dim=1).indices
+        if self.data.multi_label:
+            return labels_B.gather(1, guesses).any(dim=1)
+        return (guesses == labels_B.unsqueeze(1)).any(dim=1)
+
     def score(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
-        """Beside the loss and top-1: `top5`, and `confusion`, images by [label, guess]."""
+        """Beside the loss and top-1: `top5`, and `confusion`, images by [label, guess], where each has one label."""
         output, _ = self.forward(batch, model)
         return output, lambda logits_BK: self._scores(logits_BK, batch)
 
@@ -141,11 +152,13 @@ class Classify:
         loss, sums = self.loss(logits_BK, batch)
         assert batch is not None and batch.labels_B is not None
         counted_B, labels_B, classes = batch.counted_B, batch.labels_B, self.num_classes
-        best = logits_BK.topk(min(5, classes), dim=1).indices
-        among_B = (best == labels_B.unsqueeze(1)).any(dim=1)
+        among_B = self._are_right(logits_BK, labels_B, best=5)
+        sums["top5"] = (among_B & counted_B).sum().float()
+        if self.data.multi_label:
+            return loss, sums
         cells = (labels_B * classes + logits_BK.argmax(dim=1))[counted_B]
         confusion = torch.bincount(cells, minlength=classes * classes).view(classes, classes)
-        return loss, {**sums, "top5": (among_B & counted_B).sum().float(), "confusion": confusion}
+        return loss, {**sums, "confusion": confusion}
 
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """Mean `loss` and `top1`."""
