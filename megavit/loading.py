@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megavit.checkpoint.names import Dims, to_plain
 from megavit.checkpoint.state import read_state
-from megavit.data.decode import decode_image
+from megavit.data.decode import open_image
 from megavit.data.transforms import Normalize
 from megavit.data.views import View
 from megavit.model.config import Pool
@@ -33,7 +33,7 @@ class TrainedEncoder(torch.nn.Module):
     def __init__(self, run: TrainedRun, *, num_classes: int = 0) -> None:
         super().__init__()
         config = run.config
-        self._data, self._seed = config.data, config.run.seed
+        self._data = config.data
         self.normalize = Normalize(config.data.mean, config.data.std)
         self._pools = config.task.name is TaskName.classify
         # An autoencoder's encoder ends with the norm of its tokens, whichever of them are looked at afterwards.
@@ -57,8 +57,9 @@ class TrainedEncoder(torch.nn.Module):
             ConfigError: for a file that is no image.
         """
         channels, view = self._data.channels, View(self._data, augment=False)
-        images = [decode_image(Path(path), channels=channels, name=str(path)) for path in paths]
-        return torch.stack(view(images, [], seed=self._seed))
+        images = (open_image(Path(path), channels=channels, name=str(path)) for path in paths)
+        # Nothing is drawn for an image that is only looked at.
+        return torch.stack([view.cut(image, draw=0) for image in images])
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
         """The features of uint8 images of the run's size, features_BH."""

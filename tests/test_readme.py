@@ -43,7 +43,7 @@ def test_your_images_from_a_folder_to_predictions_as_the_readme_says(tmp_path):
     for name in "ab":
         draw(tmp_path / "PATH" / f"{name}.jpg", 120)
         draw(tmp_path / f"{name}.jpg", 120)
-    (commands,) = blocks("README.md", "Your images", "bash")
+    commands, look = blocks("README.md", "Your images", "bash")
     lines = commands.splitlines()
     assert [shlex.split(line)[:2][-1] for line in lines] == ["train", "evaluate", "predict", "inspect", "recipes"]
     for line in lines:
@@ -52,6 +52,9 @@ def test_your_images_from_a_folder_to_predictions_as_the_readme_says(tmp_path):
         done = shell(line.replace("train.epochs=10", short), tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         assert "Traceback" not in done.stderr
+    done = shell(look, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("runs/digits/pictures/data.png: the first 8 of 1,437 training images")
     rows = list(csv.DictReader((tmp_path / "guesses.csv").open()))
     assert [Path(row["image"]).name for row in rows] == ["a.jpg", "b.jpg"]
     assert {rows[0]["class_1"], rows[0]["class_2"]} == {"bright", "dark"}

@@ -11,8 +11,8 @@ from megavit.errors import ConfigError
 T = TypeVar("T")
 
 _PACKAGES = {
-    "http": "aiohttp requests",
-    "https": "aiohttp requests",
+    "http": "aiohttp",
+    "https": "aiohttp",
     "s3": "s3fs",
     "gs": "gcsfs",
     "gcs": "gcsfs",

@@ -102,6 +102,7 @@ def load_each(checkpoints: list[str], settings: list[str]) -> list[float]:
     from megavit.checkpoint.state import TrainingState
     from megavit.compose import compose
     from megavit.parallel.rng import seed_step
+    from megavit.sections import Precision
     from megavit.trainer import Trainer
 
     config = compose(settings)
@@ -125,7 +126,8 @@ def load_each(checkpoints: list[str], settings: list[str]) -> list[float]:
         state = TrainingState(number, 0, {})
         own = trainer.store.save(trainer.chunks, trainer.optimizer, state, run_yaml="", averages=averages)
         # In bf16 two layouts round differently, but in one layout it is all the same which one has written.
-        assert next_loss(own) == losses[-1], f"{checkpoint} and this layout's own copy of it differ"
+        if config.train.precision is Precision.bf16_o2:
+            assert next_loss(own) == losses[-1], f"{checkpoint} and this layout's own copy of it differ"
     return losses
 
 

@@ -123,7 +123,7 @@ class Deadly(Broken):
 
 
 class Slow(Digits):
-    def __init__(self, bad: set[int], delay_s: float = 60) -> None:
+    def __init__(self, bad: set[int], delay_s: float = 12) -> None:
         super().__init__("train")
         self.bad, self.delay_s = bad, delay_s
 

@@ -18,7 +18,7 @@ from tests.data.test_sources import config, pairs
 from tests.data.web import serve
 
 needs_http = pytest.mark.skipif(
-    not all(map(find_spec, ("aiohttp", "requests"))),
+    find_spec("aiohttp") is None,
     reason="fsspec reads http through aiohttp, which is not installed",
 )
 
