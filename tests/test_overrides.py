@@ -111,7 +111,7 @@ def compose_and_check(overrides: list[str], world_size: int) -> None:
 
 
 # Each example is a few settings, so that wrong ones meet.
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(OVERRIDES, min_size=1, max_size=4), st.sampled_from([1, 2, 3, 4, 8]))
 def test_settings_at_random_are_taken_or_refused_in_one_message(overrides, world_size):
     compose_and_check(overrides, world_size)
