@@ -31,6 +31,8 @@ setup(
         "fsspec[http]>=2024.2",
         "safetensors>=0.4",
         "huggingface_hub>=0.30",
+        # LARS.
+        "timm>=1.0.31",
         "hydra-core>=1.3,<1.4",
         "omegaconf>=2.3,<2.4",
         # Megatron-Core's checkpoint writer hangs without it.
@@ -48,7 +50,6 @@ setup(
             "hypothesis>=6",
             "scikit-learn>=1.4",
             "pytest-timeout",
-            "timm>=1.0",
             "transformers>=5.0",
             "ruff>=0.9",
             "mypy>=1.13",

@@ -11,7 +11,7 @@ from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
 from megavit.metrics.config import MetricsConfig
 from megavit.model.config import Attention, Linears, ModelConfig, Pool
-from megavit.optim.config import OptimConfig, Optimizer
+from megavit.optim.config import ENCODER, OptimConfig, Optimizer
 from megavit.parallel.config import ParallelConfig, Recompute
 from megavit.parallel.stages import plan_stages
 from megavit.plan.flops import DecoderShape, NetworkShape
@@ -56,6 +56,11 @@ class RunConfig:
         """Tokens of an image in the encoder: the patches it sees and the class tokens."""
         return self.seen_patches + self.model.class_tokens
 
+    @property
+    def frozen(self) -> list[str]:
+        """Patterns of the weights that stay as they are."""
+        return [ENCODER] if self.task.name is TaskName.linear_probe else self.optim.freeze or []
+
     def network_shape(self, *, num_classes: int) -> NetworkShape:
         """What the network's FLOPs depend on.
 
@@ -76,6 +81,7 @@ class RunConfig:
             patch_values=self.data.channels * self.model.patch_size**2,
             classes=num_classes if decoder is None else 0,
             decoder=decoder,
+            trains_encoder=ENCODER not in self.frozen,
         )
 
     def micro_batch(self, world_size: int) -> int:
@@ -222,6 +228,8 @@ class RunConfig:
                 "data.multi_label=true needs task.loss=bce, by which each class is judged by itself; without labels "
                 "data.multi_label is false"
             )
+        if self.task.name is TaskName.linear_probe:
+            self._check_probe()
         if self.task.name is not TaskName.mae:
             if self.metrics.pictures_every is not None:
                 raise ConfigError(
@@ -242,6 +250,27 @@ class RunConfig:
                     f"model.{key}={shown(getattr(self.model, key))} would be ignored by task.name=mae, which has no "
                     f"classifier; leave it at {shown(getattr(used, key))}"
                 )
+
+    def _check_probe(self) -> None:
+        """Refuse what a frozen encoder would ignore, or what would blur its features."""
+        plain = ModelConfig()
+        for group, used, keys, why in (
+            (
+                "model",
+                plain,
+                ("hidden_dropout", "attention_dropout", "drop_path"),
+                "whose frozen encoder drops nothing",
+            ),
+            ("model", plain, ("head",), "which trains one matrix"),
+            ("optim", OptimConfig(), ("freeze", "layer_decay"), "which freezes the encoder itself"),
+        ):
+            for key in keys:
+                value, wanted = getattr(getattr(self, group), key), getattr(used, key)
+                if value != wanted:
+                    raise ConfigError(
+                        f"{group}.{key}={shown(value)} does not go with task.name=linear_probe, {why}; set it to "
+                        f"{shown(wanted)}"
+                    )
 
     def _check_tensor_parallel(self) -> None:
         for group, prefix in (("model", ""), ("task", "decoder_")):

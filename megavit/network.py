@@ -8,7 +8,7 @@ from megatron.core.transformer import TransformerConfig
 from megavit.config import RunConfig
 from megavit.model.block import transformer_config
 from megavit.model.init import initialise
-from megavit.model.vit import EncoderStage
+from megavit.model.vit import EncoderStage, parameter_names
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.stages import plan_stages, rank_stages
 from megavit.plan.flops import NetworkShape
@@ -33,6 +33,11 @@ class Network:
     stages: list[int]
     block: TransformerConfig
     chunks: dict[str, EncoderStage]
+
+    @property
+    def parameters(self) -> dict[torch.nn.Parameter, str]:
+        """This rank's parameters, each with its name in the whole network."""
+        return {parameter: name for chunk in self.chunks.values() for name, parameter in parameter_names(chunk).items()}
 
 
 def build_network(config: RunConfig, layout: ParallelLayout, *, num_classes: int) -> Network:

@@ -138,3 +138,5 @@ def quieten_imports() -> None:
     # Each rank would say of every optional package, and of CUDA, that it is not there.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # At each save, on ranks whose layers are all frozen.
+    logging.getLogger("megatron.core.dist_checkpointing.optimizer").setLevel(logging.ERROR)

@@ -15,7 +15,7 @@ from megavit.model.vit import EncoderStage
 from megavit.parallel.agree import gather_objects
 
 # Of the model, what may change between two parts of a run: it changes neither the weights' shapes nor their meaning.
-_MAY_CHANGE = ("dropout", "drop_path", "attention", "linears", "head_bias", "layer_scale")
+_MAY_CHANGE = ("dropout", "drop_path", "attention", "linears", "head_bias", "head_std", "layer_scale")
 
 _TASK_MAY_CHANGE = ("label_smoothing", "loss", "class_weights", "baseline_samples")
 
@@ -144,5 +144,8 @@ def _identity(config: RunConfig) -> dict[str, Any]:
         "data.num_samples": config.data.num_samples,
         **{f"task.{key}": value for key, value in leaves(config.task).items() if key not in _TASK_MAY_CHANGE},
         "optim.name": config.optim.name,
+        # They decide what the optimizer has state of, and in which groups.
+        "optim.freeze": config.optim.freeze,
+        "optim.layer_decay": config.optim.layer_decay,
         "run.seed": config.run.seed,
     }

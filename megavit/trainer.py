@@ -18,6 +18,7 @@ from megavit.data.opening import open_source, prepare_index
 from megavit.engine import Engine, prepare_task
 from megavit.errors import ConfigError
 from megavit.exits import FINISHED, STOPPED
+from megavit.freezing import freeze
 from megavit.introduce import introduction
 from megavit.keeping import Keeper
 from megavit.metrics.reporter import Reporter
@@ -65,6 +66,8 @@ class Trainer:
         # Network
         self.network = network = build_network(config, layout, num_classes=len(train_source.classes))
         self.task, self.chunks = network.task, network.chunks
+        if config.frozen:
+            freeze(self.chunks, config.frozen, layout=layout)
         self.model = wrap_for_data_parallel(
             list(self.chunks.values()),
             network.block,
@@ -92,7 +95,9 @@ class Trainer:
 
         # Optimizer and schedule
         peak_lr = config.optim.peak_lr(config.train.global_batch)
-        self.optimizer = build_optimizer(self.model, network.block, config.optim, peak_lr=peak_lr)
+        self.optimizer = build_optimizer(
+            self.model, network.block, config.optim, names=network.parameters, peak_lr=peak_lr
+        )
         self.schedule = build_schedule(self.optimizer, config.optim, peak_lr=peak_lr, num_steps=self.num_steps)
 
         self.average = WeightAverage(self.chunks, decay=config.optim.ema) if config.optim.ema is not None else None
@@ -218,7 +223,7 @@ class Trainer:
                 "consumed_samples": self.consumed_samples,
                 **self.task.metrics(totals),
                 **self._count_bad(reporter, "train"),
-                "lr": self.optimizer.param_groups[0]["lr"],
+                "lr": max(group["lr"] for group in self.optimizer.param_groups),
                 "grad_norm": grad_norm,
                 **speed,
                 "peak_memory_bytes": peak_memory_bytes(self.layout.device),
@@ -325,7 +330,7 @@ class Trainer:
         before, decay = saved.num_steps(len(self.train_loader.source)), self.config.optim.decay
         if before == self.num_steps or decay is Decay.constant:
             return
-        rate = self.schedule.get_lr(self.optimizer.param_groups[0])
+        rate = max(self.schedule.get_lr(group) for group in self.optimizer.param_groups)
         reporter.say(
             f"the run was of {before} steps and is of {self.num_steps} now: {decay.value} is that of the whole new "
             f"length, so the learning rate goes on at {rate:.2e}"

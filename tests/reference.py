@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from fnmatch import fnmatch
 
 import torch
 import torch.nn.functional as F
+from timm.optim import Lars
 
 from megavit.checkpoint.names import Dims, to_plain
 from megavit.compose import compose
@@ -91,14 +93,28 @@ def learning_rate(config: RunConfig, step: int, steps: int) -> float:
     return config.optim.min_lr + (peak - config.optim.min_lr) * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
+def layer_share(name: str, config: RunConfig) -> float:
+    """Of the learning rate, by the plain name: the embedding's is the smallest, the last norm's and the head's 1."""
+    above = 0
+    if name.startswith("blocks."):
+        above = config.model.num_layers - int(name.split(".")[1])
+    elif name.startswith(("patch_embed", "cls_token", "pos_embed")):
+        above = config.model.num_layers + 1
+    return (config.optim.layer_decay or 1.0) ** above
+
+
 def make_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.optim.weight_decay},
-        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
-    ]
+    groups = []
+    for name, weight in model.named_parameters():
+        decayed = decays(name, weight)
+        groups.append({"params": [weight], "weight_decay": config.optim.weight_decay if decayed else 0.0})
+        groups[-1]["share"] = layer_share(name, config)
+        if config.optim.name is Optimizer.lars:
+            groups[-1]["always_adapt"] = decayed
     if config.optim.name is Optimizer.sgd:
         return torch.optim.SGD(groups, lr=1.0, momentum=config.optim.momentum)
+    if config.optim.name is Optimizer.lars:
+        return Lars(groups, lr=1.0, momentum=config.optim.momentum, trust_coeff=config.optim.trust_coefficient)
     return torch.optim.AdamW(groups, lr=1.0, betas=tuple(config.optim.betas), eps=config.optim.eps)
 
 
@@ -126,6 +142,8 @@ def train_plain(overrides: list[str]) -> Result:
     source = Digits("train")
     steps = config.num_steps(len(source))
     model, order = plain_model(config), SampleOrder(len(source), seed=config.run.seed)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not any(fnmatch(name, pattern) for pattern in config.optim.freeze or ()))
     optimizer = make_optimizer(model, config)
     result = Result([], [], {})
     size, ema = config.train.global_batch, config.optim.ema
@@ -144,7 +162,7 @@ def train_plain(overrides: list[str]) -> Result:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step + 1, steps)
+            group["lr"] = learning_rate(config, step + 1, steps) * group["share"]
         optimizer.step()
         for name, weight in model.state_dict().items():
             averages[name] = (ema or 0) * averages[name] + (1 - (ema or 0)) * weight

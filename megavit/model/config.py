@@ -63,6 +63,8 @@ class ModelConfig:
         pool: what the head reads; `mean` leaves class tokens out and norms after pooling, as timm does.
         head: the classifier.
         head_bias: the value its last bias starts from; NeMo starts at −10.
+        head_std: deviation of the truncated normal that its last matrix is drawn from; 0 starts from zeros, as NeMo's
+            fine-tuning does.
         patch_bias: whether the patch embedding has a bias.
         attention: the kernel.
         linears: whose parallel linears.
@@ -84,6 +86,7 @@ class ModelConfig:
     pool: Pool = Pool.cls
     head: Head = Head.linear
     head_bias: float = 0.0
+    head_std: float = 0.02
     patch_bias: bool = True
     attention: Attention = Attention.sdpa
     linears: Linears = Linears.local
@@ -121,6 +124,7 @@ class ModelConfig:
         require_number("model", self, "layer_scale", "norm_eps", above=0)
         require_number("model", self, "hidden_dropout", "attention_dropout", "drop_path", at_least=0, below=1)
         require_number("model", self, "head_bias", at_least=-1e6)
+        require_number("model", self, "head_std", at_least=0)
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"model.hidden_size={self.hidden_size} is not divided by model.num_heads={self.num_heads}: "

@@ -3,12 +3,67 @@
 Shapes: N tokens (all of them, on every rank), B images, H hidden, K classes.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megavit.model.config import Head, ModelConfig, Pool
 from megavit.model.norm import LayerNorm
+
+
+class FeatureNorm(torch.nn.Module):
+    """Batch norm without weights, of features whose encoder is frozen.
+
+    In training the statistics are those of a micro batch over all data-parallel ranks, so that they depend on how many
+    images these are together, and not on which rank holds which. They are kept in fp32 whatever the network's format.
+
+    Args:
+        hidden_size: H.
+        group: the data-parallel ranks.
+
+    Source: arXiv 2111.06377, section A.1.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    eps = 1e-6
+    momentum = 0.1
+
+    def __init__(self, hidden_size: int, *, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(hidden_size))
+        self.register_buffer("running_var", torch.ones(hidden_size))
+        self._group = group
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.running_mean, self.running_var = self.running_mean.float(), self.running_var.float()
+        return self
+
+    def forward(self, features_BH: Tensor) -> Tensor:
+        """Normalise features_BH, in fp32."""
+        features_BH = features_BH.float()
+        mean_H, var_H = self._measure(features_BH) if self.training else (self.running_mean, self.running_var)
+        return F.batch_norm(features_BH, mean_H, var_H, eps=self.eps)
+
+    @torch.no_grad()
+    def _measure(self, features_BH: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance over the ranks' images, taken into the running ones."""
+        count = features_BH.shape[0] * self._group.size()
+        mean_H = features_BH.sum(dim=0)
+        dist.all_reduce(mean_H, group=self._group)
+        mean_H /= count
+        var_H = (features_BH - mean_H).square().sum(dim=0)
+        dist.all_reduce(var_H, group=self._group)
+        self.running_mean.lerp_(mean_H, self.momentum)
+        # As torch's batch norm: divided by one less where it is kept than where it is used.
+        self.running_var.lerp_(var_H / max(count - 1, 1), self.momentum)
+        return mean_H, var_H / count
 
 
 class ClassifierHead(torch.nn.Module):
@@ -18,9 +73,17 @@ class ClassifierHead(torch.nn.Module):
         config: the model group.
         block: Megatron-Core's configuration, for dtype and epsilon.
         num_classes: K.
+        feature_norm: what features pass before the last matrix, if anything.
     """
 
-    def __init__(self, config: ModelConfig, *, block: TransformerConfig, num_classes: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        block: TransformerConfig,
+        num_classes: int,
+        feature_norm: FeatureNorm | None = None,
+    ) -> None:
         super().__init__()
         self.class_tokens = config.class_tokens
         hidden, dtype = config.hidden_size, block.params_dtype
@@ -30,6 +93,7 @@ class ClassifierHead(torch.nn.Module):
         self.pre: torch.nn.Linear | None = None
         if config.head is Head.tanh_mlp:
             self.pre = torch.nn.Linear(hidden, hidden, dtype=dtype)
+        self.feature_norm = feature_norm
         self.out = torch.nn.Linear(hidden, num_classes, dtype=dtype)
 
     def forward(self, tokens_NBH: Tensor) -> Tensor:
@@ -40,4 +104,17 @@ class ClassifierHead(torch.nn.Module):
             pooled_BH = tokens_NBH[0]
         if self.pre is not None:
             pooled_BH = self.pre(pooled_BH).tanh()
+        if self.feature_norm is not None:
+            pooled_BH = self.feature_norm(pooled_BH).to(self.out.weight.dtype)
         return self.out(pooled_BH).float()
+
+    def weights_without_norm(self) -> dict[str, Tensor]:
+        """The last matrix and its bias in fp32, by their names in the whole model, as they are after a feature norm has
+        been multiplied into them; without one, as they are.
+        """
+        weight_KH, bias_K = self.out.weight.detach().float(), self.out.bias.detach().float()
+        if self.feature_norm is not None:
+            norm = self.feature_norm
+            weight_KH = weight_KH / (norm.running_var + norm.eps).sqrt()
+            bias_K = bias_K - weight_KH @ norm.running_mean
+        return {"head.out.weight": weight_KH, "head.out.bias": bias_K}

@@ -34,14 +34,14 @@ def initialise(model: EncoderStage, config: ModelConfig, layout: ParallelLayout,
 def initial_weight(name: str, shape: torch.Size, config: ModelConfig, *, seed: int) -> Tensor:
     """Draw one whole weight in fp32.
 
-    Matrices are Xavier-uniform, the patch matrix and the fused `qkv` taken as they stand (as MAE does); the
-    classifier, class tokens, mask token and positions are truncated normal with deviation 0.02; norms are one; biases
-    zero, but the classifier's as configured.
+    Matrices are Xavier-uniform, the patch matrix and the fused `qkv` taken as they stand (as MAE does); class tokens,
+    mask token and positions are truncated normal with deviation 0.02, the classifier with that configured; norms are
+    one; biases zero, but the classifier's as configured.
 
     Args:
         name: the parameter's name in the whole model; the draw depends on it and the seed alone.
         shape: of the whole weight.
-        config: for layer scale and the head's bias.
+        config: for layer scale and the head.
         seed: `run.seed`.
     """
     leaf = name.rsplit(".", 1)[-1]
@@ -57,4 +57,7 @@ def initial_weight(name: str, shape: torch.Size, config: ModelConfig, *, seed: i
     weight = torch.empty(shape)
     if leaf == "weight" and name != "head.out.weight":
         return torch.nn.init.xavier_uniform_(weight, generator=generator)
-    return torch.nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04, generator=generator)
+    std = config.head_std if name == "head.out.weight" else 0.02
+    if not std:
+        return weight.zero_()
+    return torch.nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)

@@ -3,7 +3,9 @@
 Shapes: B images, C channels, P patches, K kept ones, N tokens, H hidden.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
@@ -17,7 +19,7 @@ from torch import Tensor
 from megavit.model.block import encoder_block
 from megavit.model.config import ModelConfig, Pool
 from megavit.model.embedding import PatchEmbedding
-from megavit.model.heads import ClassifierHead
+from megavit.model.heads import ClassifierHead, FeatureNorm
 from megavit.parallel.config import Recompute
 from megavit.parallel.layout import ParallelLayout
 
@@ -71,6 +73,8 @@ class EncoderStage(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self.tp_group = layout.groups.tp
+        # Whether nothing of the encoder is trained, here and in the stages before (see freezing.py).
+        self.is_frozen = False
 
         self.embed: PatchEmbedding | None = None
         if self.pre_process:
@@ -108,6 +112,15 @@ class EncoderStage(MegatronModule):
         Returns:
             The tokens for the next stage; after the last stage whole, whatever sequence parallelism has split.
         """
+        if not (self.is_frozen and torch.is_grad_enabled()):
+            return self._encode(images_BCYX, keep_BK)
+        received_NBH = self.blocks.input_tensor
+        if received_NBH is None:
+            with torch.no_grad():
+                return self._encode(images_BCYX, keep_BK)
+        return _WithoutGradient.apply(received_NBH, self._encode)
+
+    def _encode(self, images_BCYX: Tensor | None = None, keep_BK: Tensor | None = None) -> Tensor:
         tokens_NBH: Tensor | None = None
         if self.embed is not None:
             assert images_BCYX is not None
@@ -123,21 +136,45 @@ class EncoderStage(MegatronModule):
         return tokens_NBH
 
 
+class _WithoutGradient(torch.autograd.Function):
+    """Frozen layers of a later stage: nothing is kept for a backward pass, and the stage before, which the schedule has
+    wait for a gradient, is sent zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, received_NBH: Tensor, encode: Callable[[], Tensor]) -> Tensor:
+        ctx.received = received_NBH.shape
+        return encode()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].new_zeros(ctx.received), None
+
+
 class VisionTransformer(EncoderStage):
     """One stage's part of the classifier.
 
     Args:
         config, block, layout, stage: see `EncoderStage`.
         num_classes: scores per image.
+        norms_features: whether the classifier sees features by their statistics, as a linear probe does.
     """
 
     def __init__(
-        self, config: ModelConfig, *, block: TransformerConfig, layout: ParallelLayout, stage: Stage, num_classes: int
+        self,
+        config: ModelConfig,
+        *,
+        block: TransformerConfig,
+        layout: ParallelLayout,
+        stage: Stage,
+        num_classes: int,
+        norms_features: bool = False,
     ) -> None:
         super().__init__(config, block=block, layout=layout, stage=stage, final_norm=config.pool is Pool.cls)
         self.head: ClassifierHead | None = None
         if self.post_process:
-            self.head = ClassifierHead(config, block=block, num_classes=num_classes)
+            feature_norm = FeatureNorm(config.hidden_size, group=layout.groups.dp) if norms_features else None
+            self.head = ClassifierHead(config, block=block, num_classes=num_classes, feature_norm=feature_norm)
 
     def forward(self, images_BCYX: Tensor | None) -> Tensor:
         """Map normalised images to class scores.

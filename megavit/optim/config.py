@@ -6,12 +6,16 @@ from enum import Enum
 from megavit.checks import require_number
 from megavit.errors import ConfigError
 
+# The word for all but what stands on the encoder, among the patterns of what is frozen.
+ENCODER = "encoder"
+
 
 class Optimizer(Enum):
     """The update rule."""
 
     adamw = "adamw"
     sgd = "sgd"
+    lars = "lars"
 
 
 class Decay(Enum):
@@ -33,6 +37,14 @@ class Implementation(Enum):
     te = "te"
 
 
+# What belongs to one update rule and is null for the others.
+_TAKES = {
+    Optimizer.adamw: {"betas", "eps", "implementation"},
+    Optimizer.sgd: {"momentum"},
+    Optimizer.lars: {"momentum", "trust_coefficient"},
+}
+
+
 @dataclass
 class OptimConfig:
     """Group `optim`.
@@ -49,7 +61,12 @@ class OptimConfig:
         weight_decay: on matrices; biases, norms, class tokens and positions have none.
         betas: Adam's two; null for other rules.
         eps: Adam's; null for other rules.
-        momentum: SGD's; null for other rules.
+        momentum: SGD's and LARS's; null for other rules.
+        trust_coefficient: LARS's: a step moves a matrix by about lr times this share of its norm; null for other rules.
+        layer_decay: each layer learns at this share of the rate of the layer above it, and the embedding of the first
+            one's; the last norm and the head learn at the full rate. Null for one rate (arXiv 2106.08254, section A.3).
+        freeze: patterns such as blocks.3.* of timm's weight names whose weights stay as they are; encoder stands for
+            all but the head. Null trains everything.
         clip: largest gradient norm over the whole model; 0 to not clip.
         ema: decay of a moving average of the weights, 0.9999 for example, which is evaluated too; null for none.
     """
@@ -66,6 +83,9 @@ class OptimConfig:
     betas: list[float] | None = None
     eps: float | None = None
     momentum: float | None = None
+    trust_coefficient: float | None = None
+    layer_decay: float | None = None
+    freeze: list[str] | None = None
     clip: float = 1.0
     ema: float | None = None
 
@@ -81,10 +101,15 @@ class OptimConfig:
         if (self.lr is None) == (self.base_lr is None):
             raise ConfigError(f"set one of optim.lr={self.lr} and optim.base_lr={self.base_lr}, and the other to null")
         require_number("optim", self, "lr", "base_lr", "min_lr", "weight_decay", "warmup_steps", "clip", at_least=0)
-        require_number("optim", self, "eps", above=0)
+        require_number("optim", self, "eps", "trust_coefficient", "layer_decay", above=0)
+        if self.layer_decay is not None and self.layer_decay >= 1:
+            raise ConfigError(
+                f"optim.layer_decay={self.layer_decay} must be below 1, for lower layers to learn more slowly; null is "
+                f"one rate for all"
+            )
         require_number("optim", self, "momentum", "ema", at_least=0, below=1)
-        takes = {Optimizer.adamw: {"betas", "eps", "implementation"}, Optimizer.sgd: {"momentum"}}[self.name]
-        for key in ("betas", "eps", "implementation", "momentum"):
+        takes = _TAKES[self.name]
+        for key in sorted(set().union(*_TAKES.values())):
             value = getattr(self, key)
             if key in takes and value is None:
                 raise ConfigError(f"optim.name={self.name.value} needs optim.{key}; choose optim={self.name.value}")

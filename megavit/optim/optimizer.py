@@ -1,11 +1,13 @@
 """Gradients to weights: data-parallel wrapping, the optimizer, the schedule."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.module import Float16Module
@@ -13,6 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megavit.errors import ConfigError
 from megavit.optim import fused_adam, grad_norm
 from megavit.optim.config import Decay, Implementation, OptimConfig, Optimizer
+from megavit.optim.groups import group_overrides
 from megavit.parallel.config import ParallelConfig
 
 
@@ -56,7 +59,12 @@ def _one_or_all(functions: list[Any]) -> Any:
 
 
 def build_optimizer(
-    model: list[DistributedDataParallel], block: TransformerConfig, config: OptimConfig, *, peak_lr: float
+    model: list[DistributedDataParallel],
+    block: TransformerConfig,
+    config: OptimConfig,
+    *,
+    names: Mapping[torch.nn.Parameter, str],
+    peak_lr: float,
 ) -> MegatronOptimizer:
     """Build Megatron-Core's optimizer: for Adam always the distributed one, so that one checkpoint form exists.
 
@@ -64,6 +72,7 @@ def build_optimizer(
         model: from `wrap_for_data_parallel`.
         block: gets the hooks that the schedules call at the end of a step.
         config: the optim group.
+        names: of this rank's parameters, in the whole model.
         peak_lr: learning rate after warm-up.
     """
     adam = config.name is Optimizer.adamw
@@ -75,6 +84,7 @@ def build_optimizer(
     else:
         assert config.momentum is not None
         numbers = dict(sgd_momentum=config.momentum)
+        _choose_sgd(config, model[0].tp_group)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam" if adam else "sgd",
@@ -89,12 +99,10 @@ def build_optimizer(
             **numbers,
         ),
         model,
-        config_overrides={
-            ParamKey(with_name_predicate=ParamWithNamePredicate("no_decay", _is_not_decayed)): {"wd_mult": 0.0}
-        },
+        config_overrides=group_overrides(names, config, peak_lr=peak_lr, num_layers=block.num_layers),
     )
     if not adam:
-        # Before a load, state must exist to be filled; for SGD Megatron-Core knows no way to make it (0.16.1).
+        # Before a load, state must exist to be filled; for these Megatron-Core knows no way to make it (0.16.1).
         (inner,) = optimizer.chained_optimizers
         inner.init_state_fn = _make_momentum
     grad_norm.offer_to_megatron()
@@ -124,6 +132,18 @@ def _choose_adam(implementation: Implementation | None) -> None:
             f"unrelated project; NVIDIA's container has both); set optim.implementation=megavit"
         ) from error
     fused_adam.offer_to_megatron(FusedAdam)
+
+
+def _choose_sgd(config: OptimConfig, tensor_parallel: torch.distributed.ProcessGroup) -> None:
+    """Have Megatron-Core take LARS, or torch's SGD, where it would take SGD."""
+    if config.name is Optimizer.sgd:
+        megatron_optimizer.SGD = torch.optim.SGD
+        return
+    from megavit.optim.lars import TensorParallelLars
+
+    megatron_optimizer.SGD = partial(
+        TensorParallelLars, group=tensor_parallel, trust_coeff=config.trust_coefficient, always_adapt=True
+    )
 
 
 def build_schedule(
@@ -160,7 +180,3 @@ def _make_momentum(optimizer: torch.optim.Optimizer, config: OptimizerConfig | N
     for group in optimizer.param_groups:
         for param in group["params"] if group["momentum"] else ():
             optimizer.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
-
-
-def _is_not_decayed(param: torch.nn.Parameter, name: str) -> bool:
-    return param.ndim == 1 or getattr(param, "no_decay", False)

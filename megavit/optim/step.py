@@ -40,6 +40,8 @@ def step_if_finite(optimizer: MegatronOptimizer, model: list[DistributedDataPara
 def _any_not_finite(model: list[DistributedDataParallel]) -> Tensor:
     """1 on every rank if a gradient of any rank is not finite, else 0; on the device, not waited for."""
     sums = [buffer.grad_data.sum(dtype=torch.float32) for chunk in model for buffer in chunk.buffers]
+    # Where all its layers are frozen, a rank has nothing to sum.
+    sums = sums or [torch.zeros((), device=next(model[0].parameters()).device)]
     bad = (~torch.isfinite(torch.stack(sums))).any().to(torch.int32)
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     return bad

@@ -36,6 +36,7 @@ class NetworkShape:
         patch_values: values per patch, patch height · width · channels.
         classes: outputs of the head, 0 without one.
         decoder: behind the encoder, None for a classifier.
+        trains_encoder: false where all of it is frozen; of one frozen in part nothing is left out.
     """
 
     hidden: int
@@ -46,6 +47,7 @@ class NetworkShape:
     patch_values: int
     classes: int
     decoder: DecoderShape | None = None
+    trains_encoder: bool = True
 
 
 def layer_flops(shape: NetworkShape | DecoderShape) -> int:
@@ -75,5 +77,10 @@ def forward_flops(shape: NetworkShape) -> int:
 
 
 def training_flops(shape: NetworkShape) -> int:
-    """FLOPs of a training step for one image: three forwards, less the gradient that images do not need."""
+    """FLOPs of a training step for one image: three forwards, less the gradient that images do not need.
+
+    Of a frozen encoder one forward, and the gradient of a head's own weights alone.
+    """
+    if not shape.trains_encoder:
+        return forward_flops(shape) + head_flops(shape) * (1 if shape.decoder is None else 2)
     return 3 * forward_flops(shape) - embedding_flops(shape)

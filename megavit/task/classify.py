@@ -45,6 +45,8 @@ class Classify:
     baseline_samples = 0
     goal = Goal("top1", higher=True)
     panels: tuple[str, ...] = ()
+    # Whether the classifier sees features by their statistics, as it may where no gradient flows through them.
+    norms_features = False
 
     def __init__(
         self,
@@ -72,7 +74,12 @@ class Classify:
         """Build this rank's stages of the classifier (see `Task`)."""
         return name_stages(
             lambda stage: VisionTransformer(
-                self.model, block=block, layout=self.layout, stage=stage, num_classes=self.num_classes
+                self.model,
+                block=block,
+                layout=self.layout,
+                stage=stage,
+                num_classes=self.num_classes,
+                norms_features=self.norms_features,
             ),
             parallel=parallel,
             data=self.data,

@@ -10,10 +10,16 @@ from megavit.model.config import ModelConfig
 
 
 class TaskName(Enum):
-    """Supervised classification, or a masked autoencoder."""
+    """Supervised classification; a linear classifier on a frozen encoder; or a masked autoencoder."""
 
     classify = "classify"
+    linear_probe = "linear_probe"
     mae = "mae"
+
+    @property
+    def classifies(self) -> bool:
+        """Whether its network scores classes."""
+        return self is not TaskName.mae
 
 
 class Loss(Enum):
@@ -107,7 +113,7 @@ class TaskConfig:
 
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
-        needs, may = {TaskName.classify: (_CLASSIFY, _CLASSIFY_MAY), TaskName.mae: (_MAE, ())}[self.name]
+        needs, may = (_CLASSIFY, _CLASSIFY_MAY) if self.name.classifies else (_MAE, ())
         for key in (*_CLASSIFY, *_CLASSIFY_MAY, *_MAE):
             value = getattr(self, key)
             if key in needs and value is None:

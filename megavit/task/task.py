@@ -20,6 +20,7 @@ from megavit.parallel.layout import ParallelLayout
 from megavit.task.classify import Classify
 from megavit.task.config import TaskConfig, TaskName
 from megavit.task.goal import Goal
+from megavit.task.linear_probe import LinearProbe
 from megavit.task.mae import Mae
 
 # A micro batch's output to its mean loss, for the gradient, and sums over its counted images, for the metrics.
@@ -102,13 +103,18 @@ def open_task(
     Raises:
         ConfigError: if it needs labels and there are none.
     """
-    if config.name is TaskName.classify and not num_classes:
+    if config.name.classifies and not num_classes:
         raise ConfigError(
-            f"task.name=classify needs labels, and data.source={data.source} has none in data.path={data.path}; "
-            f"task=mae learns without"
+            f"task.name={config.name.value} needs labels, and data.source={data.source} has none in "
+            f"data.path={data.path}; task=mae learns without"
         )
-    make: Callable[..., Task] = Mae if config.name is TaskName.mae else Classify
+    own: dict[TaskName, Callable[..., Task]] = {
+        TaskName.classify: Classify,
+        TaskName.linear_probe: LinearProbe,
+        TaskName.mae: Mae,
+    }
+    make = own[config.name]
     if config.implementation is not None:
         make = by_name(config.implementation, "task.implementation")
-    depends_on = {} if config.name is TaskName.mae else {"num_classes": num_classes}
+    depends_on = {"num_classes": num_classes} if config.name.classifies else {}
     return make(config, model=model, data=data, layout=layout, seed=seed, **depends_on)

@@ -1,0 +1,98 @@
+"""Weights that stay as they are, by patterns of their names."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatch
+
+from torch.nn import Parameter
+
+from megavit.checkpoint.names import plain_name
+from megavit.errors import ConfigError
+from megavit.model.vit import EncoderStage, parameter_names
+from megavit.optim.config import ENCODER
+from megavit.parallel.agree import gather_objects
+from megavit.parallel.layout import ParallelLayout
+
+# What stands on the encoder.
+_ABOVE = ("head.out.", "head.pre.", "mae_decoder.")
+
+
+def freeze(chunks: Mapping[str, EncoderStage], patterns: list[str], *, layout: ParallelLayout) -> int:
+    """Freeze the weights that the patterns name; every rank calls this.
+
+    Stages below which nothing is trained keep nothing for a backward pass.
+
+    Args:
+        chunks: this rank's stages by name.
+        patterns: of timm's names or ours, `blocks.3.*` for example; or the word `encoder`.
+        layout: this rank's place.
+
+    Returns:
+        How many weights of the whole model are frozen.
+
+    Raises:
+        ConfigError: on every rank, for a pattern that names nothing, or where nothing would be left to train.
+    """
+    named = {name: param for chunk in chunks.values() for name, param in parameter_names(chunk).items()}
+    frozen = {name for name in named if any(_matches(name, pattern) for pattern in patterns)}
+    for name in frozen:
+        named[name].requires_grad_(False)
+    _check(patterns, list(named), frozen)
+    _tell_stages(list(chunks.values()), layout)
+    return sum(gather_objects(_count_whole({named[name] for name in frozen}, layout)))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern == ENCODER:
+        return not name.startswith(_ABOVE)
+    return fnmatch(name, pattern) or fnmatch(_plain(name), pattern)
+
+
+def _plain(name: str) -> str:
+    try:
+        return plain_name(name)
+    except KeyError:
+        # A part of somebody's own, which no other library has.
+        return name
+
+
+def _check(patterns: list[str], own: list[str], frozen: set[str]) -> None:
+    names: set[str] = set()
+    frozen_anywhere: set[str] = set()
+    for theirs, of_theirs in gather_objects((own, frozen)):
+        names |= set(theirs)
+        frozen_anywhere |= of_theirs
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            near = get_close_matches(pattern, [_plain(name) for name in sorted(names)], n=1)
+            hint = f"did you mean {near[0]}?" if near else "blocks.0.*, patch_embed.*, pos_embed and encoder are such"
+            raise ConfigError(f"optim.freeze: {pattern} names no weight of this network; {hint}")
+    if frozen_anywhere == names:
+        raise ConfigError(f"optim.freeze={patterns} leaves nothing to train: leave something out of it")
+
+
+def _tell_stages(stages: list[EncoderStage], layout: ParallelLayout) -> None:
+    """Let each stage know whether anything of the encoder is trained in it or before it."""
+    trains = {
+        (stage.vp_stage or 0) * layout.pp + layout.pp_rank: any(
+            param.requires_grad
+            for part in (stage.embed, stage.blocks)
+            if part is not None
+            for param in part.parameters()
+        )
+        for stage in stages
+    }
+    everywhere: dict[int, bool] = {}
+    for theirs in gather_objects(trains):
+        everywhere |= theirs
+    for number, stage in zip(trains, stages, strict=True):
+        stage.is_frozen = not any(everywhere[before] for before in range(number + 1))
+
+
+def _count_whole(params: set[Parameter], layout: ParallelLayout) -> int:
+    """This rank's part of the whole model's count, each weight counted once over all ranks."""
+    if layout.dp_rank:
+        return 0
+    split = sum(param.numel() for param in params if getattr(param, "tensor_model_parallel", False))
+    alike = sum(param.numel() for param in params if not getattr(param, "tensor_model_parallel", False))
+    return split + (alike if layout.tp_rank == 0 else 0)

@@ -1,0 +1,73 @@
+"""timm's LARS on tensor-parallel weights: the norms that it divides by are those of the whole tensors."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.optim.lars import Lars, lars
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+# Of a parameter group, what timm's function takes.
+_SETTINGS = (
+    "lr",
+    "momentum",
+    "dampening",
+    "weight_decay",
+    "nesterov",
+    "trust_coeff",
+    "eps",
+    "trust_clip",
+    "always_adapt",
+)
+
+
+class TensorParallelLars(Lars):
+    """LARS with momentum.
+
+    To timm a rank's part of a matrix is shown as the distributed tensor that it belongs to, whose norm torch reduces
+    over the tensor-parallel ranks; what all of them hold alike it takes as it is.
+
+    Args:
+        params: groups of parameters, or of their fp32 copies, which say how they are split.
+        group: the tensor-parallel ranks.
+        settings: timm's.
+
+    Source: arXiv 1708.03888, algorithm 1.
+    """
+
+    def __init__(self, params: Iterable[Any], *, group: dist.ProcessGroup, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        self._group = group if group.size() > 1 else None
+        self._mesh: DeviceMesh | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            for param in params:
+                self.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
+            settings = {key: group[key] for key in _SETTINGS}
+            lars(
+                [self._whole(param, param) for param in params],
+                [self._whole(param.grad, param) for param in params],
+                [self._whole(self.state[param]["momentum_buffer"], param) for param in params],
+                **settings,
+            )
+
+    def _whole(self, tensor: Tensor, param: Tensor) -> Tensor:
+        """The whole of which a tensor is this rank's part; it shares the tensor's memory."""
+        if self._group is None or not getattr(param, "tensor_model_parallel", False):
+            return tensor.detach()
+        if self._mesh is None:
+            # Named by the group: torch's cache takes meshes of the same ranks and name for one, also when the group of
+            # the first is gone (2.11).
+            name = f"tp_{self._group.group_name}"
+            self._mesh = DeviceMesh.from_group(self._group, param.device.type, mesh_dim_names=(name,))
+        return DTensor.from_local(tensor.detach(), self._mesh, [Shard(param.partition_dim)], run_check=False)  # type: ignore[attr-defined]
