@@ -38,6 +38,7 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "tensorboard>=2.16",
+        "scikit-learn>=1.4",
     ],
     extras_require={
         "flash": ["flash-attn>=2.7"],
@@ -46,7 +47,6 @@ setup(
         "dev": [
             "pytest>=8",
             "hypothesis>=6",
-            "scikit-learn>=1.4",
             "pytest-timeout",
             "timm>=1.0",
             "transformers>=5.0",
