@@ -40,6 +40,7 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "tensorboard>=2.16",
+        "scikit-learn>=1.4",
     ],
     extras_require={
         "flash": ["flash-attn>=2.7"],
@@ -48,7 +49,6 @@ setup(
         "dev": [
             "pytest>=8",
             "hypothesis>=6",
-            "scikit-learn>=1.4",
             "pytest-timeout",
             "transformers>=5.0",
             "ruff>=0.9",

@@ -16,6 +16,12 @@ verbs
   evaluate     a checkpoint over the validation set, in any layout: from=RUN [key=value …]
   predict      names and probabilities for images: from=RUN images=PATH [out=FILE.csv|FILE.jsonl top=5]
   reconstruct  draw what a masked autoencoder makes of images: from=RUN images=PATH [out=PICTURE.png count=8]
+  features     a vector for each image, as safetensors: from=RUN out=FOLDER [splits=train,val pool=cls|mean]
+               [key=value …]
+  knn          validation images named by their nearest training images, as features lie: from=RUN [k=10,20,100
+               temperature=0.07 pool=cls|mean out=FILE.json] [key=value …]
+  fewshot      a linear classifier of features learned from a few images of each class: from=RUN [shots=1,5,10 draws=5
+               seed=0 pool=cls|mean out=FILE.json] [key=value …]
   inspect      what a run or a checkpoint is: from=PATH
   verify       read every byte of a run's checkpoints, or of one, and say what is broken: from=PATH
   prune        remove a run's older checkpoints: from=RUN keep_last=N [keep_every=STEPS]
@@ -41,6 +47,9 @@ Not run on a GPU yet: everything. Layouts were measured on CPU processes, which 
 _LOOKING = {
     "predict": "megavit.predict:predict",
     "reconstruct": "megavit.reconstruct:reconstruct",
+    "features": "megavit.features:features",
+    "knn": "megavit.knn:knn",
+    "fewshot": "megavit.fewshot:fewshot",
     "inspect": "megavit.inspect_run:inspect_run",
     "verify": "megavit.checkpoint_verbs:verify",
     "prune": "megavit.checkpoint_verbs:prune",
@@ -113,12 +122,12 @@ def evaluate(arguments: list[str]) -> int:
     from megavit.outcome import quieten_imports
 
     quieten_imports()
-    from megavit import evaluate as evaluation
+    from megavit.trained import prepare
     from megavit.workers import num_ranks, start_ranks
 
-    config, _ = evaluation.prepare(arguments)
+    config, _ = prepare("evaluate", arguments)
     ranks = num_ranks(config)
-    evaluation.prepare(arguments, world_size=ranks)
+    prepare("evaluate", arguments, world_size=ranks)
     if ranks > 1:
         return start_ranks([*arguments, f"run.ranks={ranks}"], ranks=ranks, module="megavit.evaluate_rank")
     from megavit.evaluate_rank import main as evaluate_as_rank

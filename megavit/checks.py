@@ -48,12 +48,26 @@ def shown(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def whole_number(key: str, text: str) -> int:
+def whole_number(key: str, text: str, *, at_least: int = 1) -> int:
     """Read an argument that counts something.
 
+    Args:
+        key: for the message.
+        text: as typed.
+        at_least: smallest allowed value, 0 or more.
+
     Raises:
-        ConfigError: if it is no whole number of at least 1.
+        ConfigError: if it is no whole number, or too small.
     """
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{key}={text} must be a whole number of at least 1")
+    if not text.isdecimal() or int(text) < at_least:
+        raise ConfigError(f"{key}={text} must be a whole number of at least {at_least}")
     return int(text)
+
+
+def whole_numbers(key: str, text: str) -> list[int]:
+    """Read an argument that names several counts, with commas between them; each is taken once.
+
+    Raises:
+        ConfigError: if one is no whole number of at least 1.
+    """
+    return list(dict.fromkeys(whole_number(key, part) for part in text.split(",")))

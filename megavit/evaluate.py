@@ -2,52 +2,24 @@
 
 import csv
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from megavit.bad_samples import BadSamples
-from megavit.compose import merge
-from megavit.config import RunConfig
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source
 from megavit.engine import Engine, prepare_task
 from megavit.metrics.pictures import draw_confusion
 from megavit.parallel.layout import world_size_from_environment
-from megavit.search import find_checkpoint
-from megavit.trained import open_run, read_config, refuse_untyped_code
-from megavit.verb_arguments import split_from
-
-
-def prepare(arguments: list[str], *, world_size: int | None = None) -> tuple[RunConfig, Path]:
-    """What to evaluate, and how: the run's own configuration with what is typed on top, on one rank unless told.
-
-    Args:
-        arguments: `from=RUN` and settings.
-        world_size: ranks that take part; None while they are not started.
-
-    Raises:
-        ConfigError: if there is no checkpoint, or a setting does not fit.
-    """
-    path, overrides = split_from("evaluate", arguments)
-    checkpoint = find_checkpoint(path)
-    refuse_untyped_code(checkpoint, overrides)
-    config = merge(read_config(checkpoint), overrides)
-    if world_size is not None:
-        # Training's batch need not fit this world; images per micro batch are as they were, or as typed.
-        micro_batch = config.train.micro_batch or min(config.train.global_batch, 64)
-        batch = micro_batch * config.parallel.data_parallel_size(world_size) * config.parallel.pp
-        config = replace(config, train=replace(config.train, micro_batch=micro_batch, global_batch=batch))
-        config.check(world_size)
-    return config, checkpoint
+from megavit.trained import open_run, prepare
 
 
 def evaluate(arguments: list[str]) -> int:
     """Evaluate as one rank; the first leaves the results in `RUN/evaluation/`."""
     world_size = world_size_from_environment()
-    config, checkpoint = prepare(arguments, world_size=world_size)
+    config, checkpoint = prepare("evaluate", arguments, world_size=world_size)
     source = open_source(config.data, "val")
     trained = open_run(config, checkpoint, num_classes=len(source.classes))
     network, layout = trained.network, trained.layout

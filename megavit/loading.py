@@ -11,12 +11,15 @@ from torch import Tensor
 
 from megavit.checkpoint.names import Dims, to_plain
 from megavit.checkpoint.state import read_state
+from megavit.config import RunConfig
 from megavit.data.decode import open_image
 from megavit.data.transforms import Normalize
 from megavit.data.views import View
-from megavit.model.config import Pool
+from megavit.errors import ConfigError
+from megavit.model.config import ModelConfig, Pool
 from megavit.model.plain import PlainViT
 from megavit.model.vit import parameter_names
+from megavit.parallel.layout import ParallelLayout
 from megavit.search import find_checkpoint
 from megavit.task.config import TaskName
 from megavit.trained import TrainedRun, open_run, read_classes, read_config
@@ -28,6 +31,9 @@ class TrainedEncoder(torch.nn.Module):
     Args:
         run: an open run.
         num_classes: K; 0 for a masked autoencoder, whose decoder is left away, and for a model without a classifier.
+
+    Attributes:
+        pool: the tokens that features are made of, where none are asked for.
     """
 
     def __init__(self, run: TrainedRun, *, num_classes: int = 0) -> None:
@@ -35,9 +41,12 @@ class TrainedEncoder(torch.nn.Module):
         config = run.config
         self._data = config.data
         self.normalize = Normalize(config.data.mean, config.data.std)
-        self._pools = config.task.name is TaskName.classify
-        # An autoencoder's encoder ends with the norm of its tokens, whichever of them are looked at afterwards.
-        model = config.model if self._pools else replace(config.model, pool=Pool.cls)
+        self.pool, model = config.model.pool, config.model
+        if config.task.name is TaskName.mae:
+            self.pool = Pool.cls if model.class_tokens else Pool.mean
+            # It ends with the norm of its tokens, whichever of them are looked at afterwards.
+            model = replace(model, pool=Pool.cls)
+        self._model = model
         self.vit = PlainViT(
             model, image_size=config.data.image_size, channels=config.data.channels, num_classes=num_classes
         )
@@ -69,15 +78,20 @@ class TrainedEncoder(torch.nn.Module):
         """All tokens of uint8 images after the last layer, class tokens first: tokens_BNH."""
         return self.vit.tokens(self.normalize(images_BCYX))
 
-    def features(self, images_BCYX: Tensor) -> Tensor:
+    def features(self, images_BCYX: Tensor, *, pool: Pool | None = None) -> Tensor:
         """One vector for each of uint8 images, features_BH.
 
-        What the head reads; of an autoencoder the first class token, or the patches' mean where there is none.
+        Args:
+            images_BCYX: uint8, of the run's size.
+            pool: `cls`, the first class token after the last layer; `mean`, the mean of the patches there; either
+                normed as the model norms. None for what the head reads; of an autoencoder the first class token, or
+                the patches' mean where there is none.
+
+        Raises:
+            ConfigError: for a class token that the model does not have.
         """
-        if self._pools:
-            return self.vit.features(self.normalize(images_BCYX))
-        tokens_BNH = self.tokens(images_BCYX)
-        return tokens_BNH[:, 0] if self.vit.class_tokens else tokens_BNH.mean(dim=1)
+        check_pool(pool, self._model)
+        return self.vit.features(self.normalize(images_BCYX), pool=pool or self.pool)
 
 
 class TrainedClassifier(TrainedEncoder):
@@ -110,12 +124,33 @@ def load(path: str | Path) -> TrainedEncoder:
         ConfigError: if there is none.
     """
     checkpoint = find_checkpoint(Path(path))
-    config = read_config(checkpoint)
+    return open_encoder(read_config(checkpoint), checkpoint)[0]
+
+
+def open_encoder(config: RunConfig, checkpoint: Path) -> tuple[TrainedEncoder, ParallelLayout]:
+    """Load a checkpoint's network, whichever data it is to look at.
+
+    Args:
+        config: from `read_config`, or with settings on top.
+        checkpoint: from `find_checkpoint`.
+
+    Returns:
+        What `load` does, and the layout of one rank, whose device may be a GPU.
+    """
     if config.task.name is TaskName.mae:
-        return TrainedEncoder(open_run(config, checkpoint, num_classes=0))
+        run = open_run(config, checkpoint, num_classes=0)
+        return TrainedEncoder(run), run.layout
     state = read_state(checkpoint)
     if not state.classes and not state.optimizer:
         # Converted from a model without a classifier.
-        return TrainedEncoder(open_run(config, checkpoint, num_classes=1))
+        run = open_run(config, checkpoint, num_classes=1)
+        return TrainedEncoder(run), run.layout
     classes = read_classes(checkpoint)
-    return TrainedClassifier(open_run(config, checkpoint, num_classes=len(classes)), classes)
+    run = open_run(config, checkpoint, num_classes=len(classes))
+    return TrainedClassifier(run, classes), run.layout
+
+
+def check_pool(pool: Pool | None, model: ModelConfig) -> None:
+    """Raise ConfigError for a class token that the model does not have."""
+    if pool is Pool.cls and not model.class_tokens:
+        raise ConfigError("pool=cls needs a class token, and the model has model.class_tokens=0; choose pool=mean")

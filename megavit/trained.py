@@ -7,7 +7,7 @@ import torch
 
 from megavit.checkpoint.shards import load_weights
 from megavit.checkpoint.state import read_state
-from megavit.compose import from_yaml
+from megavit.compose import from_yaml, merge
 from megavit.config import RunConfig
 from megavit.data.decode import decode_image
 from megavit.data.loader import Batch
@@ -22,6 +22,7 @@ from megavit.parallel.layout import ParallelLayout
 from megavit.search import find_checkpoint
 from megavit.sections import Compile
 from megavit.task.config import TaskName
+from megavit.verb_arguments import split_from
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,30 @@ def refuse_untyped_code(checkpoint: Path, overrides: list[str]) -> None:
                 f"{checkpoint} was made with {setting}={name}, code from outside megavit; type {setting}={name} too, "
                 f"if you trust it, or another {setting}"
             )
+
+
+def prepare(verb: str, arguments: list[str], *, world_size: int | None = None) -> tuple[RunConfig, Path]:
+    """What to look at, and how: the run's own configuration with what is typed on top, on one rank unless told.
+
+    Args:
+        verb: for the messages.
+        arguments: `from=RUN` and settings.
+        world_size: ranks that take part; None while they are not started.
+
+    Raises:
+        ConfigError: if there is no checkpoint, or a setting does not fit.
+    """
+    path, overrides = split_from(verb, arguments)
+    checkpoint = find_checkpoint(path)
+    refuse_untyped_code(checkpoint, overrides)
+    config = merge(read_config(checkpoint), overrides)
+    if world_size is not None:
+        # Training's batch need not fit this world; images per micro batch are as they were, or as typed.
+        micro_batch = config.train.micro_batch or min(config.train.global_batch, 64)
+        batch = micro_batch * config.parallel.data_parallel_size(world_size) * config.parallel.pp
+        config = replace(config, train=replace(config.train, micro_batch=micro_batch, global_batch=batch))
+        config.check(world_size)
+    return config, checkpoint
 
 
 def read_classes(checkpoint: Path) -> tuple[str, ...]:

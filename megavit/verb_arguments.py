@@ -49,3 +49,31 @@ def split_from(verb: str, arguments: list[str]) -> tuple[Path, list[str]]:
     if len(given) != 1 or given[0] == "from=":
         raise ConfigError(f"megavit {verb} needs from=RUN once, then settings as in megavit train: key=value …")
     return Path(given[0].removeprefix("from=")), [argument for argument in arguments if argument != given[0]]
+
+
+def split_own(verb: str, arguments: list[str], *, own: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """A verb's own arguments apart from `from=RUN` and the settings beside them.
+
+    Args:
+        verb: for the messages.
+        arguments: as typed.
+        own: keys that are the verb's own.
+
+    Raises:
+        ConfigError: for an own argument that is empty or given twice, or a key that seems to be a mistyped one.
+    """
+    own, rest = list(own), []
+    given: dict[str, str] = {}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        # Settings are known further on; nearly all of them have a dot.
+        near = [] if "." in key or key in ("from", "init_from") else difflib.get_close_matches(key, own, n=1)
+        if key in own:
+            if not value or key in given:
+                raise ConfigError(f"{argument}: megavit {verb} takes {key}= once, with a value")
+            given[key] = value
+        elif near:
+            raise ConfigError(f"megavit {verb} knows no {key}=; did you mean {near[0]}=?")
+        else:
+            rest.append(argument)
+    return given, rest

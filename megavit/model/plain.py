@@ -107,9 +107,9 @@ class PlainViT(nn.Module):
             fixed = sincos_positions(grid, hidden, class_tokens=config.class_tokens)
             self.register_buffer("pos_embed", fixed.unsqueeze(0), persistent=False)
         self.blocks = nn.ModuleList([PlainBlock(config) for _ in range(config.num_layers)])
-        self.pool_mean = config.pool is Pool.mean
-        self.norm = nn.Identity() if self.pool_mean else nn.LayerNorm(hidden, eps=config.norm_eps)
-        self.fc_norm = nn.LayerNorm(hidden, eps=config.norm_eps) if self.pool_mean else nn.Identity()
+        self.pool, norms_last = config.pool, config.pool is Pool.mean
+        self.norm = nn.Identity() if norms_last else nn.LayerNorm(hidden, eps=config.norm_eps)
+        self.fc_norm = nn.LayerNorm(hidden, eps=config.norm_eps) if norms_last else nn.Identity()
         self.pre_logits: nn.Module = nn.Identity()
         if config.head is Head.tanh_mlp:
             self.pre_logits = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh())
@@ -129,8 +129,13 @@ class PlainViT(nn.Module):
             tokens_BNH = block(tokens_BNH)
         return self.norm(tokens_BNH)
 
-    def features(self, images_BCYX: Tensor) -> Tensor:
-        """Map normalised images to what the head reads, features_BH."""
+    def features(self, images_BCYX: Tensor, *, pool: Pool | None = None) -> Tensor:
+        """Map normalised images to what the head reads, features_BH.
+
+        Args:
+            images_BCYX: normalised.
+            pool: other tokens than the head reads, normed where the model norms; None for those that it does.
+        """
         tokens_BNH = self.tokens(images_BCYX)
-        pooled_BH = tokens_BNH[:, self.class_tokens :].mean(dim=1) if self.pool_mean else tokens_BNH[:, 0]
-        return self.fc_norm(pooled_BH)
+        means = (pool or self.pool) is Pool.mean
+        return self.fc_norm(tokens_BNH[:, self.class_tokens :].mean(dim=1) if means else tokens_BNH[:, 0])

@@ -1,0 +1,69 @@
+"""`megavit features from=RUN out=FOLDER`: a vector for each image of a dataset, as safetensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from megavit.checks import shown
+from megavit.data.opening import open_source
+from megavit.errors import ConfigError
+from megavit.extract import Asked, Extractor, Features, make_folder, read_arguments
+
+_SPLITS = ("train", "val")
+
+
+def features(arguments: list[str]) -> int:
+    """Write FOLDER/train.safetensors and FOLDER/val.safetensors.
+
+    In each `features`, fp32 [images, hidden], and of data with labels `labels`, int64 [images], with `data.multi_label`
+    bool [images, classes]; images in the dataset's order, each once and as an evaluation sees it.
+
+    Args:
+        arguments: `from=RUN out=FOLDER`, optionally `splits=train,val pool=cls|mean`, and settings as in `megavit
+            evaluate`.
+
+    Raises:
+        ConfigError: if there is no checkpoint, an argument does not fit, or a file is there already.
+    """
+    asked = read_arguments("features", arguments, own=("out", "splits"))
+    files = _files(asked)
+    sources = {split: open_source(asked.config.data, split) for split in files}
+    extractor = Extractor(asked)
+    for split, file in files.items():
+        found = extractor.extract(sources[split], split)
+        _write(found, file, {**extractor.about, "split": split})
+        count, width = found.features_IH.shape
+        print(f"{file}: {count:,} images × {width}, pool={extractor.pool.value}, by {asked.checkpoint}")
+    return 0
+
+
+def _files(asked: Asked) -> dict[str, Path]:
+    """The file of each split, none of which is there."""
+    splits = list(dict.fromkeys(asked.own.get("splits", ",".join(_SPLITS)).split(",")))
+    for split in splits:
+        if split not in _SPLITS:
+            raise ConfigError(
+                f"splits={asked.own['splits']}: there is no split '{split}'; give train, val or train,val"
+            )
+    if "out" not in asked.own:
+        raise ConfigError("megavit features needs out=FOLDER, where the features are to lie")
+    folder = Path(asked.own["out"])
+    make_folder(folder)
+    files = {split: folder / f"{split}.safetensors" for split in splits}
+    for file in files.values():
+        if file.exists():
+            raise ConfigError(f"{file} is there already and stays as it is; give another out=, or remove it")
+    return files
+
+
+def _write(found: Features, file: Path, about: dict[str, Any]) -> None:
+    tensors = {"features": found.features_IH}
+    if found.labels is not None:
+        tensors["labels"] = found.labels
+    texts = {key: str(shown(value)) for key, value in about.items()}
+    # Whole or not there: a file that was left half-written would stand in the way of the next try.
+    unfinished = file.with_name(f".{file.name}.tmp")
+    save_file(tensors, unfinished, metadata={**texts, "classes": json.dumps(found.classes)})
+    unfinished.rename(file)

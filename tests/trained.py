@@ -1,0 +1,50 @@
+"""Small trained runs for the tests of what looks at them, and the verbs as a rank's process runs them."""
+
+import contextlib
+import io
+from pathlib import Path
+from unittest import mock
+
+from megavit.testing import run_ranks
+from tests.reference import SMALL
+
+
+def train_small(run_dir: Path, *overrides: str) -> Path:
+    """A run of a few steps on the digits, which shifts its training images."""
+    keys = [*SMALL, "model.num_layers=2", "data.shift=1", "train.steps=20", "train.global_batch=64", "optim.lr=3e-3"]
+    run_ranks(_train, 1, [*keys, "train.micro_batch=64", *overrides, f"run.dir={run_dir}"])
+    return run_dir
+
+
+def _train(overrides: list[str]) -> None:
+    from megavit.compose import compose
+    from megavit.trainer import Trainer
+
+    Trainer(compose(overrides)).run()
+
+
+def verb(*arguments: object) -> tuple[int, str, str]:
+    """A command line in a process of its own that the tests keep: exit code, output, errors."""
+    return run_ranks(_verb, 1, [str(argument) for argument in arguments])[0]
+
+
+def _verb(arguments: list[str]) -> tuple[int, str, str]:
+    from megavit.__main__ import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch("sys.argv", ["megavit", *arguments]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        code = main()
+    return code, out.getvalue(), err.getvalue()
+
+
+def refusal(*arguments: object) -> str:
+    """What wrong input is told; it leaves with 2 and in one line."""
+    code, _, err = verb(*arguments)
+    assert code == 2, err
+    assert err.startswith("megavit: ")
+    assert err.count("megavit: ") == err.count("\n") == 1, err
+    return err
