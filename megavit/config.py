@@ -24,8 +24,10 @@ class RunConfig:
     """Everything a run depends on: the groups, and
 
     Attributes:
-        init_from: a run or checkpoint whose weights a new run starts from; once it has checkpoints of its own it goes
-            on from those.
+        init_from: whose weights a new run starts from: a run or checkpoint, ema:RUN for its moving average, or another
+            library's, as hf:FOLDER_OR_ID, timm:FILE_OR_ID, mae:FILE, nemo:FILE; once it has checkpoints of its own it
+            goes on from those. Positions are resized where images have another size, the classifier is drawn anew where
+            the classes are others.
     """
 
     run: RunSection = field(default_factory=RunSection)

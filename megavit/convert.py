@@ -18,7 +18,7 @@ from megavit.config import RunConfig
 from megavit.errors import ConfigError
 from megavit.exchange.foreign_model import ForeignModel
 from megavit.exchange.hf_folder import hf_config, hf_preprocessor, model_card, push, refuse_unlike_hf
-from megavit.exchange.read import read_foreign
+from megavit.exchange.read import KINDS, fetch, read_foreign
 from megavit.exchange.write import write_hf, write_nemo, write_timm
 from megavit.exits import FINISHED
 from megavit.model.config import Head, Positions
@@ -27,16 +27,13 @@ from megavit.model.vit import parameter_names
 from megavit.network import build_network
 from megavit.parallel.layout import ParallelLayout
 from megavit.run_folder import lock_folder
-from megavit.search import find_checkpoint
-from megavit.task.config import TaskName
+from megavit.search import find_weights
 from megavit.trained import TrainedRun, open_run, read_classes, read_config
 from megavit.verb_arguments import parse_arguments
 
-_KINDS = ("hf", "timm", "mae", "nemo")
 # Of glibc's malloc.h.
 _M_MMAP_THRESHOLD = -3
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_HUB_FILES = ["*.json", "*.safetensors"]
 
 
 def convert(arguments: list[str]) -> int:
@@ -44,17 +41,18 @@ def convert(arguments: list[str]) -> int:
 
     Args:
         arguments: `from=KIND:PATH to=RUN` or `from=RUN to=KIND:PATH`, KIND one of hf, timm, mae, nemo; optionally
-            `dtype=fp32|bf16|fp16` and `push=ORG/NAME` on the way out and `num_heads=N` on the way in.
+            `dtype=fp32|bf16|fp16` and `push=ORG/NAME` on the way out and `num_heads=N` on the way in. `from=ema:RUN`
+            takes the moving average of the weights.
 
     Raises:
         ConfigError: if one of them cannot be read, or the other has no place for what it holds.
     """
     _return_freed_memory()
     given = parse_arguments("convert", arguments, needed=("from", "to"), optional=("dtype", "num_heads", "push"))
-    kinds = {key: given[key].partition(":")[0] for key in ("from", "to") if given[key].partition(":")[0] in _KINDS}
+    kinds = {key: given[key].partition(":")[0] for key in ("from", "to") if given[key].partition(":")[0] in KINDS}
     if len(kinds) != 1:
         raise ConfigError(
-            f"megavit convert takes one run and one of {', '.join(f'{kind}:PATH' for kind in _KINDS)}, not "
+            f"megavit convert takes one run and one of {', '.join(f'{kind}:PATH' for kind in KINDS)}, not "
             f"from={given['from']} to={given['to']}"
         )
     if "from" in kinds:
@@ -71,7 +69,7 @@ def convert(arguments: list[str]) -> int:
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype} is not known; known: {', '.join(_DTYPES)}")
     target = Path(given["to"].partition(":")[2])
-    _out_of_run(Path(given["from"]), kinds["to"], target, dtype=dtype)
+    _out_of_run(given["from"], kinds["to"], target, dtype=dtype)
     if repository is not None:
         push(target, repository)
     return FINISHED
@@ -84,7 +82,7 @@ def _return_freed_memory() -> None:
 
 
 def _into_run(kind: str, place: str, run_dir: Path, *, num_heads: int | None) -> int:
-    foreign = read_foreign(kind, _download(kind, place), num_heads=num_heads)
+    foreign = read_foreign(kind, fetch(kind, place, setting="from"), num_heads=num_heads)
     config = _config_of(kind, foreign, run_dir)
     store = CheckpointStore(run_dir / "checkpoints")
     with lock_folder(run_dir):
@@ -101,23 +99,6 @@ def _into_run(kind: str, place: str, run_dir: Path, *, num_heads: int | None) ->
     if foreign.assumes:
         print(foreign.assumes)
     return FINISHED
-
-
-def _download(kind: str, place: str) -> Path:
-    path = Path(place)
-    if path.exists() or kind in ("mae", "nemo") or place.count("/") != 1:
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(place, allow_patterns=_HUB_FILES))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ConfigError(
-            f"from={kind}:{place} is no path here, and the Hugging Face hub does not give it: "
-            f"{str(error).splitlines()[0]}. Without a network, copy its files here and name the path"
-        ) from error
-    return folder if kind == "hf" else folder / "model.safetensors"
 
 
 def _config_of(kind: str, foreign: ForeignModel, run_dir: Path) -> RunConfig:
@@ -172,21 +153,23 @@ def _fill(chunk: Any, foreign: ForeignModel, config: RunConfig) -> None:
         raise ConfigError(f"{left[0]} has no place in megavit's network ({len(left)} weights are left over)")
 
 
-def _out_of_run(run: Path, kind: str, target: Path, *, dtype: str) -> None:
-    checkpoint = find_checkpoint(run)
-    config = read_config(checkpoint)
-    is_mae = config.task.name is TaskName.mae
+def _out_of_run(run: str, kind: str, target: Path, *, dtype: str) -> None:
+    weights = find_weights(run)
+    config = read_config(weights.checkpoint)
+    is_mae = not config.task.name.classifies
     if kind == "mae" and not is_mae:
-        raise ConfigError(f"from={run} is a run of task.name=classify; to=mae: takes a masked autoencoder's")
+        raise ConfigError(
+            f"from={run} is a run of task.name={config.task.name.value}; to=mae: takes a masked autoencoder's"
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"to={kind}:{target} is there already; choose another place")
-    classes = () if is_mae else read_classes(checkpoint)
-    trained = open_run(config, checkpoint, num_classes=len(classes))
+    classes = () if is_mae else read_classes(weights.checkpoint)
+    trained = open_run(config, weights, num_classes=len(classes))
     plain = _plain_weights(trained, config, decoder=is_mae and kind not in ("timm", "nemo"), dtype=_DTYPES[dtype])
     if kind == "hf":
         refuse_unlike_hf(config)
         write_hf(target, plain, hf_config(config, classes, dtype), hf_preprocessor(config))
-        (target / "README.md").write_text(model_card(config, checkpoint))
+        (target / "README.md").write_text(model_card(config, weights.checkpoint))
     elif kind == "timm":
         if config.model.head is not Head.linear:
             raise ConfigError(f"model.head={config.model.head.value}: timm's ViT has one matrix for a head")
@@ -196,18 +179,24 @@ def _out_of_run(run: Path, kind: str, target: Path, *, dtype: str) -> None:
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"model": plain}, target)
-    print(f"{target}: {kind}, {dtype}, of {checkpoint}")
+    print(f"{target}: {kind}, {dtype}, of {weights}")
 
 
 def _plain_weights(run: TrainedRun, config: RunConfig, *, decoder: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every weight by its plain name, ours given up one by one; fixed positions too, which theirs keep as weights."""
+    """Every weight by its plain name, ours given up one by one; fixed positions too, which theirs keep as weights.
+
+    What normalises a linear probe's features becomes part of its matrix, since theirs have no place for it.
+    """
     dims, chunk = _dims(config), run.network.chunks["model"]
+    head = getattr(chunk, "head", None)
+    changed = head.weights_without_norm() if head is not None else {}
     plain: dict[str, Tensor] = {}
     for name, parameter in parameter_names(chunk).items():
         if not decoder and name.startswith("mae_decoder."):
             continue
         plain |= {
-            key: weight.to(dtype).contiguous().clone() for key, weight in to_plain({name: parameter.data}, dims).items()
+            key: weight.to(dtype).contiguous().clone()
+            for key, weight in to_plain({name: changed.get(name, parameter.data)}, dims).items()
         }
         parameter.data = torch.empty(0)
     grid, tokens = config.model.patch_grid(config.data.image_size), config.model.class_tokens

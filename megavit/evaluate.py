@@ -3,7 +3,6 @@
 import csv
 import json
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor
 
@@ -13,15 +12,16 @@ from megavit.data.opening import open_source
 from megavit.engine import Engine, prepare_task
 from megavit.metrics.pictures import draw_confusion
 from megavit.parallel.layout import world_size_from_environment
+from megavit.search import Weights
 from megavit.trained import open_run, prepare
 
 
 def evaluate(arguments: list[str]) -> int:
     """Evaluate as one rank; the first leaves the results in `RUN/evaluation/`."""
     world_size = world_size_from_environment()
-    config, checkpoint = prepare("evaluate", arguments, world_size=world_size)
+    config, weights = prepare("evaluate", arguments, world_size=world_size)
     source = open_source(config.data, "val")
-    trained = open_run(config, checkpoint, num_classes=len(source.classes))
+    trained = open_run(config, weights, num_classes=len(source.classes))
     network, layout = trained.network, trained.layout
     task, micro_batch = network.task, config.micro_batch(world_size)
 
@@ -38,20 +38,21 @@ def evaluate(arguments: list[str]) -> int:
     engine = Engine(network, list(network.chunks.values()), layout=layout, micro_batch=micro_batch)
     shown = loader(source, train=False)
     totals = engine.score(shown)
-    bad_samples = BadSamples(shown, "val", run_dir=checkpoint.parent.parent)
+    bad_samples = BadSamples(shown, "val", run_dir=weights.checkpoint.parent.parent)
     told = bad_samples.collect(0)
     if layout.rank == 0:
         print(*told, sep="\n", end="\n" if told else "")
         metrics = {**task.metrics({name: float(totals[name]) for name in task.sums}), **bad_samples.metrics}
-        _report(totals, metrics, source.classes, checkpoint)
+        _report(totals, metrics, source.classes, weights)
     return 0
 
 
-def _report(totals: dict[str, Tensor], metrics: dict[str, float], classes: tuple[str, ...], checkpoint: Path) -> None:
-    folder = checkpoint.parent.parent / "evaluation" / checkpoint.name
+def _report(totals: dict[str, Tensor], metrics: dict[str, float], classes: tuple[str, ...], weights: Weights) -> None:
+    checkpoint = weights.checkpoint
+    folder = checkpoint.parent.parent / "evaluation" / f"{checkpoint.name}{'_ema' if weights.averaged else ''}"
     folder.mkdir(parents=True, exist_ok=True)
     count = int(totals["count"])
-    results: dict[str, object] = {"checkpoint": str(checkpoint), "count": count, **metrics}
+    results: dict[str, object] = {"checkpoint": str(weights), "count": count, **metrics}
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     if "top5" in totals:
         results["top5"] = float(totals["top5"]) / count
@@ -66,4 +67,4 @@ def _report(totals: dict[str, Tensor], metrics: dict[str, float], classes: tuple
             writer.writerows([name, *row] for name, row in zip(classes, confusion.tolist(), strict=True))
         draw_confusion(confusion, classes=classes, path=folder / "confusion.png")
     (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"{checkpoint}: {count} images  {shown}; {folder} has it all")
+    print(f"{weights}: {count} images  {shown}; {folder} has it all")

@@ -21,6 +21,7 @@ from megavit.errors import ConfigError
 from megavit.loading import check_pool, open_encoder
 from megavit.model.config import Pool
 from megavit.parallel.layout import world_size_from_environment
+from megavit.search import Weights
 from megavit.trained import prepare
 from megavit.verb_arguments import split_own
 
@@ -32,13 +33,13 @@ class Asked:
     Attributes:
         own: the verb's own arguments but `pool`, as typed.
         config: the run's, with what is typed on top.
-        checkpoint: whose features.
+        weights: whose features.
         pool: as typed; None for the features that the head reads.
     """
 
     own: dict[str, str]
     config: RunConfig
-    checkpoint: Path
+    weights: Weights
     pool: Pool | None
 
 
@@ -70,14 +71,14 @@ class Extractor:
     """
 
     def __init__(self, asked: Asked) -> None:
-        self._config, self._checkpoint = asked.config, asked.checkpoint
-        encoder, self._layout = open_encoder(asked.config, asked.checkpoint)
+        self._config, self._run_dir = asked.config, asked.weights.checkpoint.parent.parent
+        encoder, self._layout = open_encoder(asked.config, asked.weights)
         self.device = self._layout.device
         self._encoder = encoder.to(self.device)
         self.pool = asked.pool or encoder.pool
         data = asked.config.data
         self.about: dict[str, Any] = {
-            "checkpoint": str(asked.checkpoint),
+            "checkpoint": str(asked.weights),
             "data.source": data.source,
             "data.path": data.path,
             "pool": self.pool.value,
@@ -115,7 +116,7 @@ class Extractor:
             features_IH[first : first + count] = features_BH[:count].cpu()
             if batch.labels_B is not None:
                 labels.append(batch.labels_B[:count].cpu())
-        bad_samples = BadSamples(loader, split, run_dir=self._checkpoint.parent.parent)
+        bad_samples = BadSamples(loader, split, run_dir=self._run_dir)
         for line in bad_samples.collect(0):
             print(line)
         if not labelled:
@@ -147,9 +148,9 @@ def read_arguments(verb: str, arguments: list[str], *, own: Iterable[str]) -> As
     if named is not None and named not in Pool.__members__:
         raise ConfigError(f"pool={named} must be one of {', '.join(Pool.__members__)}")
     pool = Pool[named] if named is not None else None
-    config, checkpoint = prepare(verb, settings, world_size=1)
+    config, weights = prepare(verb, settings, world_size=1)
     check_pool(pool, config.model)
-    return Asked(given, config, checkpoint, pool)
+    return Asked(given, config, weights, pool)
 
 
 def open_labelled(asked: Asked, *, why: str) -> tuple[Source, Source]:

@@ -35,7 +35,7 @@ def features(arguments: list[str]) -> int:
         found = extractor.extract(sources[split], split)
         _write(found, file, {**extractor.about, "split": split})
         count, width = found.features_IH.shape
-        print(f"{file}: {count:,} images × {width}, pool={extractor.pool.value}, by {asked.checkpoint}")
+        print(f"{file}: {count:,} images × {width}, pool={extractor.pool.value}, by {asked.weights}")
     return 0
 
 

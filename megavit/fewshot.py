@@ -36,7 +36,7 @@ def fewshot(arguments: list[str]) -> int:
     extractor = Extractor(asked)
     train, val = extractor.extract(training, "train"), extractor.extract(validation, "val")
     print(
-        f"{asked.checkpoint}: {len(training.classes)} classes, {len(validation):,} validation images, "
+        f"{asked.weights}: {len(training.classes)} classes, {len(validation):,} validation images, "
         f"pool={extractor.pool.value} draws={draws} seed={seed}, logistic regression with C={_C:g}"
     )
     results = []

@@ -43,7 +43,7 @@ def knn(arguments: list[str]) -> int:
     count = len(validation)
     results = [{"k": k, "top1": top1 / count, f"top{_GUESSES}": top5 / count} for k, (top1, top5) in right.items()]
     print(
-        f"{asked.checkpoint}: {count:,} validation images against {len(training):,} training images, "
+        f"{asked.weights}: {count:,} validation images against {len(training):,} training images, "
         f"pool={extractor.pool.value} temperature={temperature:g}"
     )
     for row in results:

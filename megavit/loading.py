@@ -20,8 +20,7 @@ from megavit.model.config import ModelConfig, Pool
 from megavit.model.plain import PlainViT
 from megavit.model.vit import parameter_names
 from megavit.parallel.layout import ParallelLayout
-from megavit.search import find_checkpoint
-from megavit.task.config import TaskName
+from megavit.search import Weights, find_weights
 from megavit.trained import TrainedRun, open_run, read_classes, read_config
 
 
@@ -42,7 +41,7 @@ class TrainedEncoder(torch.nn.Module):
         self._data = config.data
         self.normalize = Normalize(config.data.mean, config.data.std)
         self.pool, model = config.model.pool, config.model
-        if config.task.name is TaskName.mae:
+        if not config.task.name.classifies:
             self.pool = Pool.cls if model.class_tokens else Pool.mean
             # It ends with the norm of its tokens, whichever of them are looked at afterwards.
             model = replace(model, pool=Pool.cls)
@@ -56,6 +55,9 @@ class TrainedEncoder(torch.nn.Module):
             for name, weight in parameter_names(run.network.chunks["model"]).items()
             if not name.startswith(dropped)
         }
+        head = run.network.chunks["model"].head if num_classes else None
+        if head is not None:
+            whole |= {name: weight.cpu() for name, weight in head.weights_without_norm().items()}
         self.vit.load_state_dict(to_plain(whole, Dims(config.model.num_heads, config.model.patch_size)))
         self.eval()
 
@@ -115,7 +117,7 @@ def load(path: str | Path) -> TrainedEncoder:
     """Load a run's newest checkpoint, or the checkpoint named.
 
     Args:
-        path: a run's folder or one of its checkpoints.
+        path: a run's folder or one of its checkpoints; with `ema:` before it, the moving average of its weights.
 
     Returns:
         A `TrainedClassifier`, or of a masked autoencoder its encoder, a `TrainedEncoder`.
@@ -123,30 +125,30 @@ def load(path: str | Path) -> TrainedEncoder:
     Raises:
         ConfigError: if there is none.
     """
-    checkpoint = find_checkpoint(Path(path))
-    return open_encoder(read_config(checkpoint), checkpoint)[0]
+    weights = find_weights(str(path))
+    return open_encoder(read_config(weights.checkpoint), weights)[0]
 
 
-def open_encoder(config: RunConfig, checkpoint: Path) -> tuple[TrainedEncoder, ParallelLayout]:
+def open_encoder(config: RunConfig, weights: Weights) -> tuple[TrainedEncoder, ParallelLayout]:
     """Load a checkpoint's network, whichever data it is to look at.
 
     Args:
         config: from `read_config`, or with settings on top.
-        checkpoint: from `find_checkpoint`.
+        weights: from `find_weights`.
 
     Returns:
         What `load` does, and the layout of one rank, whose device may be a GPU.
     """
-    if config.task.name is TaskName.mae:
-        run = open_run(config, checkpoint, num_classes=0)
+    if not config.task.name.classifies:
+        run = open_run(config, weights, num_classes=0)
         return TrainedEncoder(run), run.layout
-    state = read_state(checkpoint)
+    state = read_state(weights.checkpoint)
     if not state.classes and not state.optimizer:
         # Converted from a model without a classifier.
-        run = open_run(config, checkpoint, num_classes=1)
+        run = open_run(config, weights, num_classes=1)
         return TrainedEncoder(run), run.layout
-    classes = read_classes(checkpoint)
-    run = open_run(config, checkpoint, num_classes=len(classes))
+    classes = read_classes(weights.checkpoint)
+    run = open_run(config, weights, num_classes=len(classes))
     return TrainedClassifier(run, classes), run.layout
 
 

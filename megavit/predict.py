@@ -10,7 +10,7 @@ import torch
 from megavit.checks import whole_number
 from megavit.data.files import find_images
 from megavit.errors import ConfigError
-from megavit.task.config import Loss, TaskName
+from megavit.task.config import Loss
 from megavit.trained import open_run, read_classes, read_run
 from megavit.verb_arguments import parse_arguments
 
@@ -27,14 +27,14 @@ def predict(arguments: list[str]) -> int:
         ConfigError: if the run is no classifier's, or the images cannot be read.
     """
     given = parse_arguments("predict", arguments, needed=("from", "images"), optional=("out", "top"))
-    checkpoint, config = read_run(Path(given["from"]), TaskName.classify, does="predicts")
-    classes = read_classes(checkpoint)
+    weights, config = read_run(given["from"], classifies=True, does="predicts")
+    classes = read_classes(weights.checkpoint)
     top = min(whole_number("top", given.get("top", "5")), len(classes))
     out = Path(given["out"]) if "out" in given else None
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"out={out} must end in .csv or .jsonl")
     paths = find_images(Path(given["images"]))
-    trained = open_run(config, checkpoint, num_classes=len(classes))
+    trained = open_run(config, weights, num_classes=len(classes))
     rows = []
     for first in range(0, len(paths), _AT_ONCE):
         some = paths[first : first + _AT_ONCE]

@@ -100,7 +100,8 @@ def check_disk(run_dir: Path, chunks: dict[str, EncoderStage], layout: ParallelL
         ConfigError: with the arithmetic.
     """
     own = [p for chunk in chunks.values() for p in chunk.parameters() if _is_counted_here(p, layout)]
-    each = torch.tensor([sum(p.numel() * (p.element_size() + _OPTIMIZER_BYTES + ema * _AVERAGE_BYTES) for p in own)])
+    extra = {p: p.requires_grad * _OPTIMIZER_BYTES + ema * _AVERAGE_BYTES for p in own}
+    each = torch.tensor([sum(p.numel() * (p.element_size() + extra[p]) for p in own)])
     each = each.to(layout.device)
     dist.all_reduce(each)
     size = int(each)
@@ -240,12 +241,14 @@ class Rehearsal:
     def _tensors(self) -> Iterator[Tensor]:
         for chunk in self.chunks.values():
             yield from chunk.parameters()
+            # The statistics of a linear probe's features.
+            yield from chunk.buffers()
         for part in self._parts():
             for group in part.param_groups:
                 yield from group["params"]
 
     def _kept(self) -> Iterator[Tensor]:
-        """Weights and their masters, in the host's memory."""
+        """Weights, buffers and the weights' masters, in the host's memory."""
         for tensor in self._tensors():
             yield tensor.detach().cpu().clone()
 

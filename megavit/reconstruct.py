@@ -7,7 +7,6 @@ import torch
 from megavit.checks import whole_number
 from megavit.data.files import find_images
 from megavit.metrics.pictures import draw_panels
-from megavit.task.config import TaskName
 from megavit.trained import open_run, read_run
 from megavit.verb_arguments import parse_arguments
 
@@ -22,16 +21,15 @@ def reconstruct(arguments: list[str]) -> int:
         ConfigError: if the run is no masked autoencoder's, or the images cannot be read.
     """
     given = parse_arguments("reconstruct", arguments, needed=("from", "images"), optional=("out", "count"))
-    run = Path(given["from"])
-    checkpoint, config = read_run(run, TaskName.mae, does="reconstructs")
+    weights, config = read_run(given["from"], classifies=False, does="reconstructs")
     count = whole_number("count", given.get("count", "8"))
     paths = find_images(Path(given["images"]))
     shown = paths[:count]
-    trained = open_run(config, checkpoint, num_classes=0)
+    trained = open_run(config, weights, num_classes=0)
     with torch.no_grad():
         output, judge = trained.network.task.paint(trained.batch(shown), trained.network.chunks["model"])
         panels = judge(output)[1]["panels"]
-    out = Path(given.get("out", run / "pictures" / "reconstruct.png"))
+    out = Path(given.get("out", weights.checkpoint.parent.parent / "pictures" / "reconstruct.png"))
     draw_panels(panels, titles=trained.network.task.panels, path=out)
-    print(f"{out}: {len(shown)} of {len(paths)} images of {given['images']}, by {checkpoint}")
+    print(f"{out}: {len(shown)} of {len(paths)} images of {given['images']}, by {weights}")
     return 0

@@ -4,15 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megavit.checkpoint.shards import load_common_weights
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.checkpoint.store import CheckpointStore
 from megavit.checks import shown
 from megavit.compose import from_yaml, leaves
 from megavit.config import RunConfig
 from megavit.errors import ConfigError
-from megavit.model.vit import EncoderStage
-from megavit.parallel.agree import gather_objects
 
 # Of the model, what may change between two parts of a run: it changes neither the weights' shapes nor their meaning.
 _MAY_CHANGE = ("dropout", "drop_path", "attention", "linears", "head_bias", "head_std", "layer_scale")
@@ -82,32 +79,6 @@ def find_origin(store: CheckpointStore, config: RunConfig) -> tuple[Origin | Non
             f"train.stop_at={stop_at} is not after step {state.step}, where {path} stands; raise it or leave it away"
         )
     return Origin(path, saved, state), warnings
-
-
-def start_from(checkpoint: Path, chunks: dict[str, EncoderStage]) -> str:
-    """Take the weights of another run, whatever of them this network has; every rank calls this.
-
-    The classifier stays as it was drawn where the other run had another or none.
-
-    Args:
-        checkpoint: a whole one.
-        chunks: this rank's stages by name.
-
-    Returns:
-        What was taken, in words.
-
-    Raises:
-        ConfigError: for a part that is missing there or has another shape; positions for one, of another image size.
-    """
-    everyone = gather_objects(load_common_weights(checkpoint, chunks))
-    # In the network's order, the first stage's first.
-    missing = [key for keys, _ in everyone for key in keys if not key.startswith("head.")]
-    unlike = [key for _, keys in everyone for key in keys]
-    if unlike or missing:
-        first = unlike[0] if unlike else f"{missing[0]} is not there"
-        raise ConfigError(f"init_from={checkpoint} does not fit this network: {first}")
-    head = sorted({key for keys, _ in everyone for key in keys if key.startswith("head.")})
-    return f"starts from the weights of {checkpoint}" + (f"; {', '.join(head)} drawn anew" if head else "")
 
 
 def _refuse_another_run(path: Path, saved: RunConfig, config: RunConfig) -> None:

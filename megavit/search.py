@@ -1,11 +1,45 @@
 """A checkpoint by whatever a user names: a run, the checkpoint itself, or the pointer to one."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from megavit.checkpoint.manifest import find_fault
 from megavit.checkpoint.store import CheckpointStore
 from megavit.errors import ConfigError
+
+# Before a run, its moving average.
+_AVERAGE = "ema:"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights that a user names.
+
+    Attributes:
+        checkpoint: whose they are.
+        averaged: the moving average, in place of the weights themselves.
+    """
+
+    checkpoint: Path
+    averaged: bool = False
+
+    def __str__(self) -> str:
+        return f"the moving average of {self.checkpoint}" if self.averaged else str(self.checkpoint)
+
+
+def find_weights(place: str, *, setting: str = "from") -> Weights:
+    """A run's newest weights, or a checkpoint's; their moving average where `ema:` stands before.
+
+    Args:
+        place: what `find_checkpoint` takes, as typed, and perhaps `ema:` before it.
+        setting: that named it, for the error.
+
+    Raises:
+        ConfigError: if there is no checkpoint, or it is broken.
+    """
+    path = Path(place.removeprefix(_AVERAGE))
+    return Weights(find_checkpoint(path, setting=setting), averaged=place.startswith(_AVERAGE))
 
 
 def find_checkpoint(path: Path, *, setting: str = "from") -> Path:

@@ -43,7 +43,7 @@ def show_data(arguments: list[str]) -> int:
     if config.data.mixes and count % 2:
         raise ConfigError(f"count={count} is odd, and images are mixed in pairs; set count={count + 1}")
     source = open_source(config.data, "train")
-    labelled = bool(source.classes) and config.task.name is TaskName.classify
+    labelled = bool(source.classes) and config.task.name.classifies
     loader = Loader(
         source,
         replace(config.data, workers=0),

@@ -19,9 +19,8 @@ from megavit.model.config import Attention, Linears
 from megavit.network import Network, build_network
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
-from megavit.search import find_checkpoint
+from megavit.search import Weights, find_weights
 from megavit.sections import Compile
-from megavit.task.config import TaskName
 from megavit.verb_arguments import split_from
 
 
@@ -30,13 +29,13 @@ class TrainedRun:
     """A run's network on this process alone.
 
     Attributes:
-        checkpoint: whose weights these are.
+        weights: that it has.
         config: what it was made with, its layout replaced by one rank and its kernels by torch's own.
         layout: one rank.
         network: evaluating, whole.
     """
 
-    checkpoint: Path
+    weights: Weights
     config: RunConfig
     layout: ParallelLayout
     network: Network
@@ -87,7 +86,7 @@ def refuse_untyped_code(checkpoint: Path, overrides: list[str]) -> None:
             )
 
 
-def prepare(verb: str, arguments: list[str], *, world_size: int | None = None) -> tuple[RunConfig, Path]:
+def prepare(verb: str, arguments: list[str], *, world_size: int | None = None) -> tuple[RunConfig, Weights]:
     """What to look at, and how: the run's own configuration with what is typed on top, on one rank unless told.
 
     Args:
@@ -98,17 +97,17 @@ def prepare(verb: str, arguments: list[str], *, world_size: int | None = None) -
     Raises:
         ConfigError: if there is no checkpoint, or a setting does not fit.
     """
-    path, overrides = split_from(verb, arguments)
-    checkpoint = find_checkpoint(path)
-    refuse_untyped_code(checkpoint, overrides)
-    config = merge(read_config(checkpoint), overrides)
+    place, overrides = split_from(verb, arguments)
+    weights = find_weights(place)
+    refuse_untyped_code(weights.checkpoint, overrides)
+    config = merge(read_config(weights.checkpoint), overrides)
     if world_size is not None:
         # Training's batch need not fit this world; images per micro batch are as they were, or as typed.
         micro_batch = config.train.micro_batch or min(config.train.global_batch, 64)
         batch = micro_batch * config.parallel.data_parallel_size(world_size) * config.parallel.pp
         config = replace(config, train=replace(config.train, micro_batch=micro_batch, global_batch=batch))
         config.check(world_size)
-    return config, checkpoint
+    return config, weights
 
 
 def read_classes(checkpoint: Path) -> tuple[str, ...]:
@@ -123,35 +122,36 @@ def read_classes(checkpoint: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_run(path: Path, task: TaskName, *, does: str) -> tuple[Path, RunConfig]:
-    """The newest checkpoint of a run of one task, and its configuration.
+def read_run(place: str, *, classifies: bool, does: str) -> tuple[Weights, RunConfig]:
+    """The newest weights of a run of one kind of task, and its configuration.
 
     Args:
-        path: a run's folder or a checkpoint.
-        task: what the run must be of.
-        does: what only that task can do, for the error.
+        place: what `find_weights` takes.
+        classifies: whether the run must be a classifier's, or else a masked autoencoder's.
+        does: what only such a run can do, for the error.
 
     Raises:
         ConfigError: if there is no checkpoint, or it is of another task.
     """
-    checkpoint = find_checkpoint(path)
-    config = read_config(checkpoint)
-    if config.task.name is not task:
-        raise ConfigError(f"from={path} is a run of task.name={config.task.name.value}; only task={task.value} {does}")
-    return checkpoint, config
+    weights = find_weights(place)
+    config = read_config(weights.checkpoint)
+    if config.task.name.classifies is not classifies:
+        wanted = "a classifier" if classifies else "task=mae"
+        raise ConfigError(f"from={place} is a run of task.name={config.task.name.value}; only {wanted} {does}")
+    return weights, config
 
 
-def open_run(config: RunConfig, checkpoint: Path, *, num_classes: int) -> TrainedRun:
+def open_run(config: RunConfig, weights: Weights, *, num_classes: int) -> TrainedRun:
     """Build the network on this process and read its weights.
 
     Args:
         config: from `read_config`.
-        checkpoint: from `find_checkpoint`.
+        weights: from `find_weights`.
         num_classes: of the data; a masked autoencoder has none.
     """
     layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
     network = build_network(config, layout, num_classes=num_classes)
-    load_weights(checkpoint, network.chunks)
+    load_weights(weights.checkpoint, network.chunks, averaged=weights.averaged)
     for chunk in network.chunks.values():
         chunk.eval()
-    return TrainedRun(checkpoint, config, layout, network)
+    return TrainedRun(weights, config, layout, network)

@@ -19,6 +19,7 @@ from megavit.engine import Engine, prepare_task
 from megavit.errors import ConfigError
 from megavit.exits import FINISHED, STOPPED
 from megavit.freezing import freeze
+from megavit.init_from import start_from
 from megavit.introduce import introduction
 from megavit.keeping import Keeper
 from megavit.metrics.reporter import Reporter
@@ -35,8 +36,7 @@ from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
 from megavit.plan.flops import training_flops
 from megavit.preflight import rehearse
-from megavit.restore import find_origin, start_from
-from megavit.search import find_checkpoint
+from megavit.restore import find_origin
 from megavit.sections import GradReduce, OnNonfinite
 from megavit.signals import StepVote, StopRequest
 
@@ -300,7 +300,7 @@ class Trainer:
         """
         origin = self.origin
         if origin is None and self.config.init_from is not None:
-            self._start_from(Path(self.config.init_from))
+            self._start_from(self.config.init_from)
         if origin is None:
             return
         shards.load(origin.path, self.chunks, self.optimizer, averages=self._averages)
@@ -309,10 +309,10 @@ class Trainer:
         self.warnings += origin.told_of_data(len(self.train_loader.source))
         self.schedule.step(self.step)
 
-    def _start_from(self, path: Path) -> None:
-        """Begin with another run's weights: the optimizer's own copies and the average follow them."""
-        checkpoint = from_rank_zero(lambda: find_checkpoint(path, setting="init_from"))
-        self.warnings.append(start_from(checkpoint, self.chunks))
+    def _start_from(self, place: str) -> None:
+        """Begin with another network's weights: the optimizer's own copies and the average follow them."""
+        classes = self.train_loader.source.classes
+        self.warnings += start_from(place, self.chunks, self.config, self.layout, classes=tuple(classes))
         self.optimizer.reload_model_params()
         if self.average is not None:
             self.average = WeightAverage(self.chunks, decay=self.average.decay)

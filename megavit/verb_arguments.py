@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Iterable
-from pathlib import Path
 
 from megavit.errors import ConfigError
 
@@ -39,7 +38,7 @@ def parse_arguments(
     return given
 
 
-def split_from(verb: str, arguments: list[str]) -> tuple[Path, list[str]]:
+def split_from(verb: str, arguments: list[str]) -> tuple[str, list[str]]:
     """`from=RUN` apart from the settings beside it.
 
     Raises:
@@ -48,7 +47,7 @@ def split_from(verb: str, arguments: list[str]) -> tuple[Path, list[str]]:
     given = [argument for argument in arguments if argument.startswith("from=")]
     if len(given) != 1 or given[0] == "from=":
         raise ConfigError(f"megavit {verb} needs from=RUN once, then settings as in megavit train: key=value …")
-    return Path(given[0].removeprefix("from=")), [argument for argument in arguments if argument != given[0]]
+    return given[0].removeprefix("from="), [argument for argument in arguments if argument != given[0]]
 
 
 def split_own(verb: str, arguments: list[str], *, own: Iterable[str]) -> tuple[dict[str, str], list[str]]:

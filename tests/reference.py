@@ -142,8 +142,12 @@ def train_plain(overrides: list[str]) -> Result:
     source = Digits("train")
     steps = config.num_steps(len(source))
     model, order = plain_model(config), SampleOrder(len(source), seed=config.run.seed)
+    probes, feature_norm = config.task.name is TaskName.linear_probe, None
+    if probes:
+        feature_norm = torch.nn.BatchNorm1d(config.model.hidden_size, eps=1e-6, affine=False)
     for name, weight in model.named_parameters():
-        weight.requires_grad_(not any(fnmatch(name, pattern) for pattern in config.optim.freeze or ()))
+        frozen = any(fnmatch(name, pattern) for pattern in config.optim.freeze or ())
+        weight.requires_grad_(name.startswith("head.") if probes else not frozen)
     optimizer = make_optimizer(model, config)
     result = Result([], [], {})
     size, ema = config.train.global_batch, config.optim.ema
@@ -157,7 +161,8 @@ def train_plain(overrides: list[str]) -> Result:
             loss = mae_loss(model, images, masks_of(keys, config), norm_pix=config.task.norm_pix)
         else:
             labels = torch.tensor([source.label(i) for i in ids])
-            loss = F.cross_entropy(model(images), labels, label_smoothing=config.task.label_smoothing)
+            scores = model.head(feature_norm(model.features(images))) if probes else model(images)
+            loss = F.cross_entropy(scores, labels, label_smoothing=config.task.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)

@@ -90,7 +90,7 @@ def test_final_weights_equal_plain_torch_under_sgd(layout, tmp_path):
     assert max((got["weights"][name] - weight).abs().max() for name, weight in want.weights.items()) <= 1e-6
 
 
-@pytest.mark.parametrize("layout", ["TP 2", "TP 2 × PP 2"])
+@pytest.mark.parametrize("layout", [pytest.param("TP 2", marks=pytest.mark.slow), "TP 2 × PP 2"])
 def test_layers_learn_at_their_own_rates_as_in_plain_torch(layout, tmp_path, figure):
     ranks_needed, overrides = LAYOUTS[layout]
     ways = ["optim.layer_decay=0.65", "optim.min_lr=1e-5", "optim.ema=0.9"]
@@ -105,7 +105,9 @@ def test_layers_learn_at_their_own_rates_as_in_plain_torch(layout, tmp_path, fig
     assert worst <= 1e-5
 
 
-@pytest.mark.parametrize("layout", ["TP 2", "TP 2 × PP 2", "DP 2", "TP 2 + SP"])
+@pytest.mark.parametrize(
+    "layout", ["TP 2 × PP 2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("TP 2", "DP 2", "TP 2 + SP"))]
+)
 def test_lars_divides_by_the_norms_of_whole_tensors_as_in_one_process(layout, tmp_path, figure):
     ranks_needed, overrides = LAYOUTS[layout]
     ways = ["optim=lars", "optim.lr=1.0", "optim.weight_decay=0.01", "optim.trust_coefficient=0.01"]

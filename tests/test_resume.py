@@ -9,6 +9,8 @@ from tests.reference import SMALL
 
 # Stopped after 3, and 10 more.
 THIRTEEN_STEPS = [*SMALL, "train.steps=13", "data.shift=1"]
+PROBE = ["task=linear_probe", "optim=lars", "optim.lr=1", "optim.ema=0.9"]
+TUNED = ["optim.layer_decay=0.7", "optim.freeze=[patch_embed.*,blocks.0.*]"]
 DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1", "model.drop_path=0.2"]
 
 
@@ -35,10 +37,12 @@ def assert_bit_equal(got: dict, want: dict) -> None:
         pytest.param(2, [], id="DP 2"),
         pytest.param(2, ["parallel.tp=2", "optim=sgd", "optim.lr=0.01"], id="TP 2 under SGD", marks=pytest.mark.slow),
         pytest.param(2, ["parallel.tp=2", "optim.ema=0.9", "train.precision=bf16_o2"], id="TP 2, average, bf16"),
+        pytest.param(2, [*PROBE, "parallel.tp=2", "train.precision=bf16_o2"], id="TP 2, probe, LARS, average, bf16"),
+        pytest.param(2, [*TUNED, "parallel.tp=2"], id="TP 2, layer decay, frozen in part", marks=pytest.mark.slow),
     ],
 )
 def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(world, overrides, tmp_path):
-    overrides = [*THIRTEEN_STEPS, *DROPOUT, *overrides]
+    overrides = [*THIRTEEN_STEPS, *([] if PROBE[0] in overrides else DROPOUT), *overrides]
     want = run_ranks(ranks.train_and_keep, world, [*overrides, f"run.dir={tmp_path}/whole"])
     stopped = [*overrides, f"run.dir={tmp_path}/parts", "train.stop_at=3"]
     got = run_ranks(ranks.resume, world, stopped, [*overrides, f"run.dir={tmp_path}/parts"])

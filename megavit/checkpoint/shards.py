@@ -1,18 +1,22 @@
 """Weights, optimizer state and averages as Megatron-Core's shards: written by every rank, read in any layout."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
 from megavit.checkpoint.optimizer_shards import share_out
 from megavit.checkpoint.safety import refuse_code
+from megavit.errors import ConfigError
 
 # Of Megatron-Core's forms of the distributed optimizer's state, the one that loads in every layout (0.16.1).
 _SHARDING = {
@@ -63,6 +67,8 @@ def load(
         sharded_state(chunks, optimizer, averages, is_loading=True), str(checkpoint)
     )
     _fill(chunks, loaded)
+    if not isinstance(optimizer.chained_optimizers[0], DistributedOptimizer):
+        _add_nothing(loaded["optimizer"])
     optimizer.load_state_dict(loaded["optimizer"])
     for group, configured in zip(optimizer.param_groups, settings, strict=True):
         group.update(configured)
@@ -71,53 +77,112 @@ def load(
             weight.copy_(loaded["averages"][name][key])
 
 
-def load_weights(checkpoint: Path, chunks: Mapping[str, MegatronModule]) -> None:
+def _add_nothing(state: dict[str, Any]) -> None:
+    """Put back what is empty on a rank that trains nothing, and which Megatron-Core has left out (0.16.1)."""
+    if "optimizer" in state:
+        state.setdefault("fp32_from_fp16_params", [[] for _ in state["optimizer"]["param_groups"]])
+    state.get("optimizer", state).setdefault("state", {})
+
+
+def load_weights(checkpoint: Path, chunks: Mapping[str, MegatronModule], *, averaged: bool = False) -> None:
     """Read the weights alone, in place, in any layout; every rank calls this.
 
     Args:
         checkpoint: a whole checkpoint of the same model.
         chunks: this rank's stages by name.
+        averaged: their moving average in their place.
 
     Raises:
-        ConfigError: if it would run code.
+        ConfigError: if it would run code, or holds no average.
     """
-    refuse_code(checkpoint)
-    state = {name: _sharded_weights(chunk) for name, chunk in chunks.items()}
+    there = refuse_code(checkpoint)
+    state = {name: _as_saved(_sharded_weights(chunk), there, averaged=averaged) for name, chunk in chunks.items()}
+    if averaged:
+        _refuse_without_average(checkpoint, there)
     _fill(chunks, dist_checkpointing.load(state, str(checkpoint)))
 
 
-def load_common_weights(checkpoint: Path, chunks: Mapping[str, MegatronModule]) -> tuple[list[str], list[str]]:
-    """Read those weights that a checkpoint of another network shares with this one, in place; every rank calls this.
+def _refuse_without_average(checkpoint: Path, there: Mapping[str, tuple[int, ...]]) -> None:
+    if not any(key.startswith(_AVERAGES) for key in there):
+        raise ConfigError(
+            f"{checkpoint} holds no moving average of its weights: its run had optim.ema=null; leave ema: away"
+        )
+
+
+def _as_saved(
+    shards: dict[str, ShardedTensor], there: Mapping[str, tuple[int, ...]], *, averaged: bool
+) -> dict[str, ShardedTensor]:
+    """Shards under the keys of the averages, and with room for their fp32; what no average is taken of, as it is."""
+    if not averaged:
+        return shards
+    return {
+        name: replace(shard, key=f"{_AVERAGES}{shard.key}", data=shard.data.float(), dtype=torch.float32)
+        if f"{_AVERAGES}{shard.key}" in there
+        else shard
+        for name, shard in shards.items()
+    }
+
+
+def shapes_of(
+    checkpoint: Path, chunks: Mapping[str, MegatronModule], *, averaged: bool = False
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """The whole shapes of the weights in a checkpoint, and of this rank's.
+
+    Args:
+        checkpoint: a whole checkpoint, of any network.
+        chunks: this rank's stages by name.
+        averaged: of the moving averages there.
+
+    Returns:
+        Both by the weight's name in the whole model.
+
+    Raises:
+        ConfigError: if it would run code, or holds no average.
+    """
+    there = refuse_code(checkpoint)
+    if averaged:
+        _refuse_without_average(checkpoint, there)
+        there = {key.removeprefix(_AVERAGES): shape for key, shape in there.items() if key.startswith(_AVERAGES)}
+    here = {
+        shard.key: tuple(shard.global_shape) for chunk in chunks.values() for shard in _sharded_weights(chunk).values()
+    }
+    return there, here
+
+
+def load_some_weights(
+    checkpoint: Path,
+    chunks: Mapping[str, MegatronModule],
+    names: Container[str],
+    *,
+    whole: Mapping[str, tuple[int, ...]],
+    averaged: bool = False,
+) -> dict[str, Tensor]:
+    """Read some weights of another network's checkpoint, in place, and others whole; every rank calls this.
 
     Args:
         checkpoint: a whole checkpoint.
         chunks: this rank's stages by name.
+        names: of the weights to read in place, in the whole model; they have the same shape there.
+        whole: weights to read as they are there, and their shapes.
+        averaged: their moving averages in their place.
 
     Returns:
-        Of this rank, the keys that are not in the checkpoint, a classifier of other classes among them, and those of
-        another shape there, with both shapes; if there are such, nothing is read.
-
-    Raises:
-        ConfigError: if it would run code.
+        The weights of `whole`, in fp32.
     """
     there = refuse_code(checkpoint)
-    absent, differ = [], []
     state: dict[str, dict[str, Any]] = {}
     for name, chunk in chunks.items():
-        state[name] = {}
-        for own, shard in _sharded_weights(chunk).items():
-            is_other = there.get(shard.key) != tuple(shard.global_shape)
-            if shard.key not in there or (is_other and shard.key.startswith("head.")):
-                absent.append(shard.key)
-            elif is_other:
-                differ.append(f"{shard.key} is {list(there[shard.key])} there and {list(shard.global_shape)} here")
-            else:
-                state[name][own] = shard
-    if not differ:
-        loaded = dist_checkpointing.load(state, str(checkpoint))
-        for name, chunk in chunks.items():
-            chunk.load_state_dict(loaded.get(name, {}), strict=False)
-    return absent, differ
+        wanted = {own: shard for own, shard in _sharded_weights(chunk).items() if shard.key in names}
+        state[name] = _as_saved(wanted, there, averaged=averaged)
+    prefix = _AVERAGES if averaged else ""
+    state["whole"] = {
+        key: ShardedTensor.from_rank_offsets(f"{prefix}{key}", torch.empty(shape), replica_id=dist.get_rank())
+        for key, shape in whole.items()
+    }
+    loaded = dist_checkpointing.load(state, str(checkpoint))
+    for name, chunk in chunks.items():
+        chunk.load_state_dict(loaded.get(name, {}), strict=False)
+    return loaded.get("whole", {})
 
 
 def sharded_state(
@@ -134,6 +199,9 @@ def sharded_state(
     if optimizer is not None:
         share_out(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(_SHARDING))
+        if not any(group["params"] for group in optimizer.param_groups):
+            # Empty lists of the first rank would be kept, and be merged with another layout's that are not (0.16.1).
+            state["optimizer"].pop("fp32_from_fp16_params", None)
     if averages is not None:
         state["averages"] = {name: _spread(_sharded_averages(chunk, averages[name])) for name, chunk in chunks.items()}
     return state

@@ -12,6 +12,10 @@ from megavit.exchange.read_nemo import read_nemo
 from megavit.exchange.tensor_files import TensorFiles
 from megavit.model.config import ModelConfig, Pool
 
+# Other libraries' forms, as a user writes them before the colon.
+KINDS = ("hf", "timm", "mae", "nemo")
+_HUB_FILES = ["*.json", "*.safetensors"]
+
 
 def read_foreign(kind: str, path: Path, *, num_heads: int | None) -> ForeignModel:
     """Read a model of another library.
@@ -82,3 +86,30 @@ def _read_plain(path: Path, files: TensorFiles, *, num_heads: int | None) -> For
         foreign.classes = []
         choose_positions(foreign)
     return foreign
+
+
+def fetch(kind: str, place: str, *, setting: str) -> Path:
+    """The file or folder of a model, brought from the Hugging Face hub where its place is no path but an id.
+
+    Args:
+        kind: as `read_foreign` takes it.
+        place: a path, or ORG/NAME.
+        setting: that named it, for the error.
+
+    Raises:
+        ConfigError: if it is neither here nor there.
+    """
+    path = Path(place)
+    if path.exists() or kind in ("mae", "nemo") or place.count("/") != 1:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(place, allow_patterns=_HUB_FILES))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ConfigError(
+            f"{setting}={kind}:{place} is no path here, and the Hugging Face hub does not give it: "
+            f"{str(error).splitlines()[0]}. Without a network, copy its files here and name the path"
+        ) from error
+    return folder if kind == "hf" else folder / "model.safetensors"

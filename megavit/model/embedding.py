@@ -50,6 +50,25 @@ def sincos_positions(grid: tuple[int, int], hidden_size: int, *, class_tokens: i
     return F.pad(patches_PH, (0, 0, class_tokens, 0)).float()
 
 
+def resize_positions(
+    positions_N1H: Tensor, *, class_tokens: int, grid: tuple[int, int], to_grid: tuple[int, int]
+) -> Tensor:
+    """Positions of one grid of patches for another: bicubic in fp32, class tokens as they are.
+
+    Args:
+        positions_N1H: class tokens first, then the patches row by row.
+        class_tokens: how many of the first are no patches.
+        grid: patches down and across that they are for.
+        to_grid: patches down and across that they are to be for.
+
+    Source: facebookresearch/mae, util/pos_embed.py, and Hugging Face's ViT resize alike, without antialiasing.
+    """
+    tokens, patches = positions_N1H.float().tensor_split([class_tokens])
+    image = patches.unflatten(0, grid).permute(2, 3, 0, 1)
+    resized = F.interpolate(image, size=to_grid, mode="bicubic", align_corners=False)
+    return torch.cat([tokens, resized.permute(2, 3, 0, 1).flatten(0, 1)])
+
+
 def not_decayed(value: Tensor) -> torch.nn.Parameter:
     """A parameter that weight decay leaves alone, though it is no vector."""
     parameter = torch.nn.Parameter(value)

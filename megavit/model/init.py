@@ -21,14 +21,27 @@ def initialise(model: EncoderStage, config: ModelConfig, layout: ParallelLayout,
         seed: `run.seed`.
     """
     for name, parameter in parameter_names(model).items():
-        parallel = getattr(parameter, "tensor_model_parallel", False)
-        axis = parameter.partition_dim if parallel else 0  # type: ignore[attr-defined]
-        ranks, rank = (layout.tp, layout.tp_rank) if parallel else (1, 0)
-        shape = list(parameter.shape)
-        shape[axis] *= ranks
-        whole = initial_weight(name, torch.Size(shape), config, seed=seed)
-        with torch.no_grad():
-            parameter.copy_(whole.chunk(ranks, axis)[rank])
+        copy_part(initial_weight(name, whole_shape(parameter, layout), config, seed=seed), parameter, layout)
+
+
+def whole_shape(parameter: torch.nn.Parameter, layout: ParallelLayout) -> torch.Size:
+    """The shape of the weight of which a parameter is this rank's part, or all."""
+    axis, ranks, _ = _cut(parameter, layout)
+    return torch.Size(size * ranks if dim == axis else size for dim, size in enumerate(parameter.shape))
+
+
+@torch.no_grad()
+def copy_part(whole: Tensor, parameter: torch.nn.Parameter, layout: ParallelLayout) -> None:
+    """Fill a parameter with this rank's part of a whole weight."""
+    axis, ranks, rank = _cut(parameter, layout)
+    parameter.copy_(whole.chunk(ranks, axis)[rank])
+
+
+def _cut(parameter: torch.nn.Parameter, layout: ParallelLayout) -> tuple[int, int, int]:
+    """The axis along which a weight is cut, into how many parts, and which of them is this rank's."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return 0, 1, 0
+    return parameter.partition_dim, layout.tp, layout.tp_rank  # type: ignore[attr-defined]
 
 
 def initial_weight(name: str, shape: torch.Size, config: ModelConfig, *, seed: int) -> Tensor:

@@ -41,6 +41,9 @@ PRECISION = {"fp32": [], "bf16": ["train.precision=bf16_o2"]}
 TASK = {"ViT": [], "MAE": [*MAE, "task.decoder_num_heads=4"]}
 OPTIMIZER = {"Adam": [], "SGD": ["optim=sgd", "optim.lr=0.01"]}
 
+# Beside them: stages that train nothing, and statistics that are no weights.
+PROBE = {("fp32", "probe", "LARS"): [], ("bf16", "probe", "LARS"): ["train.precision=bf16_o2"]}
+
 # From and to: found by simulated annealing among the pairwise covers that start the fewest processes.
 COVER = {
     ("fp32", "ViT", "Adam"): [
@@ -79,14 +82,32 @@ COVER = {
     ],
 }
 
+PROBE_COVER = {
+    ("fp32", "probe", "LARS"): [("TP 2 × PP 2", "DP 2")],
+    ("bf16", "probe", "LARS"): [("DP 2", "PP 2 × VPP 2")],
+}
+
 # fp32 adds in another order; bf16 rounds what was added so, and what it does to the one mask token does not average out
 # over images: the loss of so small an autoencoder is 0.6 % off in bf16, whatever the layout.
-LOSS_BOUND = {("fp32", "ViT"): 1e-6, ("fp32", "MAE"): 1e-6, ("bf16", "ViT"): 2e-3, ("bf16", "MAE"): 2e-2}
+LOSS_BOUND = {
+    ("fp32", "ViT"): 1e-6,
+    ("fp32", "MAE"): 1e-6,
+    ("fp32", "probe"): 1e-6,
+    ("bf16", "ViT"): 2e-3,
+    ("bf16", "MAE"): 2e-2,
+    ("bf16", "probe"): 2e-3,
+}
 
 
 def overrides(setting, layout: str, run_dir: Path) -> list[str]:
     precision, task, optimizer = setting
-    of_setting = [*SMALL, *TASK[task], *PRECISION[precision], *OPTIMIZER[optimizer], "optim.ema=0.9"]
+    if setting in PROBE:
+        # Features are normalised over the data-parallel ranks' micro batches: of as many images in every layout.
+        micro_batch = f"train.micro_batch={8 // sizes_of(layout)['dp']}"
+        of_setting = ["task=linear_probe", "optim=lars", "optim.lr=1", micro_batch, *PROBE[setting]]
+    else:
+        of_setting = [*TASK[task], *PRECISION[precision], *OPTIMIZER[optimizer]]
+    of_setting = [*SMALL, *of_setting, "optim.ema=0.9"]
     return [*of_setting, *LAYOUTS[layout][1], f"checkpoint.every={SAVED}", f"run.dir={run_dir}"]
 
 
@@ -169,15 +190,18 @@ def moments(setting) -> set[str]:
     return {"exp_avg", "exp_avg_sq"} if setting[2] == "Adam" else {"momentum_buffer"}
 
 
+def sizes_of(layout: str) -> dict[str, int]:
+    num_ranks, own = LAYOUTS[layout]
+    sizes = {"tp": 1, "pp": 1, "vpp": 1}
+    sizes.update({name: int(size) for name, size in (key[len("parallel.") :].split("=") for key in own)})
+    return {**sizes, "dp": num_ranks // (sizes["tp"] * sizes["pp"])}
+
+
 def factors(setting, origin: str, target: str) -> dict[str, str | int]:
     """What is varied, by name: sizes on either end, and the setting."""
     values: dict[str, str | int] = dict(zip(("precision", "task", "optimizer"), setting, strict=True))
     for end, layout in (("from", origin), ("to", target)):
-        num_ranks, own = LAYOUTS[layout]
-        sizes = {"tp": 1, "pp": 1, "vpp": 1}
-        sizes.update({name: int(size) for name, size in (key[len("parallel.") :].split("=") for key in own)})
-        sizes["dp"] = num_ranks // (sizes["tp"] * sizes["pp"])
-        values.update({f"{end} {name}": size for name, size in sizes.items()})
+        values.update({f"{end} {name}": size for name, size in sizes_of(layout).items()})
     return values
 
 
@@ -192,9 +216,9 @@ def test_each_two_values_meet_in_some_run_of_the_cover():
     assert value_pairs(cover) == value_pairs(whole_matrix)
 
 
-@pytest.mark.parametrize("setting", COVER, ids=" ".join)
+@pytest.mark.parametrize("setting", [*COVER, *PROBE_COVER], ids=" ".join)
 def test_a_checkpoint_of_one_layout_goes_on_in_another(tmp_path, setting, figure):
-    pairs = COVER[setting]
+    pairs = {**COVER, **PROBE_COVER}[setting]
     largest = assert_loads(setting, pairs, tmp_path / "cover")
     figure(f"{' '.join(setting)}: {len(pairs)} pairs of layouts: equal, relative |Δloss| ≤ {largest:.1e}")
     saved = folder(tmp_path / "cover", "from", pairs[0][0]) / "checkpoints" / f"step_{SAVED:08d}"
@@ -202,11 +226,12 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another(tmp_path, setting, figure
     for moment in moments(setting):
         assert any(f".{moment}." in key for key in keys)
     assert any(key.startswith("average.") for key in keys)
+    assert ("head.feature_norm.running_var" in keys) is (setting in PROBE)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("setting", itertools.product(PRECISION, TASK, OPTIMIZER), ids=" ".join)
+@pytest.mark.parametrize("setting", [*itertools.product(PRECISION, TASK, OPTIMIZER), *PROBE], ids=" ".join)
 def test_the_whole_matrix(tmp_path, setting, figure):
     pairs = list(itertools.product(LAYOUTS, LAYOUTS))
     largest = assert_loads(setting, pairs, tmp_path / "matrix")

@@ -1,0 +1,185 @@
+"""Where a new run's first weights come from: another run's checkpoint, or another library's file."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from megavit.checkpoint import shards
+from megavit.checkpoint.names import Dims, from_plain, plain_name
+from megavit.checkpoint.state import read_state
+from megavit.compose import from_yaml
+from megavit.errors import ConfigError
+from megavit.exchange.foreign_model import ForeignModel
+from megavit.exchange.read import KINDS, fetch, read_foreign
+from megavit.model.config import ModelConfig
+from megavit.model.init import copy_part, whole_shape
+from megavit.model.vit import EncoderStage, parameter_names
+from megavit.parallel.agree import from_rank_zero
+from megavit.parallel.layout import ParallelLayout
+from megavit.search import Weights, find_weights
+from megavit.task.config import TaskName
+
+_SETTING = "init_from"
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a donor's weights were made for.
+
+    Attributes:
+        called: what the weights are, in words.
+        model: the network's sizes.
+        image_size: [height, width] in pixels.
+        channels: of an image.
+        mean, std: that images were normalised with; None where its files do not tell.
+        classes: names of a classifier's classes, in the order of its scores; empty without a classifier.
+        names_classes: whether those are names, and not numbers for want of them.
+        is_probe: whether that classifier sees features by their statistics.
+    """
+
+    called: str
+    model: ModelConfig
+    image_size: list[int]
+    channels: int
+    mean: list[float] | None
+    std: list[float] | None
+    classes: tuple[str, ...]
+    names_classes: bool
+    is_probe: bool = False
+
+
+class Donor(Protocol):
+    """Somebody's weights, by the names that they have in our network."""
+
+    origin: Origin
+
+    def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
+        """The whole shapes of the donor's weights, as far as this rank may want them, and of this rank's own."""
+        ...
+
+    def give(
+        self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, whole: Shapes
+    ) -> Mapping[str, Tensor]:
+        """Fill this rank's part of the named weights, and give those of `whole` as they are; every rank calls this."""
+        ...
+
+
+class RunDonor:
+    """A run of megavit's.
+
+    Args:
+        weights: of it.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        config = from_yaml((weights.checkpoint / "run.yaml").read_text())
+        state = read_state(weights.checkpoint)
+        self._weights = weights
+        self.origin = Origin(
+            called=str(weights),
+            model=config.model,
+            image_size=config.data.image_size,
+            channels=config.data.channels,
+            mean=config.data.mean,
+            std=config.data.std,
+            classes=tuple(state.classes),
+            # Converted ones have no optimizer's state; one that has trained had the names from its data.
+            names_classes=state.optimizer or not _are_numbers(state.classes),
+            is_probe=config.task.name is TaskName.linear_probe,
+        )
+
+    def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
+        """See `Donor`."""
+        return shards.shapes_of(self._weights.checkpoint, chunks, averaged=self._weights.averaged)
+
+    def give(
+        self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, whole: Shapes
+    ) -> Mapping[str, Tensor]:
+        """See `Donor`."""
+        checkpoint, averaged = self._weights.checkpoint, self._weights.averaged
+        return shards.load_some_weights(checkpoint, chunks, names, whole=whole, averaged=averaged)
+
+
+class ForeignDonor:
+    """A model of another library, of which each rank reads what it holds.
+
+    Args:
+        place: as typed.
+        foreign: the model.
+    """
+
+    def __init__(self, place: str, foreign: ForeignModel) -> None:
+        self._foreign = foreign
+        model = foreign.model
+        self._dims = Dims(model.num_heads, model.patch_size, foreign.decoder.get("decoder_num_heads", 0))
+        self.origin = Origin(
+            called=place,
+            model=model,
+            image_size=foreign.image_size,
+            channels=foreign.channels,
+            mean=None if foreign.assumes else foreign.mean,
+            std=None if foreign.assumes else foreign.std,
+            classes=tuple(foreign.classes),
+            names_classes=not _are_numbers(foreign.classes),
+        )
+
+    def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
+        """See `Donor`."""
+        own = {name: param for chunk in chunks.values() for name, param in parameter_names(chunk).items()}
+        there = {}
+        for name in own:
+            weight = self._weight(name)
+            if weight is not None:
+                there[name] = tuple(weight.shape)
+        return there, {name: tuple(whole_shape(param, layout)) for name, param in own.items()}
+
+    def give(
+        self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, whole: Shapes
+    ) -> Mapping[str, Tensor]:
+        """See `Donor`."""
+        for chunk in chunks.values():
+            for name, param in parameter_names(chunk).items():
+                if name in names:
+                    copy_part(self._known(name), param, layout)
+        return {name: self._known(name) for name in whole}
+
+    def _weight(self, name: str) -> Tensor | None:
+        """A weight by our name and in our form; None where there is none."""
+        try:
+            plain = plain_name(name)
+            return from_plain({plain: self._foreign.weight(plain)}, self._dims)[name]
+        except (KeyError, ConfigError):
+            return None
+
+    def _known(self, name: str) -> Tensor:
+        weight = self._weight(name)
+        assert weight is not None
+        return weight
+
+
+def _are_numbers(classes: list[str]) -> bool:
+    return classes == [str(number) for number in range(len(classes))]
+
+
+def open_donor(place: str, *, num_heads: int) -> Donor:
+    """Find the weights that a user names; every rank calls this.
+
+    Args:
+        place: a run or checkpoint, with `ema:` before it for its moving average; or `hf:`, `timm:`, `mae:`, `nemo:` and
+            a path or, of the first two, an id of the Hugging Face hub.
+        num_heads: of the new network, taken for the donor's where its files do not tell.
+
+    Raises:
+        ConfigError: if there are no such weights, or they cannot be read.
+    """
+    kind, _, rest = place.partition(":")
+    if kind not in KINDS:
+        return RunDonor(from_rank_zero(lambda: find_weights(place, setting=_SETTING)))
+    # First one rank, so that not all bring it over the network; the others find it, or bring it to their machine.
+    look: Callable[[], Path] = lambda: fetch(kind, rest, setting=_SETTING)  # noqa: E731
+    from_rank_zero(look)
+    return ForeignDonor(place, read_foreign(kind, look(), num_heads=num_heads))

@@ -1,0 +1,143 @@
+"""A new run's first weights: whatever of another network's this one has, positions resized."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from megavit.checks import shown
+from megavit.config import RunConfig
+from megavit.donor import Origin, Shapes, open_donor
+from megavit.errors import ConfigError
+from megavit.model.config import Positions
+from megavit.model.embedding import resize_positions, sincos_positions
+from megavit.model.vit import EncoderStage, parameter_names
+from megavit.parallel.agree import gather_objects
+from megavit.parallel.layout import ParallelLayout
+from megavit.task.config import TaskName
+
+_POSITIONS = "embed.pos_embed"
+_CLASSIFIER = ("head.out.", "head.pre.")
+# What the donor need not have: what stands on the encoder, and the norm that ends it where the head does not.
+_MAY_BE_NEW = (*_CLASSIFIER, "head.fc_norm.", "mae_decoder.", "blocks.final_layernorm.")
+# What must be the same there; positions and classifier are seen to apart.
+_ALIKE = ("hidden_size", "ffn_size", "num_heads", "num_layers", "patch_size", "class_tokens", "patch_bias", "qk_norm")
+
+
+def start_from(
+    place: str,
+    chunks: Mapping[str, EncoderStage],
+    config: RunConfig,
+    layout: ParallelLayout,
+    *,
+    classes: tuple[str, ...],
+) -> list[str]:
+    """Take the weights that `init_from` names, in place; every rank calls this.
+
+    Args:
+        place: as typed (see `open_donor`).
+        chunks: this rank's stages by name, their weights drawn.
+        config: of the new run.
+        layout: this rank's place.
+        classes: names of the data's classes.
+
+    Returns:
+        What was taken and what was not, in words.
+
+    Raises:
+        ConfigError: on every rank, if the networks differ in more than resolution and what stands on the encoder.
+    """
+    donor = open_donor(place, num_heads=config.model.num_heads)
+    origin = donor.origin
+    _refuse_unlike(place, origin, config)
+    there, here = donor.shapes(chunks, layout)
+    own = {name for chunk in chunks.values() for name in parameter_names(chunk)}
+    left = set() if _keeps_classifier(origin, config, classes) else {n for n in own if n.startswith(_CLASSIFIER)}
+    whole: Shapes = {}
+    if _POSITIONS in own and (_is_fixed(origin) or _grid(origin) != _own_grid(config)):
+        left.add(_POSITIONS)
+        whole = {} if _is_fixed(origin) else {_POSITIONS: there[_POSITIONS]}
+    anew = _agree(place, own - left, there, here)
+    given = donor.give(chunks, own - left - anew, layout, whole=whole)
+    if _POSITIONS in left:
+        _fill_positions(chunks, given.get(_POSITIONS), origin, config)
+    drawn = sorted(set().union(*gather_objects((left - {_POSITIONS}) | anew)))
+    return list(_told(origin, config, drawn))
+
+
+def _refuse_unlike(place: str, origin: Origin, config: RunConfig) -> None:
+    pairs = [(f"model.{key}", getattr(origin.model, key), getattr(config.model, key)) for key in _ALIKE]
+    pairs.append(("data.channels", origin.channels, config.data.channels))
+    scales = origin.model.layer_scale, config.model.layer_scale
+    if (scales[0] is None) != (scales[1] is None):
+        pairs.append(("model.layer_scale", *scales))
+    differ = [f"{key} is {shown(there)} there and {shown(here)} here" for key, there, here in pairs if there != here]
+    if config.model.positions is Positions.sincos and not _is_fixed(origin):
+        differ.append("model.positions is learned there and sincos here")
+    if differ:
+        raise ConfigError(
+            f"init_from={place} does not fit this network: {'; '.join(differ)}; set them as they are there"
+        )
+
+
+def _agree(place: str, wanted: set[str], there: Shapes, here: Shapes) -> set[str]:
+    """Which of this rank's wanted weights are not there and may be new; on every rank an error where others are not."""
+    absent = {name for name in wanted if name not in there}
+    unlike = sorted(name for name in wanted - absent if there[name] != here[name])
+    wrong = [f"{name} is {list(there[name])} there and {list(here[name])} here" for name in unlike]
+    wrong += [f"{name} is not there" for name in sorted(absent) if not name.startswith(_MAY_BE_NEW)]
+    everyone = [text for texts in gather_objects(wrong) for text in texts]
+    if everyone:
+        raise ConfigError(f"init_from={place} does not fit this network: {everyone[0]}")
+    return absent
+
+
+def _keeps_classifier(origin: Origin, config: RunConfig, classes: tuple[str, ...]) -> bool:
+    """Whether the donor's classifier is of the same classes and on the same features."""
+    of_probe = origin.is_probe or config.task.name is TaskName.linear_probe
+    if of_probe or not config.task.name.classifies or origin.model.head is not config.model.head:
+        return False
+    return origin.classes == classes or (not origin.names_classes and len(origin.classes) == len(classes))
+
+
+def _is_fixed(origin: Origin) -> bool:
+    return origin.model.positions is Positions.sincos
+
+
+def _grid(origin: Origin) -> tuple[int, int]:
+    return origin.model.patch_grid(origin.image_size)
+
+
+def _own_grid(config: RunConfig) -> tuple[int, int]:
+    return config.model.patch_grid(config.data.image_size)
+
+
+@torch.no_grad()
+def _fill_positions(
+    chunks: Mapping[str, EncoderStage], learned_N1H: torch.Tensor | None, origin: Origin, config: RunConfig
+) -> None:
+    """Start learned positions from the donor's, fixed or of another grid."""
+    grid, to_grid, tokens = _grid(origin), _own_grid(config), config.model.class_tokens
+    positions_N1H = learned_N1H
+    if positions_N1H is None:
+        positions_N1H = sincos_positions(grid, config.model.hidden_size, class_tokens=tokens).unsqueeze(1)
+    if grid != to_grid:
+        positions_N1H = resize_positions(positions_N1H, class_tokens=tokens, grid=grid, to_grid=to_grid)
+    for chunk in chunks.values():
+        if chunk.embed is not None:
+            chunk.embed.pos_embed.copy_(positions_N1H)
+
+
+def _told(origin: Origin, config: RunConfig, drawn: list[str]) -> Iterator[str]:
+    grid, to_grid = _grid(origin), _own_grid(config)
+    resized = ""
+    if grid != to_grid and config.model.positions is Positions.learned:
+        resized = f"; positions resized from {grid[0]}×{grid[1]} to {to_grid[0]}×{to_grid[1]} patches"
+    anew = f"; {', '.join(drawn)} drawn anew" if drawn else ""
+    yield f"starts from the weights of {origin.called}{resized}{anew}"
+    for key, there, here in (
+        ("data.mean", origin.mean, config.data.mean),
+        ("data.std", origin.std, config.data.std),
+        ("model.norm_eps", origin.model.norm_eps, config.model.norm_eps),
+    ):
+        if there is not None and there != here:
+            yield f"note: {key} was {shown(there)} where these weights come from and is {shown(here)} here"
