@@ -32,6 +32,8 @@ verbs
                [out=PICTURE.png count=16]
   recipes      the complete experiments that come with megavit
 
+RUN is a run's folder or one of its checkpoints; ema:RUN is the moving average of its weights.
+
 examples
   megavit train                                       the embedded digits: all GPUs, or one CPU process
   megavit train run.ranks=4 parallel.tp=2 parallel.pp=2

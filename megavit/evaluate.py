@@ -10,6 +10,7 @@ from megavit.bad_samples import BadSamples
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source
 from megavit.engine import Engine, prepare_task
+from megavit.errors import ConfigError
 from megavit.metrics.pictures import draw_confusion
 from megavit.parallel.layout import world_size_from_environment
 from megavit.search import Weights
@@ -42,6 +43,9 @@ def evaluate(arguments: list[str]) -> int:
     told = bad_samples.collect(0)
     if layout.rank == 0:
         print(*told, sep="\n", end="\n" if told else "")
+    if bad_samples.too_many is not None:
+        raise ConfigError(bad_samples.too_many)
+    if layout.rank == 0:
         metrics = {**task.metrics({name: float(totals[name]) for name in task.sums}), **bad_samples.metrics}
         _report(totals, metrics, source.classes, weights)
     return 0

@@ -119,6 +119,8 @@ class Extractor:
         bad_samples = BadSamples(loader, split, run_dir=self._run_dir)
         for line in bad_samples.collect(0):
             print(line)
+        if bad_samples.too_many is not None:
+            raise ConfigError(bad_samples.too_many)
         if not labelled:
             return Features(features_IH, None, ())
         all_labels = torch.cat(labels)

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatch
 
-from torch.nn import Parameter
-
 from megavit.checkpoint.names import plain_name
 from megavit.errors import ConfigError
 from megavit.model.vit import EncoderStage, parameter_names
@@ -17,7 +15,7 @@ from megavit.parallel.layout import ParallelLayout
 _ABOVE = ("head.out.", "head.pre.", "mae_decoder.")
 
 
-def freeze(chunks: Mapping[str, EncoderStage], patterns: list[str], *, layout: ParallelLayout) -> int:
+def freeze(chunks: Mapping[str, EncoderStage], patterns: list[str], *, layout: ParallelLayout) -> None:
     """Freeze the weights that the patterns name; every rank calls this.
 
     Stages below which nothing is trained keep nothing for a backward pass.
@@ -26,9 +24,6 @@ def freeze(chunks: Mapping[str, EncoderStage], patterns: list[str], *, layout: P
         chunks: this rank's stages by name.
         patterns: of timm's names or ours, `blocks.3.*` for example; or the word `encoder`.
         layout: this rank's place.
-
-    Returns:
-        How many weights of the whole model are frozen.
 
     Raises:
         ConfigError: on every rank, for a pattern that names nothing, or where nothing would be left to train.
@@ -39,7 +34,6 @@ def freeze(chunks: Mapping[str, EncoderStage], patterns: list[str], *, layout: P
         named[name].requires_grad_(False)
     _check(patterns, list(named), frozen)
     _tell_stages(list(chunks.values()), layout)
-    return sum(gather_objects(_count_whole({named[name] for name in frozen}, layout)))
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -89,10 +83,14 @@ def _tell_stages(stages: list[EncoderStage], layout: ParallelLayout) -> None:
         stage.is_frozen = not any(everywhere[before] for before in range(number + 1))
 
 
-def _count_whole(params: set[Parameter], layout: ParallelLayout) -> int:
-    """This rank's part of the whole model's count, each weight counted once over all ranks."""
-    if layout.dp_rank:
-        return 0
-    split = sum(param.numel() for param in params if getattr(param, "tensor_model_parallel", False))
-    alike = sum(param.numel() for param in params if not getattr(param, "tensor_model_parallel", False))
-    return split + (alike if layout.tp_rank == 0 else 0)
+def count_weights(chunks: Mapping[str, EncoderStage], *, layout: ParallelLayout) -> tuple[int, int]:
+    """How many weights of the whole model are trained, and how many there are; every rank calls this."""
+    trained, every = 0, 0
+    for chunk in chunks.values() if layout.dp_rank == 0 else ():
+        for param in chunk.parameters():
+            # What all tensor-parallel ranks hold alike, one of them counts.
+            if layout.tp_rank == 0 or getattr(param, "tensor_model_parallel", False):
+                trained += param.numel() * param.requires_grad
+                every += param.numel()
+    counts = gather_objects((trained, every))
+    return sum(one for one, _ in counts), sum(other for _, other in counts)

@@ -7,16 +7,20 @@ import torch
 
 from megavit.config import RunConfig
 from megavit.extension import is_name
+from megavit.freezing import count_weights
 from megavit.model.config import Attention
 from megavit.model.kernels import sdpa_choice
 from megavit.network import Network
+from megavit.optim.config import ENCODER
+from megavit.optim.note import describe_optimizer, warn_of_optimizer
 from megavit.parallel.layout import ParallelLayout
 from megavit.plan.flops import NetworkShape, embedding_flops, head_flops, layer_flops
 from megavit.plan.stages import useful_stages
+from megavit.sections import Precision
 
 
 def introduction(config: RunConfig, layout: ParallelLayout, network: Network) -> Iterator[str]:
-    """The lines, in order.
+    """The lines, in order; every rank calls this, and one says them.
 
     Args:
         config: the run's.
@@ -43,6 +47,14 @@ def introduction(config: RunConfig, layout: ParallelLayout, network: Network) ->
         if name is not None and is_name(name):
             yield f"{setting} is {name}, of {sys.modules[name.partition(':')[0]].__file__}"
     yield from idle_stages(config, network.shape)
+    trained, every = count_weights(network.chunks, layout=layout)
+    bf16 = config.train.precision is Precision.bf16_o2
+    yield describe_optimizer(config.optim, num_trained=trained, num_weights=every, bf16=bf16, dp=layout.dp)
+    warning = warn_of_optimizer(config.optim, from_scratch=config.init_from is None)
+    if warning is not None:
+        yield warning
+    if config.init_from is None and ENCODER in config.frozen:
+        yield "warning: the encoder is frozen as it was drawn, at random; init_from=RUN names weights to start from"
     yield f"precision {config.train.precision.value}; attention kernel {_kernel(config, layout, network)}"
 
 

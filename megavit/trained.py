@@ -68,6 +68,8 @@ def read_config(checkpoint: Path) -> RunConfig:
         data=replace(config.data, transform=None, mixup=None, cutmix=None, mix_prob=1.0, mix_switch=0.5),
         task=replace(config.task, implementation=None),
         model=replace(config.model, attention=Attention.sdpa, linears=Linears.local),
+        # With base_lr the peak follows the batch, and an evaluation's may be so small that it comes out below min_lr.
+        optim=replace(config.optim, min_lr=0.0),
     )
 
 
