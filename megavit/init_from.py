@@ -132,7 +132,9 @@ def _told(origin: Origin, config: RunConfig, drawn: list[str]) -> Iterator[str]:
     resized = ""
     if grid != to_grid and config.model.positions is Positions.learned:
         resized = f"; positions resized from {grid[0]}×{grid[1]} to {to_grid[0]}×{to_grid[1]} patches"
-    anew = f"; {', '.join(drawn)} drawn anew" if drawn else ""
+    # A decoder's weights are many, and all of them or none.
+    parts = dict.fromkeys("mae_decoder.*" if name.startswith("mae_decoder.") else name for name in drawn)
+    anew = f"; {', '.join(parts)} drawn anew" if parts else ""
     yield f"starts from the weights of {origin.called}{resized}{anew}"
     for key, there, here in (
         ("data.mean", origin.mean, config.data.mean),

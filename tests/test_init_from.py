@@ -197,3 +197,14 @@ def test_what_does_not_fit_is_refused_with_names(settings, message, former, tmp_
 
 def test_an_average_that_is_not_there_is_refused(autoencoder, tmp_path):
     assert "holds no moving average of its weights" in refusal("features", f"from=ema:{autoencoder}", f"out={tmp_path}")
+
+
+def test_an_autoencoder_goes_on_with_its_decoder_and_a_classifiers_encoder_gets_a_new_one(former, tmp_path):
+    keys = [*MAE, "model.num_layers=4"]
+    first = train_small(tmp_path / "first", *keys)
+    interleaved = ["parallel.pp=2", "parallel.vpp=2", "train.micro_batch=4"]
+    again = start(tmp_path / "again", *keys, f"init_from={first}", *interleaved, ranks=2)
+    assert again["said"] == [f"starts from the weights of {first / 'checkpoints' / 'step_00000020'}"]
+    run, _ = former
+    other = start(tmp_path / "other", *MAE, "model.positions=learned", f"init_from={run}")
+    assert other["said"][0].endswith("step_00000020; mae_decoder.* drawn anew")

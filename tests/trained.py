@@ -23,16 +23,22 @@ def _train(overrides: list[str]) -> None:
     Trainer(compose(overrides)).run()
 
 
-def verb(*arguments: object) -> tuple[int, str, str]:
-    """A command line in a process of its own that the tests keep: exit code, output, errors."""
-    return run_ranks(_verb, 1, [str(argument) for argument in arguments])[0]
+def verb(*arguments: object, folder: Path | None = None) -> tuple[int, str, str]:
+    """A command line in a process of its own that the tests keep: exit code, output, errors.
+
+    Args:
+        arguments: without `megavit`.
+        folder: where it is typed; None for wherever that process stands.
+    """
+    return run_ranks(_verb, 1, [str(argument) for argument in arguments], folder)[0]
 
 
-def _verb(arguments: list[str]) -> tuple[int, str, str]:
+def _verb(arguments: list[str], folder: Path | None) -> tuple[int, str, str]:
     from megavit.__main__ import main
 
     out, err = io.StringIO(), io.StringIO()
     with (
+        contextlib.chdir(folder or Path.cwd()),
         mock.patch("sys.argv", ["megavit", *arguments]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
