@@ -143,6 +143,11 @@ class RunConfig:
             )
         self._check_train()
         self.check_task()
+        if self.optim.layer_decay is not None and ENCODER in self.frozen:
+            raise ConfigError(
+                f"optim.layer_decay={self.optim.layer_decay} would be ignored: no layer of the encoder is trained; set "
+                f"it to null"
+            )
         self._check_tensor_parallel()
         self._check_batch(world_size)
         self._check_precision()
@@ -246,7 +251,7 @@ class RunConfig:
                     f"whole and without labels; set it to {shown(getattr(DataConfig(), key))}"
                 )
         used = ModelConfig(pool=Pool.cls if self.model.class_tokens else Pool.mean)
-        for key in ("pool", "head", "head_bias"):
+        for key in ("pool", "head", "head_bias", "head_std"):
             if getattr(self.model, key) != getattr(used, key):
                 raise ConfigError(
                     f"model.{key}={shown(getattr(self.model, key))} would be ignored by task.name=mae, which has no "

@@ -1,8 +1,7 @@
 """Where a new run's first weights come from: another run's checkpoint, or another library's file."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -12,12 +11,13 @@ from megavit.checkpoint.names import Dims, from_plain, plain_name
 from megavit.checkpoint.state import read_state
 from megavit.compose import from_yaml
 from megavit.errors import ConfigError
-from megavit.exchange.foreign_model import ForeignModel
+from megavit.exchange.foreign_model import ForeignModel, usual_heads
+from megavit.exchange.positions import are_sincos
 from megavit.exchange.read import KINDS, fetch, read_foreign
-from megavit.model.config import ModelConfig
+from megavit.model.config import ModelConfig, Positions
 from megavit.model.init import copy_part, whole_shape
 from megavit.model.vit import EncoderStage, parameter_names
-from megavit.parallel.agree import from_rank_zero
+from megavit.parallel.agree import agree_on_error, from_rank_zero, wait_for_rank_zero
 from megavit.parallel.layout import ParallelLayout
 from megavit.search import Weights, find_weights
 from megavit.task.config import TaskName
@@ -27,7 +27,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Origin:
+class Pedigree:
     """What a donor's weights were made for.
 
     Attributes:
@@ -39,6 +39,8 @@ class Origin:
         classes: names of a classifier's classes, in the order of its scores; empty without a classifier.
         names_classes: whether those are names, and not numbers for want of them.
         is_probe: whether that classifier sees features by their statistics.
+        decoder_heads: of a masked autoencoder's decoder, None without one.
+        notes: what its files do not tell, and was taken as usual, in words.
     """
 
     called: str
@@ -50,12 +52,14 @@ class Origin:
     classes: tuple[str, ...]
     names_classes: bool
     is_probe: bool = False
+    decoder_heads: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Donor(Protocol):
     """Somebody's weights, by the names that they have in our network."""
 
-    origin: Origin
+    pedigree: Pedigree
 
     def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
         """The whole shapes of the donor's weights, as far as this rank may want them, and of this rank's own."""
@@ -79,7 +83,7 @@ class RunDonor:
         config = from_yaml((weights.checkpoint / "run.yaml").read_text())
         state = read_state(weights.checkpoint)
         self._weights = weights
-        self.origin = Origin(
+        self.pedigree = Pedigree(
             called=str(weights),
             model=config.model,
             image_size=config.data.image_size,
@@ -90,6 +94,7 @@ class RunDonor:
             # Converted ones have no optimizer's state; one that has trained had the names from its data.
             names_classes=state.optimizer or not _are_numbers(state.classes),
             is_probe=config.task.name is TaskName.linear_probe,
+            decoder_heads=config.task.decoder_num_heads,
         )
 
     def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
@@ -110,13 +115,30 @@ class ForeignDonor:
     Args:
         place: as typed.
         foreign: the model.
+
+    Raises:
+        ConfigError: if it has weights that no network of ours has a place for.
     """
 
     def __init__(self, place: str, foreign: ForeignModel) -> None:
         self._foreign = foreign
-        model = foreign.model
-        self._dims = Dims(model.num_heads, model.patch_size, foreign.decoder.get("decoder_num_heads", 0))
-        self.origin = Origin(
+        model, heads = foreign.model, foreign.decoder.get("decoder_num_heads")
+        self._dims = Dims(model.num_heads, model.patch_size, heads or 0)
+        unknown = foreign.unknown()
+        if unknown:
+            raise ConfigError(
+                f"{_SETTING}={place}: {unknown[0]} has no place in megavit's network ({len(unknown)} such weights), "
+                f"which would be another function without it"
+            )
+        grid = model.patch_grid(foreign.image_size)
+        # An encoder alone has them as weights like any others.
+        if are_sincos(foreign.weight("pos_embed")[0], grid, class_tokens=model.class_tokens):
+            model = replace(model, positions=Positions.sincos)
+        usual = usual_heads(model.hidden_size, model.num_layers)
+        untold = (
+            f"note: {place} does not tell its heads, and model.num_heads={model.num_heads} is taken; usual are {usual}"
+        )
+        self.pedigree = Pedigree(
             called=place,
             model=model,
             image_size=foreign.image_size,
@@ -125,6 +147,8 @@ class ForeignDonor:
             std=None if foreign.assumes else foreign.std,
             classes=tuple(foreign.classes),
             names_classes=not _are_numbers(foreign.classes),
+            decoder_heads=heads,
+            notes=(untold,) if model.num_heads != usual and not place.startswith("hf:") else (),
         )
 
     def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
@@ -174,12 +198,22 @@ def open_donor(place: str, *, num_heads: int) -> Donor:
         num_heads: of the new network, taken for the donor's where its files do not tell.
 
     Raises:
-        ConfigError: if there are no such weights, or they cannot be read.
+        ConfigError: on every rank, if there are no such weights, or one of them cannot read them.
     """
     kind, _, rest = place.partition(":")
     if kind not in KINDS:
         return RunDonor(from_rank_zero(lambda: find_weights(place, setting=_SETTING)))
-    # First one rank, so that not all bring it over the network; the others find it, or bring it to their machine.
-    look: Callable[[], Path] = lambda: fetch(kind, rest, setting=_SETTING)  # noqa: E731
-    from_rank_zero(look)
-    return ForeignDonor(place, read_foreign(kind, look(), num_heads=num_heads))
+
+    def look() -> None:
+        fetch(kind, rest, setting=_SETTING)
+
+    # First one rank, however long the network takes; the others find it, or bring it to their machine.
+    wait_for_rank_zero(look)
+    donor, refused = None, None
+    try:
+        donor = ForeignDonor(place, read_foreign(kind, fetch(kind, rest, setting=_SETTING), num_heads=num_heads))
+    except ConfigError as error:
+        refused = str(error)
+    agree_on_error(refused)
+    assert donor is not None
+    return donor

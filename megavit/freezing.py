@@ -11,8 +11,9 @@ from megavit.optim.config import ENCODER
 from megavit.parallel.agree import gather_objects
 from megavit.parallel.layout import ParallelLayout
 
-# What stands on the encoder.
-_ABOVE = ("head.out.", "head.pre.", "mae_decoder.")
+# What stands on the encoder; the norm of its pooled features is a part of it.
+_ABOVE = ("head.", "mae_decoder.")
+_NOT_ABOVE = "head.fc_norm."
 
 
 def freeze(chunks: Mapping[str, EncoderStage], patterns: list[str], *, layout: ParallelLayout) -> None:
@@ -22,7 +23,7 @@ def freeze(chunks: Mapping[str, EncoderStage], patterns: list[str], *, layout: P
 
     Args:
         chunks: this rank's stages by name.
-        patterns: of timm's names or ours, `blocks.3.*` for example; or the word `encoder`.
+        patterns: of timm's names, `blocks.3.*` for example; or the word `encoder`.
         layout: this rank's place.
 
     Raises:
@@ -38,15 +39,15 @@ def freeze(chunks: Mapping[str, EncoderStage], patterns: list[str], *, layout: P
 
 def _matches(name: str, pattern: str) -> bool:
     if pattern == ENCODER:
-        return not name.startswith(_ABOVE)
-    return fnmatch(name, pattern) or fnmatch(_plain(name), pattern)
+        return not name.startswith(_ABOVE) or name.startswith(_NOT_ABOVE)
+    return fnmatch(_plain(name), pattern)
 
 
 def _plain(name: str) -> str:
     try:
         return plain_name(name)
     except KeyError:
-        # A part of somebody's own, which no other library has.
+        # A part of somebody's own, which timm does not have.
         return name
 
 

@@ -6,7 +6,7 @@ import torch
 
 from megavit.checks import shown
 from megavit.config import RunConfig
-from megavit.donor import Origin, Shapes, open_donor
+from megavit.donor import Pedigree, Shapes, open_donor
 from megavit.errors import ConfigError
 from megavit.model.config import Positions
 from megavit.model.embedding import resize_positions, sincos_positions
@@ -18,7 +18,9 @@ from megavit.task.config import TaskName
 _POSITIONS = "embed.pos_embed"
 _CLASSIFIER = ("head.out.", "head.pre.")
 # What the donor need not have: what stands on the encoder, and the norm that ends it where the head does not.
-_MAY_BE_NEW = (*_CLASSIFIER, "head.fc_norm.", "mae_decoder.", "blocks.final_layernorm.")
+_MAY_BE_NEW = ("head.", "mae_decoder.", "blocks.final_layernorm.")
+# The last norm before the classifier, on which its features depend.
+_LAST_NORM = ("head.fc_norm.", "blocks.final_layernorm.")
 # What must be the same there; positions and classifier are seen to apart.
 _ALIKE = ("hidden_size", "ffn_size", "num_heads", "num_layers", "patch_size", "class_tokens", "patch_bias", "qk_norm")
 
@@ -47,31 +49,36 @@ def start_from(
         ConfigError: on every rank, if the networks differ in more than resolution and what stands on the encoder.
     """
     donor = open_donor(place, num_heads=config.model.num_heads)
-    origin = donor.origin
-    _refuse_unlike(place, origin, config)
+    pedigree = donor.pedigree
+    _refuse_unlike(place, pedigree, config)
     there, here = donor.shapes(chunks, layout)
     own = {name for chunk in chunks.values() for name in parameter_names(chunk)}
-    left = set() if _keeps_classifier(origin, config, classes) else {n for n in own if n.startswith(_CLASSIFIER)}
+    has_norm = all(name in there for name in own if name.startswith(_LAST_NORM))
+    keeps_classifier = has_norm and _keeps_classifier(pedigree, config, classes)
+    left = set() if keeps_classifier else {name for name in own if name.startswith(_CLASSIFIER)}
     whole: Shapes = {}
-    if _POSITIONS in own and (_is_fixed(origin) or _grid(origin) != _own_grid(config)):
+    if _POSITIONS in own and (_is_fixed(pedigree) or _grid(pedigree) != _own_grid(config)):
         left.add(_POSITIONS)
-        whole = {} if _is_fixed(origin) else {_POSITIONS: there[_POSITIONS]}
+        whole = {} if _is_fixed(pedigree) else {_POSITIONS: there[_POSITIONS]}
     anew = _agree(place, own - left, there, here)
     given = donor.give(chunks, own - left - anew, layout, whole=whole)
     if _POSITIONS in left:
-        _fill_positions(chunks, given.get(_POSITIONS), origin, config)
+        _fill_positions(chunks, given.get(_POSITIONS), pedigree, config)
     drawn = sorted(set().union(*gather_objects((left - {_POSITIONS}) | anew)))
-    return list(_told(origin, config, drawn))
+    return list(_told(pedigree, config, drawn))
 
 
-def _refuse_unlike(place: str, origin: Origin, config: RunConfig) -> None:
-    pairs = [(f"model.{key}", getattr(origin.model, key), getattr(config.model, key)) for key in _ALIKE]
-    pairs.append(("data.channels", origin.channels, config.data.channels))
-    scales = origin.model.layer_scale, config.model.layer_scale
+def _refuse_unlike(place: str, pedigree: Pedigree, config: RunConfig) -> None:
+    pairs = [(f"model.{key}", getattr(pedigree.model, key), getattr(config.model, key)) for key in _ALIKE]
+    pairs.append(("data.channels", pedigree.channels, config.data.channels))
+    scales = pedigree.model.layer_scale, config.model.layer_scale
     if (scales[0] is None) != (scales[1] is None):
         pairs.append(("model.layer_scale", *scales))
+    decoders = pedigree.decoder_heads, config.task.decoder_num_heads
+    if None not in decoders:
+        pairs.append(("task.decoder_num_heads", *decoders))
     differ = [f"{key} is {shown(there)} there and {shown(here)} here" for key, there, here in pairs if there != here]
-    if config.model.positions is Positions.sincos and not _is_fixed(origin):
+    if config.model.positions is Positions.sincos and not _is_fixed(pedigree):
         differ.append("model.positions is learned there and sincos here")
     if differ:
         raise ConfigError(
@@ -91,20 +98,21 @@ def _agree(place: str, wanted: set[str], there: Shapes, here: Shapes) -> set[str
     return absent
 
 
-def _keeps_classifier(origin: Origin, config: RunConfig, classes: tuple[str, ...]) -> bool:
+def _keeps_classifier(pedigree: Pedigree, config: RunConfig, classes: tuple[str, ...]) -> bool:
     """Whether the donor's classifier is of the same classes and on the same features."""
-    of_probe = origin.is_probe or config.task.name is TaskName.linear_probe
-    if of_probe or not config.task.name.classifies or origin.model.head is not config.model.head:
+    of_probe = pedigree.is_probe or config.task.name is TaskName.linear_probe
+    alike = (pedigree.model.head, pedigree.model.pool) == (config.model.head, config.model.pool)
+    if of_probe or not config.task.name.classifies or not alike:
         return False
-    return origin.classes == classes or (not origin.names_classes and len(origin.classes) == len(classes))
+    return pedigree.classes == classes or (not pedigree.names_classes and len(pedigree.classes) == len(classes))
 
 
-def _is_fixed(origin: Origin) -> bool:
-    return origin.model.positions is Positions.sincos
+def _is_fixed(pedigree: Pedigree) -> bool:
+    return pedigree.model.positions is Positions.sincos
 
 
-def _grid(origin: Origin) -> tuple[int, int]:
-    return origin.model.patch_grid(origin.image_size)
+def _grid(pedigree: Pedigree) -> tuple[int, int]:
+    return pedigree.model.patch_grid(pedigree.image_size)
 
 
 def _own_grid(config: RunConfig) -> tuple[int, int]:
@@ -113,10 +121,10 @@ def _own_grid(config: RunConfig) -> tuple[int, int]:
 
 @torch.no_grad()
 def _fill_positions(
-    chunks: Mapping[str, EncoderStage], learned_N1H: torch.Tensor | None, origin: Origin, config: RunConfig
+    chunks: Mapping[str, EncoderStage], learned_N1H: torch.Tensor | None, pedigree: Pedigree, config: RunConfig
 ) -> None:
     """Start learned positions from the donor's, fixed or of another grid."""
-    grid, to_grid, tokens = _grid(origin), _own_grid(config), config.model.class_tokens
+    grid, to_grid, tokens = _grid(pedigree), _own_grid(config), config.model.class_tokens
     positions_N1H = learned_N1H
     if positions_N1H is None:
         positions_N1H = sincos_positions(grid, config.model.hidden_size, class_tokens=tokens).unsqueeze(1)
@@ -127,19 +135,20 @@ def _fill_positions(
             chunk.embed.pos_embed.copy_(positions_N1H)
 
 
-def _told(origin: Origin, config: RunConfig, drawn: list[str]) -> Iterator[str]:
-    grid, to_grid = _grid(origin), _own_grid(config)
+def _told(pedigree: Pedigree, config: RunConfig, drawn: list[str]) -> Iterator[str]:
+    grid, to_grid = _grid(pedigree), _own_grid(config)
     resized = ""
     if grid != to_grid and config.model.positions is Positions.learned:
         resized = f"; positions resized from {grid[0]}×{grid[1]} to {to_grid[0]}×{to_grid[1]} patches"
     # A decoder's weights are many, and all of them or none.
     parts = dict.fromkeys("mae_decoder.*" if name.startswith("mae_decoder.") else name for name in drawn)
     anew = f"; {', '.join(parts)} drawn anew" if parts else ""
-    yield f"starts from the weights of {origin.called}{resized}{anew}"
+    yield f"starts from the weights of {pedigree.called}{resized}{anew}"
+    yield from pedigree.notes
     for key, there, here in (
-        ("data.mean", origin.mean, config.data.mean),
-        ("data.std", origin.std, config.data.std),
-        ("model.norm_eps", origin.model.norm_eps, config.model.norm_eps),
+        ("data.mean", pedigree.mean, config.data.mean),
+        ("data.std", pedigree.std, config.data.std),
+        ("model.norm_eps", pedigree.model.norm_eps, config.model.norm_eps),
     ):
         if there is not None and there != here:
             yield f"note: {key} was {shown(there)} where these weights come from and is {shown(here)} here"

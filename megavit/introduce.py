@@ -19,13 +19,14 @@ from megavit.plan.stages import useful_stages
 from megavit.sections import Precision
 
 
-def introduction(config: RunConfig, layout: ParallelLayout, network: Network) -> Iterator[str]:
+def introduction(config: RunConfig, layout: ParallelLayout, network: Network, *, from_scratch: bool) -> Iterator[str]:
     """The lines, in order; every rank calls this, and one says them.
 
     Args:
         config: the run's.
-        layout: the speaking rank's place.
+        layout: this rank's place.
         network: its part of the network.
+        from_scratch: whether the weights are as they were drawn.
     """
     model = config.model
     yield f"run {config.run.name} in {config.run.dir}: {layout.describe()}"
@@ -50,10 +51,10 @@ def introduction(config: RunConfig, layout: ParallelLayout, network: Network) ->
     trained, every = count_weights(network.chunks, layout=layout)
     bf16 = config.train.precision is Precision.bf16_o2
     yield describe_optimizer(config.optim, num_trained=trained, num_weights=every, bf16=bf16, dp=layout.dp)
-    warning = warn_of_optimizer(config.optim, from_scratch=config.init_from is None)
+    warning = warn_of_optimizer(config.optim, from_scratch=from_scratch)
     if warning is not None:
         yield warning
-    if config.init_from is None and ENCODER in config.frozen:
+    if from_scratch and ENCODER in config.frozen:
         yield "warning: the encoder is frozen as it was drawn, at random; init_from=RUN names weights to start from"
     yield f"precision {config.train.precision.value}; attention kernel {_kernel(config, layout, network)}"
 

@@ -100,7 +100,7 @@ class TrainedClassifier(TrainedEncoder):
     """Images as they are to scores or features.
 
     Args:
-        run: an open run of task=classify.
+        run: an open run of a classifier.
         classes: names, in the order of the scores.
     """
 

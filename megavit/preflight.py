@@ -26,15 +26,14 @@ from megavit.data.loader import Batch, Loader
 from megavit.engine import Engine
 from megavit.errors import ConfigError
 from megavit.model.vit import EncoderStage
+from megavit.optim.note import state_bytes
 from megavit.optim.step import step_if_finite
 from megavit.parallel.agree import agree_on_error, from_rank_zero
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
 
 _FOLDER = ".preflight"
-# Adam keeps an fp32 master and two moments of each weight; SGD a master and a momentum.
-_OPTIMIZER_BYTES = 12
-_AVERAGE_BYTES = 4
+_FP32_BYTES = 4
 
 
 def rehearse(
@@ -72,7 +71,8 @@ def rehearse(
     run_dir, every = Path(config.run.dir), config.checkpoint.every or steps.stop
     check_folder(run_dir, rank=layout.rank)
     saves = _checkpoints_at_once(config.checkpoint, every, steps)
-    room = check_disk(run_dir, chunks, layout, saves=saves, ema=averages is not None)
+    of_optimizer, ema = state_bytes(config.optim), averages is not None
+    room = check_disk(run_dir, chunks, layout, saves=saves, optimizer_bytes=of_optimizer, ema=ema)
     rehearsal = Rehearsal(run_dir, layout=layout, engine=engine, chunks=chunks, optimizer=optimizer, averages=averages)
     took = rehearsal.run(
         *loaders,
@@ -83,7 +83,15 @@ def rehearse(
     return [f"preflight: {took}; {room}"]
 
 
-def check_disk(run_dir: Path, chunks: dict[str, EncoderStage], layout: ParallelLayout, *, saves: int, ema: bool) -> str:
+def check_disk(
+    run_dir: Path,
+    chunks: dict[str, EncoderStage],
+    layout: ParallelLayout,
+    *,
+    saves: int,
+    optimizer_bytes: int,
+    ema: bool,
+) -> str:
     """Refuse a run whose checkpoints do not fit on the disk; every rank calls this.
 
     Args:
@@ -91,6 +99,7 @@ def check_disk(run_dir: Path, chunks: dict[str, EncoderStage], layout: ParallelL
         chunks: this rank's stages.
         layout: its place.
         saves: checkpoints to come that lie there at the same time.
+        optimizer_bytes: of the optimizer's state for each trained weight, beside the weight's fp32 copy.
         ema: whether each holds an average of the weights too.
 
     Returns:
@@ -100,7 +109,7 @@ def check_disk(run_dir: Path, chunks: dict[str, EncoderStage], layout: ParallelL
         ConfigError: with the arithmetic.
     """
     own = [p for chunk in chunks.values() for p in chunk.parameters() if _is_counted_here(p, layout)]
-    extra = {p: p.requires_grad * _OPTIMIZER_BYTES + ema * _AVERAGE_BYTES for p in own}
+    extra = {p: p.requires_grad * (optimizer_bytes + _FP32_BYTES) + ema * _FP32_BYTES for p in own}
     each = torch.tensor([sum(p.numel() * (p.element_size() + extra[p]) for p in own)])
     each = each.to(layout.device)
     dist.all_reduce(each)

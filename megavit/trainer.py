@@ -111,6 +111,8 @@ class Trainer:
         from_rank_zero(self.store.clear_up)
         self.best_validation = from_rank_zero(self.store.best_metrics)
         self.origin, self.warnings = from_rank_zero(lambda: find_origin(self.store, config))
+        if self.origin is None and config.init_from is not None:
+            self._start_from(config.init_from)
         self.rehearsed = rehearse(
             config,
             layout=layout,
@@ -299,8 +301,6 @@ class Trainer:
         and data need nothing: they are functions of step and position.
         """
         origin = self.origin
-        if origin is None and self.config.init_from is not None:
-            self._start_from(self.config.init_from)
         if origin is None:
             return
         shards.load(origin.path, self.chunks, self.optimizer, averages=self._averages)
@@ -318,7 +318,8 @@ class Trainer:
             self.average = WeightAverage(self.chunks, decay=self.average.decay)
 
     def _introduce(self, reporter: Reporter) -> None:
-        for line in introduction(self.config, self.layout, self.network):
+        from_scratch = self.origin is None and self.config.init_from is None
+        for line in introduction(self.config, self.layout, self.network, from_scratch=from_scratch):
             reporter.say(line)
         for line in (*self.rehearsed, *self.warnings):
             reporter.say(line)

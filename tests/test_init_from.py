@@ -143,7 +143,9 @@ def test_the_classifier_stays_only_where_its_classes_are_the_same(former, tmp_pa
     others = start(tmp_path / "others", f"init_from={run}", "data.classes=['9','8','7','6','5','4','3','2','1','0']")
     assert not torch.equal(others["weights"]["head.weight"], weights["last"]["head.weight"])
     probe = start(tmp_path / "probe", f"init_from={run}", "task=linear_probe")
-    for said in (fewer, others, probe):
+    # The same classes, on other features.
+    pooled = start(tmp_path / "pooled", f"init_from={run}", "model.pool=mean")
+    for said in (fewer, others, probe, pooled):
         assert said["said"][0].endswith("head.out.bias, head.out.weight drawn anew")
 
 
@@ -159,6 +161,38 @@ def test_another_librarys_file_serves_as_it_is_in_any_layout(tmp_path):
     for name, weight in {**wanted, "pos_embed": resized}.items():
         assert torch.equal(got["weights"][name], weight) is not name.startswith("head."), name
     assert got["said"][0].endswith("resized from 12×12 to 4×4 patches; head.out.bias, head.out.weight drawn anew")
+
+
+def test_an_encoder_alone_of_a_masked_autoencoder_has_its_fixed_positions(autoencoder, tmp_path):
+    assert verb("convert", f"from={autoencoder}", f"to=mae:{tmp_path / 'whole.pth'}")[0] == 0
+    whole = torch.load(tmp_path / "whole.pth", weights_only=True)["model"]
+    alone = {name: weight for name, weight in whole.items() if not name.startswith(("decoder", "mask_token"))}
+    torch.save({"model": alone}, tmp_path / "encoder.pth")
+    got = start(tmp_path, f"init_from=mae:{tmp_path / 'encoder.pth'}", "task=linear_probe", "model.positions=sincos")
+    assert got["said"][0].endswith("encoder.pth; head.out.bias, head.out.weight drawn anew")
+    assert torch.equal(got["weights"]["blocks.1.mlp.fc2.weight"], whole["blocks.1.mlp.fc2.weight"])
+
+
+def test_a_file_with_a_part_that_ours_has_no_place_for_is_refused_by_its_name(tmp_path):
+    theirs = timm.models.VisionTransformer(
+        img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2,
+        pre_norm=True,
+    )  # fmt: skip
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    keys = [*SMALL, "model.num_layers=2", "model.patch_bias=false", f"run.dir={tmp_path / 'new'}"]
+    told = refusal("train", *keys, f"init_from=timm:{tmp_path / 'model.safetensors'}")
+    assert "norm_pre.bias has no place in megavit's network (2 such weights)" in told
+
+
+def average(run_dir: str) -> torch.Tensor:
+    import megavit
+
+    return megavit.load(f"ema:{run_dir}").vit.blocks[0].attn.proj.weight.detach()
+
+
+def test_python_loads_the_moving_average(former):
+    run, weights = former
+    assert torch.equal(run_ranks(average, 1, str(run))[0], weights["average"]["blocks.0.attn.proj.weight"])
 
 
 def test_hugging_faces_folder_serves_as_it_is(former, tmp_path):
@@ -193,6 +227,11 @@ def test_what_does_not_fit_is_refused_with_names(settings, message, former, tmp_
     keys = [*SMALL, "model.num_layers=2", f"run.dir={tmp_path}"]
     own = [] if settings[0].startswith("init_from") else [f"init_from={run}"]
     assert message in refusal("train", *keys, *own, *settings)
+
+
+def test_a_decoder_of_other_heads_is_refused(autoencoder, tmp_path):
+    keys = [*SMALL, *MAE, "model.num_layers=2", f"run.dir={tmp_path}", f"init_from={autoencoder}"]
+    assert "task.decoder_num_heads is 2 there and 4 here" in refusal("train", *keys, "task.decoder_num_heads=4")
 
 
 def test_an_average_that_is_not_there_is_refused(autoencoder, tmp_path):

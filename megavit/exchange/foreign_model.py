@@ -1,11 +1,13 @@
 """A model of another library: its sizes as ours, its weights by plain name."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from megavit.checkpoint.foreign import Spelling
+from megavit.checkpoint.names import TABLE
 from megavit.errors import ConfigError
 from megavit.exchange.tensor_files import TensorFiles
 from megavit.model.config import ModelConfig, Positions
@@ -68,13 +70,29 @@ class ForeignModel:
         except KeyError as error:
             raise ConfigError(f"the model has no weight {error}, which {plain} is made of") from error
 
-    def unread(self, wanted: list[str]) -> list[str]:
+    def unread(self, wanted: Iterable[str]) -> list[str]:
         """Their names that none of the wanted plain ones is made of."""
         fixed = ["decoder_pos_embed"] if self.decoder else []
         if self.model.positions is Positions.sincos:
             fixed.append("pos_embed")
         used = {name for plain in (*wanted, *fixed) for name in self.spelling.names(plain)}
         return sorted(name for name in self.files if name not in used and name not in _UNUSED)
+
+    def unknown(self) -> list[str]:
+        """Their names that no network of ours has a place for, whatever stands on its encoder."""
+        layers, decoder = self.model.num_layers, self.decoder.get("decoder_num_layers", 0)
+        known = []
+        for row in TABLE:
+            count = 1 if "#" not in row.plain else decoder if row.plain.startswith("decoder_") else layers
+            known += [row.plain.replace("#", str(layer)) for layer in range(count)]
+        return self.unread(plain for plain in known if self._is_spelled(plain))
+
+    def _is_spelled(self, plain: str) -> bool:
+        try:
+            return bool(self.spelling.names(plain))
+        except ConfigError:
+            # Theirs has no such part at all.
+            return False
 
 
 def usual_heads(width: int, layers: int) -> int:

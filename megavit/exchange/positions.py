@@ -1,6 +1,7 @@
 """Whether another library's positions are those that this network computes."""
 
 import torch
+from torch import Tensor
 
 from megavit.errors import ConfigError
 from megavit.exchange.foreign_model import ForeignModel
@@ -8,15 +9,21 @@ from megavit.model.config import Positions
 from megavit.model.embedding import sincos_positions
 
 
+def are_sincos(positions_NH: Tensor, grid: tuple[int, int], *, class_tokens: int) -> bool:
+    """Whether positions are those that `sincos_positions` computes, which other libraries keep as weights."""
+    if positions_NH.shape[1] % 4:
+        return False
+    ours_NH = sincos_positions(grid, positions_NH.shape[1], class_tokens=class_tokens)
+    # Theirs were computed in other precision, in another order.
+    return torch.allclose(positions_NH.float(), ours_NH, atol=1e-5)
+
+
 def choose_positions(foreign: ForeignModel) -> None:
     """A masked autoencoder's positions are sine and cosine, or learned; its decoder's must be sine and cosine."""
     grid, tokens = foreign.model.patch_grid(foreign.image_size), foreign.model.class_tokens
-    ours = sincos_positions(grid, foreign.model.hidden_size, class_tokens=tokens)
-    # Theirs were computed in other precision, in another order.
-    if torch.allclose(foreign.weight("pos_embed")[0].float(), ours, atol=1e-5):
+    if are_sincos(foreign.weight("pos_embed")[0], grid, class_tokens=tokens):
         foreign.model.positions = Positions.sincos
-    narrow = sincos_positions(grid, foreign.decoder["decoder_hidden_size"], class_tokens=tokens)
-    if not torch.allclose(foreign.weight("decoder_pos_embed")[0].float(), narrow, atol=1e-5):
+    if not are_sincos(foreign.weight("decoder_pos_embed")[0], grid, class_tokens=tokens):
         raise ConfigError(
             "the decoder's positions are no sine and cosine of the patches' places, which ours always are"
         )

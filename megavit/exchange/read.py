@@ -32,7 +32,7 @@ def read_foreign(kind: str, path: Path, *, num_heads: int | None) -> ForeignMode
     if kind == "hf":
         return read_hf(path)
     if not path.is_file():
-        raise ConfigError(f"{path} is no file; weights of {kind} are one file, Hugging Face's folder is from=hf:")
+        raise ConfigError(f"{path} is no file; weights of {kind} are one file, Hugging Face's folder is hf:FOLDER")
     files = TensorFiles([path])
     return (read_nemo if kind == "nemo" else _read_plain)(path, files, num_heads=num_heads)
 

@@ -16,15 +16,15 @@ def read_hf(path: Path) -> ForeignModel:
     try:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"from=hf:{path} needs a folder with config.json: {error}") from error
+        raise ConfigError(f"hf:{path} needs a folder with config.json: {error}") from error
     if config.get("model_type") not in ("vit", "vit_mae"):
-        raise ConfigError(f"from=hf:{path} is a {config.get('model_type')}; vit and vit_mae can be converted")
+        raise ConfigError(f"hf:{path} is a {config.get('model_type')}; vit and vit_mae can be converted")
     for key, needed in (("hidden_act", "gelu"), ("qkv_bias", True)):
         if config.get(key, needed) != needed:
-            raise ConfigError(f"from=hf:{path}: {key}={config[key]}, and megavit's network has {needed}")
+            raise ConfigError(f"hf:{path}: {key}={config[key]}, and megavit's network has {needed}")
     weights = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
     if not weights:
-        raise ConfigError(f"from=hf:{path} has no *.safetensors and no pytorch_model*.bin")
+        raise ConfigError(f"hf:{path} has no *.safetensors and no pytorch_model*.bin")
     files = TensorFiles(weights)
     spelling = HfSpelling(files.read, files)
     size = config.get("image_size", 224)

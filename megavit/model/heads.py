@@ -60,9 +60,10 @@ class FeatureNorm(torch.nn.Module):
         mean_H /= count
         var_H = (features_BH - mean_H).square().sum(dim=0)
         dist.all_reduce(var_H, group=self._group)
-        self.running_mean.lerp_(mean_H, self.momentum)
-        # As torch's batch norm: divided by one less where it is kept than where it is used.
-        self.running_var.lerp_(var_H / max(count - 1, 1), self.momentum)
+        # As torch's batch norm: divided by one less where it is kept than where it is used. What is not finite would
+        # stay for good, though the step is refused.
+        for running_H, new_H in ((self.running_mean, mean_H), (self.running_var, var_H / max(count - 1, 1))):
+            running_H.lerp_(new_H.where(new_H.isfinite(), running_H), self.momentum)
         return mean_H, var_H / count
 
 

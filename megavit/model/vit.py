@@ -75,6 +75,7 @@ class EncoderStage(MegatronModule):
         self.tp_group = layout.groups.tp
         # Whether nothing of the encoder is trained, here and in the stages before (see freezing.py).
         self.is_frozen = False
+        self.recomputes = stage.recompute is not Recompute.none
 
         self.embed: PatchEmbedding | None = None
         if self.pre_process:
@@ -127,6 +128,10 @@ class EncoderStage(MegatronModule):
             tokens_NBH = self.embed(images_BCYX, keep_BK)
             if self.config.sequence_parallel:
                 tokens_NBH = scatter_to_sequence_parallel_region(tokens_NBH, group=self.tp_group)
+            if self.recomputes and torch.is_grad_enabled() and not tokens_NBH.requires_grad:
+                # The embedding is frozen. What is recomputed gets gradients only if its input wants one: torch's
+                # reentrant checkpointing knows of no weights.
+                tokens_NBH.requires_grad_()
         tokens_NBH = self.blocks(tokens_NBH, None)
         if self.post_process and self.config.sequence_parallel:
             # What follows is whole on every rank, so each has the whole gradient already: split it, do not add it up.

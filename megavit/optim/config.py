@@ -102,6 +102,8 @@ class OptimConfig:
             raise ConfigError(f"set one of optim.lr={self.lr} and optim.base_lr={self.base_lr}, and the other to null")
         require_number("optim", self, "lr", "base_lr", "min_lr", "weight_decay", "warmup_steps", "clip", at_least=0)
         require_number("optim", self, "eps", "trust_coefficient", "layer_decay", above=0)
+        if self.freeze == []:
+            raise ConfigError("optim.freeze=[] freezes nothing; null says so")
         if self.layer_decay is not None and self.layer_decay >= 1:
             raise ConfigError(
                 f"optim.layer_decay={self.layer_decay} must be below 1, for lower layers to learn more slowly; null is "

@@ -32,7 +32,7 @@ def test_average_equals_plain_torchs(world, layout, tmp_path, figure):
 
 @pytest.mark.slow
 def test_average_goes_on_in_another_layout_and_is_evaluated_beside_the_weights(tmp_path):
-    adam = [*SMALL, "optim.ema=0.8", "train.steps=8"]
+    adam = [*SMALL, "optim.ema=0.95", "train.steps=8"]
     want = run_ranks(ranks.train_and_evaluate, 1, [*adam, f"run.dir={tmp_path}/whole"])[0]["validation"][-1]
     parts = [*adam, f"run.dir={tmp_path}/parts"]
     run_ranks(ranks.train_and_keep, 2, [*parts, "parallel.pp=2", "train.stop_at=4"])
