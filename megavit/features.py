@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from megavit.checks import shown
 from megavit.data.opening import open_source
+from megavit.data.source import name_of
 from megavit.errors import ConfigError
 from megavit.extract import Asked, Extractor, Features, make_folder, read_arguments
 
@@ -18,7 +19,8 @@ def features(arguments: list[str]) -> int:
     """Write FOLDER/train.safetensors and FOLDER/val.safetensors.
 
     In each `features`, fp32 [images, hidden], and of data with labels `labels`, int64 [images], with `data.multi_label`
-    bool [images, classes]; images in the dataset's order, each once and as an evaluation sees it.
+    bool [images, classes]; images in the dataset's order, each once and as an evaluation sees it. FOLDER/train.txt and
+    FOLDER/val.txt say which they are, a line an image: its file, or its row or place in an archive.
 
     Args:
         arguments: `from=RUN out=FOLDER`, optionally `splits=train,val pool=cls|mean`, and settings as in `megavit
@@ -34,6 +36,8 @@ def features(arguments: list[str]) -> int:
     for split, file in files.items():
         found = extractor.extract(sources[split], split)
         _write(found, file, {**extractor.about, "split": split})
+        names = (name_of(sources[split], index) for index in range(len(sources[split])))
+        file.with_suffix(".txt").write_text("".join(f"{name}\n" for name in names))
         count, width = found.features_IH.shape
         print(f"{file}: {count:,} images × {width}, pool={extractor.pool.value}, by {asked.weights}")
     return 0

@@ -34,7 +34,7 @@ def autoencoder(tmp_path_factory):
 def extract(run, out, *arguments: str) -> dict[str, dict[str, torch.Tensor]]:
     code, _, err = verb("features", f"from={run}", f"out={out}", *arguments)
     assert code == 0, err
-    return {path.stem: load_file(path) for path in sorted(out.iterdir())}
+    return {path.stem: load_file(path) for path in sorted(out.glob("*.safetensors"))}
 
 
 def look(run_dir: str, pool: str | None) -> list[torch.Tensor]:
@@ -102,6 +102,7 @@ def test_images_of_another_dataset_are_seen_as_the_run_evaluates(trained, tmp_pa
     # Measured: 0.
     assert (found["val"]["features"] - expected).abs().max() <= 1e-5
     assert found["val"]["labels"].tolist() == is_bee(paths)
+    assert (tmp_path / "out" / "val.txt").read_text().splitlines() == [str(path) for path in paths]
 
 
 def test_a_file_says_what_its_features_are_of(trained, tmp_path):

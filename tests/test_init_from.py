@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from megavit.model.embedding import resize_positions, sincos_positions
 from megavit.testing import run_ranks
 from tests.reference import SMALL
+from tests.test_convert_nemo import nemo_weights
 from tests.test_mae_parity import MAE
 from tests.trained import refusal, train_small, verb
 
@@ -171,6 +172,27 @@ def test_an_encoder_alone_of_a_masked_autoencoder_has_its_fixed_positions(autoen
     got = start(tmp_path, f"init_from=mae:{tmp_path / 'encoder.pth'}", "task=linear_probe", "model.positions=sincos")
     assert got["said"][0].endswith("encoder.pth; head.out.bias, head.out.weight drawn anew")
     assert torch.equal(got["weights"]["blocks.1.mlp.fc2.weight"], whole["blocks.1.mlp.fc2.weight"])
+
+
+def test_nemos_weights_begin_its_fine_tuning_on_larger_images_with_a_head_of_zeros(tmp_path):
+    weights = nemo_weights(two_matrices=True)
+    torch.save({"state_dict": weights}, tmp_path / "nemo.ckpt")
+    keys = [
+        f"init_from=nemo:{tmp_path / 'nemo.ckpt'}", "data.source=synthetic", "data.num_classes=5",
+        "data.num_samples=64", "data.channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]",
+        "data.image_size=[40,40]",
+        "model.hidden_size=48", "model.ffn_size=80", "model.patch_size=8", "model.class_tokens=8", "model.head_std=0",
+        "model.norm_eps=1e-5", "optim=sgd", "optim.lr=0.003",
+    ]  # fmt: skip
+    got = start(tmp_path, *keys)
+    table = weights["model.backbone.position_embeddings.weight"].unsqueeze(1)
+    resized = resize_positions(table, class_tokens=8, grid=(3, 3), to_grid=(5, 5)).transpose(0, 1)
+    assert torch.equal(got["weights"]["pos_embed"], resized)
+    name = "backbone.transformer.layers.1.mlp.dense_4h_to_h.weight"
+    assert torch.equal(got["weights"]["blocks.1.mlp.fc2.weight"], weights[f"model.{name}"])
+    assert not got["weights"]["head.weight"].any()
+    assert "resized from 3×3 to 5×5 patches; head.out.bias, head.out.weight drawn anew" in got["said"][0]
+    assert "does not tell its heads, and model.num_heads=4 is taken; usual are 1" in got["said"][1]
 
 
 def test_a_file_with_a_part_that_ours_has_no_place_for_is_refused_by_its_name(tmp_path):

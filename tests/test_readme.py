@@ -110,7 +110,9 @@ def test_unlabelled_images_become_a_classifier_as_the_readme_says(tmp_path, figu
     assert near > 0.25
     assert top1 > 0.25
     assert {path.name for path in (tmp_path / "MODEL").iterdir()} >= {"config.json", "model.safetensors"}
-    assert {path.name for path in (tmp_path / "FEATURES").iterdir()} == {"train.safetensors", "val.safetensors"}
+    assert {path.name for path in (tmp_path / "FEATURES").iterdir()} == {
+        f"{split}.{form}" for split in ("train", "val") for form in ("safetensors", "txt")
+    }
 
 
 @pytest.mark.slow
