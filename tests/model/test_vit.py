@@ -76,8 +76,8 @@ def timm_logits(settings: list[str], images: torch.Tensor, weights: dict) -> tor
 
     original = vit.ClassifierHead
 
-    def head_of_1000(config, *, block, num_classes):
-        return original(config, block=block, num_classes=1000)
+    def head_of_1000(config, **own):
+        return original(config, **{**own, "num_classes": 1000})
 
     vit.ClassifierHead = head_of_1000
     try:
