@@ -79,7 +79,11 @@ def test_ten_steps_equal_plain_torch(layout, tmp_path, figure):
     assert_same_training(*train_both(*LAYOUTS[layout], tmp_path), layout, figure)
 
 
-@pytest.mark.parametrize("layout", ["TP 2", "PP 2", "TP 2 × PP 2", "DP 2", "TP 2 + SP", "accumulation 4"])
+@pytest.mark.parametrize(
+    "layout",
+    ["TP 2 × PP 2", "DP 2"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("TP 2", "PP 2", "TP 2 + SP", "accumulation 4")],
+)
 def test_final_weights_equal_plain_torch_under_sgd(layout, tmp_path):
     ranks_needed, overrides = LAYOUTS[layout]
     got, want = train_both(ranks_needed, [*overrides, "optim=sgd", "optim.lr=0.05"], tmp_path)

@@ -52,12 +52,13 @@ def test_your_images_from_a_folder_to_predictions_as_the_readme_says(tmp_path):
     for line in lines:
         # As many epochs and pixels as a test has time for; all else as it stands there.
         short = "train.epochs=2 train.global_batch=8 data.image_size=[64,64]"
-        done = shell(line.replace("train.epochs=10", short), tmp_path)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-        assert "Traceback" not in done.stderr
-    done = shell(look, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("runs/digits/pictures/data.png: the first 8 of 1,437 training images")
+        arguments = shlex.split(line.replace("train.epochs=10", short), comments=True)[1:]
+        code, _, err = verb(*arguments, folder=tmp_path)
+        assert code == 0, f"{line}\n{err}"
+        assert "Traceback" not in err
+    code, told, err = verb(*shlex.split(look, comments=True)[1:], folder=tmp_path)
+    assert code == 0, err
+    assert told.startswith("runs/digits/pictures/data.png: the first 8 of 1,437 training images")
     rows = list(csv.DictReader((tmp_path / "guesses.csv").open()))
     assert [Path(row["image"]).name for row in rows] == ["a.jpg", "b.jpg"]
     assert {rows[0]["class_1"], rows[0]["class_2"]} == {"bright", "dark"}

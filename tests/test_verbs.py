@@ -13,6 +13,7 @@ from megavit.list_recipes import recipe_header
 from megavit.testing import run_ranks
 from tests.reference import SMALL
 from tests.test_launch import run
+from tests.trained import verb
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +60,15 @@ def test_predict_agrees_with_evaluate_image_by_image(trained, tmp_path):
     source = Digits("val")
     for index in range(len(source)):
         Image.fromarray(source.image(index)[0].numpy()).save(tmp_path / f"{index:03d}.png")
-    result = run(
-        "-m", "megavit", "predict", f"from={run_dir}", f"images={tmp_path}", f"out={tmp_path / 'all.jsonl'}", "top=3"
-    )
-    assert result.returncode == 0, result.stderr
+    code, _, err = verb("predict", f"from={run_dir}", f"images={tmp_path}", f"out={tmp_path / 'all.jsonl'}", "top=3")
+    assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
     assert len(rows) == 360
     assert all(len(row["guesses"]) == 3 for row in rows)
     right = sum(row["guesses"][0]["class"] == str(source.label(index)) for index, row in enumerate(rows))
     assert right / 360 == pytest.approx(last["top1"], abs=1e-9)
-    one = run("-m", "megavit", "predict", f"from={run_dir}", f"images={tmp_path / '000.png'}")
-    lines = list(csv.reader(one.stdout.splitlines()))
+    _, told, _ = verb("predict", f"from={run_dir}", f"images={tmp_path / '000.png'}")
+    lines = list(csv.reader(told.splitlines()))
     assert lines[0][:3] == ["image", "class_1", "probability_1"]
     assert lines[1][1] == rows[0]["guesses"][0]["class"]
     assert float(lines[1][2]) == pytest.approx(rows[0]["guesses"][0]["probability"], abs=1e-6)
@@ -77,15 +76,15 @@ def test_predict_agrees_with_evaluate_image_by_image(trained, tmp_path):
 
 def load_and_look(run_dir: str, pictures: list[str]) -> dict:
     import megavit
-    from megavit.search import find_checkpoint
+    from megavit.search import find_weights
     from megavit.trained import open_run, read_config
 
     model = megavit.load(run_dir)
     images = model.read(*pictures)
     with torch.no_grad():
         logits, features = model(images), model.features(images)
-        checkpoint = find_checkpoint(Path(run_dir))
-        engine = open_run(read_config(checkpoint), checkpoint, num_classes=10)
+        weights = find_weights(run_dir)
+        engine = open_run(read_config(weights.checkpoint), weights, num_classes=10)
         (chunk,) = engine.network.chunks.values()
         by_engine, _ = engine.network.task.forward(engine.batch([Path(name) for name in pictures]), chunk)
     assert torch.equal(model.vit.head(features), logits)
@@ -204,8 +203,8 @@ def test_a_masked_autoencoder_is_evaluated_too(tmp_path):
 
     overrides = [*SMALL, *MAE, "train.steps=3", f"run.dir={tmp_path}"]
     last = run_ranks(train_and_evaluate_and_save, 1, overrides)[0]
-    result = run("-m", "megavit", "evaluate", f"from={tmp_path}")
-    assert result.returncode == 0, result.stderr
+    code, _, err = verb("evaluate", f"from={tmp_path}")
+    assert code == 0, err
     found = json.loads((tmp_path / "evaluation" / "step_00000003" / "metrics.json").read_text())
     assert found["count"] == 360
     for name in ("loss", "loss_ratio"):
