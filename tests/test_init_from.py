@@ -217,6 +217,7 @@ def test_python_loads_the_moving_average(former):
     assert torch.equal(run_ranks(average, 1, str(run))[0], weights["average"]["blocks.0.attn.proj.weight"])
 
 
+@pytest.mark.slow
 def test_hugging_faces_folder_serves_as_it_is(former, tmp_path):
     run, weights = former
     assert verb("convert", f"from={run}", f"to=hf:{tmp_path / 'folder'}")[0] == 0
@@ -234,13 +235,13 @@ def test_hugging_faces_folder_serves_as_it_is(former, tmp_path):
             "not fit this network: model.hidden_size is 32 there and 64 here; model.num_heads is 4 there and 8 here",
         ),
         (["model.num_heads=2"], "model.num_heads is 4 there and 2 here"),
-        (["model.num_layers=3"], "model.num_layers is 2 there and 3 here"),
+        pytest.param(["model.num_layers=3"], "model.num_layers is 2 there and 3 here", marks=pytest.mark.slow),
         (["model.positions=sincos"], "model.positions is learned there and sincos here"),
-        (["model.layer_scale=0.1"], "model.layer_scale is null there and 0.1 here"),
-        (["model.class_tokens=8"], "model.class_tokens is 1 there and 8 here"),
+        pytest.param(["model.layer_scale=0.1"], "model.layer_scale is null there and 0.1 here", marks=pytest.mark.slow),
+        pytest.param(["model.class_tokens=8"], "model.class_tokens is 1 there and 8 here", marks=pytest.mark.slow),
         (["init_from=hf:no/such-model-anywhere"], "init_from=hf:no/such-model-anywhere is no path here"),
         (["init_from=timm:nowhere.safetensors"], "nowhere.safetensors is no file"),
-        (["init_from=nowhere"], "init_from=nowhere holds no checkpoint"),
+        pytest.param(["init_from=nowhere"], "init_from=nowhere holds no checkpoint", marks=pytest.mark.slow),
     ],
     ids=lambda value: None if isinstance(value, str) else value[0],
 )

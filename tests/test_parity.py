@@ -69,7 +69,13 @@ def assert_same_training(got: dict, want: Result, title: str, figure) -> None:
 
 
 # Kept for `make test-slow`: others do the same and more.
-SLOW = ("PP 2, 4 + 0 layers", "PP 4", "DP 2 × TP 2", "TP 2, layer scale, qk-norm, 8 tokens")
+SLOW = (
+    "PP 2, 4 + 0 layers",
+    "PP 4",
+    "DP 2 × TP 2",
+    "TP 2, layer scale, qk-norm, 8 tokens",
+    "TP 2 + SP",
+)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from megavit.list_recipes import recipe_header
 from megavit.testing import run_ranks
 from tests.reference import SMALL
 from tests.test_launch import run
-from tests.trained import verb
+from tests.trained import train, verb
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,7 @@ def trained(tmp_path_factory):
     """A run of 60 steps, and what it said of itself at its end."""
     run_dir = tmp_path_factory.mktemp("trained") / "run"
     overrides = [*SMALL, "train.steps=60", "train.global_batch=64", "train.micro_batch=32", "optim.lr=3e-3"]
-    result = run("-m", "megavit", "train", "run.ranks=2", "parallel.pp=2", *overrides, f"run.dir={run_dir}")
-    assert result.returncode == 0, result.stderr
+    train([*overrides, "parallel.pp=2", f"run.dir={run_dir}"], ranks=2)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return run_dir, next(row for row in reversed(rows) if row["split"] == "val")
 

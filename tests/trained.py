@@ -12,15 +12,23 @@ from tests.reference import SMALL
 def train_small(run_dir: Path, *overrides: str) -> Path:
     """A run of a few steps on the digits, which shifts its training images."""
     keys = [*SMALL, "model.num_layers=2", "data.shift=1", "train.steps=20", "train.global_batch=64", "optim.lr=3e-3"]
-    run_ranks(_train, 1, [*keys, "train.micro_batch=64", *overrides, f"run.dir={run_dir}"])
+    train([*keys, "train.micro_batch=64", *overrides, f"run.dir={run_dir}"])
     return run_dir
+
+
+def train(overrides: list[str], *, ranks: int = 1) -> None:
+    """A whole run, on ranks that the tests keep."""
+    run_ranks(_train, ranks, overrides)
 
 
 def _train(overrides: list[str]) -> None:
     from megavit.compose import compose
+    from megavit.parallel.layout import world_size_from_environment
     from megavit.trainer import Trainer
 
-    Trainer(compose(overrides)).run()
+    config = compose(overrides)
+    config.check(world_size_from_environment())
+    Trainer(config).run()
 
 
 def verb(*arguments: object, folder: Path | None = None) -> tuple[int, str, str]:

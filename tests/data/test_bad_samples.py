@@ -157,6 +157,7 @@ def test_of_a_worker_that_dies_or_hangs_the_image_is_named(kind, told, looks_oft
     assert "lower data.workers" in str(raised.value)
 
 
+@pytest.mark.slow
 def test_slow_reading_within_the_time_is_waited_for(looks_often):
     bad = due(64)[5]
     loader = make_loader(Slow({bad}, delay_s=2.5), workers=1, timeout_s=60.0)

@@ -14,8 +14,8 @@ from megavit.plan.stages import useful_stages
 from megavit.testing import run_ranks
 from tests import ranks
 from tests.reference import SMALL
-from tests.test_launch import run
 from tests.test_mae_parity import GRID, MAE
+from tests.trained import train, verb
 
 SIZES = [
     *MAE,
@@ -235,17 +235,16 @@ def test_a_run_paints_and_its_checkpoint_reconstructs_pictures_of_ones_own(tmp_p
         "metrics.pictures_every=1",
         f"run.dir={run_dir}",
     ]
-    trained = run("-m", "megavit", "train", "run.ranks=2", "parallel.pp=2", "train.precision=bf16_o2", *overrides)
-    assert trained.returncode == 0, trained.stderr
+    train([*overrides, "parallel.pp=2", "train.precision=bf16_o2"], ranks=2)
     assert {path.name for path in (run_dir / "pictures").iterdir()} == {
         "curves.png", "val_00000001.png", "val_00000002.png",
     }  # fmt: skip
     images.mkdir()
     for index in range(3):
         Image.fromarray(Digits("val").image(index)[0].numpy()).save(images / f"{index}.png")
-    made = run("-m", "megavit", "reconstruct", f"from={run_dir}", f"images={images}", "count=2")
-    assert made.returncode == 0, made.stderr
-    assert "2 of 3 images" in made.stdout
+    code, told, err = verb("reconstruct", f"from={run_dir}", f"images={images}", "count=2")
+    assert code == 0, err
+    assert "2 of 3 images" in told
     assert np.asarray(Image.open(run_dir / "pictures" / "reconstruct.png")).std() > 10
 
 
