@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megavit.data.loader import Batch, Loader
 from megavit.data.order import SampleOrder
 from megavit.data.source import Source
 from megavit.network import Network
+from megavit.optim.step import step_if_finite
 from megavit.parallel.agree import broadcast_from
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.schedule import ForwardStep, add_microbatches, run_microbatches, sum_over_world
@@ -33,6 +35,21 @@ class Engine:
     ) -> None:
         self.task, self.model, self.layout, self.micro_batch = network.task, model, layout, micro_batch
         self.boundary = network.task.boundary(micro_batch, network.block)
+
+    def train_step(
+        self, batches: Iterator[Batch], num_microbatches: int, optimizer: MegatronOptimizer
+    ) -> tuple[dict[str, Tensor], float, bool]:
+        """One step of training: gradients from nothing, then the weights, if every gradient is a finite number.
+
+        Returns:
+            The sums of this rank's micro batches, the gradient norm before clipping, and whether the weights were
+            updated.
+        """
+        for chunk in self.model:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        optimizer.zero_grad()
+        sums = self.accumulate(batches, num_microbatches)
+        return sums, *step_if_finite(optimizer, self.model)  # type: ignore[arg-type]
 
     def accumulate(self, batches: Iterator[Batch], num_microbatches: int) -> dict[str, Tensor]:
         """Run one step's micro batches and leave their gradients reduced.

@@ -27,7 +27,6 @@ from megavit.engine import Engine
 from megavit.errors import ConfigError
 from megavit.model.vit import EncoderStage
 from megavit.optim.note import state_bytes
-from megavit.optim.step import step_if_finite
 from megavit.parallel.agree import agree_on_error, from_rank_zero
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
@@ -236,12 +235,8 @@ class Rehearsal:
         return time.perf_counter() - start
 
     def _step(self, batches: Iterator[Batch], num_microbatches: int) -> None:
-        for chunk in self.engine.model:
-            chunk.zero_grad_buffer()  # type: ignore[operator]
-        self.optimizer.zero_grad()
-        self.engine.accumulate(batches, num_microbatches)
         # Whether this one is finite the first step will tell.
-        step_if_finite(self.optimizer, self.engine.model)
+        self.engine.train_step(batches, num_microbatches, self.optimizer)
         self.engine.gather_weights()
 
     def _parts(self) -> list[torch.optim.Optimizer]:

@@ -29,8 +29,8 @@ from megavit.network import build_network
 from megavit.nonfinite import describe_nonfinite
 from megavit.optim.average import WeightAverage
 from megavit.optim.config import Decay
-from megavit.optim.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
-from megavit.optim.step import step_if_finite
+from megavit.optim.data_parallel import wrap_for_data_parallel
+from megavit.optim.optimizer import build_optimizer, build_schedule
 from megavit.parallel.agree import from_rank_zero, wait_for_rank_zero
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
@@ -175,11 +175,7 @@ class Trainer:
         while self.step < last:
             seed_step(self.layout, seed=self.config.run.seed, step=self.step)
             self.schedule.step(1)
-            for chunk in self.model:
-                chunk.zero_grad_buffer()
-            self.optimizer.zero_grad()
-            sums = self.engine.accumulate(batches, self.num_microbatches)
-            grad_norm, updated = step_if_finite(self.optimizer, self.model)
+            sums, grad_norm, updated = self.engine.train_step(batches, self.num_microbatches, self.optimizer)
             if not updated:
                 self._refuse_step(reporter, grad_norm, sums)
             elif self.average is not None:

@@ -35,6 +35,8 @@ LAYOUTS = {
         8,
         [*GRID, "parallel.vpp=2", *OVERLAP, "parallel.overlap_p2p=true", "parallel.recompute=selective"],
     ),
+    "TP 2, oneDNN": (2, ["parallel.tp=2", "model.linears=onednn"]),
+    "VPP 2, oneDNN, full recompute": (2, [*VPP, "model.linears=onednn", "parallel.recompute=full"]),
     "VPP 2, block recompute": (2, [*VPP, "parallel.recompute=full", "parallel.recompute_method=block"]),
 }
 

@@ -13,7 +13,9 @@ LAYERS = ["embed.proj.weight", "blocks.layers.0.attn.qkv.weight", "blocks.layers
 
 
 def inject(overrides: list[str], plan: dict[int, tuple[int, str, float]]) -> dict:
-    """Train; at each planned step one rank puts a value into one gradient of its own, after the backward pass."""
+    """Train; at each planned step one rank puts a value into one gradient of its own, after the backward pass and
+    before the ranks add theirs up: that is where such a value would arise.
+    """
     from megavit.compose import compose
     from megavit.model.vit import parameter_names
     from megavit.trainer import Trainer
@@ -23,16 +25,16 @@ def inject(overrides: list[str], plan: dict[int, tuple[int, str, float]]) -> dic
     trainer.keeper.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
     (chunk,) = trainer.chunks.values()
     named = parameter_names(chunk)
-    accumulate, refuse = trainer.engine.accumulate, trainer._refuse_step
+    (model,) = trainer.model
+    add_up, refuse = model.finish_grad_sync, trainer._refuse_step
     before, unchanged, messages = {}, [], []
 
-    def poisoned(*args):
-        sums = accumulate(*args)
+    def poisoned(**how):
         rank, layer, value = plan.get(trainer.step, (None, "", 0.0))
         if rank == trainer.layout.rank:
             named[layer].main_grad.view(-1)[0] = value
         before.update({name: parameter.detach().clone() for name, parameter in named.items()})
-        return sums
+        add_up(**how)
 
     def refused(reporter, norm, sums):
         unchanged.append(all(torch.equal(before[name], parameter) for name, parameter in named.items()))
@@ -43,7 +45,7 @@ def inject(overrides: list[str], plan: dict[int, tuple[int, str, float]]) -> dic
         finally:
             reporter.say = said
 
-    trainer.engine.accumulate, trainer._refuse_step = poisoned, refused
+    model.finish_grad_sync, trainer._refuse_step = poisoned, refused
     error = None
     try:
         trainer.run()

@@ -24,7 +24,8 @@ def gather_whole(parameters: dict[str, torch.nn.Parameter], layout: ParallelLayo
             parts = [torch.empty_like(weight) for _ in range(layout.tp)]
             dist.all_gather(parts, weight.contiguous(), group=layout.groups.tp)
             weight = torch.cat(parts, dim=parameter.partition_dim)  # type: ignore[attr-defined]
-        stage[name] = weight.cpu()
+        # A copy: a view would be pickled with all that lies behind it, which for bf16 is every weight of the stage.
+        stage[name] = weight.cpu().clone()
     if layout.tp_rank or layout.dp_rank:
         return None
     stages: list[dict[str, Tensor] | None] = [None] * layout.pp

@@ -1,6 +1,7 @@
 """Multi-head self-attention, its heads split over the tensor-parallel ranks; bidirectional.
 
-Shapes: N tokens, B images, H hidden, A heads, D head width; on a rank, A is the rank's own heads.
+Shapes: B images, N tokens, H hidden, A heads, D head width; on a rank, A is the rank's own heads. Under sequence
+parallelism N comes before B.
 """
 
 from contextlib import nullcontext
@@ -45,6 +46,9 @@ class SelfAttention(MegatronModule):
         self.kernel = kernel
         self.num_heads = config.num_attention_heads // config.tensor_model_parallel_size
         self.head_dim = config.kv_channels
+        # From tokens with heads to what the kernels take, and back.
+        self.heads_first = (1, 2, 0, 3) if config.sequence_parallel else (0, 2, 1, 3)
+        self.heads_inside = (2, 0, 1, 3) if config.sequence_parallel else (0, 2, 1, 3)
         linear: dict[str, Any] = dict(
             config=config,
             init_method=config.init_method,
@@ -63,16 +67,16 @@ class SelfAttention(MegatronModule):
             self.k_layernorm = LayerNorm(config, self.head_dim, config.layernorm_epsilon, splits_tokens=False)
         self.proj = build_module(row, config.hidden_size, config.hidden_size, input_is_parallel=True, **linear)
 
-    def forward(self, tokens_NBH: Tensor) -> Tensor:
-        qkv = apply_linear(self.qkv, tokens_NBH)
-        n, b, _ = qkv.shape
-        q_BAND, k_BAND, v_BAND = qkv.view(n, b, self.num_heads, 3, self.head_dim).permute(3, 1, 2, 0, 4)
+    def forward(self, tokens_BNH: Tensor) -> Tensor:
+        qkv = apply_linear(self.qkv, tokens_BNH).unflatten(2, (self.num_heads, 3, self.head_dim))
+        # Taken apart along its own axis, so that the backward pass puts the three gradients where they belong at once.
+        q_BAND, k_BAND, v_BAND = (part.permute(*self.heads_first) for part in qkv.unbind(3))
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q_BAND, k_BAND = self.q_layernorm(q_BAND), self.k_layernorm(k_BAND)
         mixed_BAND = self._mix(q_BAND, k_BAND, v_BAND)
         # The kernels lay their output out as B, N, A, D: flattening its last two dims copies nothing, so that what
         # the kernel and what `proj` keep for the backward pass is one tensor, not two.
-        return apply_linear(self.proj, mixed_BAND.permute(2, 0, 1, 3).flatten(2))
+        return apply_linear(self.proj, mixed_BAND.permute(*self.heads_inside).flatten(2))
 
     def _mix(self, q_BAND: Tensor, k_BAND: Tensor, v_BAND: Tensor) -> Tensor:
         dropout = self.config.attention_dropout if self.training else 0.0

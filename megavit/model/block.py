@@ -98,7 +98,7 @@ def encoder_block(
         post_process: whether this is the last stage.
         vp_stage: virtual pipeline stage.
     """
-    column, row = parallel_linears(config.linears)
+    column, row = parallel_linears(config.linears, device=layout.device)
     kernel = attention_kernel(config.attention, block, layout.groups, device=layout.device)
     spec = encoder_layer_spec(
         EncoderLayerSubmodules(column=column, row=row, kernel=kernel),

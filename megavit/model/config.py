@@ -32,7 +32,7 @@ class Attention(Enum):
     """The attention kernel, by explicit name.
 
     `sdpa`: torch chooses. `sdpa_flash`: torch's FlashAttention-2 or an error. `flash_attn`: the package of that name,
-    version 2. `te`: Transformer Engine's.
+    version 2. `te`: Transformer Engine's. All but the first need a GPU and have not been run on one.
     """
 
     sdpa = "sdpa"
@@ -42,9 +42,14 @@ class Attention(Enum):
 
 
 class Linears(Enum):
-    """Whose parallel linears the encoder layer is built of: Megatron-Core's own, or Transformer Engine's."""
+    """Whose parallel linears the encoder layer is built of.
+
+    `local`: Megatron-Core's own. `onednn`: the same, their fp32 products by oneDNN instead of MKL, on CPUs alone; on
+    AMD's processors about twice as fast. `te`: Transformer Engine's.
+    """
 
     local = "local"
+    onednn = "onednn"
     te = "te"
 
 
@@ -66,8 +71,8 @@ class ModelConfig:
         head_std: deviation of the truncated normal that its last matrix is drawn from; 0 starts from zeros, as NeMo's
             fine-tuning does.
         patch_bias: whether the patch embedding has a bias.
-        attention: the kernel.
-        linears: whose parallel linears.
+        attention: the kernel. Not run on a GPU: sdpa_flash, flash_attn, te.
+        linears: whose parallel linears. Not run on a GPU: te.
         qk_norm: LayerNorm of queries and keys, per head.
         layer_scale: start value of the per-channel scale on each residual branch; null for none.
         hidden_dropout: after the embedding and after each residual branch.

@@ -106,7 +106,7 @@ class PatchEmbedding(torch.nn.Module):
             self.register_buffer("pos_embed", fixed.unsqueeze(1).to(dtype), persistent=False)
 
     def forward(self, images_BCYX: Tensor, keep_BK: Tensor | None = None) -> Tensor:
-        """Map normalised images to tokens_NBH.
+        """Map normalised images to tokens_BNH.
 
         Args:
             images_BCYX: floats.
@@ -115,15 +115,15 @@ class PatchEmbedding(torch.nn.Module):
         patches_BPV = patchify(images_BCYX, self.patch_size)
         if keep_BK is not None:
             patches_BPV = patches_BPV.take_along_dim(keep_BK.unsqueeze(2), dim=1)
-        positions = self.pos_embed if keep_BK is None else self._positions_of(keep_BK)
-        tokens_NBH = self.proj(patches_BPV.to(self.proj.weight.dtype)).transpose(0, 1)
+        positions_BNH = self.pos_embed.transpose(0, 1) if keep_BK is None else self._positions_of(keep_BK)
+        tokens_BNH = self.proj(patches_BPV.to(self.proj.weight.dtype))
         if self.cls_token is not None:
-            tokens_NBH = torch.cat([self.cls_token.expand(-1, tokens_NBH.shape[1], -1), tokens_NBH])
-        # Contiguous also without class tokens, where nothing has copied the transpose: gloo and NCCL send no views.
-        tokens_NBH = (tokens_NBH + positions).contiguous()
-        return F.dropout(tokens_NBH, self.dropout, training=self.training)
+            classes = self.cls_token.transpose(0, 1).expand(tokens_BNH.shape[0], -1, -1)
+            tokens_BNH = torch.cat([classes, tokens_BNH], dim=1)
+        return F.dropout(tokens_BNH + positions_BNH, self.dropout, training=self.training)
 
     def _positions_of(self, keep_BK: Tensor) -> Tensor:
-        """The positions_NBH of the class tokens and of each image's kept patches."""
-        patches = self.pos_embed[self.class_tokens :, 0][keep_BK.transpose(0, 1)]
-        return torch.cat([self.pos_embed[: self.class_tokens].expand(-1, patches.shape[1], -1), patches])
+        """The positions_BNH of the class tokens and of each image's kept patches."""
+        patches = self.pos_embed[self.class_tokens :, 0][keep_BK]
+        classes = self.pos_embed[: self.class_tokens].transpose(0, 1).expand(patches.shape[0], -1, -1)
+        return torch.cat([classes, patches], dim=1)

@@ -97,12 +97,12 @@ class ClassifierHead(torch.nn.Module):
         self.feature_norm = feature_norm
         self.out = torch.nn.Linear(hidden, num_classes, dtype=dtype)
 
-    def forward(self, tokens_NBH: Tensor) -> Tensor:
+    def forward(self, tokens_BNH: Tensor) -> Tensor:
         """Score every class: logits_BK in fp32."""
         if self.fc_norm is not None:
-            pooled_BH = self.fc_norm(tokens_NBH[self.class_tokens :].mean(dim=0))
+            pooled_BH = self.fc_norm(tokens_BNH[:, self.class_tokens :].mean(dim=1))
         else:
-            pooled_BH = tokens_NBH[0]
+            pooled_BH = tokens_BNH[:, 0]
         if self.pre is not None:
             pooled_BH = self.pre(pooled_BH).tanh()
         if self.feature_norm is not None:

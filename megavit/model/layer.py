@@ -1,6 +1,6 @@
 """megavit's encoder layer, pre-norm attention and MLP, placed in Megatron-Core's TransformerBlock by a spec.
 
-Shapes: N tokens (of this rank, under sequence parallelism), B images, H hidden, F inside the MLP.
+Shapes: B images, N tokens, H hidden, F inside the MLP; under sequence parallelism N, of this rank, comes before B.
 """
 
 from dataclasses import dataclass
@@ -67,13 +67,13 @@ class Mlp(MegatronModule):
         self.fc1 = build_module(column, h, f, gather_output=False, **linear)
         self.fc2 = build_module(row, f, h, input_is_parallel=True, **linear)
 
-    def widen(self, tokens_NBH: Tensor) -> Tensor:
+    def widen(self, tokens_BNH: Tensor) -> Tensor:
         """gelu(fc1(x)), the half that is wide and cheap to compute again."""
-        return F.gelu(apply_linear(self.fc1, tokens_NBH))
+        return F.gelu(apply_linear(self.fc1, tokens_BNH))
 
-    def narrow(self, wide_NBF: Tensor) -> Tensor:
+    def narrow(self, wide_BNF: Tensor) -> Tensor:
         """fc2."""
-        return apply_linear(self.fc2, wide_NBF)
+        return apply_linear(self.fc2, wide_BNF)
 
 
 class EncoderLayer(GraphableMegatronModule, BaseTransformerLayer):
@@ -122,25 +122,25 @@ class EncoderLayer(GraphableMegatronModule, BaseTransformerLayer):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Map tokens_NBH to tokens_NBH; the second value is the context that TransformerBlock expects, always None."""
+        """Map tokens_BNH to tokens_BNH; the second value is the context that TransformerBlock expects, always None."""
         assert attention_mask is None, "a ViT attends to every token"
-        tokens_NBH = hidden_states
-        tokens_NBH = self.residual1(tokens_NBH, self._then(self._normed1, self.attn, tokens_NBH))
-        tokens_NBH = self.residual2(tokens_NBH, self._then(self._widened, self.mlp.narrow, tokens_NBH))
-        return tokens_NBH, None
+        tokens_BNH = hidden_states
+        tokens_BNH = self.residual1(tokens_BNH, self._then(self._normed1, self.attn, tokens_BNH))
+        tokens_BNH = self.residual2(tokens_BNH, self._then(self._widened, self.mlp.narrow, tokens_BNH))
+        return tokens_BNH, None
 
-    def _normed1(self, tokens_NBH: Tensor) -> Tensor:
-        return self.norm1(tokens_NBH)
+    def _normed1(self, tokens_BNH: Tensor) -> Tensor:
+        return self.norm1(tokens_BNH)
 
-    def _widened(self, tokens_NBH: Tensor) -> Tensor:
-        return self.mlp.widen(self.norm2(tokens_NBH))
+    def _widened(self, tokens_BNH: Tensor) -> Tensor:
+        return self.mlp.widen(self.norm2(tokens_BNH))
 
-    def _then(self, cheap: Any, costly: Any, tokens_NBH: Tensor) -> Tensor:
+    def _then(self, cheap: Any, costly: Any, tokens_BNH: Tensor) -> Tensor:
         """costly(cheap(x)); under selective recompute what `cheap` makes is freed until the backward pass needs it."""
         if not (self.recompute_selectively and self.training):
-            return costly(cheap(tokens_NBH))
+            return costly(cheap(tokens_BNH))
         # fp8=None: False would be taken for a request of FP8 contexts (Megatron-Core 0.16.1).
         recompute = CheckpointWithoutOutput(fp8=None)
-        output_NBH = costly(recompute.checkpoint(cheap, tokens_NBH))
-        recompute.discard_output_and_register_recompute(output_NBH)
-        return output_NBH
+        output_BNH = costly(recompute.checkpoint(cheap, tokens_BNH))
+        recompute.discard_output_and_register_recompute(output_BNH)
+        return output_BNH

@@ -1,23 +1,32 @@
-"""The parallel linears of the encoder layer: Megatron-Core's own, or Transformer Engine's."""
+"""The parallel linears of the encoder layer: Megatron-Core's own, with oneDNN's products, or Transformer Engine's."""
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
 from megavit.errors import ConfigError
 from megavit.model.config import Linears
+from megavit.model.onednn import OneDnnColumn, OneDnnRow, require_onednn
 
 
-def parallel_linears(linears: Linears) -> tuple[type, type]:
+def parallel_linears(linears: Linears, *, device: torch.device) -> tuple[type, type]:
     """The column-parallel and the row-parallel class.
 
+    Args:
+        linears: whose.
+        device: where they will run.
+
     Raises:
-        ConfigError: if Transformer Engine is asked for and missing.
+        ConfigError: if they cannot run here.
     """
     if linears is Linears.local:
         return ColumnParallelLinear, RowParallelLinear
+    if linears is Linears.onednn:
+        require_onednn(device)
+        return OneDnnColumn, OneDnnRow
     from megatron.core.extensions import transformer_engine as te
 
     if not te.HAVE_TE:
@@ -34,6 +43,6 @@ def apply_linear(linear: Any, x: Tensor) -> Tensor:
     Megatron-Core's own is one fused product at tensor-parallel size 1: its autograd functions exist for communication
     that is not there, and each breaks a compiled graph (0.16.1).
     """
-    if isinstance(linear, ColumnParallelLinear | RowParallelLinear) and linear.tp_group.size() == 1:
+    if type(linear) in (ColumnParallelLinear, RowParallelLinear) and linear.tp_group.size() == 1:
         return F.linear(x, linear.weight, linear.bias)
     return linear(x)[0]

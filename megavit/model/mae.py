@@ -65,13 +65,13 @@ class MaskedAutoencoder(EncoderStage):
             keep_BK: int64, ascending, the patches the encoder sees; on the first and on the last stage.
 
         Returns:
-            pixels_BPV of every patch, in the target's space, on the last stage; tokens_NBH elsewhere.
+            pixels_BPV of every patch, in the target's space, on the last stage; tokens_BNH elsewhere.
         """
-        tokens_MBH = self.encode(images_BCYX, keep_BK)
+        tokens_BMH = self.encode(images_BCYX, keep_BK)
         if self.mae_decoder is None:
-            return tokens_MBH
+            return tokens_BMH
         assert keep_BK is not None
-        return self.mae_decoder(tokens_MBH, keep_BK)
+        return self.mae_decoder(tokens_BMH, keep_BK)
 
 
 class Decoder(MegatronModule):
@@ -110,7 +110,7 @@ class Decoder(MegatronModule):
         self.embed = torch.nn.Linear(entering, hidden, dtype=dtype)
         self.mask_token = not_decayed(torch.zeros(1, 1, hidden, dtype=dtype))
         positions = sincos_positions(config.patch_grid(stage.image_size), hidden, class_tokens=config.class_tokens)
-        self.register_buffer("pos_embed", positions.unsqueeze(1).to(dtype), persistent=False)
+        self.register_buffer("pos_embed", positions.unsqueeze(0).to(dtype), persistent=False)
         self.blocks = encoder_block(
             config,
             own_block,
@@ -121,12 +121,12 @@ class Decoder(MegatronModule):
         )
         self.pred = torch.nn.Linear(hidden, stage.channels * config.patch_size**2, dtype=dtype)
 
-    def forward(self, tokens_MBH: Tensor, keep_BK: Tensor) -> Tensor:
+    def forward(self, tokens_BMH: Tensor, keep_BK: Tensor) -> Tensor:
         """Predict pixels_BPV, in fp32, of every patch from the encoder's tokens of the kept ones."""
-        narrow_MBD = self.embed(tokens_MBH)
-        classes, visible_KBD = narrow_MBD.tensor_split([self.class_tokens])
-        _, b, d = visible_KBD.shape
-        places_KBD = keep_BK.transpose(0, 1).unsqueeze(2).expand(-1, -1, d)
-        patches_PBD = self.mask_token.expand(self.num_patches, b, d).scatter(0, places_KBD, visible_KBD)
-        tokens_NBD = self.blocks(torch.cat([classes, patches_PBD]) + self.pos_embed, None)
-        return self.pred(tokens_NBD[self.class_tokens :]).transpose(0, 1).float()
+        narrow_BMD = self.embed(tokens_BMH)
+        classes, visible_BKD = narrow_BMD.tensor_split([self.class_tokens], dim=1)
+        b, _, d = visible_BKD.shape
+        places_BKD = keep_BK.unsqueeze(2).expand(-1, -1, d)
+        patches_BPD = self.mask_token.expand(b, self.num_patches, d).scatter(1, places_BKD, visible_BKD)
+        tokens_BND = self.blocks(torch.cat([classes, patches_BPD], dim=1) + self.pos_embed, None)
+        return self.pred(tokens_BND[:, self.class_tokens :]).float()

@@ -1,6 +1,6 @@
 """What happens to a residual branch before it is added: dropout, layer scale, drop path.
 
-Shapes: N tokens (of this rank, under sequence parallelism), B images, H hidden.
+Shapes: B images, N tokens, H hidden; under sequence parallelism N, of this rank, comes before B.
 """
 
 import torch
@@ -27,27 +27,30 @@ class Residual(torch.nn.Module):
         self.dropout = config.hidden_dropout
         self.drop_path = drop_path
         self.sequence_parallel = config.sequence_parallel
+        self.batch_axis = 1 if config.sequence_parallel else 0
         self.gamma: torch.nn.Parameter | None = None
         if layer_scale is not None:
             self.gamma = torch.nn.Parameter(torch.full((config.hidden_size,), layer_scale, dtype=config.params_dtype))
             self.gamma.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, residual_NBH: Tensor, branch_NBH: Tensor) -> Tensor:
+    def forward(self, residual_BNH: Tensor, branch_BNH: Tensor) -> Tensor:
         if self.training and self.dropout > 0:
-            branch_NBH = F.dropout(branch_NBH, self.dropout)
+            branch_BNH = F.dropout(branch_BNH, self.dropout)
         if self.gamma is not None:
-            branch_NBH = branch_NBH * self.gamma
+            branch_BNH = branch_BNH * self.gamma
         if self.training and self.drop_path > 0:
-            branch_NBH = branch_NBH * self._draw_keep(branch_NBH)
-        return residual_NBH + branch_NBH
+            branch_BNH = branch_BNH * self._draw_keep(branch_BNH)
+        return residual_BNH + branch_BNH
 
-    def _draw_keep(self, branch_NBH: Tensor) -> Tensor:
+    def _draw_keep(self, branch_BNH: Tensor) -> Tensor:
         keep = 1.0 - self.drop_path
-        keep_1B1 = torch.empty(1, branch_NBH.shape[1], 1, dtype=branch_NBH.dtype, device=branch_NBH.device)
+        shape = [1, 1, 1]
+        shape[self.batch_axis] = branch_BNH.shape[self.batch_axis]
+        keep_B11 = torch.empty(shape, dtype=branch_BNH.dtype, device=branch_BNH.device)
         if self.sequence_parallel:
             # The block runs in a state of its own per rank here; an image's tokens on all ranks must drop together.
             with tensor_parallel.get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):
-                keep_1B1.bernoulli_(keep)
+                keep_B11.bernoulli_(keep)
         else:
-            keep_1B1.bernoulli_(keep)
-        return keep_1B1.div_(keep)
+            keep_B11.bernoulli_(keep)
+        return keep_B11.div_(keep)

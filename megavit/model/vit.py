@@ -1,6 +1,8 @@
 """The Vision Transformer of one pipeline stage: embedding on the first, encoder layers on each, head on the last.
 
-Shapes: B images, C channels, P patches, K kept ones, N tokens, H hidden.
+Shapes: B images, C channels, P patches, K kept ones, N tokens, H hidden. Between the embedding and the end of the last
+stage, under sequence parallelism, N, of this rank, comes before B: Megatron-Core's linears gather and scatter the first
+axis. Without it images come first, and no attention copies its tokens into another order.
 """
 
 from collections.abc import Callable
@@ -104,41 +106,42 @@ class EncoderStage(MegatronModule):
         self.blocks.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def encode(self, images_BCYX: Tensor | None, keep_BK: Tensor | None = None) -> Tensor:
-        """Map normalised images, or what `set_input_tensor` got, to tokens_NBH.
+        """Map normalised images, or what `set_input_tensor` got, to tokens_BNH.
 
         Args:
             images_BCYX: on the first stage.
             keep_BK: int64, the patches to see; None for all of them.
 
         Returns:
-            The tokens for the next stage; after the last stage whole, whatever sequence parallelism has split.
+            The tokens for the next stage; after the last stage tokens_BNH, whatever sequence parallelism has split.
         """
         if not (self.is_frozen and torch.is_grad_enabled()):
             return self._encode(images_BCYX, keep_BK)
-        received_NBH = self.blocks.input_tensor
-        if received_NBH is None:
+        received_BNH = self.blocks.input_tensor
+        if received_BNH is None:
             with torch.no_grad():
                 return self._encode(images_BCYX, keep_BK)
-        return _WithoutGradient.apply(received_NBH, self._encode)
+        return _WithoutGradient.apply(received_BNH, self._encode)
 
     def _encode(self, images_BCYX: Tensor | None = None, keep_BK: Tensor | None = None) -> Tensor:
-        tokens_NBH: Tensor | None = None
+        tokens_BNH: Tensor | None = None
         if self.embed is not None:
             assert images_BCYX is not None
-            tokens_NBH = self.embed(images_BCYX, keep_BK)
+            tokens_BNH = self.embed(images_BCYX, keep_BK)
             if self.config.sequence_parallel:
-                tokens_NBH = scatter_to_sequence_parallel_region(tokens_NBH, group=self.tp_group)
-            if self.recomputes and torch.is_grad_enabled() and not tokens_NBH.requires_grad:
+                in_order = tokens_BNH.transpose(0, 1).contiguous()
+                tokens_BNH = scatter_to_sequence_parallel_region(in_order, group=self.tp_group)
+            if self.recomputes and torch.is_grad_enabled() and not tokens_BNH.requires_grad:
                 # The embedding is frozen. What is recomputed gets gradients only if its input wants one: torch's
                 # reentrant checkpointing knows of no weights.
-                tokens_NBH.requires_grad_()
-        tokens_NBH = self.blocks(tokens_NBH, None)
+                tokens_BNH.requires_grad_()
+        tokens_BNH = self.blocks(tokens_BNH, None)
         if self.post_process and self.config.sequence_parallel:
             # What follows is whole on every rank, so each has the whole gradient already: split it, do not add it up.
-            tokens_NBH = gather_from_sequence_parallel_region(
-                tokens_NBH, tensor_parallel_output_grad=False, group=self.tp_group
-            )
-        return tokens_NBH
+            tokens_BNH = gather_from_sequence_parallel_region(
+                tokens_BNH, tensor_parallel_output_grad=False, group=self.tp_group
+            ).transpose(0, 1)
+        return tokens_BNH
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -147,8 +150,8 @@ class _WithoutGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, received_NBH: Tensor, encode: Callable[[], Tensor]) -> Tensor:
-        ctx.received = received_NBH.shape
+    def forward(ctx: Any, received_BNH: Tensor, encode: Callable[[], Tensor]) -> Tensor:
+        ctx.received = received_BNH.shape
         return encode()
 
     @staticmethod
@@ -188,10 +191,10 @@ class VisionTransformer(EncoderStage):
             images_BCYX: on the first stage; other stages read what `set_input_tensor` got.
 
         Returns:
-            Logits, [images, classes] in fp32, on the last stage, tokens_NBH for the next stage elsewhere.
+            Logits, [images, classes] in fp32, on the last stage, tokens_BNH for the next stage elsewhere.
         """
-        tokens_NBH = self.encode(images_BCYX)
-        return tokens_NBH if self.head is None else self.head(tokens_NBH)
+        tokens_BNH = self.encode(images_BCYX)
+        return tokens_BNH if self.head is None else self.head(tokens_BNH)
 
 
 def parameter_names(model: EncoderStage) -> dict[str, torch.nn.Parameter]:

@@ -51,7 +51,8 @@ class OptimConfig:
 
     Attributes:
         name: the update rule.
-        implementation: whose fused AdamW; megavit's needs nothing installed. Null for other rules.
+        implementation: whose fused AdamW; megavit's needs nothing installed. Null for other rules. Not run on a GPU:
+            apex, te.
         lr: peak learning rate; or null and base_lr.
         base_lr: peak learning rate per 256 images: lr = base_lr · global_batch / 256.
         min_lr: learning rate at the last step.

@@ -1,61 +1,19 @@
-"""Gradients to weights: data-parallel wrapping, the optimizer, the schedule."""
+"""Gradients to weights: the optimizer, the schedule."""
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from megatron.core import optimizer as megatron_optimizer
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer import MegatronModule, TransformerConfig
-from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer import TransformerConfig
 
 from megavit.errors import ConfigError
 from megavit.optim import fused_adam, grad_norm
 from megavit.optim.config import Decay, Implementation, OptimConfig, Optimizer
 from megavit.optim.groups import group_overrides
-from megavit.parallel.config import ParallelConfig
-
-
-def wrap_for_data_parallel(
-    chunks: list[MegatronModule],
-    block: TransformerConfig,
-    config: OptimConfig,
-    parallel: ParallelConfig,
-    *,
-    bf16_reduce: bool,
-) -> list[DistributedDataParallel]:
-    """Give this rank's stages gradient buffers that are reduced over the data-parallel ranks.
-
-    Args:
-        chunks: this rank's stages, on their device.
-        block: Megatron-Core's configuration; gets the hooks with which the schedules overlap communication.
-        config: the optim group; Adam's gradients are reduced and scattered, others' all-reduced.
-        parallel: the parallel group, for what is overlapped.
-        bf16_reduce: accumulate and reduce in bf16 instead of fp32.
-    """
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=not bf16_reduce,
-        use_distributed_optimizer=config.name is Optimizer.adamw,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-    )
-    stages = [Float16Module(block, chunk) for chunk in chunks] if block.bf16 else chunks
-    # Only the first stage's reduction is on the critical path, so only that is cut into buckets.
-    model = [
-        DistributedDataParallel(block, ddp, stage, disable_bucketing=index > 0) for index, stage in enumerate(stages)
-    ]
-    if parallel.overlap_grad_reduce:
-        block.no_sync_func = _one_or_all([chunk.no_sync for chunk in model])
-    if parallel.overlap_param_gather:
-        block.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in model])
-    return model
-
-
-def _one_or_all(functions: list[Any]) -> Any:
-    return functions[0] if len(functions) == 1 else functions
 
 
 def build_optimizer(
@@ -69,7 +27,7 @@ def build_optimizer(
     """Build Megatron-Core's optimizer: for Adam always the distributed one, so that one checkpoint form exists.
 
     Args:
-        model: from `wrap_for_data_parallel`.
+        model: from `data_parallel.wrap_for_data_parallel`.
         block: gets the hooks that the schedules call at the end of a step.
         config: the optim group.
         names: of this rank's parameters, in the whole model.

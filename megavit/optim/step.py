@@ -13,7 +13,6 @@ from torch import Tensor
 def step_if_finite(optimizer: MegatronOptimizer, model: list[DistributedDataParallel]) -> tuple[float, bool]:
     """Step, unless some gradient of some rank is not finite; all ranks agree.
 
-    The norm alone does not see everything: what the tensor-parallel ranks hold alike it takes from one of them.
     Reading norm and agreement back is the step's one wait for the device.
 
     Args:
@@ -24,8 +23,9 @@ def step_if_finite(optimizer: MegatronOptimizer, model: list[DistributedDataPara
         The gradient norm before clipping, and whether the weights were updated.
     """
     with torch.no_grad():
-        bad = _any_not_finite(model)
         optimizer.prepare_grads()
+        shares = model[0].tp_group.size() > 1
+        bad = shares and _any_uncounted_not_finite(optimizer, next(model[0].parameters()).device)
         norm = float(optimizer.get_grad_norm())
         if not math.isfinite(norm) or bool(bad):
             return norm, False
@@ -37,11 +37,18 @@ def step_if_finite(optimizer: MegatronOptimizer, model: list[DistributedDataPara
     return norm, True
 
 
-def _any_not_finite(model: list[DistributedDataParallel]) -> Tensor:
-    """1 on every rank if a gradient of any rank is not finite, else 0; on the device, not waited for."""
-    sums = [buffer.grad_data.sum(dtype=torch.float32) for chunk in model for buffer in chunk.buffers]
+def _any_uncounted_not_finite(optimizer: MegatronOptimizer, device: torch.device) -> Tensor:
+    """1 on every rank if a gradient that the norm leaves out is not finite on any rank, else 0; not waited for.
+
+    What the tensor-parallel ranks hold alike the norm takes from one of them.
+    """
+    uncounted = []
+    for part in optimizer.chained_optimizers:
+        counted = {id(grad) for grad in part.get_main_grads_for_grad_norm()}
+        grads = [parameter.grad for parameter in part.get_parameters()]
+        uncounted += [grad for grad in grads if grad is not None and id(grad) not in counted]
     # Where all its layers are frozen, a rank has nothing to sum.
-    sums = sums or [torch.zeros((), device=next(model[0].parameters()).device)]
+    sums = [grad.sum(dtype=torch.float32) for grad in uncounted] or [torch.zeros((), device=device)]
     bad = (~torch.isfinite(torch.stack(sums))).any().to(torch.int32)
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     return bad

@@ -12,7 +12,7 @@ class TensorSpec:
     """One tensor of a boundary.
 
     Attributes:
-        shape: whole, before sequence parallelism splits its first dimension; for tokens [tokens, batch, hidden].
+        shape: whole, before sequence parallelism splits its first dimension.
         dtype: of its values.
     """
 
@@ -36,6 +36,9 @@ class BoundarySpec:
         return [(spec.shape[0] // split, *spec.shape[1:]) for spec in self.tensors]
 
 
-def tokens_boundary(num_tokens: int, micro_batch: int, hidden_size: int, dtype: torch.dtype) -> BoundarySpec:
-    """The boundary of an encoder: its tokens_NBH and nothing else."""
-    return BoundarySpec((TensorSpec((num_tokens, micro_batch, hidden_size), dtype),))
+def tokens_boundary(
+    num_tokens: int, micro_batch: int, hidden_size: int, dtype: torch.dtype, *, sequence_parallel: bool
+) -> BoundarySpec:
+    """The boundary of an encoder: its tokens, in the order in which its layers hold them, and nothing else."""
+    order = (num_tokens, micro_batch) if sequence_parallel else (micro_batch, num_tokens)
+    return BoundarySpec((TensorSpec((*order, hidden_size), dtype),))

@@ -35,14 +35,15 @@ class ParallelConfig:
         pp: pipeline-parallel size, the ranks that the layers are spread over.
         vpp: virtual pipeline size: stages on each pipeline rank, interleaved, so that the bubble shrinks by as much.
         cp: context-parallel size; reserved, only 1 works.
-        sequence_parallel: keep the tokens between the matrices split over the tensor-parallel ranks.
+        sequence_parallel: keep the tokens between the matrices split over the tensor-parallel ranks. Not run on a GPU.
         stages: encoder layers of each of the pp · vpp stages, in the order of the layers; null balances them by FLOPs.
-        recompute: what the backward pass computes again.
+        recompute: what the backward pass computes again. Not run on a GPU: selective, full.
         recompute_method: with `full`, which layers; null is uniform.
         recompute_layers: with `full`, layers per group (uniform) or recomputed layers per stage (block); null is 1.
-        overlap_grad_reduce: reduce gradients over the data-parallel ranks while the backward pass still runs.
-        overlap_param_gather: gather updated weights while the next forward pass already runs.
-        overlap_p2p: send between stages while computing; interleaved pipelines alone can.
+        overlap_grad_reduce: reduce gradients over the data-parallel ranks while the backward pass still runs. Not run
+            on a GPU.
+        overlap_param_gather: gather updated weights while the next forward pass already runs. Not run on a GPU.
+        overlap_p2p: send between stages while computing; interleaved pipelines alone can. Not run on a GPU.
     """
 
     tp: int = 1

@@ -1,0 +1,79 @@
+"""Parallel linears whose products oneDNN computes: for CPUs, in fp32.
+
+torch leaves fp32 products to MKL, which on AMD's processors does not go beyond AVX2. Measured on two Zen 5 cores with
+ViT-B/16's shapes: 210 GFLOP/s by MKL, 300 to 475 by oneDNN, of which torch brings a copy (torch 2.15; docs/log.md of
+2026-11-21).
+
+Shapes: R rows (images and tokens), I inputs, O outputs of a product.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor
+
+from megavit.errors import ConfigError
+
+
+def require_onednn(device: torch.device) -> None:
+    """Raise ConfigError where there is no oneDNN."""
+    way_out = "set model.linears=local"
+    if device.type != "cpu":
+        raise ConfigError(f"model.linears=onednn is for CPUs and this run is on {device.type}; {way_out}")
+    if not torch.backends.mkldnn.is_available():
+        raise ConfigError(f"model.linears=onednn: this torch was built without oneDNN; {way_out}")
+
+
+class OneDnnColumn(ColumnParallelLinear):
+    """Megatron-Core's column-parallel linear, its product by oneDNN."""
+
+    def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        if self.tp_group.size() > 1:
+            input_ = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+        return _Product.apply(input_, self.weight, self.bias), None
+
+
+class OneDnnRow(RowParallelLinear):
+    """Megatron-Core's row-parallel linear, its product by oneDNN."""
+
+    def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        if self.tp_group.size() == 1:
+            return _Product.apply(input_, self.weight, self.bias), None
+        part = _Product.apply(input_, self.weight, None)
+        return reduce_from_tensor_model_parallel_region(part, group=self.tp_group) + self.bias, None
+
+
+# An operator of our own: torch's compiler takes the one inside for its own and wants frozen weights (torch 2.15).
+@torch.library.custom_op("megavit::onednn_product", mutates_args=())
+def onednn_product(rows: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """Rows Wᵀ + b, without gradients of its own."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight_OI, bias_O, "none", [], "")
+
+
+@onednn_product.register_fake
+def _(rows: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    return rows.new_empty(*rows.shape[:-1], weight_OI.shape[0])
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + b, and its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        return onednn_product(x, weight_OI, bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (grad,) = gradients
+        x, weight_OI = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        grad_RO = grad.flatten(0, -2)
+        of_weight = onednn_product(grad_RO.t(), x.flatten(0, -2).t()) if wants_weight else None
+        of_bias = grad_RO.sum(dim=0) if wants_bias else None
+        return onednn_product(grad, weight_OI.t()) if wants_x else None, of_weight, of_bias

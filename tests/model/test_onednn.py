@@ -1,0 +1,78 @@
+"""oneDNN's products: the same values and gradients as torch's, and refused where they are not for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megavit.errors import ConfigError
+from megavit.testing import run_ranks
+from tests.reference import SMALL
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_are_those_of_torch(bias):
+    from megavit.model.onednn import _Product
+
+    torch.manual_seed(0)
+    shapes = (3, 17, 48), (40, 48), (40,)
+    x, weight, offset = (torch.randn(shape, dtype=torch.float32, requires_grad=True) for shape in shapes)
+    offset = offset if bias else None
+    inputs = [tensor for tensor in (x, weight, offset) if tensor is not None]
+    upstream = torch.randn(3, 17, 40)
+    wanted = [tensor.double().detach().requires_grad_() for tensor in inputs]
+    expected = F.linear(*wanted)
+    got = _Product.apply(x, weight, offset)
+    pairs = zip(
+        (got, *torch.autograd.grad(got, inputs, upstream)),
+        (expected, *torch.autograd.grad(expected, wanted, upstream.double())),
+        strict=True,
+    )
+    for found, right in pairs:
+        # Measured: 7e-7 of the largest value.
+        assert (found - right).abs().max() <= 3e-6 * right.abs().max()
+
+
+def test_of_frozen_weights_no_gradient_is_computed():
+    from megavit.model.onednn import _Product
+
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(4, 8)
+    _Product.apply(x, weight, None).sum().backward()
+    assert weight.grad is None
+    assert torch.allclose(x.grad, weight.sum(dim=0).expand(5, 8))
+
+
+def loss_with(overrides: list[str]) -> float:
+    from tests import ranks
+
+    return ranks.train(overrides)["losses"][-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["train.precision=bf16_o2"], "is for fp32: torch itself gives bf16 products to oneDNN"),
+        (["parallel.tp=2", "parallel.sequence_parallel=true", "model.class_tokens=8"], "does not split tokens"),
+    ],
+)
+def test_where_it_is_not_for_it_is_refused(settings, says):
+    from megavit.compose import compose
+
+    config = compose([*SMALL, "model.linears=onednn", *settings])
+    with pytest.raises(ConfigError, match=says):
+        config.check(config.parallel.tp)
+
+
+def test_on_a_gpu_it_is_refused():
+    from megavit.model.onednn import require_onednn
+
+    with pytest.raises(ConfigError, match=r"for CPUs and this run is on cuda; set model\.linears=local"):
+        require_onednn(torch.device("cuda"))
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_of_it_learns_the_same(tmp_path):
+    overrides = [*SMALL, "model.linears=onednn"]
+    plain = run_ranks(loss_with, 1, [*overrides, f"run.dir={tmp_path}/plain"])[0]
+    compiled = run_ranks(loss_with, 1, [*overrides, "train.compile=layer", f"run.dir={tmp_path}/compiled"])[0]
+    # Measured: 2.4e-7.
+    assert compiled == pytest.approx(plain, abs=2e-6)

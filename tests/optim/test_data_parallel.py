@@ -1,0 +1,48 @@
+"""The gradient buffers: written by a step's first micro batch, added to by the others, zero where nothing came."""
+
+import torch
+
+from megavit.testing import run_ranks
+from tests.reference import SMALL
+
+
+def gradients_of_two_steps(overrides: list[str]) -> dict:
+    """The first step trains all, in the second one weight takes no part; what its gradient is, and another's."""
+    from megavit.compose import compose
+    from megavit.trainer import Trainer
+
+    trainer = Trainer(compose(overrides))
+    trainer.keeper.save = lambda *_, **__: None
+    (chunk,) = trainer.chunks.values()
+    unused, used = chunk.head.out.bias, chunk.head.out.weight
+    found = {"held": []}
+
+    def look(sums: dict) -> None:
+        # As they are after the step: nothing has written to the buffers since.
+        found["held"].append((unused.main_grad.clone(), used.main_grad.clone()))
+
+    train_step, count = trainer.engine.train_step, 0
+
+    def step(*arguments):
+        nonlocal count
+        count += 1
+        if count == 2:
+            # The head without its bias: no gradient comes.
+            chunk.head.out.forward = lambda features: features @ used.t()
+        result = train_step(*arguments)
+        look(result[0])
+        return result
+
+    trainer.engine.train_step = step
+    trainer.evaluate = lambda: {"loss": 0.0, "top1": 0.0, "count": 0.0}
+    trainer.run()
+    return found
+
+
+def test_a_weight_that_takes_no_part_in_a_step_has_no_gradient_left_from_the_last(tmp_path):
+    overrides = [*SMALL, "train.steps=2", "optim.warmup_steps=1", f"run.dir={tmp_path}"]
+    first, second = run_ranks(gradients_of_two_steps, 1, overrides)[0]["held"]
+    assert first[0].abs().max() > 0
+    assert torch.equal(second[0], torch.zeros_like(second[0]))
+    assert second[1].abs().max() > 0
+    assert not torch.equal(first[1], second[1])
