@@ -8,7 +8,6 @@ import gc
 import importlib
 import multiprocessing as mp
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -61,10 +60,11 @@ def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, timeout
         RankFailed: if one raised, or none answered in time.
     """
     _pool.grow(ranks)
-    port = _free_port()
+    # Held by this process, as torchrun's agent holds it: a port that is only looked up may be another's a moment later.
+    store = open_store()
     workers = _pool.workers[:ranks]
     for rank, (_, pipe) in enumerate(workers):
-        pipe.send((function.__module__, function.__qualname__, arguments, rank, ranks, port))
+        pipe.send((function.__module__, function.__qualname__, arguments, rank, ranks, store.port))
     answers: dict[int, tuple[bool, Any]] = {}
     pending: dict[Any, int] = {pipe: rank for rank, (_, pipe) in enumerate(workers)}
     # One rank's failure leaves the others waiting for it: give them a moment, then end them.
@@ -108,6 +108,7 @@ def _serve(pipe: Connection) -> None:
             LOCAL_WORLD_SIZE="1000",  # one thread each
             MASTER_ADDR="localhost",
             MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
         )
         try:
             function = importlib.import_module(module)
@@ -139,7 +140,8 @@ def _leave_world() -> None:
     dist.destroy_process_group()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
+def open_store() -> Any:
+    """Where ranks meet, on a port of its own; they find it in the environment, beside TORCHELASTIC_USE_AGENT_STORE."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False)

@@ -24,7 +24,11 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak in FLOP/s, None where none is known (every CPU)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """The dense bf16 peak in FLOP/s of a device by its name, None where none is known."""
     return next((peak for key, peak in _PEAK_BF16.items() if key in name), None)
 
 

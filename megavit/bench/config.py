@@ -1,0 +1,37 @@
+"""What `megavit bench` measures, and for how long."""
+
+from dataclasses import dataclass, field, fields
+
+from megavit.checks import require_number
+
+
+@dataclass
+class BenchConfig:
+    """Section `bench`, of `megavit bench` alone.
+
+    Attributes:
+        rows: what is measured, by name (see `rows.py`); empty takes those of the device.
+        contestants: who takes part, megavit always does; empty takes all.
+        batch: images per step; null takes each row's own.
+        rounds: how often every contestant has its turn; null takes 3 on a CPU, where a turn is a few seconds, else 7.
+        block_s: seconds that a turn lasts at least.
+        deadline_s: seconds after which nothing new is begun; what was measured by then stands.
+        dir: folder of the figures, the table and the picture.
+    """
+
+    rows: list[str] = field(default_factory=list)
+    contestants: list[str] = field(default_factory=list)
+    batch: int | None = None
+    rounds: int | None = None
+    block_s: float = 0.5
+    deadline_s: float = 840.0
+    dir: str = "runs/bench"
+
+    def check(self) -> None:
+        """Raise ConfigError where a number is out of its range."""
+        require_number("bench", self, "rounds", "batch", at_least=1)
+        require_number("bench", self, "block_s", at_least=0)
+        require_number("bench", self, "deadline_s", above=0)
+
+
+KEYS = tuple(f"bench.{part.name}" for part in fields(BenchConfig))

@@ -1,0 +1,39 @@
+"""Contestants that wait leave a GPU's memory: the largest networks would not fit beside one another."""
+
+from collections.abc import Mapping
+
+import torch
+
+from megavit.bench.work import Contestant
+
+
+class Parking:
+    """What a contestant holds, moved to the host's memory and back to the same tensors. On a CPU nothing moves.
+
+    Args:
+        device: whose memory is short.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._moves = device.type == "cuda"
+        self._parked: dict[str, list[tuple[torch.UntypedStorage, torch.UntypedStorage]]] = {}
+
+    def park(self, contestants: Mapping[str, Contestant]) -> None:
+        """Move those that are not parked yet."""
+        if not self._moves:
+            return
+        for name, contestant in contestants.items():
+            if name not in self._parked:
+                storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in contestant.held()}
+                self._parked[name] = [
+                    (storage, torch.UntypedStorage(storage.nbytes()).copy_(storage)) for storage in storages.values()
+                ]
+                for storage, _ in self._parked[name]:
+                    storage.resize_(0)
+        torch.cuda.empty_cache()
+
+    def bring_back(self, name: str) -> None:
+        """Fill a contestant's tensors again, if it was parked."""
+        for storage, kept in self._parked.pop(name, []):
+            storage.resize_(kept.nbytes())
+            storage.copy_(kept)

@@ -1,0 +1,126 @@
+"""Processes that contestants live in, and are called by name: one, or the ranks of a tensor-parallel pair.
+
+Whoever measures stays outside: it can give up on a process that hangs, and a fault in one leaves the figures whole.
+"""
+
+import multiprocessing as mp
+import os
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megavit.errors import ConfigError
+from megavit.testing import open_store
+
+# Those who hear that they may go do so by themselves, and tidy up.
+_LEAVING_S = 5
+
+
+# Whoever takes his turn finds the memory that the one before him has freed still there: else glibc gives it back to the
+# system at every change, and the first step of a turn is 30 % slower for some and not for others.
+_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+
+
+class Fault(Exception):
+    """A contestant failed; the text says how."""
+
+
+class World:
+    """So many processes that share a row's contestants.
+
+    Args:
+        overrides: of the run that megavit would train.
+        ranks: processes.
+    """
+
+    def __init__(self, overrides: list[str], *, ranks: int = 1) -> None:
+        context = mp.get_context("spawn")
+        os.environ.update(_KEEP_MEMORY)
+        self._workers = []
+        # Kept for as long as the processes live.
+        self._store = open_store()
+        for rank in range(ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, overrides, rank, ranks, self._store.port), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def call(self, name: str, *arguments: Any, until: float, patience_s: float = 0.0) -> Any:
+        """Call a method of the stand in every process.
+
+        Args:
+            name: of the method.
+            arguments: for it.
+            until: `time.monotonic()` to wait until.
+            patience_s: to wait at least, for what has been begun.
+
+        Returns:
+            What the first rank answers; of numbers the largest that any rank gives.
+
+        Raises:
+            Fault: if one failed.
+            TimeoutError: if one did not answer in time.
+        """
+        for _, pipe in self._workers:
+            pipe.send((name, arguments))
+        deadline = max(until, time.monotonic() + patience_s)
+        answers = []
+        for _, pipe in self._workers:
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError
+            try:
+                good, answer = pipe.recv()
+            except EOFError:
+                good, answer = False, "its process died (often for want of memory)"
+            if not good:
+                raise Fault(answer)
+            answers.append(answer)
+        return max(answers) if isinstance(answers[0], float) else answers[0]
+
+    def close(self) -> None:
+        """End the processes."""
+        for _, pipe in self._workers:
+            pipe.close()
+        for process, _ in self._workers:
+            process.join(_LEAVING_S)
+            process.kill()
+            process.join()
+
+
+def _serve(pipe: Connection, overrides: list[str], rank: int, ranks: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        # The profiler's own log, with an error where there is no GPU.
+        KINETO_LOG_LEVEL="99",
+    )
+    from megavit.outcome import quieten_imports
+
+    quieten_imports()
+    stand: Any = None
+    while True:
+        try:
+            name, arguments = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            if stand is None:
+                from megavit.bench.stand import Stand
+
+                stand = Stand(overrides)
+            answer = (True, getattr(stand, name)(*arguments))
+        except ConfigError as error:
+            answer = (False, str(error))
+        except Exception as error:
+            traceback.print_exc()
+            answer = (False, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+        pipe.send(answer)

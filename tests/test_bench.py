@@ -1,0 +1,225 @@
+"""`megavit bench`: who is timed, what is written down, and what happens when time or a contestant runs out."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from megavit.bench.gate import Difference, Judgement, difference
+from megavit.bench.memory import saved_bytes, storage_bytes
+from megavit.bench.parking import Parking
+from megavit.bench.profile import kind_of
+from megavit.bench.rows import ROWS, overrides_of
+from megavit.bench.verb import bench, read_arguments
+from megavit.errors import ConfigError
+from megavit.testing import run_ranks
+
+SMALL = [
+    "model.hidden_size=32",
+    "model.ffn_size=64",
+    "model.num_heads=4",
+    "model.num_layers=2",
+    "data.image_size=[32,32]",
+    "data.num_classes=10",
+]
+QUICK = ["bench.rounds=2", "bench.block_s=0", "bench.contestants=megavit,megavit+onednn,timm,hf,plain"]
+
+
+def lines_in(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "bench.jsonl").read_text().splitlines()]
+
+
+def test_everyone_does_the_same_work_and_has_figures_a_table_and_a_picture(tmp_path, capsys):
+    rows = "bench.rows=vit_b16:fp32,mae_b16:bf16"
+    assert bench([rows, *QUICK, f"bench.dir={tmp_path}", *SMALL]) == 0
+    lines = lines_in(tmp_path)
+    start, timed = lines[0], [line for line in lines if line["kind"] == "contestant"]
+    assert start["versions"]["megatron-core"] == "0.16.1"
+    names = {row: [line["contestant"] for line in timed if line["row"] == row] for row in start["rows"]}
+    assert names == {
+        "vit_b16:fp32": ["megavit", "megavit+onednn", "timm", "hf", "plain"],
+        # oneDNN is for fp32.
+        "mae_b16:bf16": ["megavit", "hf", "plain"],
+    }
+    for line in timed:
+        assert line["rounds"] == 2
+        assert 0 < line["min_s"] <= line["median_s"] <= line["max_s"]
+        assert line["images_per_s"] == pytest.approx(8 / line["median_s"])
+        assert line["held_bytes"] > 0 and line["saved_bytes"] > 0
+        ratio = line.get("over plain") or line["over megavit"]
+        assert ratio["min"] <= ratio["median"] <= ratio["max"]
+    looked_into = [line["contestant"].split("+")[0] for line in timed if sum(line["kinds_s"].values()) > 0]
+    assert looked_into.count("megavit") == len(looked_into) - 2 == 2
+    rounds = [line for line in lines if line["kind"] == "round"]
+    assert [line["row"] for line in rounds] == ["vit_b16:fp32"] * 2 + ["mae_b16:bf16"] * 2
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+    shown = capsys.readouterr().out
+    for word in ("vit_b16 fp32, 8 images a step", "mae_b16 bf16", "mfu_matmul", "hf", "matmul"):
+        assert word in shown
+
+
+def test_two_ranks_and_the_trainers_loop_are_timed_beside_one_rank(tmp_path):
+    assert bench(["bench.rows=tp2:fp32,loop:fp32", *QUICK[:2], f"bench.dir={tmp_path}", *SMALL]) == 0
+    timed = [line for line in lines_in(tmp_path) if line["kind"] == "contestant"]
+    assert [line["contestant"] for line in timed] == [
+        "megavit",
+        "megavit tp2",
+        "megavit+onednn",
+        "megavit+onednn tp2",
+        "megavit",
+        "trainer",
+    ]
+    assert all(line["rounds"] == 2 for line in timed)
+
+
+def test_a_deadline_leaves_what_was_measured_and_says_what_was_not(tmp_path, capsys):
+    assert bench(["bench.rows=vit_b16:fp32", "bench.deadline_s=0.1", f"bench.dir={tmp_path}", *SMALL]) == 0
+    assert "bench.deadline_s=0.1 is over" in capsys.readouterr().out
+    timed = [line for line in lines_in(tmp_path) if line["kind"] == "contestant"]
+    assert {line["without"] for line in timed} == {"not reached before bench.deadline_s"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("bench.row=vit_b16:fp32", "the setting bench.row does not exist; did you mean bench.rows?"),
+        ("bench.rows=vit_b17:fp32", "there is no row vit_b17:fp32; a row is NAME:PRECISION, of vit_b16,"),
+        ("bench.rows=vit_b16:fp8", "there is no row vit_b16:fp8"),
+        ("bench.rounds=0", "bench.rounds=0 must be a finite number at least 1"),
+        ("bench.rounds=many", "bench.rounds=many: "),
+        ("bench.contestants=tim", "bench.contestants: nobody is called tim; known: megavit,"),
+        ("model.hidden_sise=3", "did you mean model.hidden_size"),
+    ],
+)
+def test_a_mistake_gives_one_message(argument, says, tmp_path):
+    with pytest.raises(ConfigError) as told:
+        bench([argument, f"bench.dir={tmp_path}"])
+    assert says in str(told.value)
+    assert not (tmp_path / "bench.jsonl").exists()
+
+
+def test_the_verb_leaves_code_2_and_one_line_without_a_stack():
+    done = subprocess.run(
+        [sys.executable, "-m", "megavit", "bench", "bench.rows=nothing"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("megavit: bench.rows: there is no row nothing")
+    assert "Traceback" not in done.stderr
+
+
+def sabotaged() -> dict[str, bool]:
+    """A peer whose work is not megavit's: another weight, another weight decay, no clipping; and one that is."""
+    from megavit.bench.stand import Stand
+
+    stand = Stand([*overrides_of(ROWS["vit_b16"], "fp32", 8), *SMALL])
+    stand.build("megavit")
+
+    def spoil_weight(peer) -> None:
+        with torch.no_grad():
+            peer._model.blocks[1].mlp.fc2.bias[0] += 0.3
+
+    def spoil_decay(peer) -> None:
+        peer._optimizer.param_groups[0]["weight_decay"] = 0.0
+        for group in peer._optimizer.param_groups:
+            group["lr"] *= 1.1
+
+    def spoil_loss(peer) -> None:
+        judged = peer._judged
+        peer._judged = lambda images, alike: (judged(images, alike)[0], judged(images, alike)[1] * 1.001)
+
+    def judge(name: str) -> list[Judgement]:
+        seen = [Judgement(*stand.judge(name))]
+        stand.practise(name, 2)
+        return [*seen, Judgement(*stand.judge(name))]
+
+    reference = judge("megavit")
+    admitted = {}
+    spoils = {"none": lambda peer: None, "weight": spoil_weight, "rate": spoil_decay, "loss": spoil_loss}
+    for spoil, how in spoils.items():
+        stand.build("plain")
+        how(stand._contestants["plain"])
+        apart = [difference(mine, theirs) for mine, theirs in zip(judge("plain"), reference, strict=True)]
+        admitted[spoil] = all(one is not None and one.is_small("fp32") for one in apart)
+    return admitted
+
+
+def test_who_does_other_work_is_not_timed():
+    assert run_ranks(sabotaged, 1)[0] == {"none": True, "weight": False, "rate": False, "loss": False}
+
+
+def test_what_is_not_a_number_or_of_another_shape_is_never_the_same_work():
+    right = Judgement(np.ones((2, 3)), 1.0)
+    assert difference(Judgement(np.ones((2, 4)), 1.0), right) is None
+    assert not difference(Judgement(np.full((2, 3), np.nan), 1.0), right).is_small("bf16")
+    assert not Difference(0.0, float("nan")).is_small("bf16")
+    assert difference(right, right).is_small("fp32")
+
+
+def test_saved_bytes_are_what_a_forward_pass_keeps_beside_the_weights():
+    weight = torch.randn(32, 16, requires_grad=True)
+    x = torch.randn(8, 16)
+
+    def forward() -> torch.Tensor:
+        hidden = (x @ weight.t()).relu()
+        return (hidden * hidden).sum()
+
+    # x for the weight's gradient; relu's output, once, for relu and for the square.
+    assert saved_bytes(forward, [weight]) == 4 * (8 * 16 + 8 * 32)
+    assert storage_bytes([weight, weight[:1], x]) == 4 * (32 * 16 + 8 * 16)
+
+
+class Holder:
+    def __init__(self) -> None:
+        buffer = torch.randn(1000)
+        self.tensors = [buffer, buffer[10:20], torch.randn(3, 4)]
+
+    def held(self) -> list[torch.Tensor]:
+        return self.tensors
+
+
+def test_who_is_parked_holds_nothing_and_comes_back_to_the_bit():
+    parking, holder = Parking(torch.device("cuda")), Holder()
+    before = [tensor.clone() for tensor in holder.tensors]
+    parking.park({"one": holder})
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in holder.tensors)
+    parking.park({"one": holder})
+    parking.bring_back("one")
+    assert all(torch.equal(tensor, value) for tensor, value in zip(holder.tensors, before, strict=True))
+    holder.tensors[0][10] = 7.0
+    assert holder.tensors[1][0] == 7.0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::addmm", "matmul"),
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_bias_TNN", "matmul"),
+        ("megavit::onednn_product", "matmul"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "matmul"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("void flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "attention"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("aten::native_layer_norm_backward", "norm"),
+        ("void at::native::vectorized_layer_norm_kernel", "norm"),
+        ("triton_per_fused_add_native_layer_norm_0", "compiled"),
+        ("aten::gelu_backward", "gelu"),
+        ("aten::copy_", "copy"),
+        ("Memcpy DtoD (Device -> Device)", "copy"),
+        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL", "communication"),
+        ("aten::sum", "reduction"),
+        ("void at::native::vectorized_elementwise_kernel", "elementwise"),
+        ("aten::empty", "other"),
+    ],
+)
+def test_kernels_are_sorted_by_kind(name, kind):
+    assert kind_of(name) == kind
+
+
+def test_settings_of_the_bench_are_read_beside_those_of_the_network():
+    config, others = read_arguments(["bench.rows=[vit_b16:fp32,tp2:fp32]", "bench.batch=null", "model.num_layers=3"])
+    assert config.rows == ["vit_b16:fp32", "tp2:fp32"]
+    assert config.batch is None
+    assert others == ["model.num_layers=3"]
