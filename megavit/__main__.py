@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from megavit.errors import ConfigError
 from megavit.exits import FAULT, USER_ERROR
+from megavit.experimental import list_not_run
 
 _USAGE = """\
 megavit VERB key=value …
@@ -31,6 +32,9 @@ verbs
   show-data    draw the first training images as the network will see them, beside what they were: key=value …
                [out=PICTURE.png count=16]
   recipes      the complete experiments that come with megavit
+  bench        megavit's training step beside timm's, Hugging Face's and plain torch's on the same work:
+               [bench.rows=vit_b16:fp32,… bench.contestants=… bench.rounds=5 bench.block_s=0.5 bench.deadline_s=840
+               bench.batch=N bench.dir=FOLDER] [key=value …]
 
 RUN is a run's folder or one of its checkpoints; ema:RUN is the moving average of its weights.
 
@@ -42,7 +46,8 @@ examples
   megavit evaluate from=runs/digits run.ranks=2 parallel.tp=2
 
 Without GPUs the ranks are CPU processes; MEGAVIT_DEVICE=cpu asks for that on a GPU machine too.
-Not run on a GPU yet: everything. Layouts were measured on CPU processes, which run the same Megatron-Core code.
+Not run on a GPU yet: everything. Layouts were measured on CPU processes, which run the same Megatron-Core code. On a
+GPU these must be asked for with experimental=true:
 """
 
 # Verbs that look at what there is, in this process: module and function.
@@ -58,6 +63,7 @@ _LOOKING = {
     "convert": "megavit.convert:convert",
     "show-data": "megavit.show_data:show_data",
     "recipes": "megavit.list_recipes:list_recipes",
+    "bench": "megavit.bench.verb:bench",
 }
 
 
@@ -66,7 +72,7 @@ def main() -> int:
     starting: dict[str, Callable[[list[str]], int]] = {"train": train, "evaluate": evaluate}
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_USAGE, end="")
+        _print_usage()
         return 0 if arguments else USER_ERROR
     verb, *rest = arguments
     if verb not in starting and verb not in _LOOKING:
@@ -76,7 +82,7 @@ def main() -> int:
         print(f"megavit: the verb {verb} does not exist; {hint}", file=sys.stderr)
         return USER_ERROR
     if "-h" in rest or "--help" in rest:
-        print(_USAGE, end="")
+        _print_usage()
         return 0
     try:
         return starting[verb](rest) if verb in starting else _look(verb, rest)
@@ -90,6 +96,10 @@ def main() -> int:
         # Whoever read our output, `head` for one, has had enough; Python would complain once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _print_usage() -> None:
+    print(_USAGE, *(f"  {option}\n" for option in list_not_run()), sep="", end="")
 
 
 def train(arguments: list[str]) -> int:

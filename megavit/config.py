@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megavit.checks import require_number, shown
 from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
+from megavit.experimental import check_experimental
 from megavit.model.config import Attention, Linears, ModelConfig, Pool
 from megavit.optim.config import ENCODER, OptimConfig, Optimizer
 from megavit.parallel.config import Recompute
@@ -18,8 +19,12 @@ from megavit.task.config import Loss, TaskName
 class RunConfig(RunSettings):
     """Everything a run depends on (see `RunSettings`), checked together."""
 
-    def check(self, world_size: int) -> None:
+    def check(self, world_size: int, *, device: str | None = None) -> None:
         """Refuse what cannot run in a world of this size.
+
+        Args:
+            world_size: ranks.
+            device: theirs, `cpu` or `cuda`; None for what this process computes on.
 
         Raises:
             ConfigError: with the setting, the arithmetic and the way out.
@@ -44,6 +49,8 @@ class RunConfig(RunSettings):
         self._check_precision()
         self._check_overlap(world_size)
         plan_stages(self.parallel, self.network_shape(num_classes=self.data.num_classes or 0))
+        # Last: who is asked to try an option should not hear next that it contradicts another.
+        check_experimental(self, device=device)
 
     def _check_train(self) -> None:
         train = self.train
@@ -76,6 +83,17 @@ class RunConfig(RunSettings):
                 f"model.attention={model.attention.value} computes in bf16 alone, and train.precision=fp32; set "
                 f"train.precision=bf16_o2 or model.attention=sdpa"
             )
+        if model.linears is Linears.onednn:
+            if train.precision is not Precision.fp32:
+                raise ConfigError(
+                    "model.linears=onednn is for fp32: torch itself gives bf16 products to oneDNN; set "
+                    "model.linears=local, or train.precision=fp32"
+                )
+            if self.parallel.sequence_parallel:
+                raise ConfigError(
+                    "model.linears=onednn does not split tokens; set model.linears=local or "
+                    "parallel.sequence_parallel=false"
+                )
         if train.compile is Compile.layer:
             if self.parallel.tp > 1:
                 raise ConfigError(

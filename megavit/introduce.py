@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from megavit.config import RunConfig
+from megavit.experimental import not_run
 from megavit.extension import is_name
 from megavit.freezing import count_weights
 from megavit.model.config import Attention
@@ -57,6 +58,9 @@ def introduction(config: RunConfig, layout: ParallelLayout, network: Network, *,
     if from_scratch and ENCODER in config.frozen:
         yield "warning: the encoder is frozen as it was drawn, at random; init_from=RUN names weights to start from"
     yield f"precision {config.train.precision.value}; attention kernel {_kernel(config, layout, network)}"
+    options = not_run(config, device=layout.device.type)
+    if options:
+        yield f"experimental, not run on a GPU before: {', '.join(options)}"
 
 
 def idle_stages(config: RunConfig, shape: NetworkShape) -> Iterator[str]:

@@ -25,7 +25,7 @@ class GradReduce(Enum):
 
 
 class Compile(Enum):
-    """What torch.compile gets: nothing, or each encoder layer as one graph without a break."""
+    """What torch.compile gets: nothing, or each encoder layer as one graph without a break (not run on a GPU)."""
 
     none = "none"
     layer = "layer"
@@ -86,8 +86,9 @@ class TrainSection:
         global_batch: images per step, over all ranks.
         micro_batch: images that pass the model at once on one rank; null takes all of a rank's at once.
         precision: number formats.
-        grad_reduce: format of gradient accumulation and reduction; bf16 halves its bytes and loses digits.
-        compile: what torch.compile gets.
+        grad_reduce: format of gradient accumulation and reduction; bf16 halves its bytes and loses digits. Not run on a
+            GPU: bf16.
+        compile: what torch.compile gets. Not run on a GPU: layer.
         eval_every: steps between evaluations of the whole validation set; null evaluates at the end alone.
         on_nonfinite: what happens when a gradient is not finite.
         stop_at: save and leave after this step, as if signalled (exit code 75).

@@ -17,10 +17,11 @@ from megavit.errors import ConfigError
 from megavit.extension import is_name
 from megavit.model.config import Attention, Linears
 from megavit.network import Network, build_network
+from megavit.optim.config import Implementation
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.search import Weights, find_weights
-from megavit.sections import Compile
+from megavit.sections import Compile, GradReduce
 from megavit.verb_arguments import split_from
 
 
@@ -62,14 +63,16 @@ def read_config(checkpoint: Path) -> RunConfig:
     return replace(
         config,
         run=replace(config.run, ranks=None),
-        train=replace(config.train, compile=Compile.none),
+        train=replace(config.train, compile=Compile.none, grad_reduce=GradReduce.fp32),
         parallel=ParallelConfig(),
         # Nothing is mixed in an evaluation, so micro batches need not be even.
         data=replace(config.data, transform=None, mixup=None, cutmix=None, mix_prob=1.0, mix_switch=0.5),
         task=replace(config.task, implementation=None),
         model=replace(config.model, attention=Attention.sdpa, linears=Linears.local),
         # With base_lr the peak follows the batch, and an evaluation's may be so small that it comes out below min_lr.
-        optim=replace(config.optim, min_lr=0.0),
+        optim=replace(config.optim, min_lr=0.0, implementation=config.optim.implementation and Implementation.megavit),
+        # Nothing of what training asked for is left.
+        experimental=False,
     )
 
 

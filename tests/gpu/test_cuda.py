@@ -51,7 +51,8 @@ def test_ten_steps_on_the_gpu_equal_plain_torch_on_the_cpu(tmp_path, figure):
 def test_a_kernel_agrees_with_attention_in_fp32(attention):
     if attention == "flash_attn":
         pytest.importorskip("flash_attn")
-    on_gpu("compare_kernel", f"model.attention={attention}", *BF16, *LAYER, "model.class_tokens=1")
+    asked = [] if attention == "sdpa" else ["experimental=true"]
+    on_gpu("compare_kernel", f"model.attention={attention}", *asked, *BF16, *LAYER, "model.class_tokens=1")
 
 
 def compare_kernel(overrides: list[str]) -> None:
@@ -61,6 +62,7 @@ def compare_kernel(overrides: list[str]) -> None:
     from megavit.parallel.layout import ParallelLayout
 
     config = compose(overrides)
+    config.check(1)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
     block = transformer_config(config.model, config.parallel, layout, stages=[4], dtype=torch.bfloat16)
     kernel = attention_kernel(config.model.attention, block, layout.groups, device=layout.device)
@@ -93,7 +95,8 @@ def count_synchronisations(overrides: list[str]) -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_peak_memory_of_the_layers_follows_the_formula(recompute, figure):
-    output = on_gpu("peak_memory", *LAYER, *BF16, f"parallel.recompute={recompute}", "model.attention=sdpa_flash")
+    options = [f"parallel.recompute={recompute}", "model.attention=sdpa_flash", "experimental=true"]
+    output = on_gpu("peak_memory", *LAYER, *BF16, *options)
     measured, formula = map(float, output.split()[-2:])
     figure(
         f"one GPU, {recompute} recompute: {measured / 2**20:.1f} MiB kept by 4 layers, formula {formula / 2**20:.1f}"
@@ -110,6 +113,7 @@ def peak_memory(overrides: list[str]) -> None:
     from megavit.parallel.rng import seed_step
 
     config = compose(overrides)
+    config.check(1)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
     block = transformer_config(config.model, config.parallel, layout, stages=[4], dtype=torch.bfloat16)
     chunk = VisionTransformer(

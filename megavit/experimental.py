@@ -1,0 +1,112 @@
+"""Options that have not been run on a GPU yet: a run on one takes them only with `experimental=true`.
+
+They choose how a step is computed, and each has a value in its place by which the training is the same. Sizes of the
+layout and number formats are not among them: they are what a run is. Who has run one on a GPU takes it off the list.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from functools import reduce
+
+from megavit.checks import shown
+from megavit.errors import ConfigError
+from megavit.model.config import Attention, Linears
+from megavit.optim.config import Implementation
+from megavit.parallel import cpu
+from megavit.parallel.config import Recompute
+from megavit.run_settings import RunSettings
+from megavit.sections import Compile, GradReduce
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """A setting with values that have not been run on a GPU.
+
+    Attributes:
+        values: those.
+        instead: the value that needs no asking.
+        needs_cuda: whether the CPU cannot run them either, and refuses them itself.
+    """
+
+    values: tuple[Enum | bool, ...]
+    instead: Enum | bool
+    needs_cuda: bool = False
+
+
+NOT_RUN = {
+    "model.attention": NotRun((Attention.sdpa_flash, Attention.flash_attn, Attention.te), Attention.sdpa, True),
+    "model.linears": NotRun((Linears.te,), Linears.local, True),
+    "optim.implementation": NotRun((Implementation.apex, Implementation.te), Implementation.megavit, True),
+    # Run on CPU processes, with the same Megatron-Core code; there are no streams, no NCCL and no CUDA kernels there.
+    "train.compile": NotRun((Compile.layer,), Compile.none),
+    "train.grad_reduce": NotRun((GradReduce.bf16,), GradReduce.fp32),
+    "parallel.sequence_parallel": NotRun((True,), False),
+    "parallel.recompute": NotRun((Recompute.selective, Recompute.full), Recompute.none),
+    "parallel.overlap_grad_reduce": NotRun((True,), False),
+    "parallel.overlap_param_gather": NotRun((True,), False),
+    "parallel.overlap_p2p": NotRun((True,), False),
+}
+
+
+def not_run(settings: RunSettings, *, device: str) -> list[str]:
+    """The options that are set and have not been run on this device, as `key=value`.
+
+    Args:
+        settings: the run's.
+        device: `cpu`, where each that can run has been run, or `cuda`.
+    """
+    if device == "cpu":
+        return []
+    return [_typed(key, _value(settings, key)) for key in _set(settings)]
+
+
+def check_experimental(settings: RunSettings, *, device: str | None) -> None:
+    """Refuse options that have not been run on this device, unless `experimental=true` asks for them.
+
+    Args:
+        settings: the run's.
+        device: `cpu` or `cuda`; None for what this process computes on.
+
+    Raises:
+        ConfigError: naming all of them and what to set instead; or if nothing is there to be asked for.
+    """
+    if not settings.experimental and not _set(settings):
+        # To ask for the device imports torch.
+        return
+    device = device or ("cpu" if cpu.run_on_cpu() else "cuda")
+    options = not_run(settings, device=device)
+    if options and not settings.experimental:
+        it, have = ("it", "has") if len(options) == 1 else ("them", "have")
+        instead = " and ".join(_typed(key, NOT_RUN[key].instead) for key in _set(settings))
+        raise ConfigError(
+            f"{' and '.join(options)} {have} not been run on a GPU yet; set experimental=true to try {it}, or {instead}"
+        )
+    # What needs CUDA is refused where it is built, by what it is.
+    if settings.experimental and not options and not any(NOT_RUN[key].needs_cuda for key in _set(settings)):
+        why = (
+            "this run is on the CPU, where every option that works has been run"
+            if device == "cpu"
+            else "every option that is set has been run on a GPU, or is the one that needs no asking"
+        )
+        raise ConfigError(f"experimental=true would be ignored: {why}; leave it away")
+
+
+def list_not_run() -> list[str]:
+    """Every option that asks for `experimental=true` on a GPU, as `key=value|value`."""
+    return [f"{key}={'|'.join(_text(value) for value in option.values)}" for key, option in NOT_RUN.items()]
+
+
+def _set(settings: RunSettings) -> list[str]:
+    return [key for key, option in NOT_RUN.items() if _value(settings, key) in option.values]
+
+
+def _value(settings: RunSettings, key: str) -> Enum | bool:
+    return reduce(getattr, key.split("."), settings)  # type: ignore[return-value, arg-type]
+
+
+def _typed(key: str, value: Enum | bool) -> str:
+    return f"{key}={_text(value)}"
+
+
+def _text(value: Enum | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(shown(value))
