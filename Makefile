@@ -10,13 +10,17 @@ GPUS = $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count())"
 LAYOUT = $(if $(filter 1,$(GPUS)),run.ranks=1,run.ranks=2 parallel.tp=2)
 ARGS ?=
 
-.PHONY: train test test-slow test-gpu check format clean
+.PHONY: train bench test test-slow test-gpu check format clean
 
 train: $(INSTALLED)
 	$(BIN)/megavit train $(LAYOUT) $(ARGS)
 
+bench: $(INSTALLED)
+	$(BIN)/megavit bench $(ARGS)
+
+# By file on two processes: each starts its own ranks, once.
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m "slow and not gpu" $(ARGS)

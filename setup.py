@@ -50,6 +50,7 @@ setup(
             "pytest>=8",
             "hypothesis>=6",
             "pytest-timeout",
+            "pytest-xdist>=3.6",
             "transformers>=5.0",
             "ruff>=0.9",
             "mypy>=1.13",

@@ -27,17 +27,16 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-_figures: list[str] = []
-
-
 @pytest.fixture
-def figure():
+def figure(record_property):
     """Keep a measured figure for the end of the run, where it is read without -s."""
-    return _figures.append
+    return lambda line: record_property("measured", line)
 
 
 def pytest_terminal_summary(terminalreporter):
-    if _figures:
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    lines = [value for report in reports for name, value in report.user_properties if name == "measured"]
+    if lines:
         terminalreporter.section("measured")
-        for line in _figures:
+        for line in dict.fromkeys(lines):
             terminalreporter.write_line(line)
