@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -223,3 +224,22 @@ def test_settings_of_the_bench_are_read_beside_those_of_the_network():
     assert config.rows == ["vit_b16:fp32", "tp2:fp32"]
     assert config.batch is None
     assert others == ["model.num_layers=3"]
+
+
+def test_a_process_that_is_gone_is_a_fault_of_its_contestants_and_no_stack():
+    from megavit.bench.world import Fault, World
+
+    world = World([*overrides_of(ROWS["vit_b16"], "fp32", 8), *SMALL])
+    try:
+        until = time.monotonic() + 60
+        assert world.call("about", until=until)["device"] == "CPU"
+        with pytest.raises(Fault, match=r"KeyError: 'nobody'"):
+            world.call("run", "nobody", 1, until=until)
+        for process, _ in world._workers:
+            process.kill()
+            process.join()
+        for _ in range(2):
+            with pytest.raises(Fault, match="its process died"):
+                world.call("about", until=until)
+    finally:
+        world.close()

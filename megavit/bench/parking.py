@@ -32,6 +32,10 @@ class Parking:
                     storage.resize_(0)
         torch.cuda.empty_cache()
 
+    def forget(self, name: str) -> None:
+        """Let go of what is kept of a contestant."""
+        self._parked.pop(name, None)
+
     def bring_back(self, name: str) -> None:
         """Fill a contestant's tensors again, if it was parked."""
         for storage, kept in self._parked.pop(name, []):

@@ -40,14 +40,12 @@ class Row:
         cpu_batch: images per step on a CPU.
         gpu_batch: images per step on a GPU of 80 GB.
         contestants: who can do it; the first is who the others are compared with.
-        target: what megavit is meant to reach, in words.
     """
 
     overrides: tuple[str, ...]
     cpu_batch: int
     gpu_batch: int
     contestants: tuple[str, ...]
-    target: str = ""
 
 
 def _classifier(model: str, gpu_batch: int, *more: str) -> Row:

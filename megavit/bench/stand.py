@@ -35,7 +35,6 @@ class Stand:
         self._work = prepare_work(config, self._layout.device)
         self._contestants: dict[str, Contestant] = {}
         self._plain_weights: dict[str, Tensor] | None = None
-        self._machine: Machine | None = None
         self._parking = Parking(self._layout.device)
 
     def about(self) -> dict[str, Any]:
@@ -95,9 +94,9 @@ class Stand:
 
     def rates(self) -> dict[str, float]:
         """The device's own matmul and copy rate, now."""
-        if self._machine is None:
-            self._machine = Machine(self._layout.device, self._work.dtype)
-        return self._machine.rates()
+        # Made anew each time: its matrices would count among what a contestant holds.
+        self._parking.park(self._contestants)
+        return Machine(self._layout.device, self._work.dtype).rates()
 
     def loop(self, run_dir: str, rounds: int, steps: int, until: float) -> dict[str, list[float]]:
         """Seconds of the trainer and of the bare step, by turns."""
@@ -116,6 +115,7 @@ class Stand:
     def drop(self, name: str) -> None:
         """Let a contestant go, and its memory."""
         self._contestants.pop(name, None)
+        self._parking.forget(name)
         if self._layout.device.type == "cuda":
             torch.cuda.empty_cache()
 

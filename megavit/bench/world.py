@@ -15,6 +15,7 @@ from megavit.testing import open_store
 
 # Those who hear that they may go do so by themselves, and tidy up.
 _LEAVING_S = 5
+_DIED = "its process died (often for want of memory)"
 
 
 # Whoever takes his turn finds the memory that the one before him has freed still there: else glibc gives it back to the
@@ -65,8 +66,11 @@ class World:
             Fault: if one failed.
             TimeoutError: if one did not answer in time.
         """
-        for _, pipe in self._workers:
-            pipe.send((name, arguments))
+        try:
+            for _, pipe in self._workers:
+                pipe.send((name, arguments))
+        except OSError as error:
+            raise Fault(_DIED) from error
         deadline = max(until, time.monotonic() + patience_s)
         answers = []
         for _, pipe in self._workers:
@@ -75,7 +79,7 @@ class World:
             try:
                 good, answer = pipe.recv()
             except EOFError:
-                good, answer = False, "its process died (often for want of memory)"
+                good, answer = False, _DIED
             if not good:
                 raise Fault(answer)
             answers.append(answer)
