@@ -96,6 +96,7 @@ OPTIONS = {
     "full recompute": Option(["parallel.recompute=full"], 0, 0),
     # 1.4e-6, 2.4e-7, 3.0e-4
     "compiled layers": Option(["train.compile=layer"], 1e-4, 2e-6, 2e-3),
+    # 2.2e-6, 2.3e-7, 2.5e-4
     "oneDNN's products": Option(["model.linears=onednn"], 1e-4, 2e-6, 2e-3),
     # 4.3e-3, 7.8e-4; with seeds 1 and 2 on digits 9.2e-3, 4.3e-3. Not held for an autoencoder, whose first steps lag.
     "BF16 O2": Option(BF16, 1.5e-2, 2e-3, window=20),
