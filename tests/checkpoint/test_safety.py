@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from megavit.checkpoint.manifest import FILE, describe, find_fault, write_manifest
 from megavit.checkpoint.safety import refuse_code
@@ -70,6 +71,9 @@ METADATA = {
     "by way of torch": (Raw("torch", "os.mkdir").dumps(), "torch.os.mkdir"),
     "torch.load": (Raw("torch", "load").dumps(), "torch.load"),
     "getattr": (pickle.dumps(Calls(getattr, "torch", "upper")), "builtins.getattr"),
+    "getattr of an allowed class": (pickle.dumps(Calls(getattr, Metadata, "__init__")), "builtins.getattr"),
+    "getattr of an enum": (pickle.dumps(Calls(getattr, WriteItemType, "mro")), "builtins.getattr"),
+    "getattr of an enum's member": (pickle.dumps(Calls(getattr, WriteItemType.TENSOR, "name")), "builtins.getattr"),
     "no pickle": (b"not a pickle", "is refused"),
     "another object": (pickle.dumps({"state_dict_metadata": {}}), "has no attribute"),
     "a reference outside": (b"\x80\x04Pabc\n.", "outside"),
@@ -105,6 +109,18 @@ def assert_nothing_ran(run_dir: Path) -> None:
 
 def test_an_ordinary_checkpoint_is_let_through(run_dir):
     refuse_code(run_dir / "checkpoints" / "step_00000002")
+
+
+def test_a_checkpoint_that_python_3_11_2_wrote_is_let_through(run_dir, monkeypatch):
+    def reduce(member, protocol):
+        return getattr, (type(member), member.name)
+
+    # Up to 3.11.3 an enum's member is pickled as getattr of its class.
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", reduce)
+    metadata = pickle.loads((run_dir / "checkpoints" / "step_00000002" / ".metadata").read_bytes())
+    written = pickle.dumps(metadata)
+    assert b"getattr" in written
+    refuse_code(tamper(run_dir, ".metadata", written))
 
 
 @pytest.mark.parametrize("attack", METADATA)
