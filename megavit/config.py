@@ -47,6 +47,7 @@ class RunConfig(RunSettings):
         self._check_tensor_parallel()
         self._check_batch(world_size)
         self._check_precision()
+        self._check_linears()
         self._check_overlap(world_size)
         plan_stages(self.parallel, self.network_shape(num_classes=self.data.num_classes or 0))
         # Last: who is asked to try an option should not hear next that it contradicts another.
@@ -83,17 +84,6 @@ class RunConfig(RunSettings):
                 f"model.attention={model.attention.value} computes in bf16 alone, and train.precision=fp32; set "
                 f"train.precision=bf16_o2 or model.attention=sdpa"
             )
-        if model.linears is Linears.onednn:
-            if train.precision is not Precision.fp32:
-                raise ConfigError(
-                    "model.linears=onednn is for fp32: torch itself gives bf16 products to oneDNN; set "
-                    "model.linears=local, or train.precision=fp32"
-                )
-            if self.parallel.sequence_parallel:
-                raise ConfigError(
-                    "model.linears=onednn does not split tokens; set model.linears=local or "
-                    "parallel.sequence_parallel=false"
-                )
         if train.compile is Compile.layer:
             if self.parallel.tp > 1:
                 raise ConfigError(
@@ -109,6 +99,40 @@ class RunConfig(RunSettings):
                 raise ConfigError(
                     "train.compile=layer needs torch's own parts: set model.linears=local and model.attention to sdpa "
                     "or sdpa_flash, or train.compile=none"
+                )
+
+    def _check_linears(self) -> None:
+        linears, precision = self.model.linears, self.train.precision
+        if linears is Linears.onednn:
+            if precision is not Precision.fp32:
+                raise ConfigError(
+                    "model.linears=onednn is for fp32: torch itself gives bf16 products to oneDNN; set "
+                    "model.linears=local, or train.precision=fp32"
+                )
+            if self.parallel.sequence_parallel:
+                raise ConfigError(
+                    "model.linears=onednn does not split tokens; set model.linears=local or "
+                    "parallel.sequence_parallel=false"
+                )
+        if linears is Linears.fp8:
+            if precision is not Precision.bf16_o2:
+                raise ConfigError(
+                    "model.linears=fp8 rounds bf16 numbers, and train.precision=fp32 has none; set "
+                    "train.precision=bf16_o2 or model.linears=local"
+                )
+            for group, prefix in (("model", ""), ("task", "decoder_")):
+                self._check_eight_bit_sizes(group, f"{prefix}hidden_size", f"{prefix}ffn_size")
+
+    def _check_eight_bit_sizes(self, group: str, *keys: str) -> None:
+        """Refuse widths of which a rank's share is none that cuBLAS multiplies in 8 bits; on a CPU too, for a GPU."""
+        tp = self.parallel.tp
+        for key in keys:
+            size = getattr(getattr(self, group), key)
+            if size is not None and size % (16 * tp):
+                raise ConfigError(
+                    f"model.linears=fp8 needs widths in multiples of 16 on every rank, and {group}.{key}={size} over "
+                    f"parallel.tp={tp} is none: {size} mod {16 * tp} = {size % (16 * tp)}; set model.linears=local, or "
+                    f"change {group}.{key}{' or lower parallel.tp' if tp > 1 else ''}"
                 )
 
     def _check_overlap(self, world_size: int) -> None:

@@ -7,14 +7,17 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from megavit.config import RunConfig
 from megavit.data.loader import Batch, Loader
 from megavit.data.order import SampleOrder
 from megavit.data.source import Source
 from megavit.network import Network
+from megavit.optim.data_parallel import wrap_for_data_parallel
 from megavit.optim.step import step_if_finite
 from megavit.parallel.agree import broadcast_from
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.schedule import ForwardStep, add_microbatches, run_microbatches, sum_over_world
+from megavit.sections import GradReduce
 from megavit.task.task import Task
 
 _IMAGES_PAINTED = 8
@@ -120,6 +123,17 @@ class Engine:
             layout=self.layout,
             forward_only=forward_only,
         )
+
+
+def wrap_network(network: Network, config: RunConfig) -> list[DistributedDataParallel]:
+    """A network's stages with gradient buffers, to be trained."""
+    return wrap_for_data_parallel(
+        list(network.chunks.values()),
+        network.block,
+        config.optim,
+        config.parallel,
+        bf16_reduce=config.train.grad_reduce is GradReduce.bf16,
+    )
 
 
 def prepare_task(task: Task, loader: Callable[..., Loader], source: Source, *, seed: int) -> None:

@@ -1,7 +1,8 @@
 """Options that have not been run on a GPU yet: a run on one takes them only with `experimental=true`.
 
-They choose how a step is computed, and each has a value in its place by which the training is the same. Sizes of the
-layout and number formats are not among them: they are what a run is. Who has run one on a GPU takes it off the list.
+They choose how a step is computed, and each has a value in its place by which the training is the same, but for
+rounding. Sizes of the layout and `train.precision` are not among them: they are what a run is. Who has run one on a GPU
+takes it off the list.
 """
 
 from dataclasses import dataclass
@@ -25,18 +26,20 @@ class NotRun:
     Attributes:
         values: those.
         instead: the value that needs no asking.
-        needs_cuda: whether the CPU cannot run them either, and refuses them itself.
+        needs_cuda: those of them that the CPU cannot run either, and refuses itself.
     """
 
     values: tuple[Enum | bool, ...]
     instead: Enum | bool
-    needs_cuda: bool = False
+    needs_cuda: tuple[Enum | bool, ...] = ()
 
 
+_ATTENTION = (Attention.sdpa_flash, Attention.flash_attn, Attention.te)
+_ADAM = (Implementation.apex, Implementation.te)
 NOT_RUN = {
-    "model.attention": NotRun((Attention.sdpa_flash, Attention.flash_attn, Attention.te), Attention.sdpa, True),
-    "model.linears": NotRun((Linears.te,), Linears.local, True),
-    "optim.implementation": NotRun((Implementation.apex, Implementation.te), Implementation.megavit, True),
+    "model.attention": NotRun(_ATTENTION, Attention.sdpa, needs_cuda=_ATTENTION),
+    "model.linears": NotRun((Linears.fp8, Linears.te), Linears.local, needs_cuda=(Linears.te,)),
+    "optim.implementation": NotRun(_ADAM, Implementation.megavit, needs_cuda=_ADAM),
     # Run on CPU processes, with the same Megatron-Core code; there are no streams, no NCCL and no CUDA kernels there.
     "train.compile": NotRun((Compile.layer,), Compile.none),
     "train.grad_reduce": NotRun((GradReduce.bf16,), GradReduce.fp32),
@@ -82,7 +85,11 @@ def check_experimental(settings: RunSettings, *, device: str | None) -> None:
             f"{' and '.join(options)} {have} not been run on a GPU yet; set experimental=true to try {it}, or {instead}"
         )
     # What needs CUDA is refused where it is built, by what it is.
-    if settings.experimental and not options and not any(NOT_RUN[key].needs_cuda for key in _set(settings)):
+    if (
+        settings.experimental
+        and not options
+        and not any(_value(settings, key) in NOT_RUN[key].needs_cuda for key in _set(settings))
+    ):
         why = (
             "this run is on the CPU, where every option that works has been run"
             if device == "cpu"

@@ -15,7 +15,7 @@ from megavit.compose import leaves, to_yaml
 from megavit.config import RunConfig
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source, prepare_index
-from megavit.engine import Engine, prepare_task
+from megavit.engine import Engine, prepare_task, wrap_network
 from megavit.errors import ConfigError
 from megavit.exits import FINISHED, STOPPED
 from megavit.freezing import freeze
@@ -29,7 +29,6 @@ from megavit.network import build_network
 from megavit.nonfinite import describe_nonfinite
 from megavit.optim.average import WeightAverage
 from megavit.optim.config import Decay
-from megavit.optim.data_parallel import wrap_for_data_parallel
 from megavit.optim.optimizer import build_optimizer, build_schedule
 from megavit.parallel.agree import from_rank_zero, wait_for_rank_zero
 from megavit.parallel.layout import ParallelLayout
@@ -37,7 +36,7 @@ from megavit.parallel.rng import seed_step
 from megavit.plan.flops import training_flops
 from megavit.preflight import rehearse
 from megavit.restore import find_origin
-from megavit.sections import GradReduce, OnNonfinite
+from megavit.sections import OnNonfinite
 from megavit.signals import StepVote, StopRequest
 
 
@@ -68,13 +67,7 @@ class Trainer:
         self.task, self.chunks = network.task, network.chunks
         if config.frozen:
             freeze(self.chunks, config.frozen, layout=layout)
-        self.model = wrap_for_data_parallel(
-            list(self.chunks.values()),
-            network.block,
-            config.optim,
-            config.parallel,
-            bf16_reduce=config.train.grad_reduce is GradReduce.bf16,
-        )
+        self.model = wrap_network(network, config)
         self.engine = Engine(network, self.model, layout=layout, micro_batch=self.micro_batch)
 
         # Data

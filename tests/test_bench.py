@@ -62,6 +62,7 @@ def test_everyone_does_the_same_work_and_has_figures_a_table_and_a_picture(tmp_p
         assert word in shown
 
 
+@pytest.mark.slow
 def test_two_ranks_and_the_trainers_loop_are_timed_beside_one_rank(tmp_path):
     assert bench(["bench.rows=tp2:fp32,loop:fp32", *QUICK[:2], f"bench.dir={tmp_path}", *SMALL]) == 0
     timed = [line for line in lines_in(tmp_path) if line["kind"] == "contestant"]

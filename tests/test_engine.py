@@ -17,6 +17,8 @@ from tests.test_resume import DROPOUT, THIRTEEN_STEPS, assert_bit_equal
 GRID = ["parallel.tp=2", "parallel.pp=2"]
 VPP = ["parallel.pp=2", "parallel.vpp=2"]
 OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
+# Each layer's weights in several, as those of a network of 40 million weights and more are.
+BUCKETS = ["parallel.bucket_size=5000"]
 
 LAYOUTS = {
     "VPP 2": (2, VPP),
@@ -24,7 +26,8 @@ LAYOUTS = {
     "VPP 2, uneven": (2, [*VPP, "parallel.stages=[2,1,1,0]"]),
     "VPP 2, overlapped p2p": (2, [*VPP, "parallel.overlap_p2p=true"]),
     "DP 2, overlapped": (2, OVERLAP),
-    "VPP 2 × DP 2, all overlapped": (4, [*VPP, *OVERLAP, "parallel.overlap_p2p=true"]),
+    "DP 2, overlapped, small buckets": (2, [*OVERLAP, *BUCKETS]),
+    "VPP 2 × DP 2, all overlapped, small buckets": (4, [*VPP, *OVERLAP, *BUCKETS, "parallel.overlap_p2p=true"]),
     "TP 2 × PP 2, full recompute": (4, [*GRID, "parallel.recompute=full"]),
     "TP 2 × PP 2, selective recompute": (4, [*GRID, "parallel.recompute=selective"]),
     "TP 2 × PP 2 × VPP 2, full recompute, overlapped p2p": (
@@ -33,7 +36,7 @@ LAYOUTS = {
     ),
     "TP 2 × PP 2 × VPP 2 × DP 2, selective recompute, all overlapped": (
         8,
-        [*GRID, "parallel.vpp=2", *OVERLAP, "parallel.overlap_p2p=true", "parallel.recompute=selective"],
+        [*GRID, "parallel.vpp=2", *OVERLAP, *BUCKETS, "parallel.overlap_p2p=true", "parallel.recompute=selective"],
     ),
     "TP 2, oneDNN": (2, ["parallel.tp=2", "model.linears=onednn"]),
     "VPP 2, oneDNN, full recompute": (2, [*VPP, "model.linears=onednn", "parallel.recompute=full"]),
@@ -162,8 +165,11 @@ def test_interleaved_pipeline_resumes_as_tensor_parallel(tmp_path):
 
 
 @pytest.mark.slow
-def test_layer_compiles_as_one_graph_and_trains_alike(tmp_path):
-    got, want = train_both(1, ["train.compile=layer"], tmp_path)
+@pytest.mark.parametrize(
+    ("world", "layout"), [(1, []), (2, [*OVERLAP, *BUCKETS])], ids=["alone", "DP 2, overlapped, small buckets"]
+)
+def test_layer_compiles_as_one_graph_and_trains_alike(world, layout, tmp_path):
+    got, want = train_both(world, ["train.compile=layer", *layout], tmp_path)
     loss, norm = largest_differences(got, want)
     assert loss <= 2e-6
     assert norm <= 2e-6
@@ -176,6 +182,7 @@ def test_layer_compiles_as_one_graph_and_trains_alike(tmp_path):
         (["parallel.vpp=2"], 1, "parallel.pp=1 has none"),
         ([*VPP, "train.micro_batch=64"], 2, "micro batches per step in multiples of parallel.pp=2, .* = 1"),
         (["parallel.overlap_p2p=true", "parallel.pp=2"], 2, "needs an interleaved pipeline"),
+        (["parallel.bucket_size=1000"], 2, "parallel.bucket_size=1000 would be ignored"),
         (["parallel.overlap_grad_reduce=true"], 1, "leaves data-parallel size 1, nothing is reduced"),
         (["parallel.overlap_param_gather=true"], 1, "needs parallel.overlap_grad_reduce=true"),
         ([*OVERLAP, "optim=sgd", "train.micro_batch=32"], 2, "optim.name=sgd keeps them whole"),

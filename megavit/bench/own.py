@@ -13,12 +13,10 @@ from megavit.bench.work import Work
 from megavit.checkpoint.names import Dims, to_plain
 from megavit.checkpoint.whole import gather_whole
 from megavit.config import RunConfig
-from megavit.engine import Engine
+from megavit.engine import Engine, wrap_network
 from megavit.network import build_network
-from megavit.optim.data_parallel import wrap_for_data_parallel
 from megavit.optim.optimizer import build_optimizer, build_schedule
 from megavit.parallel.layout import ParallelLayout
-from megavit.sections import GradReduce
 
 
 class Megavit:
@@ -34,13 +32,7 @@ class Megavit:
         self._work, self._layout, self._config = work, layout, config
         self._network = network = build_network(config, layout, num_classes=config.data.num_classes or 0)
         self._task = network.task
-        self._model = wrap_for_data_parallel(
-            list(network.chunks.values()),
-            network.block,
-            config.optim,
-            config.parallel,
-            bf16_reduce=config.train.grad_reduce is GradReduce.bf16,
-        )
+        self._model = wrap_network(network, config)
         self._engine = Engine(network, self._model, layout=layout, micro_batch=config.train.global_batch)
         self._task.prepare(iter([work.batch]))
         peak_lr = config.optim.peak_lr(config.train.global_batch)

@@ -45,11 +45,13 @@ class Linears(Enum):
     """Whose parallel linears the encoder layer is built of.
 
     `local`: Megatron-Core's own. `onednn`: the same, their fp32 products by oneDNN instead of MKL, on CPUs alone; on
-    AMD's processors about twice as fast. `te`: Transformer Engine's.
+    AMD's processors about twice as fast. `fp8`: the same, their products of 8-bit numbers, by torch alone. `te`:
+    Transformer Engine's.
     """
 
     local = "local"
     onednn = "onednn"
+    fp8 = "fp8"
     te = "te"
 
 
@@ -72,7 +74,7 @@ class ModelConfig:
             fine-tuning does.
         patch_bias: whether the patch embedding has a bias.
         attention: the kernel. Not run on a GPU: sdpa_flash, flash_attn, te.
-        linears: whose parallel linears. Not run on a GPU: te.
+        linears: whose parallel linears. Not run on a GPU: fp8, te.
         qk_norm: LayerNorm of queries and keys, per head.
         layer_scale: start value of the per-channel scale on each residual branch; null for none.
         hidden_dropout: after the embedding and after each residual branch.

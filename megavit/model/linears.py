@@ -1,4 +1,4 @@
-"""The parallel linears of the encoder layer: Megatron-Core's own, with oneDNN's products, or Transformer Engine's."""
+"""The parallel linears of the encoder layer: Megatron-Core's own, with oneDNN's or FP8 products, or TE's."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megavit.errors import ConfigError
 from megavit.model.config import Linears
+from megavit.model.fp8 import Fp8Column, Fp8Row, require_fp8
 from megavit.model.onednn import OneDnnColumn, OneDnnRow, require_onednn
 
 
@@ -27,6 +28,9 @@ def parallel_linears(linears: Linears, *, device: torch.device) -> tuple[type, t
     if linears is Linears.onednn:
         require_onednn(device)
         return OneDnnColumn, OneDnnRow
+    if linears is Linears.fp8:
+        require_fp8(device)
+        return Fp8Column, Fp8Row
     from megatron.core.extensions import transformer_engine as te
 
     if not te.HAVE_TE:

@@ -55,7 +55,7 @@ class MaskedAutoencoder(EncoderStage):
         super().compile_layers()
         if self.mae_decoder is not None:
             for layer in self.mae_decoder.blocks.layers:
-                layer.compile(fullgraph=True)
+                layer.forward = torch.compile(layer.forward, fullgraph=True)
 
     def forward(self, images_BCYX: Tensor | None, keep_BK: Tensor | None) -> Tensor:
         """Map normalised images to the pixels the decoder believes in.

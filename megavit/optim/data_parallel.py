@@ -7,6 +7,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from megavit.optim.config import OptimConfig, Optimizer
 from megavit.parallel.config import ParallelConfig
@@ -49,6 +50,19 @@ class GradientBuffers(DistributedDataParallel):
 
         return hook
 
+    def _make_forward_pre_hook(self) -> Callable[..., None]:
+        wait = super()._make_forward_pre_hook()
+
+        def hook(module: torch.nn.Module, *unused: Any) -> None:
+            # A layer computes with its matrices without calling the modules that hold them, so their own hooks never
+            # run: the layer waits for all of its weights. Within a compiled one there is nothing left to wait for.
+            parts = module.modules() if isinstance(module, BaseTransformerLayer) else [module]
+            if not torch.compiler.is_compiling():
+                for part in parts:
+                    wait(part)
+
+        return hook
+
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         """See the gradients summed; of weights that took no part they are zero."""
         for param in self._unwritten:
@@ -85,6 +99,7 @@ def wrap_for_data_parallel(
         use_distributed_optimizer=config.name is Optimizer.adamw,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.bucket_size,
     )
     # Kernels that add to the gradients by themselves would add to the last step's.
     assert not block.gradient_accumulation_fusion

@@ -40,11 +40,17 @@ class FusedAdam(torch.optim.Optimizer):
         super().__init__(
             params, dict(lr=lr, bias_correction=True, betas=betas, eps=eps, weight_decay=weight_decay, step=0)
         )
+        self._divisor = 1.0
+
+    def divide_gradients_by(self, divisor: float) -> None:
+        """Have the next step, and it alone, divide the gradients as it reads them; it writes them back divided."""
+        self._divisor = divisor
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient, one launch per group."""
         assert closure is None
+        divisor, self._divisor = self._divisor, 1.0
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if not params:
@@ -70,6 +76,7 @@ class FusedAdam(torch.optim.Optimizer):
                 eps=group["eps"],
                 amsgrad=False,
                 maximize=False,
+                grad_scale=None if divisor == 1 else torch.full((), divisor, device=params[0].device),
             )
 
 

@@ -9,6 +9,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
+from megavit.optim.fused_adam import FusedAdam
+
 
 def step_if_finite(optimizer: MegatronOptimizer, model: list[DistributedDataParallel]) -> tuple[float, bool]:
     """Step, unless some gradient of some rank is not finite; all ranks agree.
@@ -32,9 +34,20 @@ def step_if_finite(optimizer: MegatronOptimizer, model: list[DistributedDataPara
         for part in optimizer.chained_optimizers:
             parameters = part.get_parameters()
             if parameters and not getattr(part, "is_stub_optimizer", False):
-                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+                _clip(part, parameters, norm)
         optimizer.step_with_ready_grads()
     return norm, True
+
+
+def _clip(part: MegatronOptimizer, parameters: list[torch.nn.Parameter], norm: float) -> None:
+    """See gradients of this norm scaled down to the largest allowed, before they are used."""
+    largest = part.config.clip_grad
+    if isinstance(part.optimizer, FusedAdam):
+        # Its kernel does so in passing. A pass of its own over B/16's gradients is a tenth of norm, clipping, update
+        # and the copy to bf16 (two cores, where the norm is above the largest).
+        part.optimizer.divide_gradients_by(max(1.0, (norm + 1e-6) / largest))
+    else:
+        clip_grad_by_total_norm_fp32(parameters, max_norm=largest, total_norm=norm)
 
 
 def _any_uncounted_not_finite(optimizer: MegatronOptimizer, device: torch.device) -> Tensor:

@@ -1,10 +1,14 @@
 """What crosses from one pipeline stage to the next."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from megavit.parallel.layout import ParallelLayout
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,7 @@ class BoundarySpec:
         return [(spec.shape[0] // split, *spec.shape[1:]) for spec in self.tensors]
 
 
-def tokens_boundary(
-    num_tokens: int, micro_batch: int, hidden_size: int, dtype: torch.dtype, *, sequence_parallel: bool
-) -> BoundarySpec:
+def tokens_boundary(num_tokens: int, micro_batch: int, block: "TransformerConfig") -> BoundarySpec:
     """The boundary of an encoder: its tokens, in the order in which its layers hold them, and nothing else."""
-    order = (num_tokens, micro_batch) if sequence_parallel else (micro_batch, num_tokens)
-    return BoundarySpec((TensorSpec((*order, hidden_size), dtype),))
+    order = (num_tokens, micro_batch) if block.sequence_parallel else (micro_batch, num_tokens)
+    return BoundarySpec((TensorSpec((*order, block.hidden_size), block.pipeline_dtype),))

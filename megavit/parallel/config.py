@@ -42,6 +42,9 @@ class ParallelConfig:
         recompute_layers: with `full`, layers per group (uniform) or recomputed layers per stage (block); null is 1.
         overlap_grad_reduce: reduce gradients over the data-parallel ranks while the backward pass still runs. Not run
             on a GPU.
+        bucket_size: weights whose gradients are reduced together while the backward pass still runs; null takes 40
+            million, or a million for each data-parallel rank where that is more, as Megatron-Core does. Smaller ones
+            begin earlier and use the network worse. Only the first pipeline stage has several.
         overlap_param_gather: gather updated weights while the next forward pass already runs. Not run on a GPU.
         overlap_p2p: send between stages while computing; interleaved pipelines alone can. Not run on a GPU.
     """
@@ -56,6 +59,7 @@ class ParallelConfig:
     recompute_method: RecomputeMethod | None = None
     recompute_layers: int | None = None
     overlap_grad_reduce: bool = False
+    bucket_size: int | None = None
     overlap_param_gather: bool = False
     overlap_p2p: bool = False
 
@@ -84,7 +88,7 @@ class ParallelConfig:
 
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
-        require_number("parallel", self, "tp", "pp", "vpp", "cp", at_least=1)
+        require_number("parallel", self, "tp", "pp", "vpp", "cp", "bucket_size", at_least=1)
         if self.cp > 1:
             raise ConfigError(f"parallel.cp={self.cp}: context parallelism does not work yet; set parallel.cp=1")
         if self.vpp > 1 and self.pp == 1:
@@ -97,6 +101,11 @@ class ParallelConfig:
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise ConfigError(
                 "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true, whose buckets it uses"
+            )
+        if self.bucket_size is not None and not self.overlap_grad_reduce:
+            raise ConfigError(
+                f"parallel.bucket_size={self.bucket_size} would be ignored: without parallel.overlap_grad_reduce=true "
+                f"all gradients are reduced at once; set it to null"
             )
         self._check_recompute()
         if self.sequence_parallel and self.tp == 1:

@@ -89,13 +89,7 @@ class Classify:
     def boundary(self, micro_batch: int, block: TransformerConfig) -> BoundarySpec:
         """All tokens cross."""
         tokens = self.model.num_tokens(self.data.image_size)
-        return tokens_boundary(
-            tokens,
-            micro_batch,
-            self.model.hidden_size,
-            block.pipeline_dtype,
-            sequence_parallel=block.sequence_parallel,
-        )
+        return tokens_boundary(tokens, micro_batch, block)
 
     def prepare(self, batches: Iterator[Batch]) -> None:
         """Nothing to compare with."""

@@ -80,13 +80,7 @@ class Mae:
     def boundary(self, micro_batch: int, block: TransformerConfig) -> BoundarySpec:
         """The kept patches' tokens cross, and the class tokens'."""
         tokens = self.num_kept + self.model.class_tokens
-        return tokens_boundary(
-            tokens,
-            micro_batch,
-            self.model.hidden_size,
-            block.pipeline_dtype,
-            sequence_parallel=block.sequence_parallel,
-        )
+        return tokens_boundary(tokens, micro_batch, block)
 
     def prepare(self, batches: Iterator[Batch]) -> None:
         """Measure the mean target at each position, where the loss is computed."""

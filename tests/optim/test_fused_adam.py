@@ -27,6 +27,50 @@ def test_fused_adam_equals_torchs_adamw():
     assert mine.param_groups[0]["step"] == 20
 
 
+def test_gradients_are_divided_in_the_next_step_and_in_it_alone():
+    torch.manual_seed(0)
+    ours = [torch.randn(5, 7, requires_grad=True), torch.randn(1003, requires_grad=True)]
+    theirs = [weight.detach().clone().requires_grad_() for weight in ours]
+    mine, reference = FusedAdam(ours, lr=1e-2), FusedAdam(theirs, lr=1e-2)
+    for divisor in (3.7, 1.0, 2.3, None):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad / (divisor or 1)
+        if divisor is not None:
+            mine.divide_gradients_by(divisor)
+        mine.step()
+        reference.step()
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a.grad, b.grad)
+            for name in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(mine.state[a][name], reference.state[b][name])
+
+
+@pytest.mark.parametrize(("overrides", "passes"), [([], 0), (["optim=sgd", "optim.lr=0.1"], 10)])
+def test_adam_clips_in_its_own_launch_and_others_in_a_pass_before(overrides, passes, tmp_path):
+    settings = [*SMALL, *overrides, "optim.clip=0.1", f"run.dir={tmp_path}"]
+    assert run_ranks(clipping_passes, 1, settings) == [passes]
+
+
+def clipping_passes(overrides: list[str]) -> int:
+    """How often Megatron-Core's clipping goes over the gradients."""
+    from megatron.core.optimizer import clip_grads
+
+    original, calls = clip_grads.multi_tensor_applier, []
+
+    def counting(operation, *arguments):
+        calls.append(operation is clip_grads.multi_tensor_scale_impl)
+        return original(operation, *arguments)
+
+    clip_grads.multi_tensor_applier = counting
+    try:
+        ranks.train(overrides)
+    finally:
+        clip_grads.multi_tensor_applier = original
+    return sum(calls)
+
+
 def test_base_lr_is_scaled_by_the_batch():
     config = compose(["optim.base_lr=1.5e-4", "train.global_batch=4096"])
     assert config.optim.lr is None
