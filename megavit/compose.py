@@ -35,8 +35,9 @@ def choices(group: str) -> list[str]:
 
 
 def groups() -> list[str]:
-    """The groups one can choose from."""
-    return sorted(path.name for path in config_dir().iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+    """The groups one can choose from; `cluster` is megavit submit's alone."""
+    folders = (path for path in config_dir().iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+    return sorted(path.name for path in folders if path.name != "cluster")
 
 
 def compose(overrides: list[str]) -> RunConfig:
@@ -174,6 +175,8 @@ def _check_key(override: Override) -> None:
     known = list(leaves(RunConfig()))
     if key in known:
         return
+    if key.partition(".")[0] == "cluster":
+        raise ConfigError(f"{override.input_line} says where a job runs, which is read by megavit submit alone")
     if any(path.startswith(key + ".") for path in known):
         raise ConfigError(
             f"{override.input_line} sets a whole section; set its keys: "

@@ -90,7 +90,7 @@ def _fail(code: int, message: str, run_dir: Path | None, log: RankLog) -> int:
 def _claim(code: int) -> int | None:
     """Claim to be the first rank that failed: None if so, else that rank's code, once it has reported."""
     try:
-        store = _shared_store()
+        store = shared_store()
         if store is None:
             return None
         mine = f"{rank_from_environment()} {code}"
@@ -106,7 +106,7 @@ def _claim(code: int) -> int | None:
 
 def _mark_reported() -> None:
     try:
-        store = _shared_store()
+        store = shared_store()
         if store is not None:
             store.set(_key("reported"), "1")
     except (RuntimeError, OSError):
@@ -118,7 +118,7 @@ def _key(name: str) -> str:
     return f"megavit/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
-def _shared_store() -> Any:
+def shared_store() -> Any:
     """The launcher's key-value store, which outlives any one rank; None for a world of one."""
     world_size = world_size_from_environment()
     if world_size == 1:

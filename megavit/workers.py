@@ -9,12 +9,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from megavit.config import RunConfig
 from megavit.exits import FAULT, FINISHED, write_exit
 from megavit.signals import STOPPING
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
 
 # Ranks that have not been started by then are not going to be.
 _START_S = 5
@@ -48,15 +52,8 @@ def start_ranks(arguments: list[str], *, ranks: int, run_dir: Path | None = None
     Returns:
         The code that the first rank to fail left with, or 0.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import LaunchConfig
 
-    # The ranks say themselves what went wrong, once; the launcher's own account would bury it.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Where one rank has failed, the others take the agent's SIGTERM for a wish to stop, and wait for the lost one.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_S))
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -64,18 +61,43 @@ def start_ranks(arguments: list[str], *, ranks: int, run_dir: Path | None = None
         run_id="megavit",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        # SIGTERM, SIGINT and SIGUSR1 are handed on below instead: the agent would give the ranks 30 s to save and then
-        # end them, and would not tell their code.
         # Not this machine's name on the network, which a laptop may not resolve.
         local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.1,
-        signals_to_handle="SIGHUP",
     )
+    return launch_ranks(launch, [sys.executable, "-m", module, *arguments], module=module, run_dir=run_dir)
+
+
+def launch_ranks(launch: "LaunchConfig", command: list[str], *, module: str, run_dir: Path | None) -> int:
+    """Run a command in every rank of this machine and wait for them, however long they take to save after a signal.
+
+    Args:
+        launch: how many ranks, and where the machines meet.
+        command: what each runs.
+        module: the word of the command by which the ranks are known among this process's children.
+        run_dir: where to leave the exit code of ranks that could not do it themselves.
+
+    Returns:
+        The code that the first rank to fail left with, or 0.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    # The ranks say themselves what went wrong, once; the launcher's own account would bury it.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Where one rank has failed, the others take the agent's SIGTERM for a wish to stop, and wait for the lost one.
+    launch.shutdown_timeout = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_S))
+    # The others are handed on below instead: the agent would give the ranks 30 s to save and then end them, and would
+    # not tell their code.
+    launch.signals_to_handle = "SIGHUP"
+    ranks = launch.nproc_per_node
     _hand_signals_on(module, ranks)
     _end_those_left(module, ranks)
     try:
-        elastic_launch(launch, sys.executable)("-m", module, *arguments)
+        elastic_launch(launch, command[0])(*command[1:])
     except ChildFailedError as error:
         return _explain(error, run_dir)
     except SignalException as error:
@@ -96,7 +118,7 @@ def _hand_signals_on(module: str, ranks: int) -> None:
         for count in itertools.count(1):
             number = signal.sigwait(STOPPING)
             deadline = time.monotonic() + _START_S
-            while len(children := _running(module)) < ranks and time.monotonic() < deadline:
+            while len(children := running(module)) < ranks and time.monotonic() < deadline:
                 time.sleep(0.05)
             for child in children:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -113,19 +135,20 @@ def _end_those_left(module: str, ranks: int) -> None:
     """
 
     def watch() -> None:
-        while len(_running(module)) < ranks:
+        while len(running(module)) < ranks:
             time.sleep(0.2)
-        while len(_running(module)) == ranks:
+        while len(running(module)) == ranks:
             time.sleep(0.2)
         time.sleep(_LOST_S)
-        for child in _running(module):
+        for child in running(module):
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _running(module: str) -> list[psutil.Process]:
+def running(module: str) -> list[psutil.Process]:
+    """This process's children that run a module."""
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -101,7 +101,7 @@ class ParallelLayout:
             config: the sizes; already checked against the world size.
             timeout_s: seconds after which a collective that waits for a lost rank fails.
         """
-        device = _choose_device()
+        device = choose_device()
         if not dist.is_initialized():
             join_world(device, timeout_s=timeout_s)
         if device.type == "cpu":
@@ -143,11 +143,18 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _choose_device() -> torch.device:
+def choose_device() -> torch.device:
+    """This rank's device: its own GPU, or the CPU with OMP_NUM_THREADS threads, or without that its share of the cores.
+
+    Raises:
+        ConfigError: if there are more ranks than GPUs.
+    """
     if cpu.run_on_cpu():
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_ranks))
+        # torch has taken what is set there. A scheduler that hands out cores by their number alone tells it so.
+        if not os.environ.get("OMP_NUM_THREADS"):
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // local_ranks))
         return torch.device("cpu")
     local_ranks, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if local_ranks > devices:

@@ -1,16 +1,17 @@
 """The CPU retarget touches what it must, on the CPU, and nothing else."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from megavit.parallel import cpu
+from megavit.parallel.layout import choose_device
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    import os
-
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
     )
@@ -65,3 +66,18 @@ def test_the_environment_asks_for_the_cpu(value, monkeypatch):
         assert cpu.run_on_cpu()
     finally:
         cpu.run_on_cpu.cache_clear()
+
+
+def test_a_rank_takes_the_threads_that_are_set_else_its_share_of_the_cores(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        torch.set_num_threads(3)
+        choose_device()
+        assert torch.get_num_threads() == 3
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        choose_device()
+        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+    finally:
+        torch.set_num_threads(before)

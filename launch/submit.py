@@ -1,0 +1,8 @@
+"""`python launch/submit.py cluster=… key=value …`, from a clone; `megavit submit` is the same where it is installed."""
+
+import sys
+
+from megavit.__main__ import main
+
+if __name__ == "__main__":
+    sys.exit(main(["submit", *sys.argv[1:]]))

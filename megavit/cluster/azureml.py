@@ -1,0 +1,198 @@
+"""`cluster=azureml`: a command job, of which Azure ML itself starts every rank."""
+
+import json
+import shlex
+import shutil
+import subprocess
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+from megavit.cluster.azureml_config import AzureMLConfig
+from megavit.cluster.backend import Submitted
+from megavit.cluster.config import ClusterConfig
+from megavit.cluster.job import Job
+from megavit.cluster.places import RUNS, own_data_path, own_donor, with_settings
+from megavit.cluster.render import render_yaml
+from megavit.errors import ConfigError
+
+# Seconds for a command of az: a job's creation uploads the build's folder first.
+_PATIENCE_S = 600
+_REFUSED = "nothing was submitted, for Azure ML does not take the job"
+_STILL_THERE = "the job is still there, for Azure ML does not cancel it"
+_DATA, _RUNS = "${{inputs.data}}", "${{outputs.runs}}"
+_DOCKERFILE = "docker/Dockerfile"
+
+
+class AzureML:
+    """A workspace of Azure Machine Learning."""
+
+    config_class: ClassVar[type[ClusterConfig]] = AzureMLConfig
+    file_name: ClassVar[str] = "job.yaml"
+
+    def __init__(self, config: ClusterConfig) -> None:
+        assert isinstance(config, AzureMLConfig)
+        self.config: ClusterConfig = config
+        self._azure = config
+
+    def render(self, job: Job) -> str:
+        """The command job.
+
+        Raises:
+            ConfigError: if the job would not see its files, or a value is one that Azure ML would replace.
+        """
+        azure = self._azure
+        typed = [*job.overrides, job.name, azure.python or "", *azure.env.values()]
+        for text in [*typed, *azure.tags, *azure.tags.values()]:
+            if "${{" in text:
+                raise ConfigError(f"{text!r} holds ${{{{, and Azure ML would put another value there; leave it away")
+        settings = with_settings(job, self._places(job))
+        words = [azure.python or "python", "-m", "megavit.train", *settings]
+        return render_yaml(
+            "azureml.yaml.j2",
+            {
+                "display_name": job.name,
+                "experiment": azure.experiment,
+                "tags": azure.tags,
+                "command": "exec " + shlex.join(words),
+                "environment": self._environment(),
+                "data": azure.data,
+                "runs": azure.runs.rstrip("/"),
+                "compute": azure.compute,
+                "instance_type": azure.instance_type,
+                "shm_size": azure.shm_size,
+                "nodes": job.nodes,
+                "ranks": job.ranks_per_node,
+                "timeout_s": azure.timeout_s,
+                "identity": azure.identity,
+                "env": {
+                    "MEGAVIT_DEVICE": job.device,
+                    # Azure ML tells a rank its number on the node, and not how many there are.
+                    "LOCAL_WORLD_SIZE": str(job.ranks_per_node),
+                    **({"OMP_NUM_THREADS": "1"} if job.gpus_per_node else {}),
+                    **azure.env,
+                },
+            },
+        )
+
+    def _environment(self) -> dict[str, Any] | str:
+        named = self._azure.environment
+        if named is not None:
+            return named if named.startswith("azureml:") else {"image": named}
+        here = Path.cwd()
+        if not (here / _DOCKERFILE).is_file():
+            raise ConfigError(
+                f"cluster.environment=null has {_DOCKERFILE} of this folder built, and {here} has none; run this in a "
+                f"clone of megavit, or set cluster.environment to an image or to azureml:NAME:VERSION"
+            )
+        return {"build": {"path": str(here), "dockerfile_path": _DOCKERFILE}}
+
+    def _places(self, job: Job) -> dict[str, str]:
+        """The settings that name folders, as the job sees them."""
+        changed = {"run.dir": f"{_RUNS}/{job.name}"}
+        path = own_data_path(job)
+        if path is None:
+            if self._azure.data is not None:
+                raise ConfigError(
+                    f"cluster.data={self._azure.data} would be ignored: data.source={job.config.data.source} reads no "
+                    f"files of it; set data.path to a path in it, data.path=. for all of it, or leave cluster.data away"
+                )
+        elif self._azure.data is None or not _is_within(path):
+            raise ConfigError(
+                f"data.path={path} is on no machine of Azure ML: set cluster.data to where the data are, as "
+                f"azureml://datastores/NAME/paths/FOLDER, and data.path to a path in there, data.path=. for all of it"
+            )
+        else:
+            changed["data.path"] = _DATA if PurePosixPath(path) == PurePosixPath(".") else f"{_DATA}/{path}"
+        if (donor := own_donor(job)) is not None:
+            before, place = donor
+            inside = place.removeprefix(RUNS)
+            if inside == place or not _is_within(inside):
+                raise ConfigError(
+                    f"init_from={before}{place} is on no machine of Azure ML: put it beneath cluster.runs="
+                    f"{self._azure.runs} and set init_from={before}{RUNS}NAME"
+                )
+            changed["init_from"] = f"{before}{_RUNS}/{inside}"
+        return changed
+
+    def try_out(self, texts: list[str]) -> None:
+        """Ask Azure ML for the compute that the jobs name.
+
+        Raises:
+            ConfigError: with what it says; az itself checks a job's file when it creates the job.
+        """
+        if shutil.which("az") is None:
+            raise ConfigError(
+                "cluster=azureml: there is no az on this machine; install the Azure CLI and `az extension add --name "
+                "ml`, or set cluster.dry_run=true to see the job"
+            )
+        if self._azure.compute is not None:
+            self._ask("compute", "show", "--name", self._azure.compute)
+        else:
+            # Its name is an option of its own there.
+            workspace = self._azure.workspace
+            self._ask("workspace", "show", *(["--name", workspace] if workspace else []), in_workspace=False)
+
+    def submit(self, file: Path, job: Job) -> Submitted:
+        """Create the job.
+
+        Raises:
+            ConfigError: with what az says.
+        """
+        created = json.loads(self._ask("job", "create", "--file", str(file)))
+        name = str(created["name"])
+        studio = created.get("services", {}).get("Studio", {}).get("endpoint", "the workspace's page")
+        where = shlex.join(self._where())
+        return Submitted(
+            name,
+            {
+                "job": name,
+                "runs": f"{self._azure.runs.rstrip('/')}/{job.name}",
+                "watch": studio,
+                "follow": f"az ml job stream --name {name} {where}".rstrip(),
+                "stop": f"az ml job cancel --name {name} {where}".rstrip(),
+            },
+        )
+
+    def take_back(self, submitted: Submitted) -> None:
+        """Cancel it."""
+        self._ask("job", "cancel", "--name", submitted.job_id, failed=_STILL_THERE)
+
+    def _where(self, *, in_workspace: bool = True) -> list[str]:
+        named = {"resource-group": self._azure.resource_group, "subscription": self._azure.subscription}
+        if in_workspace:
+            named = {"workspace-name": self._azure.workspace, **named}
+        return [word for key, value in named.items() if value is not None for word in (f"--{key}", value)]
+
+    def _ask(self, *words: str, in_workspace: bool = True, failed: str = _REFUSED) -> str:
+        """What az answers, as JSON."""
+        where = self._where(in_workspace=in_workspace)
+        command = ["az", "ml", *words, *where, "--output", "json", "--only-show-errors"]
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE_S
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ConfigError(
+                f"az did not answer in {_PATIENCE_S} s; `az account show` tells whether it can, `az ml job list` "
+                f"whether a job is there"
+            ) from error
+        if done.returncode:
+            said = " ".join(done.stderr.split()) or f"it left with {done.returncode}"
+            raise ConfigError(f"{failed}: {said}{_way_out(said)}")
+        return done.stdout
+
+
+def _is_within(path: str) -> bool:
+    """Whether a path stays in the folder that it begins in."""
+    pure = PurePosixPath(path)
+    return not pure.is_absolute() and ".." not in pure.parts and not path.startswith("~")
+
+
+def _way_out(said: str) -> str:
+    if "az login" in said:
+        return ""
+    if "'ml'" in said and ("misspelled" in said or "not in" in said):
+        return " (its extension is missing: az extension add --name ml)"
+    if "--workspace-name" in said or "--resource-group" in said:
+        return " (set cluster.workspace and cluster.resource_group)"
+    return ""

@@ -1,0 +1,80 @@
+"""Section `cluster` for Azure Machine Learning."""
+
+from dataclasses import dataclass, field
+
+from megavit.checks import require_number
+from megavit.cluster.config import ClusterConfig, Kind, require_form
+from megavit.errors import ConfigError
+
+
+@dataclass
+class AzureMLConfig(ClusterConfig):
+    """A workspace of Azure Machine Learning; `launch/azureml.yaml.j2` is the command job.
+
+    `runs` is mounted for writing: `run.dir` becomes NAME in it, and init_from=runs/OTHER is found there. `data` is
+    mounted for reading: data.path is a path in it, as data.path=train, or data.path=. for all of it.
+
+    Attributes:
+        workspace: null takes that of `az configure`; so with resource_group and subscription.
+        resource_group: that holds the workspace.
+        subscription: that pays.
+        compute: name of the workspace's compute cluster; null takes serverless compute of `instance_type`.
+        instance_type: size of a serverless node, as Standard_ND96asr_v4.
+        environment: an image, or azureml:NAME:VERSION, with megavit in it; null has docker/Dockerfile of this folder
+            built.
+        data: azureml:// path or azureml:NAME:VERSION of the data; null where they come from elsewhere.
+        runs: azureml:// path of the folder that holds the runs; the default is in the store that each workspace has.
+        shm_size: of /dev/shm, through which the loader's workers and NCCL pass their data.
+        timeout_s: after which Azure ends the job; null for no limit.
+        experiment: what the workspace lists the job under.
+        tags: of the job.
+        identity: whose rights open `data` and `runs`, managed or user_identity; null takes the datastore's own.
+        python: the interpreter that has megavit in the environment; null takes `python`.
+    """
+
+    kind: Kind = Kind.azureml
+    workspace: str | None = None
+    resource_group: str | None = None
+    subscription: str | None = None
+    compute: str | None = None
+    instance_type: str | None = None
+    environment: str | None = None
+    data: str | None = None
+    runs: str = "azureml://datastores/workspaceblobstore/paths/megavit/runs"
+    shm_size: str = "64g"
+    timeout_s: int | None = None
+    experiment: str = "megavit"
+    tags: dict[str, str] = field(default_factory=dict)
+    identity: str | None = None
+
+    def check(self) -> None:
+        """Raise ConfigError where this section contradicts itself."""
+        super().check()
+        require_number("cluster", self, "timeout_s", at_least=1)
+        if (self.compute is None) == (self.instance_type is None):
+            raise ConfigError(
+                f"cluster.compute={self.compute or 'null'} and cluster.instance_type={self.instance_type or 'null'}: "
+                f"name the workspace's compute cluster or, for serverless compute, the size of a node; only one of them"
+            )
+        require_form(self, _FORMS, taker="Azure ML")
+        for name in self.env:
+            if name in _AZURES or name.startswith("AZUREML_"):
+                raise ConfigError(f"cluster.env.{name} is set by Azure ML, which knows the nodes; leave it away")
+
+
+_AZURES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_PATH = rf"azureml://[^\s?'\"]+|azureml:{_NAME}(:{_NAME}|@latest)"
+_FORMS = {
+    "workspace": _NAME,
+    "resource_group": r"\w[\w.()-]*",
+    "subscription": r"\w[\w -]*",
+    "compute": _NAME,
+    "instance_type": _NAME,
+    "environment": rf"azureml:{_NAME}(:{_NAME}|@latest)|(?!azureml:)\w[\w./:@-]*",
+    "data": _PATH,
+    "runs": r"azureml://[^\s?'\"]+",
+    "shm_size": r"\d+[bkmg]",
+    "experiment": _NAME,
+    "identity": "managed|user_identity",
+}

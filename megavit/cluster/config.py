@@ -1,0 +1,198 @@
+"""Section `cluster`: where a job runs. Each kind of cluster has its own keys."""
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+
+from megavit.checks import require_number
+from megavit.errors import ConfigError
+
+
+class Kind(Enum):
+    """What takes the job."""
+
+    local = "local"
+    slurm = "slurm"
+    azureml = "azureml"
+    kubernetes = "kubernetes"
+
+
+class Container(Enum):
+    """What runs an image under Slurm: nothing, NVIDIA's pyxis with enroot, or Apptainer."""
+
+    none = "none"
+    pyxis = "pyxis"
+    apptainer = "apptainer"
+
+
+@dataclass
+class ClusterConfig:
+    """What every cluster is told.
+
+    Attributes:
+        kind: what takes the job.
+        dry_run: whether to print what would be submitted, and do nothing.
+        nodes: machines.
+        gpus_per_node: GPUs that the job takes on each; 0 computes on the CPU; null, with kind=local alone, takes those
+            that are there.
+        ranks_per_node: processes on each; null: one per GPU, without GPUs the fewest that the layout needs.
+        tp_across_nodes: whether the ranks of a tensor-parallel group may lie on several nodes, as NVLink across nodes
+            allows; it is refused otherwise, for it is slow.
+        python: the interpreter that has megavit; null takes this one, in a container `python`.
+        env: environment of the job, as cluster.env.NCCL_SOCKET_IFNAME=eth0; nothing secret.
+    """
+
+    kind: Kind = Kind.local
+    dry_run: bool = False
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    ranks_per_node: int | None = None
+    tp_across_nodes: bool = False
+    python: str | None = None
+    env: dict[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise ConfigError where this section contradicts itself."""
+        require_number("cluster", self, "nodes", "ranks_per_node", at_least=1)
+        require_number("cluster", self, "gpus_per_node", at_least=0)
+        for name in self.env:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ConfigError(f"cluster.env: {name!r} is no name of an environment variable")
+        if self.gpus_per_node and self.ranks_per_node not in (None, self.gpus_per_node):
+            raise ConfigError(
+                f"cluster.ranks_per_node={self.ranks_per_node} and cluster.gpus_per_node={self.gpus_per_node}: a GPU "
+                f"takes one rank; leave cluster.ranks_per_node away, or set cluster.gpus_per_node={self.ranks_per_node}"
+            )
+
+
+def require_form(config: ClusterConfig, forms: dict[str, str], *, taker: str) -> None:
+    """Refuse words that a cluster would read otherwise than as one value; null passes.
+
+    Args:
+        config: the section.
+        forms: a regular expression by key; of a list each word must have the form.
+        taker: whose form it is, for the message.
+
+    Raises:
+        ConfigError: naming the setting, the word and the form.
+    """
+    for key, form in forms.items():
+        value = getattr(config, key)
+        for word in value if isinstance(value, list) else [value]:
+            if word is not None and not re.fullmatch(form, word):
+                raise ConfigError(f"cluster.{key}={word!r} is not what {taker} takes there ({form})")
+
+
+@dataclass
+class LocalConfig(ClusterConfig):
+    """This machine."""
+
+    def check(self) -> None:
+        """Raise ConfigError where this section contradicts itself."""
+        super().check()
+        if self.nodes != 1:
+            raise ConfigError(
+                f"cluster.nodes={self.nodes}: cluster=local is this machine; set cluster.nodes=1, or take cluster=slurm"
+            )
+
+
+@dataclass
+class SlurmConfig(ClusterConfig):
+    """A Slurm cluster; `launch/slurm.sh.j2` is the script.
+
+    Attributes:
+        partition: null takes the cluster's default; so with account, qos, constraint, reservation, nodelist, exclude.
+        time: limit, as Slurm writes it: minutes, HH:MM:SS or D-HH:MM:SS; null takes the partition's.
+        gpu_type: asks for --gpus-per-node=TYPE:N; null for any.
+        cpus_per_rank: cores, for the loader's workers too.
+        mem: memory of a node, as 500G; 0 takes all of it; null takes the cluster's default.
+        exclusive: whether the nodes are shared with nobody.
+        options: other options of sbatch, as cluster.options.mail-type=END; null for one without a value.
+        modules: loaded by `module load` before the start.
+        container: what runs `image`.
+        image: for pyxis a .sqsh file or REGISTRY#NAME:TAG, for Apptainer a .sif file or docker://NAME:TAG.
+        mounts: SOURCE:TARGET[:ro], beside the folder of submission, which the container sees under its own name.
+        grace_s: seconds before its time limit at which the job is told to save and stop.
+        requeue: whether a stopped job is queued again, and a crashed one too.
+        max_restarts: crashes in a row, without a new checkpoint between them, after which the job is not queued again.
+        port: of the rendezvous on the first node; null derives it from the job's number.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    reservation: str | None = None
+    nodelist: str | None = None
+    exclude: str | None = None
+    time: str | None = None
+    gpu_type: str | None = None
+    cpus_per_rank: int = 8
+    mem: str | None = None
+    exclusive: bool = False
+    options: dict[str, str | None] = field(default_factory=dict)
+    modules: list[str] = field(default_factory=list)
+    container: Container = Container.none
+    image: str | None = None
+    mounts: list[str] = field(default_factory=list)
+    grace_s: int = 300
+    requeue: bool = True
+    max_restarts: int = 3
+    port: int | None = None
+
+    def check(self) -> None:
+        """Raise ConfigError where this section contradicts itself."""
+        super().check()
+        require_number("cluster", self, "cpus_per_rank", at_least=1)
+        require_number("cluster", self, "grace_s", "max_restarts", at_least=0)
+        # Slurm counts it in 16 bits.
+        require_number("cluster", self, "grace_s", at_least=0, below=65536)
+        require_number("cluster", self, "port", at_least=1024, below=65536)
+        # Slurm reads these words itself, and a comma, a quote or a space has a meaning of its own there.
+        require_form(self, _SLURM_WORDS, taker="Slurm")
+        for name, value in self.options.items():
+            if not re.fullmatch(r"[a-z][a-z-]*", name):
+                raise ConfigError(f"cluster.options: {name!r} is no long option of sbatch's, as mail-type")
+            if name in _OUR_OPTIONS:
+                raise ConfigError(f"cluster.options.{name}={value}: the script says that itself; {_OUR_OPTIONS[name]}")
+        for mount in self.mounts:
+            if not re.fullmatch(r"[^:,\s]+:/[^:,\s]*(:ro)?", mount):
+                raise ConfigError(f"cluster.mounts: {mount!r} is not SOURCE:/TARGET or SOURCE:/TARGET:ro")
+        if (self.container is Container.none) != (self.image is None):
+            raise ConfigError(
+                f"cluster.container={self.container.value} and cluster.image={self.image or 'null'} do not go "
+                f"together: set both, cluster.container to pyxis or apptainer, or neither"
+            )
+        if self.mounts and self.container is Container.none:
+            raise ConfigError("cluster.mounts would be ignored without a container; set cluster.container and image")
+
+
+# Options of sbatch's that follow from other keys: where to set them.
+_OUR_OPTIONS = {
+    **{
+        name: f"set cluster.{name}" for name in ("partition", "account", "qos", "constraint", "reservation", "nodelist")
+    },
+    **{name: f"set cluster.{name}" for name in ("exclude", "time", "mem", "nodes", "exclusive", "requeue")},
+    "no-requeue": "set cluster.requeue=false",
+    "signal": "set cluster.grace_s",
+    "job-name": "set run.name",
+    "output": "it is RUN/launch/slurm-JOB.log",
+    "open-mode": "it appends",
+    "ntasks-per-node": "it is 1, a torchrun on each node",
+    "cpus-per-task": "set cluster.cpus_per_rank",
+    "gpus-per-node": "set cluster.gpus_per_node",
+    "array": "--multirun submits several jobs",
+}
+_WORD, _HOSTS = r"[\w.+-]+", r"[\w.,\[\]-]+"
+_SLURM_WORDS = {
+    "partition": r"[\w.,+-]+",
+    "account": _WORD,
+    "qos": _WORD,
+    "constraint": r"[\w.,&|*!()\[\]+-]+",
+    "reservation": r"[\w.,+-]+",
+    "nodelist": _HOSTS,
+    "exclude": _HOSTS,
+    "time": r"\d+|\d+:\d+(:\d+)?|\d+-\d+(:\d+){0,2}",
+    "gpu_type": _WORD,
+    "mem": r"\d+[KMGT]?",
+}

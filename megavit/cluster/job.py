@@ -1,0 +1,182 @@
+"""A run as a cluster gets it: checked at the desk, against the nodes that it asks for."""
+
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from megavit.cluster.config import ClusterConfig, Kind
+from megavit.compose import compose
+from megavit.config import RunConfig
+from megavit.data.remote import bare, is_url
+from megavit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is started.
+
+    Attributes:
+        overrides: the run's settings, as typed.
+        config: what they compose to, checked.
+        nodes: machines.
+        gpus_per_node: GPUs that it takes on each; 0 computes on the CPU.
+        ranks_per_node: processes on each.
+    """
+
+    overrides: list[str]
+    config: RunConfig
+    nodes: int
+    gpus_per_node: int
+    ranks_per_node: int
+
+    @property
+    def name(self) -> str:
+        """The run's."""
+        return self.config.run.name
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder, absolute."""
+        return Path(self.config.run.dir).absolute()
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the whole job."""
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def device(self) -> str:
+        """What the ranks compute on, as MEGAVIT_DEVICE takes it."""
+        return "cuda" if self.gpus_per_node else "cpu"
+
+    def __str__(self) -> str:
+        count, what = (self.gpus_per_node, "GPU") if self.gpus_per_node else (self.ranks_per_node, "CPU rank")
+        each = f"{count} {what}{'s' if count > 1 else ''}"
+        nodes = f"{self.nodes} nodes × " if self.nodes > 1 else ""
+        return f"{self.name} on {nodes}{each}"
+
+
+def plan_job(overrides: list[str], cluster: ClusterConfig) -> Job:
+    """Compose a run and check it against a cluster.
+
+    Args:
+        overrides: the run's, as typed.
+        cluster: where it shall run, checked in itself.
+
+    Raises:
+        ConfigError: if it could not run there.
+    """
+    for text in overrides:
+        if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
+            raise ConfigError(f"{text!r} holds a line break or another control character")
+    config = compose(overrides)
+    layout = config.parallel
+    if config.run.ranks is not None:
+        raise ConfigError(
+            f"run.ranks={config.run.ranks} is megavit train's; a job's ranks are cluster.nodes × "
+            f"cluster.ranks_per_node (cluster.gpus_per_node, where there are GPUs)"
+        )
+    gpus = cluster.gpus_per_node
+    if gpus is None:
+        if cluster.kind is not Kind.local:
+            raise ConfigError("cluster.gpus_per_node=null: say how many GPUs a node has, 0 to compute on the CPU")
+        gpus = _count_gpus()
+    ranks = cluster.ranks_per_node or gpus or max(1, -(-layout.tp * layout.pp // cluster.nodes))
+    job = Job(overrides, config, cluster.nodes, gpus, ranks)
+    if job.world_size % (layout.tp * layout.pp):
+        raise ConfigError(
+            f"cluster.nodes={job.nodes} × {ranks} ranks on each = {job.world_size} is not a multiple of parallel.tp="
+            f"{layout.tp} × parallel.pp={layout.pp} = {layout.tp * layout.pp}; change cluster.nodes, or lower tp or pp"
+        )
+    if ranks % layout.tp and job.nodes > 1 and not cluster.tp_across_nodes:
+        raise ConfigError(
+            f"parallel.tp={layout.tp} does not fit into nodes of {ranks} ranks: {ranks} mod {layout.tp} = "
+            f"{ranks % layout.tp}, and some tensor-parallel group would span two nodes, with two all-reduces per layer "
+            f"and direction over the network; set parallel.tp={_largest_divisor(ranks, layout.tp)}, or "
+            f"cluster.tp_across_nodes=true where NVLink spans nodes"
+        )
+    config.check(job.world_size, device=job.device)
+    _check_data_path(config.data.path)
+    return job
+
+
+def split_sweep(overrides: list[str]) -> list[list[str]]:
+    """One list of settings for each combination of those that hold several values, as key=a,b; each run has its name.
+
+    Raises:
+        ConfigError: if nothing is swept, a value is given twice, or all would share one folder.
+    """
+    parser, choices, swept = OverridesParser.create(), [], []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            raise ConfigError(f"'{text}' cannot be read: {str(error).splitlines()[0]}") from error
+        if override.is_sweep_override():
+            values = [str(value) for value in override.sweep_string_iterator()]
+            if len(set(values)) < len(values):
+                raise ConfigError(f"'{text}' names a value twice; each combination is one job")
+            swept.append(override.key_or_group)
+            choices.append([f"{override.key_or_group}={value}" for value in values])
+        else:
+            choices.append([text])
+    if not swept:
+        raise ConfigError("--multirun needs a setting with several values, as optim.lr=1e-3,3e-3")
+    fixed = [text for text in overrides if text.startswith("run.dir=") and "run.dir" not in swept]
+    if fixed and "run.name" not in swept:
+        raise ConfigError(f"{fixed[0]} would be the folder of every job; leave it away, they are runs/NAME-VALUES")
+    return [_named(list(combination), swept) for combination in itertools.product(*choices)]
+
+
+def _named(overrides: list[str], swept: list[str]) -> list[str]:
+    if "run.name" in swept or "run.dir" in swept:
+        return overrides
+    short = [key.rsplit(".", 1)[-1] for key in swept]
+    words = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key in swept:
+            last = key.rsplit(".", 1)[-1]
+            plain = re.sub(r"[^\w.+-]+", ".", value).strip(".")
+            words.append(f"{last if short.count(last) == 1 else key}_{plain}")
+    rest = [text for text in overrides if not text.startswith("run.name=")]
+    return [*rest, f"run.name={compose(overrides).run.name}-{'-'.join(words)}"]
+
+
+def _count_gpus() -> int:
+    from megavit.parallel.cpu import run_on_cpu
+
+    if run_on_cpu():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _largest_divisor(ranks: int, at_most: int) -> int:
+    return next(size for size in range(min(ranks, at_most), 0, -1) if ranks % size == 0)
+
+
+def _check_data_path(path: str | None) -> None:
+    """Refuse a path that no machine could open; whether it is there, only the nodes can tell."""
+    if path is None:
+        return
+    if path != path.strip():
+        raise ConfigError(f"data.path={path!r} begins or ends with a space")
+    if path.startswith("~"):
+        raise ConfigError(f"data.path={path}: nobody opens up the tilde; write the folder out")
+    if not is_url(path):
+        return
+    from fsspec import available_protocols
+
+    scheme, _, rest = bare(path).partition("://")
+    if scheme not in available_protocols():
+        raise ConfigError(
+            f"data.path={path}: nobody reads {scheme}://; known: {', '.join(sorted(available_protocols()))}"
+        )
+    if not rest:
+        raise ConfigError(f"data.path={path} names nothing after {scheme}://")

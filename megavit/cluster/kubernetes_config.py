@@ -1,0 +1,115 @@
+"""Section `cluster` for Kubernetes with Kubeflow."""
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+
+from megavit.checks import require_number
+from megavit.cluster.config import ClusterConfig, Kind, require_form
+from megavit.errors import ConfigError
+
+
+class Api(Enum):
+    """What Kubeflow offers for PyTorch: Trainer's TrainJob (2.2 or later), or the Training Operator's PyTorchJob."""
+
+    trainjob = "trainjob"
+    pytorchjob = "pytorchjob"
+
+
+@dataclass
+class KubernetesConfig(ClusterConfig):
+    """A Kubernetes cluster; `launch/kubernetes.yaml.j2` is the manifest.
+
+    A node is a pod. Paths are the container's: `run.dir` becomes `runs`/NAME, init_from=runs/OTHER is found there.
+
+    Attributes:
+        api: what takes the job.
+        runtime: the ClusterTrainingRuntime of a TrainJob; launch/kubernetes_runtime.yaml is one that starts a job again
+            as its exit codes ask for.
+        image: the container's, with megavit in it.
+        volumes: CLAIM:/PATH[:ro], persistent volume claims and where the container sees them.
+        runs: folder in the container, on a volume, that holds the runs.
+        context: of kubectl; null takes the current one; so with namespace.
+        namespace: where the job and what it names are.
+        service_account: of the pods; null takes the namespace's default.
+        secrets: SECRET/KEY by environment variable, as cluster.secrets.HF_TOKEN=huggingface/token: the pods get the
+            value from the cluster's secret, and it is written down nowhere.
+        image_pull_secrets: secrets by which the image is pulled.
+        labels: of the job, as {kueue.x-k8s.io/queue-name: research}.
+        node_selector: labels of the nodes that it may run on.
+        tolerations: taints of nodes that it may run on all the same, as KEY[=VALUE][:EFFECT].
+        gpu_resource: what a GPU is called.
+        cpus_per_rank: cores, for the loader's workers too.
+        memory: of a pod, as 500Gi; null asks for none.
+        shm_size: of /dev/shm, through which the loader's workers and NCCL pass their data; it counts as memory.
+        user: number of the user and group that the container runs as; the volumes are made writable for the group.
+        grace_s: seconds that a pod which is asked to stop has for saving.
+        max_restarts: crashes in a row, without a new checkpoint between them, after which the job is not started again.
+    """
+
+    kind: Kind = Kind.kubernetes
+    api: Api = Api.trainjob
+    runtime: str = "torch-distributed"
+    image: str | None = None
+    volumes: list[str] = field(default_factory=list)
+    runs: str = "/runs"
+    context: str | None = None
+    namespace: str | None = None
+    service_account: str | None = None
+    secrets: dict[str, str] = field(default_factory=dict)
+    image_pull_secrets: list[str] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+    node_selector: dict[str, str] = field(default_factory=dict)
+    tolerations: list[str] = field(default_factory=list)
+    gpu_resource: str = "nvidia.com/gpu"
+    cpus_per_rank: int = 8
+    memory: str | None = None
+    shm_size: str = "16Gi"
+    user: int = 1000
+    grace_s: int = 300
+    max_restarts: int = 3
+
+    def check(self) -> None:
+        """Raise ConfigError where this section contradicts itself."""
+        super().check()
+        require_number("cluster", self, "cpus_per_rank", "user", at_least=1)
+        require_number("cluster", self, "grace_s", "max_restarts", at_least=0)
+        if not self.image:
+            raise ConfigError("cluster.image=null: name the container's image, as REGISTRY/megavit:TAG")
+        require_form(self, _FORMS, taker="Kubernetes")
+        for name, place in self.secrets.items():
+            if not re.fullmatch(r"[A-Za-z_]\w*", name) or not re.fullmatch(rf"{_NAME}/[\w.-]+", place):
+                raise ConfigError(f"cluster.secrets.{name}={place!r} is not VARIABLE=SECRET/KEY")
+        for key in ("labels", "node_selector"):
+            for name, value in getattr(self, key).items():
+                if not re.fullmatch(rf"({_NAME}/)?{_LABEL}", name) or not re.fullmatch(rf"({_LABEL})?", value):
+                    raise ConfigError(f"cluster.{key}: {name!r}: {value!r} is no label of Kubernetes")
+        for name in {*self.env, *self.secrets}:
+            if name.startswith("PET_") or name in _OPERATORS:
+                raise ConfigError(f"cluster.env.{name} is set by Kubeflow, which knows the pods; leave it away")
+        if twice := sorted({*self.env} & {*self.secrets}):
+            raise ConfigError(f"cluster.env.{twice[0]} and cluster.secrets.{twice[0]} exclude each other; drop one")
+        targets = [mount.split(":")[1] for mount in self.volumes]
+        if len(set(targets)) < len(targets):
+            raise ConfigError(f"cluster.volumes={self.volumes} names a path twice")
+        if self.api is Api.pytorchjob and self.runtime != KubernetesConfig.runtime:
+            raise ConfigError(f"cluster.runtime={self.runtime} would be ignored: a PyTorchJob has no runtime")
+
+
+_OPERATORS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_NAME = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?"
+_LABEL = r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?"
+_QUANTITY = r"\d+(\.\d+)?([kMGTPE]|[KMGTPE]i)?"
+_FORMS = {
+    "runtime": _NAME,
+    "image": r"\w[\w./:@-]*",
+    "volumes": rf"{_NAME}:/[^:]+(:ro)?",
+    "runs": r"/[^:]+",
+    "namespace": _NAME,
+    "service_account": _NAME,
+    "image_pull_secrets": _NAME,
+    "tolerations": rf"\w[\w./-]*(={_LABEL})?(:(NoSchedule|PreferNoSchedule|NoExecute))?",
+    "gpu_resource": rf"({_NAME}/)?{_LABEL}",
+    "memory": _QUANTITY,
+    "shm_size": _QUANTITY,
+}

@@ -1,0 +1,64 @@
+"""What `megavit doctor` is asked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megavit.checks import whole_number
+from megavit.errors import ConfigError
+from megavit.verb_arguments import parse_arguments
+
+# The parent of all runs' folders, where a run is not named.
+_RUNS = Path("runs")
+_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The arguments.
+
+    Attributes:
+        ranks: to start; None for as many as training would.
+        run_dir: the folder to write to.
+        out: the file for JSON, - for standard output; None for none.
+        timeout_s: seconds that ranks may wait for each other.
+    """
+
+    ranks: int | None
+    run_dir: Path
+    out: str | None
+    timeout_s: int
+
+
+def read_arguments(arguments: list[str], *, under_launcher: bool = False) -> Asked:
+    """Read them.
+
+    Args:
+        arguments: as typed.
+        under_launcher: whether another launcher has started the ranks.
+
+    Raises:
+        ConfigError: for one that is wrong.
+    """
+    optional = ("run.ranks", "run.dir", "run.name", "run.timeout_s", "out")
+    given = parse_arguments("doctor", arguments, needed=(), optional=optional)
+    empty = next((key for key, value in given.items() if not value), None)
+    if empty is not None:
+        raise ConfigError(f"{empty}= is empty; leave it away, or give it a value")
+    if "run.dir" in given and "run.name" in given:
+        raise ConfigError(
+            f"run.name={given['run.name']} would be ignored: run.dir={given['run.dir']} says where; give one of them"
+        )
+    if "run.ranks" in given and under_launcher:
+        raise ConfigError(
+            f"run.ranks={given['run.ranks']} would be ignored: another launcher has started the ranks; leave it away"
+        )
+    name = given.get("run.name")
+    if name is not None and (name in (".", "..") or "/" in name):
+        raise ConfigError(f"run.name={name!r} must be a word without a slash; run.dir takes a path")
+    default = _RUNS / name if name is not None else _RUNS
+    return Asked(
+        ranks=whole_number("run.ranks", given["run.ranks"]) if "run.ranks" in given else None,
+        run_dir=Path(given["run.dir"]) if "run.dir" in given else default,
+        out=given.get("out"),
+        timeout_s=whole_number("run.timeout_s", given["run.timeout_s"]) if "run.timeout_s" in given else _TIMEOUT_S,
+    )

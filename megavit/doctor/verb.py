@@ -1,0 +1,92 @@
+"""`megavit doctor`: whether training could start here, and what there is for it; exit code 1 if it could not.
+
+Nothing here imports torch or Megatron-Core: that they are broken is why people call it.
+"""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from megavit.doctor.apart import CHECKS, run_apart
+from megavit.doctor.arguments import Asked, read_arguments
+from megavit.doctor.disk import check_disk
+from megavit.doctor.finding import Finding, State, in_a_line
+from megavit.doctor.report import Report
+from megavit.doctor.settings import check_settings, check_tools
+from megavit.doctor.start import check_network
+from megavit.doctor.versions import check_versions
+from megavit.errors import ConfigError
+
+Network = Callable[[list[Finding]], list[Finding]]
+
+
+def doctor(arguments: list[str]) -> int:
+    """Look at this machine.
+
+    Args:
+        arguments: `run.ranks=N run.dir=FOLDER run.name=NAME run.timeout_s=SECONDS out=FILE.json`.
+
+    Returns:
+        1 if something is broken, so that training could not start; else 0.
+
+    Raises:
+        ConfigError: for an argument that is wrong.
+    """
+    asked = read_arguments(arguments)
+    return examine(asked, network=lambda before: check_network(asked.ranks, before, timeout_s=asked.timeout_s))
+
+
+def examine(asked: Asked, *, network: Network) -> int:
+    """Look at everything, show it, and leave it as JSON where that is asked for.
+
+    Args:
+        asked: the arguments.
+        network: gives the network's findings, from those before it.
+
+    Returns:
+        The exit code.
+    """
+    file = _open(asked.out)
+    report = Report(None if asked.out == "-" else _printer())
+    report.add(_guarded("versions", check_versions))
+    for _, findings in itertools.groupby(run_apart(list(CHECKS)), key=lambda finding: finding.section):
+        report.add(list(findings))
+    report.add(_guarded("disk", lambda: check_disk(asked.run_dir)))
+    report.add([*_guarded("settings", check_settings), *_guarded("launchers", check_tools)])
+    # Last: whoever has started ranks hands his signals on to them.
+    report.add(_guarded("network", lambda: network(report.findings)))
+    report.close()
+    if asked.out == "-":
+        print(report.to_json())
+    elif file is not None:
+        file.write_text(report.to_json() + "\n")
+    return report.code
+
+
+def _guarded(section: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """A check's findings; what it raises is one."""
+    try:
+        return check()
+    except Exception as error:
+        return [Finding(section, section, State.broken, f"could not be looked at: {in_a_line(error)}")]
+
+
+def _open(out: str | None) -> Path | None:
+    """The file for JSON, seen to be writable before anything takes time."""
+    if out in (None, "-"):
+        return None
+    assert out is not None
+    try:
+        Path(out).touch()
+    except OSError as error:
+        raise ConfigError(f"out={out} cannot be written: {error.strerror}; choose another") from error
+    return Path(out)
+
+
+def _printer() -> Callable[..., None]:
+    try:
+        from rich.console import Console
+    except ImportError:
+        return print
+    return partial(Console().print, highlight=False, markup=False)

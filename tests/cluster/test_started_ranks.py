@@ -1,0 +1,102 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
+
+
+def start_ranks(folder: Path, *settings: str) -> list[subprocess.Popen]:
+    """Two ranks as Azure ML starts them: each by itself, with no torchrun."""
+    port = free_port()
+    world = {"WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "megavit.train", f"run.dir={folder}/run", "parallel.tp=2", *settings],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def test_ranks_without_torchrun_refuse_a_setting_in_one_message(tmp_path):
+    ranks = start_ranks(tmp_path, "train.steps=5")
+    said = "".join(rank.communicate(timeout=100)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert said.count("optim.warmup_steps=100 must be below") == 1
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 2
+
+
+@pytest.mark.slow
+def test_ranks_without_torchrun_save_when_they_are_told_to_stop(tmp_path):
+    ranks = start_ranks(tmp_path, "train.steps=100000", "metrics.every=1")
+    assert ranks[0].stdout is not None
+    for line in ranks[0].stdout:
+        if line.startswith("step 2 "):
+            break
+    for rank in ranks:
+        rank.terminate()
+    said = ranks[0].communicate(timeout=100)[0] + ranks[1].communicate(timeout=100)[0]
+    assert [rank.returncode for rank in ranks] == [75, 75], said
+    assert (tmp_path / "run" / "checkpoints" / "latest").exists()
+
+
+def start_nodes(folder: Path, *settings: str) -> list[subprocess.Popen]:
+    """Two pods with one rank each, with the variables that Kubeflow sets in them."""
+    port = free_port()
+    kubeflow = {
+        "PYTHONUNBUFFERED": "1",
+        "PET_NNODES": "2",
+        "PET_NPROC_PER_NODE": "1",
+        "PET_MASTER_ADDR": "localhost",
+        "PET_MASTER_PORT": port,
+        # The Training Operator sets these too.
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "MEGAVIT_MAX_RESTARTS": "3",
+    }
+    words = ["-m", "megavit.torchrun", "-m", "megavit.train", f"run.dir={folder}/run", "parallel.tp=2", *settings]
+    return [
+        subprocess.Popen(
+            [sys.executable, *words],
+            env={**os.environ, **kubeflow, "PET_NODE_RANK": str(node), "RANK": str(node)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+
+
+@pytest.mark.slow
+def test_two_pods_refuse_a_setting_in_one_message_and_are_not_started_again(tmp_path):
+    nodes = start_nodes(tmp_path, "train.steps=5")
+    said = "".join(node.communicate(timeout=120)[0] for node in nodes)
+    assert [node.returncode for node in nodes] == [2, 2]
+    assert said.count("optim.warmup_steps=100 must be below") == 1
+
+
+@pytest.mark.slow
+def test_two_pods_save_when_one_of_them_is_told_to_stop_and_are_started_again(tmp_path):
+    nodes = start_nodes(tmp_path, "train.steps=100000", "metrics.every=1")
+    assert nodes[0].stdout is not None
+    for line in nodes[0].stdout:
+        if line.startswith("step 2 "):
+            break
+    nodes[1].send_signal(signal.SIGTERM)
+    said = nodes[0].communicate(timeout=120)[0] + nodes[1].communicate(timeout=120)[0]
+    assert [node.returncode for node in nodes] == [203, 203], said
+    assert (tmp_path / "run" / "checkpoints" / "latest").exists()
