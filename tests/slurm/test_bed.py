@@ -35,13 +35,18 @@ def wait_for(what, *, timeout_s: float = 40) -> None:
         time.sleep(0.1)
 
 
+def wait_for_end(slurm, number: str) -> None:
+    wait_for(lambda: slurm.job(number)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"))
+    assert slurm.job(number)["JobState"] == "COMPLETED"
+
+
 def lines(folder) -> list[str]:
     return (folder / "job.log").read_text().splitlines()
 
 
 def test_a_job_that_requeues_itself_runs_again_as_restart_1_and_appends_to_its_log(slurm, tmp_path):
     number = submit(slurm, tmp_path, REQUEUES_ITSELF)
-    wait_for(lambda: slurm.job(number)["JobState"] == "COMPLETED")
+    wait_for_end(slurm, number)
     assert [line for line in lines(tmp_path) if line.startswith("start")] == ["start first", "start 1"]
     assert slurm.job(number)["Restarts"] == "1"
 
@@ -50,7 +55,7 @@ def test_a_signal_reaches_the_ranks_of_both_nodes_and_their_code_comes_back(slur
     number = submit(slurm, tmp_path, ON_TWO_NODES)
     wait_for(lambda: all((tmp_path / str(rank)).exists() for rank in range(4)))
     assert slurm.run("scancel", "--signal=USR1", number).returncode == 0
-    wait_for(lambda: slurm.job(number)["JobState"] == "COMPLETED")
+    wait_for_end(slurm, number)
     first, second = slurm.nodes
     assert sorted(line for line in lines(tmp_path) if line.startswith("rank")) == [
         f"rank 0 on {first} was told",

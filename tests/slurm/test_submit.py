@@ -45,7 +45,16 @@ class Submitting:
         """The numbers of the jobs."""
         done = self.run("submit", *CPU, *words)
         assert done.returncode == 0, done.stdout + done.stderr
-        return [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("  job ")]
+        numbers = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("  job ")]
+        assert sorted(self.jobs()) == sorted(numbers)
+        return numbers
+
+    def jobs(self) -> list[str]:
+        """All that were submitted from the folder, ended ones too; other tests may use the same Slurm now."""
+        told = self.slurm.run("squeue", "--noheader", "--states=all", "--format=%i %Z")
+        assert told.returncode == 0, told.stderr
+        jobs = (line.split(maxsplit=1) for line in told.stdout.splitlines())
+        return [number for number, folder in jobs if Path(folder) == self.folder]
 
     def wait(self, number: str, *states: str, timeout_s: float = 150) -> dict[str, str]:
         deadline = time.monotonic() + timeout_s
@@ -75,7 +84,8 @@ class Submitting:
 def at(slurm, tmp_path):
     submitting = Submitting(slurm, tmp_path)
     yield submitting
-    slurm.run("scancel", "--user=root")
+    if jobs := submitting.jobs():
+        slurm.run("scancel", *jobs)
 
 
 def test_usr1_in_mid_run_on_two_nodes_saves_requeues_and_ends_as_one_that_was_not_interrupted(at):
@@ -160,7 +170,7 @@ def test_what_the_cluster_would_not_take_is_refused_at_the_desk(at):
     assert (gone.returncode, gone.stderr.count("\n")) == (2, 1), gone.stderr
     assert "controller does not answer" in gone.stderr
     assert not (at.folder / "runs").exists()
-    assert at.slurm.run("squeue", "--noheader").stdout == ""
+    assert at.jobs() == []
 
 
 @pytest.mark.slow
