@@ -7,6 +7,7 @@ import timm
 import torch
 
 from megavit.data.digits import Digits
+from megavit.model.embedding import patchify
 from megavit.testing import run_ranks
 from tests import ranks
 from tests.reference import SMALL, train_plain
@@ -130,7 +131,7 @@ def kept_for_the_backward_pass(overrides: list[str]) -> tuple[int, bool]:
 
     images = torch.zeros(4, 1, 8, 8)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        tokens = chunk.encode(images)
+        tokens = chunk.encode(patchify(images, chunk.patch_size))
     return kept, tokens.requires_grad
 
 

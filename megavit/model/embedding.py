@@ -90,7 +90,7 @@ class PatchEmbedding(torch.nn.Module):
         self, config: ModelConfig, *, image_size: list[int], channels: int, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        self.patch_size, self.class_tokens = config.patch_size, config.class_tokens
+        self.class_tokens = config.class_tokens
         self.dropout = config.hidden_dropout
         hidden = config.hidden_size
         patch_values = channels * config.patch_size**2
@@ -105,14 +105,13 @@ class PatchEmbedding(torch.nn.Module):
             fixed = sincos_positions(config.patch_grid(image_size), hidden, class_tokens=config.class_tokens)
             self.register_buffer("pos_embed", fixed.unsqueeze(1).to(dtype), persistent=False)
 
-    def forward(self, images_BCYX: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+    def forward(self, patches_BPV: Tensor, keep_BK: Tensor | None = None) -> Tensor:
         """Map normalised images to tokens_BNH.
 
         Args:
-            images_BCYX: floats.
+            patches_BPV: the images, as `patchify` cuts them.
             keep_BK: int64, the patches to embed, in the order of their tokens; None for all.
         """
-        patches_BPV = patchify(images_BCYX, self.patch_size)
         if keep_BK is not None:
             patches_BPV = patches_BPV.take_along_dim(keep_BK.unsqueeze(2), dim=1)
         positions_BNH = self.pos_embed.transpose(0, 1) if keep_BK is None else self._positions_of(keep_BK)

@@ -57,17 +57,18 @@ class MaskedAutoencoder(EncoderStage):
             for layer in self.mae_decoder.blocks.layers:
                 layer.forward = torch.compile(layer.forward, fullgraph=True)
 
-    def forward(self, images_BCYX: Tensor | None, keep_BK: Tensor | None) -> Tensor:
+    def forward(self, patches_BPV: Tensor | None, keep_BK: Tensor | None) -> Tensor:
         """Map normalised images to the pixels the decoder believes in.
 
         Args:
-            images_BCYX: on the first stage; other stages read what `set_input_tensor` got.
+            patches_BPV: the images, as `patchify` cuts them, on the first stage; other stages read what
+                `set_input_tensor` got.
             keep_BK: int64, ascending, the patches the encoder sees; on the first and on the last stage.
 
         Returns:
             pixels_BPV of every patch, in the target's space, on the last stage; tokens_BNH elsewhere.
         """
-        tokens_BMH = self.encode(images_BCYX, keep_BK)
+        tokens_BMH = self.encode(patches_BPV, keep_BK)
         if self.mae_decoder is None:
             return tokens_BMH
         assert keep_BK is not None
@@ -106,7 +107,6 @@ class Decoder(MegatronModule):
         )
         super().__init__(own_block)
         hidden, dtype, self.class_tokens = config.hidden_size, block.params_dtype, config.class_tokens
-        self.num_patches = config.num_tokens(stage.image_size) - config.class_tokens
         self.embed = torch.nn.Linear(entering, hidden, dtype=dtype)
         self.mask_token = not_decayed(torch.zeros(1, 1, hidden, dtype=dtype))
         positions = sincos_positions(config.patch_grid(stage.image_size), hidden, class_tokens=config.class_tokens)
@@ -124,9 +124,12 @@ class Decoder(MegatronModule):
     def forward(self, tokens_BMH: Tensor, keep_BK: Tensor) -> Tensor:
         """Predict pixels_BPV, in fp32, of every patch from the encoder's tokens of the kept ones."""
         narrow_BMD = self.embed(tokens_BMH)
-        classes, visible_BKD = narrow_BMD.tensor_split([self.class_tokens], dim=1)
-        b, _, d = visible_BKD.shape
-        places_BKD = keep_BK.unsqueeze(2).expand(-1, -1, d)
-        patches_BPD = self.mask_token.expand(b, self.num_patches, d).scatter(1, places_BKD, visible_BKD)
-        tokens_BND = self.blocks(torch.cat([classes, patches_BPD], dim=1) + self.pos_embed, None)
+        b, (_, n, d) = len(narrow_BMD), self.pos_embed.shape
+        classes = torch.arange(self.class_tokens, device=keep_BK.device).expand(b, -1)
+        places_BM = torch.cat([classes, keep_BK + self.class_tokens], dim=1)
+        seen_BMD = narrow_BMD + self.pos_embed[0, places_BM]
+        # Written once: a mask token everywhere, over which the seen ones go.
+        tokens_BND = self.mask_token.expand(b, n, d) + self.pos_embed
+        tokens_BND.scatter_(1, places_BM.unsqueeze(2).expand_as(seen_BMD), seen_BMD)
+        tokens_BND = self.blocks(tokens_BND, None)
         return self.pred(tokens_BND[:, self.class_tokens :]).float()

@@ -1,8 +1,8 @@
 """The Vision Transformer of one pipeline stage: embedding on the first, encoder layers on each, head on the last.
 
-Shapes: B images, C channels, P patches, K kept ones, N tokens, H hidden. Between the embedding and the end of the last
-stage, under sequence parallelism, N, of this rank, comes before B: Megatron-Core's linears gather and scatter the first
-axis. Without it images come first, and no attention copies its tokens into another order.
+Shapes: B images, C channels, P patches, K kept ones, V values of a patch, N tokens, H hidden. Between the embedding
+and the end of the last stage, under sequence parallelism, N, of this rank, comes before B: Megatron-Core's linears
+gather and scatter the first axis. Without it images come first, and no attention copies its tokens into another order.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megavit.model.block import encoder_block
 from megavit.model.config import ModelConfig, Pool
-from megavit.model.embedding import PatchEmbedding
+from megavit.model.embedding import PatchEmbedding, patchify
 from megavit.model.heads import ClassifierHead, FeatureNorm
 from megavit.parallel.config import Recompute
 from megavit.parallel.layout import ParallelLayout
@@ -106,29 +106,29 @@ class EncoderStage(MegatronModule):
         """Take what the previous stage sent; called by Megatron-Core's schedules."""
         self.blocks.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def encode(self, images_BCYX: Tensor | None, keep_BK: Tensor | None = None) -> Tensor:
+    def encode(self, patches_BPV: Tensor | None, keep_BK: Tensor | None = None) -> Tensor:
         """Map normalised images, or what `set_input_tensor` got, to tokens_BNH.
 
         Args:
-            images_BCYX: on the first stage.
+            patches_BPV: the images, as `patchify` cuts them, on the first stage.
             keep_BK: int64, the patches to see; None for all of them.
 
         Returns:
             The tokens for the next stage; after the last stage tokens_BNH, whatever sequence parallelism has split.
         """
         if not (self.is_frozen and torch.is_grad_enabled()):
-            return self._encode(images_BCYX, keep_BK)
+            return self._encode(patches_BPV, keep_BK)
         received_BNH = self.blocks.input_tensor
         if received_BNH is None:
             with torch.no_grad():
-                return self._encode(images_BCYX, keep_BK)
+                return self._encode(patches_BPV, keep_BK)
         return _WithoutGradient.apply(received_BNH, self._encode)
 
-    def _encode(self, images_BCYX: Tensor | None = None, keep_BK: Tensor | None = None) -> Tensor:
+    def _encode(self, patches_BPV: Tensor | None = None, keep_BK: Tensor | None = None) -> Tensor:
         tokens_BNH: Tensor | None = None
         if self.embed is not None:
-            assert images_BCYX is not None
-            tokens_BNH = self.embed(images_BCYX, keep_BK)
+            assert patches_BPV is not None
+            tokens_BNH = self.embed(patches_BPV, keep_BK)
             if self.config.sequence_parallel:
                 in_order = tokens_BNH.transpose(0, 1).contiguous()
                 tokens_BNH = scatter_to_sequence_parallel_region(in_order, group=self.tp_group)
@@ -180,6 +180,7 @@ class VisionTransformer(EncoderStage):
         norms_features: bool = False,
     ) -> None:
         super().__init__(config, block=block, layout=layout, stage=stage, final_norm=config.pool is Pool.cls)
+        self.patch_size = config.patch_size
         self.head: ClassifierHead | None = None
         if self.post_process:
             feature_norm = FeatureNorm(config.hidden_size, group=layout.groups.dp) if norms_features else None
@@ -194,7 +195,7 @@ class VisionTransformer(EncoderStage):
         Returns:
             Logits, [images, classes] in fp32, on the last stage, tokens_BNH for the next stage elsewhere.
         """
-        tokens_BNH = self.encode(images_BCYX)
+        tokens_BNH = self.encode(None if images_BCYX is None else patchify(images_BCYX, self.patch_size))
         return tokens_BNH if self.head is None else self.head(tokens_BNH)
 
 

@@ -91,7 +91,7 @@ class Mae:
         count = torch.zeros((), dtype=torch.float64, device=self.layout.device)
         for batch in batches:
             assert batch.images_BCYX is not None
-            target_BPV = self.target(self.normalize(batch.images_BCYX)).double()
+            target_BPV = self.target(self._patches(batch.images_BCYX)).double()
             total += (target_BPV * batch.counted_B.view(-1, 1, 1)).sum(dim=0)
             count += batch.counted_B.sum()
         for part in (total, count):
@@ -105,21 +105,20 @@ class Mae:
         )
         return random_keep(ids_B, epochs_B, occurrences_B, self.num_patches, num_kept=self.num_kept, seed=self.seed)
 
-    def target(self, images_BCYX: Tensor) -> Tensor:
-        """What the decoder is to predict, target_BPV, of normalised images."""
-        target_BPV = patchify(images_BCYX, self.model.patch_size)
+    def target(self, patches_BPV: Tensor) -> Tensor:
+        """What the decoder is to predict, target_BPV, of normalised images' patches."""
         if not self.norm_pix:
-            return target_BPV
-        mean, deviation = patch_statistics(target_BPV)
-        return (target_BPV - mean) / deviation
+            return patches_BPV
+        mean, deviation = patch_statistics(patches_BPV)
+        return (patches_BPV - mean) / deviation
 
     def forward(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
         """Visible patches on the first stage to every patch's pixels on the last."""
         if batch is None or batch.images_BCYX is None:
             return model(None, None), _no_loss
-        images_BCYX, keep_BK = self.normalize(batch.images_BCYX), self.keep(batch)
-        return model(images_BCYX, keep_BK), lambda pixels_BPV: self.loss(
-            pixels_BPV, images_BCYX, keep_BK, batch.counted_B
+        patches_BPV, keep_BK = self._patches(batch.images_BCYX), self.keep(batch)
+        return model(patches_BPV, keep_BK), lambda pixels_BPV: self.loss(
+            pixels_BPV, patches_BPV, keep_BK, batch.counted_B
         )
 
     def score(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
@@ -127,10 +126,10 @@ class Mae:
         return self.forward(batch, model)
 
     def loss(
-        self, pixels_BPV: Tensor, images_BCYX: Tensor, keep_BK: Tensor, counted_B: Tensor
+        self, pixels_BPV: Tensor, patches_BPV: Tensor, keep_BK: Tensor, counted_B: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error over the hidden patches, and sums `loss`, `baseline` (the mean image's) and `count`."""
-        target_BPV = self.target(images_BCYX)
+        target_BPV = self.target(patches_BPV)
         hidden_BP = hidden_mask(keep_BK, self.num_patches)
         losses_B = _hidden_error(pixels_BPV, target_BPV, hidden_BP)
         assert self.mean_PV is not None, "prepare comes first"
@@ -173,9 +172,8 @@ class Mae:
             images_BCYX: the originals, uint8.
             keep_BK: what the encoder saw.
         """
-        normalized_BCYX = self.normalize(images_BCYX)
         if self.norm_pix:
-            mean, deviation = patch_statistics(patchify(normalized_BCYX, self.model.patch_size))
+            mean, deviation = patch_statistics(self._patches(images_BCYX))
             pixels_BPV = pixels_BPV * deviation + mean
         guessed = unpatchify(pixels_BPV, self.grid, self.model.patch_size)
         guessed = (self.normalize.undo(guessed).clamp(0, 1) * 255).round().to(torch.uint8)
@@ -184,6 +182,10 @@ class Mae:
         grey = torch.full_like(images_BCYX, 127)
         panels = [images_BCYX, grey.where(hidden, images_BCYX), guessed, guessed.where(hidden, images_BCYX)]
         return torch.stack(panels, dim=1)
+
+    def _patches(self, images_BCYX: Tensor) -> Tensor:
+        """Of uint8 images, normalised."""
+        return patchify(self.normalize(images_BCYX), self.model.patch_size)
 
 
 def patch_statistics(patches_BPV: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,8 @@ def compare(overrides: list[str]) -> dict[str, float]:
 
     keep = random_keep(ids, ids, ids, config.num_patches, num_kept=config.seen_patches, seed=3)
     network.task.mean_PV = torch.zeros(())
-    our_loss, _ = network.task.loss(ours(images, keep), images, keep, torch.ones(6, dtype=torch.bool))
+    patches = patchify(images, config.model.patch_size)
+    our_loss, _ = network.task.loss(ours(patches, keep), patches, keep, torch.ones(6, dtype=torch.bool))
     their_loss = theirs(images, noise=huggingface.noise_for(keep, config.num_patches)).loss
     our_loss.backward()
     their_loss.backward()
@@ -138,6 +139,7 @@ def guess_constants(overrides: list[str]) -> dict:
     trainer = Trainer(config)
     task, source = trainer.task, Digits("train")
     images = Normalize(config.data.mean, config.data.std)(torch.stack([source.image(i) for i in range(len(source))]))
+    patches = patchify(images, config.model.patch_size)
     ids = torch.arange(len(source))
     from megavit.task.masking import random_keep
 
@@ -145,13 +147,13 @@ def guess_constants(overrides: list[str]) -> dict:
     ones = torch.ones(len(source), dtype=torch.bool)
     mean = task.mean_PV.expand(len(source), -1, -1)
     ratios = {
-        name: task.metrics({key: float(value) for key, value in task.loss(guess, images, keep, ones)[1].items()})
+        name: task.metrics({key: float(value) for key, value in task.loss(guess, patches, keep, ones)[1].items()})
         for name, guess in {"mean": mean, "more": mean + 0.1, "less": mean - 0.1}.items()
     }
     return {
         **{name: value["loss_ratio"] for name, value in ratios.items()},
         "mean_PV": task.mean_PV,
-        "by hand": task.target(images).mean(dim=0),
+        "by hand": task.target(patches).mean(dim=0),
     }
 
 
