@@ -48,6 +48,7 @@ class RunConfig(RunSettings):
         self._check_batch(world_size)
         self._check_precision()
         self._check_linears()
+        self._check_fusion()
         self._check_overlap(world_size)
         plan_stages(self.parallel, self.network_shape(num_classes=self.data.num_classes or 0))
         # Last: who is asked to try an option should not hear next that it contradicts another.
@@ -100,6 +101,27 @@ class RunConfig(RunSettings):
                     "train.compile=layer needs torch's own parts: set model.linears=local and model.attention to sdpa "
                     "or sdpa_flash, or train.compile=none"
                 )
+
+    def _check_fusion(self) -> None:
+        train, tp = self.train, self.parallel.tp
+        if not train.gradient_accumulation_fusion:
+            return
+        instead = "or train.gradient_accumulation_fusion=false"
+        if tp > 1:
+            raise ConfigError(
+                f"train.gradient_accumulation_fusion=true is for layers that one rank computes, and "
+                f"parallel.tp={tp} splits them; set parallel.tp=1, {instead}"
+            )
+        if self.model.linears is not Linears.local:
+            raise ConfigError(
+                f"train.gradient_accumulation_fusion=true would be ignored: model.linears={self.model.linears.value} "
+                f"multiplies by itself; set model.linears=local, {instead}"
+            )
+        if train.compile is Compile.layer:
+            raise ConfigError(
+                "train.gradient_accumulation_fusion=true would be ignored: train.compile=layer leaves the products to "
+                f"the compiler; set train.compile=none, {instead}"
+            )
 
     def _check_linears(self) -> None:
         linears, precision = self.model.linears, self.train.precision

@@ -133,6 +133,7 @@ def wrap_network(network: Network, config: RunConfig) -> list[DistributedDataPar
         config.optim,
         config.parallel,
         bf16_reduce=config.train.grad_reduce is GradReduce.bf16,
+        fused_accumulation=config.train.gradient_accumulation_fusion,
     )
 
 

@@ -43,6 +43,7 @@ NOT_RUN = {
     # Run on CPU processes, with the same Megatron-Core code; there are no streams, no NCCL and no CUDA kernels there.
     "train.compile": NotRun((Compile.layer,), Compile.none),
     "train.grad_reduce": NotRun((GradReduce.bf16,), GradReduce.fp32),
+    "train.gradient_accumulation_fusion": NotRun((True,), False),
     "parallel.sequence_parallel": NotRun((True,), False),
     "parallel.recompute": NotRun((Recompute.selective, Recompute.full), Recompute.none),
     "parallel.overlap_grad_reduce": NotRun((True,), False),

@@ -88,6 +88,8 @@ class TrainSection:
         precision: number formats.
         grad_reduce: format of gradient accumulation and reduction; bf16 halves its bytes and loses digits. Not run on a
             GPU: bf16.
+        gradient_accumulation_fusion: add each product that is a weight's gradient to the step's gradients as it is
+            computed; at TP 1, for the encoder layers' matrices. Not run on a GPU.
         compile: what torch.compile gets. Not run on a GPU: layer.
         eval_every: steps between evaluations of the whole validation set; null evaluates at the end alone.
         on_nonfinite: what happens when a gradient is not finite.
@@ -100,6 +102,7 @@ class TrainSection:
     micro_batch: int | None = None
     precision: Precision = Precision.fp32
     grad_reduce: GradReduce = GradReduce.fp32
+    gradient_accumulation_fusion: bool = False
     compile: Compile = Compile.none
     eval_every: int | None = None
     on_nonfinite: OnNonfinite = OnNonfinite.stop

@@ -63,7 +63,12 @@ def read_config(checkpoint: Path) -> RunConfig:
     return replace(
         config,
         run=replace(config.run, ranks=None),
-        train=replace(config.train, compile=Compile.none, grad_reduce=GradReduce.fp32),
+        train=replace(
+            config.train,
+            compile=Compile.none,
+            grad_reduce=GradReduce.fp32,
+            gradient_accumulation_fusion=False,
+        ),
         parallel=ParallelConfig(),
         # Nothing is mixed in an evaluation, so micro batches need not be even.
         data=replace(config.data, transform=None, mixup=None, cutmix=None, mix_prob=1.0, mix_switch=0.5),

@@ -19,6 +19,7 @@ VPP = ["parallel.pp=2", "parallel.vpp=2"]
 OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
 # Each layer's weights in several, as those of a network of 40 million weights and more are.
 BUCKETS = ["parallel.bucket_size=5000"]
+FUSED = "train.gradient_accumulation_fusion=true"
 
 LAYOUTS = {
     "VPP 2": (2, VPP),
@@ -37,6 +38,10 @@ LAYOUTS = {
     "TP 2 × PP 2 × VPP 2 × DP 2, selective recompute, all overlapped": (
         8,
         [*GRID, "parallel.vpp=2", *OVERLAP, *BUCKETS, "parallel.overlap_p2p=true", "parallel.recompute=selective"],
+    ),
+    "VPP 2 × DP 2, full recompute, small buckets overlapped, fused accumulation": (
+        4,
+        [*VPP, *OVERLAP, *BUCKETS, "parallel.recompute=full", FUSED],
     ),
     "TP 2, oneDNN": (2, ["parallel.tp=2", "model.linears=onednn"]),
     "VPP 2, oneDNN, full recompute": (2, [*VPP, "model.linears=onednn", "parallel.recompute=full"]),
@@ -190,6 +195,9 @@ def test_layer_compiles_as_one_graph_and_trains_alike(world, layout, tmp_path):
         (["parallel.recompute=selective", "parallel.recompute_method=block"], 1, "would be ignored by parallel.recompute=selective"),
         (["parallel.recompute=full", "parallel.recompute_layers=0"], 1, "saves nothing"),
         (["train.grad_reduce=bf16"], 1, "train.precision=fp32 makes none"),
+        ([FUSED, "parallel.tp=2"], 2, "parallel.tp=2 splits them"),
+        ([FUSED, "model.linears=onednn"], 1, "would be ignored: model.linears=onednn"),
+        ([FUSED, "train.compile=layer"], 1, "would be ignored: train.compile=layer"),
         (["train.compile=layer", "parallel.tp=2"], 2, "breaks it at every all-reduce"),
         (["train.compile=layer", "parallel.recompute=selective"], 1, "exclude each other"),
         (["model.attention=sdpa_flash"], 1, "computes in bf16 alone, and train.precision=fp32"),
@@ -205,6 +213,11 @@ def test_settings_that_cannot_work_are_refused(overrides, world, message):
 def test_a_kernel_that_cannot_run_is_named_and_nothing_stands_in(attention):
     with pytest.raises(AssertionError, match=f"ConfigError: model.attention={attention} runs on CUDA alone"):
         run_ranks(ranks.train, 1, [*SMALL, *BF16, f"model.attention={attention}"])
+
+
+def test_products_into_gradients_of_another_format_want_cuda():
+    with pytest.raises(AssertionError, match="which torch does on CUDA alone"):
+        run_ranks(ranks.train, 1, [*SMALL, *BF16, FUSED])
 
 
 @pytest.mark.parametrize(

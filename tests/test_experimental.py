@@ -30,6 +30,7 @@ FITS = {
     "optim.implementation=te": (1, []),
     "train.compile=layer": (1, []),
     "train.grad_reduce=bf16": (1, BF16),
+    "train.gradient_accumulation_fusion=true": (1, []),
     "parallel.sequence_parallel=true": (2, ["parallel.tp=2", "model.class_tokens=8"]),
     "parallel.recompute=selective": (1, []),
     "parallel.recompute=full": (1, []),

@@ -8,6 +8,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 from megavit.errors import ConfigError
+from megavit.model.accumulate import accumulating_linear
 from megavit.model.config import Linears
 from megavit.model.fp8 import Fp8Column, Fp8Row, require_fp8
 from megavit.model.onednn import OneDnnColumn, OneDnnRow, require_onednn
@@ -48,5 +49,7 @@ def apply_linear(linear: Any, x: Tensor) -> Tensor:
     that is not there, and each breaks a compiled graph (0.16.1).
     """
     if type(linear) in (ColumnParallelLinear, RowParallelLinear) and linear.tp_group.size() == 1:
+        if getattr(linear.weight, "accumulates", False):
+            return accumulating_linear(x, linear.weight, linear.bias)
         return F.linear(x, linear.weight, linear.bias)
     return linear(x)[0]

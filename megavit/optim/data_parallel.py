@@ -9,6 +9,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
+from megavit.errors import ConfigError
 from megavit.optim.config import OptimConfig, Optimizer
 from megavit.parallel.config import ParallelConfig
 
@@ -16,37 +17,38 @@ from megavit.parallel.config import ParallelConfig
 class GradientBuffers(DistributedDataParallel):
     """Megatron-Core's wrapper, less the passes over all gradients that nobody needs (0.16.1).
 
-    A step begins with nothing set to zero: what the first micro batch leaves is written, not added. Where no other rank
-    holds the same weights nothing is reduced and nothing gathered: in a group of one, gloo copies each gradient three
-    times and each weight once.
+    A step begins with nothing set to zero: what the first micro batch leaves is written, not added, here or by a
+    product that goes straight into the buffer (model/accumulate.py); until then the weight's `is_grad_stale` holds.
+
+    Where no other rank holds the same weights nothing is reduced and nothing gathered: in a group of one, gloo copies
+    each gradient three times and each weight once.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        self._unwritten: set[torch.nn.Parameter] = set()
         super().__init__(*arguments, **named)
+        for param in self.params_with_grad:
+            param.is_grad_stale = True
         self._is_alone = self.dp_cp_group.size() == 1
 
     def zero_grad_buffer(self) -> None:
         """Forget the last step's gradients."""
         for param in self.params_with_grad:
             param.grad_added_to_main_grad = False
+            param.is_grad_stale = True
         for group in self.bucket_groups:
             group.reset()
-        self._unwritten = set(self.params_with_grad)
 
-    def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
+    def _make_backward_post_hook(self, param: Any) -> Callable[..., None]:
         add = super()._make_backward_post_hook(param)
 
         def hook(*unused: Any) -> None:
-            if param in self._unwritten and param.grad is not None:
-                self._unwritten.discard(param)
-                param.main_grad.copy_(param.grad)  # type: ignore[attr-defined]
+            if param.grad is not None and param.is_grad_stale and not param.grad_added_to_main_grad:
+                param.main_grad.copy_(param.grad)
                 # Else it would be added, too.
-                param.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-                add()
-                param.grad_added_to_main_grad = False  # type: ignore[attr-defined]
-            else:
-                add()
+                param.grad_added_to_main_grad = True
+            param.is_grad_stale = param.is_grad_stale and param.grad is None
+            add()
+            param.grad_added_to_main_grad = False
 
         return hook
 
@@ -65,9 +67,10 @@ class GradientBuffers(DistributedDataParallel):
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         """See the gradients summed; of weights that took no part they are zero."""
-        for param in self._unwritten:
-            param.main_grad.zero_()  # type: ignore[attr-defined]
-        self._unwritten.clear()
+        for param in self.params_with_grad:
+            if param.is_grad_stale:
+                param.main_grad.zero_()
+                param.is_grad_stale = False
         if not self._is_alone:
             super().finish_grad_sync(force_all_reduce)
 
@@ -84,6 +87,7 @@ def wrap_for_data_parallel(
     parallel: ParallelConfig,
     *,
     bf16_reduce: bool,
+    fused_accumulation: bool,
 ) -> list[DistributedDataParallel]:
     """Give this rank's stages gradient buffers that are reduced over the data-parallel ranks.
 
@@ -93,6 +97,10 @@ def wrap_for_data_parallel(
         config: the optim group; Adam's gradients are reduced and scattered, others' all-reduced.
         parallel: the parallel group, for what is overlapped.
         bf16_reduce: accumulate and reduce in bf16 instead of fp32.
+        fused_accumulation: whether products of the layers' matrices go straight into the buffers.
+
+    Raises:
+        ConfigError: if they cannot.
     """
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=not bf16_reduce,
@@ -101,18 +109,32 @@ def wrap_for_data_parallel(
         overlap_param_gather=parallel.overlap_param_gather,
         bucket_size=parallel.bucket_size,
     )
-    # Kernels that add to the gradients by themselves would add to the last step's.
+    # Megatron-Core's kernels that add to the gradients would add to the last step's.
     assert not block.gradient_accumulation_fusion
     stages = [Float16Module(block, chunk) for chunk in chunks] if block.bf16 else chunks
     # Only the first stage's reduction is on the critical path, so only that is cut into buckets.
     model: list[DistributedDataParallel] = [
         GradientBuffers(block, ddp, stage, disable_bucketing=index > 0) for index, stage in enumerate(stages)
     ]
+    if fused_accumulation:
+        for chunk in model:
+            for param in chunk.params_with_grad:
+                _let_accumulate(param)
     if parallel.overlap_grad_reduce:
         block.no_sync_func = _one_or_all([chunk.no_sync for chunk in model])
     if parallel.overlap_param_gather:
         block.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in model])
     return model
+
+
+def _let_accumulate(weight: Any) -> None:
+    """Have the products of a layer's weight go straight into its buffer (model/accumulate.py)."""
+    if weight.main_grad.dtype != weight.dtype and weight.device.type != "cuda":
+        raise ConfigError(
+            "train.gradient_accumulation_fusion=true adds products of bf16 numbers to fp32 gradients, which torch does "
+            "on CUDA alone, and this run is on the CPU; set it to false, or train.precision=fp32"
+        )
+    weight.accumulates = True
 
 
 def _one_or_all(functions: list[Any]) -> Any:

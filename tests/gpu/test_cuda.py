@@ -47,6 +47,17 @@ def test_ten_steps_on_the_gpu_equal_plain_torch_on_the_cpu(tmp_path, figure):
     assert worst <= 1e-5
 
 
+def test_bf16_products_into_fp32_gradients_are_those_that_are_rounded_and_added(tmp_path, figure):
+    """Four micro batches a step: without the option each one's product is rounded to bf16 first."""
+    fused = ["train.gradient_accumulation_fusion=true", "experimental=true"]
+    got = losses_of(on_gpu("ten_steps", *SMALL, *BF16, *fused, f"run.dir={tmp_path}/fused"))
+    want = losses_of(on_gpu("ten_steps", *SMALL, *BF16, f"run.dir={tmp_path}/rounded"))
+    worst = max(abs(a - b) for a, b in zip(got, want, strict=True))
+    figure(f"one GPU, bf16 O2, fused accumulation: largest |Δloss| {worst:.1e}, 10 steps")
+    assert got[0] == want[0]
+    assert worst <= 5e-3
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "sdpa_flash", "flash_attn"])
 def test_a_kernel_agrees_with_attention_in_fp32(attention):
     if attention == "flash_attn":
