@@ -1,11 +1,13 @@
 """From a configuration to this rank's part of its network, for whoever trains it or only looks at it."""
 
+import os
 from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer import TransformerConfig
 
 from megavit.config import RunConfig
+from megavit.errors import ConfigError
 from megavit.model.block import transformer_config
 from megavit.model.init import initialise
 from megavit.model.vit import EncoderStage, parameter_names
@@ -47,7 +49,12 @@ def build_network(config: RunConfig, layout: ParallelLayout, *, num_classes: int
         config: checked.
         layout: this rank's place.
         num_classes: of the data.
+
+    Raises:
+        ConfigError: if a part of it cannot run here.
     """
+    if config.train.compile is Compile.layer and layout.device.type == "cpu":
+        _require_compiler()
     task = open_task(
         config.task,
         model=config.model,
@@ -69,3 +76,16 @@ def build_network(config: RunConfig, layout: ParallelLayout, *, num_classes: int
         if config.train.compile is Compile.layer:
             chunk.compile_layers()
     return Network(task, shape, stages, block, chunks)
+
+
+def _require_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ConfigError(
+            f"train.compile=layer needs a C++ compiler on a CPU, and CXX={os.environ.get('CXX', 'g++')} does not run; "
+            f"install one (Debian: apt-get install g++), name it by CXX, or set train.compile=none"
+        ) from error
