@@ -24,6 +24,8 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 _WAIT_S = 20
 _GRACE_S = 6
+# How much later than another a rank may find the same fault in its settings.
+_LAST_S = 10
 
 
 def run_as_rank(work: Callable[[], int], *, run_dir: Callable[[], Path | None], log: RankLog | None = None) -> int:
@@ -31,7 +33,8 @@ def run_as_rank(work: Callable[[], int], *, run_dir: Callable[[], Path | None], 
 
     The first rank to fail says why, for all: it claims the failure in the launcher's store, prints it, and leaves the
     code in `RUN/exit.json`; a rank that fails later, or because a peer has gone, waits for that and leaves silently
-    with the same code. The ranks that still wait for the failed one are ended by the launcher.
+    with the same code. The ranks that still wait for the failed one are ended by the launcher. What is wrong with a
+    setting every rank finds, so the first waits for the others where the store ends with it.
 
     Args:
         work: the rank's work, to its exit code.
@@ -84,6 +87,8 @@ def _fail(code: int, message: str, run_dir: Path | None, log: RankLog) -> int:
     except OSError as error:
         print(f"megavit: the exit code could not be kept in {run_dir}: {error}", file=log.console, flush=True)
     _mark_reported()
+    if code == USER_ERROR:
+        _wait_for_others()
     return code
 
 
@@ -98,6 +103,7 @@ def _claim(code: int) -> int | None:
         if first == mine:
             return None
         store.wait([_key("reported")], timedelta(seconds=_WAIT_S))
+        store.add(_key("heard"), 1)
         return int(first.split()[1])
     except (RuntimeError, OSError):
         # The store is gone, or the rank that claimed the failure is: better said twice than not at all.
@@ -109,6 +115,21 @@ def _mark_reported() -> None:
         store = shared_store()
         if store is not None:
             store.set(_key("reported"), "1")
+    except (RuntimeError, OSError):
+        pass  # nobody is left to be told
+
+
+def _wait_for_others() -> None:
+    """Keep the store until every rank has been told who speaks, if it may end with this process or this machine."""
+    world_size = world_size_from_environment()
+    outlives = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if outlives and os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        return
+    deadline = time.monotonic() + _LAST_S
+    try:
+        store = shared_store()
+        while store is not None and store.add(_key("heard"), 0) < world_size - 1 and time.monotonic() < deadline:
+            time.sleep(0.1)
     except (RuntimeError, OSError):
         pass  # nobody is left to be told
 

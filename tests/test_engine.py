@@ -182,7 +182,7 @@ def test_layer_compiles_as_one_graph_and_trains_alike(world, layout, tmp_path):
 
 def test_without_a_compiler_it_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/g++")
-    with pytest.raises(AssertionError, match="ConfigError: train.compile=layer .* CXX=/nowhere/g\\+\\+ does not run"):
+    with pytest.raises(AssertionError, match=r"ConfigError: train.compile=layer .* CXX=/nowhere/g\+\+ does not run"):
         run_ranks(ranks.train, 1, [*SMALL, "train.compile=layer"])
 
 

@@ -53,9 +53,19 @@ def test_ranks_without_torchrun_save_when_they_are_told_to_stop(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "latest").exists()
 
 
-def start_nodes(folder: Path, *settings: str) -> list[subprocess.Popen]:
-    """Two pods with one rank each, with the variables that Kubeflow sets in them."""
+# Put into a rank, not into the torchrun that starts it: it comes to its settings seconds after the other.
+LATE = """
+import sys, time
+if "megavit.torchrun" not in sys.orig_argv:
+    time.sleep(4)
+"""
+
+
+def start_nodes(folder: Path, *settings: str, late: bool = False) -> list[subprocess.Popen]:
+    """Two pods with one rank each, with the variables that Kubeflow sets in them; the second may be late."""
     port = free_port()
+    if late:
+        (folder / "sitecustomize.py").write_text(LATE)
     kubeflow = {
         "PYTHONUNBUFFERED": "1",
         "PET_NNODES": "2",
@@ -72,7 +82,13 @@ def start_nodes(folder: Path, *settings: str) -> list[subprocess.Popen]:
     return [
         subprocess.Popen(
             [sys.executable, *words],
-            env={**os.environ, **kubeflow, "PET_NODE_RANK": str(node), "RANK": str(node)},
+            env={
+                **os.environ,
+                **kubeflow,
+                **({"PYTHONPATH": str(folder)} if late and node == 1 else {}),
+                "PET_NODE_RANK": str(node),
+                "RANK": str(node),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -83,7 +99,7 @@ def start_nodes(folder: Path, *settings: str) -> list[subprocess.Popen]:
 
 @pytest.mark.slow
 def test_two_pods_refuse_a_setting_in_one_message_and_are_not_started_again(tmp_path):
-    nodes = start_nodes(tmp_path, "train.steps=5")
+    nodes = start_nodes(tmp_path, "train.steps=5", late=True)
     said = "".join(node.communicate(timeout=120)[0] for node in nodes)
     assert [node.returncode for node in nodes] == [2, 2]
     assert said.count("optim.warmup_steps=100 must be below") == 1
