@@ -4,16 +4,20 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import megavit.bench.measure
+import megavit.bench.verb
 from megavit.bench.gate import Difference, Judgement, difference
 from megavit.bench.memory import saved_bytes, storage_bytes
 from megavit.bench.parking import Parking
 from megavit.bench.profile import kind_of
-from megavit.bench.rows import ROWS, overrides_of
+from megavit.bench.rows import ON_CPU, ROWS, overrides_of
 from megavit.bench.verb import bench, read_arguments
 from megavit.errors import ConfigError
 from megavit.testing import run_ranks
@@ -244,3 +248,49 @@ def test_a_process_that_is_gone_is_a_fault_of_its_contestants_and_no_stack():
                 world.call("about", until=until)
     finally:
         world.close()
+
+
+class Pretended:
+    """Processes that take time by a clock of their own.
+
+    Args:
+        overrides: of the row.
+        clock: seconds, in a list of one.
+        ready_s: until a contestant is ready, in fp32; half of it in bf16.
+        step_s: of a step, the same.
+    """
+
+    def __init__(self, overrides: list[str], *, ranks: int = 1, clock: list[float], ready_s: float, step_s: float):
+        share = 1.0 if "train.precision=fp32" in overrides else 0.5
+        self.clock, self.ready_s, self.step_s = clock, share * ready_s, share * step_s
+
+    def call(self, name: str, *arguments, until: float, patience_s: float = 0.0):
+        spent, answer = {
+            "about": (0, {"device": "CPU", "threads": 2}),
+            "build": (self.ready_s, None),
+            "judge": (0, (np.ones(2), 1.0)),
+            "practise": (2 * self.step_s, self.step_s),
+            "rates": (1, {"matmul_flops": 4e11, "copy_bytes": 4e10}),
+            "run": (self.step_s, self.step_s),
+            "memory": (self.step_s / 3, {"held_bytes": 1, "saved_bytes": 1}),
+            "profile": (self.step_s, {"matmul": 1.0}),
+            "loop": (6 * self.step_s, {"megavit": [self.step_s] * 3, "trainer": [self.step_s] * 3}),
+        }[name]
+        self.clock[0] += spent
+        return answer
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("ready_s", "step_s", "fewest"), [(8, 3, 3), (12, 4, 1), (12, 4.5, 1)])
+def test_on_a_slow_machine_rows_have_fewer_rounds_and_none_is_left_out(ready_s, step_s, fewest, tmp_path, monkeypatch):
+    clock = [0.0]
+    for module in (megavit.bench.verb, megavit.bench.measure):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(megavit.bench.measure, "World", partial(Pretended, clock=clock, ready_s=ready_s, step_s=step_s))
+    assert bench([f"bench.dir={tmp_path}"]) == 0
+    timed = [line for line in lines_in(tmp_path) if line["kind"] == "contestant"]
+    assert {line["row"] for line in timed} == set(ON_CPU)
+    assert min(line["rounds"] for line in timed) == fewest
+    assert clock[0] <= 840

@@ -14,6 +14,7 @@ class BenchConfig:
         contestants: who takes part, megavit always does; empty takes all.
         batch: images per step; null takes each row's own.
         rounds: how often every contestant has its turn; null takes 3 on a CPU, where a turn is a few seconds, else 7.
+            Fewer where the rows to come would not be reached.
         block_s: seconds that a turn lasts at least.
         deadline_s: seconds after which nothing new is begun; what was measured by then stands.
         dir: folder of the figures, the table and the picture.

@@ -100,6 +100,24 @@ def is_own(name: str) -> bool:
     return name.startswith(("megavit", "trainer"))
 
 
+def taking_part(label: str, config: BenchConfig, *, device: str) -> list[str]:
+    """Who is measured in a row, its reference first: those who are wanted, but for oneDNN where it is not for the work.
+
+    Args:
+        label: NAME:PRECISION.
+        config: the bench section.
+        device: cpu or cuda.
+    """
+    name, precision = label.split(":")
+    wanted, (reference, *_) = config.contestants, ROWS[name].contestants
+    onednn_fits = device == "cpu" and precision == "fp32"
+    return [
+        one
+        for one in ROWS[name].contestants
+        if (onednn_fits or "onednn" not in one) and (not wanted or one in wanted or one == reference)
+    ]
+
+
 class RowMeasurement:
     """Measures one row.
 
@@ -109,6 +127,7 @@ class RowMeasurement:
         overrides: more settings, as typed.
         device: cpu or cuda.
         until: `time.monotonic()` after which nothing new is begun.
+        to_come: what the rows after it cost, in units of this one; for their sake a slow machine does fewer rounds.
         say: tells whoever waits.
         keep: writes a line of figures down.
     """
@@ -121,6 +140,7 @@ class RowMeasurement:
         *,
         device: str,
         until: float,
+        to_come: float,
         say: Say,
         keep: Keep,
     ) -> None:
@@ -130,6 +150,7 @@ class RowMeasurement:
         self.measured = Measured(name, precision, batch, reference=self.row.contestants[0])
         self._overrides = [*overrides_of(self.row, precision, batch), *overrides]
         self._config, self._until, self._say, self._keep = config, until, say, keep
+        self._started, self._to_come = time.monotonic(), to_come
         self._rounds = config.rounds or (_CPU_ROUNDS if device == "cpu" else _GPU_ROUNDS)
         self._device, self._label, self._run_dir = device, label, f"{config.dir}/loop"
         self._worlds: dict[str, World] = {}
@@ -151,8 +172,7 @@ class RowMeasurement:
         return self.measured
 
     def _measure(self) -> None:
-        wanted = self._config.contestants
-        names = [one for one in self._able if not wanted or one in wanted or one == self.row.contestants[0]]
+        names = taking_part(self._label, self._config, device=self._device)
         self.measured.contestants = {name: Figures() for name in names}
         main = World(self._overrides)
         self._worlds = dict.fromkeys(names, main)
@@ -172,12 +192,6 @@ class RowMeasurement:
         for name in self.measured.leaders:
             kinds = self._call(self._worlds[name], "profile", self._there(name))
             self.measured.contestants[name].kinds = kinds
-
-    @property
-    def _able(self) -> list[str]:
-        """The row's contestants, but for oneDNN's where it is not for the work."""
-        onednn_fits = self._device == "cpu" and self.measured.precision == "fp32"
-        return [name for name in self.row.contestants if onednn_fits or "onednn" not in name]
 
     def _admit(self, name: str, reference: tuple[Judgement, Judgement] | None) -> tuple[Judgement, Judgement] | None:
         """Build a contestant and see whether it does megavit's work; who does not, or cannot, is not timed."""
@@ -213,7 +227,9 @@ class RowMeasurement:
         names = [name for name, figures in self.measured.contestants.items() if figures.without is None]
         machine = self._worlds[names[0]]
         self.measured.rates.append(self._call(machine, "rates"))
+        with_one_round = 0.0
         for number in range(self._rounds):
+            began = time.monotonic()
             # Each in turn is first.
             turn = number % len(names)
             round_s = {}
@@ -226,6 +242,14 @@ class RowMeasurement:
                 self.measured.contestants[name].seconds.append(seconds)
             self.measured.rates.append(self._call(machine, "rates"))
             self._keep({"kind": "round", "row": self._label, "seconds": round_s, **self.measured.rates[-1]})
+            now = time.monotonic()
+            round_took = now - began
+            # Memory and profile, which follow, take about half a round.
+            with_one_round = with_one_round or now - self._started + round_took / 2
+            then = now + 1.5 * round_took + self._to_come * with_one_round
+            if number + 1 < self._rounds and then > self._until:
+                self._say(f"{self._label}: {number + 1} of {self._rounds} rounds, so that every row has one")
+                return
 
     def _measure_loop(self, world: World) -> None:
         self._call(world, "build", "megavit")

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megavit.bench.config import KEYS, BenchConfig
-from megavit.bench.measure import Measured, RowMeasurement
+from megavit.bench.measure import Measured, RowMeasurement, taking_part
 from megavit.bench.rows import ON_CPU, ON_GPU, PRECISIONS, ROWS, TP2, overrides_of
 from megavit.compose import compose
 from megavit.errors import ConfigError
@@ -55,9 +55,17 @@ def bench(arguments: list[str]) -> int:
     measured: list[Measured] = []
     flops: dict[int, int] = {}
     until = start + config.deadline_s
-    for label in rows:
+    costs = [_cost(label, len(taking_part(label, config, device=device))) for label in rows]
+    for place, label in enumerate(rows):
         row = RowMeasurement(
-            label, config, overrides, device=device, until=until, say=say, keep=lambda line: append(lines, line)
+            label,
+            config,
+            overrides,
+            device=device,
+            until=until,
+            to_come=sum(costs[place + 1 :]) / costs[place],
+            say=say,
+            keep=lambda line: append(lines, line),
         ).run()
         measured.append(row)
         flops[id(row)] = flops_per_image(row, overrides)
@@ -99,6 +107,11 @@ def read_arguments(arguments: list[str]) -> tuple[BenchConfig, list[str]]:
     assert isinstance(config, BenchConfig)
     config.check()
     return config, overrides
+
+
+def _cost(label: str, contestants: int) -> int:
+    """Of a row beside others: a step in fp32, and the wait until it is ready, takes twice that of one in bf16."""
+    return contestants * (2 if label.endswith(":fp32") else 1)
 
 
 def _check_row(label: str, overrides: list[str]) -> None:
