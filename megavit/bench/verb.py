@@ -55,7 +55,8 @@ def bench(arguments: list[str]) -> int:
     measured: list[Measured] = []
     flops: dict[int, int] = {}
     until = start + config.deadline_s
-    costs = [_cost(label, len(taking_part(label, config, device=device))) for label in rows]
+    # Until one is ready takes longer than its steps, so that rows cost by their contestants, in fp32 as in bf16.
+    costs = [len(taking_part(label, config, device=device)) for label in rows]
     for place, label in enumerate(rows):
         row = RowMeasurement(
             label,
@@ -107,11 +108,6 @@ def read_arguments(arguments: list[str]) -> tuple[BenchConfig, list[str]]:
     assert isinstance(config, BenchConfig)
     config.check()
     return config, overrides
-
-
-def _cost(label: str, contestants: int) -> int:
-    """Of a row beside others: a step in fp32, and the wait until it is ready, takes twice that of one in bf16."""
-    return contestants * (2 if label.endswith(":fp32") else 1)
 
 
 def _check_row(label: str, overrides: list[str]) -> None:
