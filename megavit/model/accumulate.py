@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def accumulating_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """X Wᵀ + b, of a weight that accumulates; x of any shape, its last dim I."""
+    """Give x Wᵀ + b, of a weight that accumulates; x of any shape, its last dim I."""
     return _Linear.apply(x, weight_OI, bias_O)
 
 
