@@ -7,6 +7,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,7 @@ def _fail(code: int, message: str, run_dir: Path | None, log: RankLog) -> int:
         write_exit(run_dir, code, message)
     except OSError as error:
         print(f"megavit: the exit code could not be kept in {run_dir}: {error}", file=log.console, flush=True)
-    _mark_reported()
-    if code == USER_ERROR:
-        _wait_for_others()
+    _let_others_leave(code)
     return code
 
 
@@ -103,35 +102,32 @@ def _claim(code: int) -> int | None:
         if first == mine:
             return None
         store.wait([_key("reported")], timedelta(seconds=_WAIT_S))
-        store.add(_key("heard"), 1)
-        return int(first.split()[1])
     except (RuntimeError, OSError):
         # The store is gone, or the rank that claimed the failure is: better said twice than not at all.
         return None
+    with suppress(RuntimeError, OSError):
+        # Who spoke may have left by now.
+        store.add(_key("heard"), 1)
+    return int(first.split()[1])
 
 
-def _mark_reported() -> None:
-    try:
-        store = shared_store()
-        if store is not None:
-            store.set(_key("reported"), "1")
-    except (RuntimeError, OSError):
-        pass  # nobody is left to be told
+def _let_others_leave(code: int) -> None:
+    """Tell the ranks that this one has spoken; stay until all know, if the store may end with it or its machine.
 
-
-def _wait_for_others() -> None:
-    """Keep the store until every rank has been told who speaks, if it may end with this process or this machine."""
+    Only for what is wrong with a setting: of any other fault the others know nothing, and wait for this rank.
+    """
     world_size = world_size_from_environment()
     outlives = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if outlives and os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
-        return
-    deadline = time.monotonic() + _LAST_S
-    try:
+    stays = code == USER_ERROR and not (outlives and os.environ.get("LOCAL_WORLD_SIZE") == str(world_size))
+    deadline = time.monotonic() + (_LAST_S if stays else 0)
+    with suppress(RuntimeError, OSError):
+        # Where there is no store nobody is left to be told.
         store = shared_store()
-        while store is not None and store.add(_key("heard"), 0) < world_size - 1 and time.monotonic() < deadline:
+        if store is None:
+            return
+        store.set(_key("reported"), "1")
+        while time.monotonic() < deadline and store.add(_key("heard"), 0) < world_size - 1:
             time.sleep(0.1)
-    except (RuntimeError, OSError):
-        pass  # nobody is left to be told
 
 
 def _key(name: str) -> str:
