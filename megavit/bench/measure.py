@@ -1,6 +1,7 @@
 """One row: everyone built and judged, then timed by turns."""
 
 import math
+import operator
 import statistics
 import time
 from collections.abc import Callable
@@ -118,6 +119,30 @@ def taking_part(label: str, config: BenchConfig, *, device: str) -> list[str]:
     ]
 
 
+def to_come(rows: list[str], place: int, config: BenchConfig, *, device: str) -> float:
+    """What the rows after one cost at one round each, in units of that one.
+
+    A contestant costs about as much as the start of a process, for until it is ready takes longer than its steps; in
+    fp32 it costs between as much as in bf16, where that is slow, and twice as much: reckoned is what is dearer for the
+    rows to come.
+
+    Args:
+        rows: as NAME:PRECISION, in their order.
+        place: index of the row that is measured.
+        config: the bench section.
+        device: cpu or cuda.
+    """
+
+    def cost(label: str) -> int:
+        names = taking_part(label, config, device=device)
+        processes = 2 if "trainer" in names or any(name.endswith(ON_TWO) for name in names) else 1
+        return len(names) + processes
+
+    here_in_bf16 = rows[place].endswith("bf16")
+    dearer = [2 if here_in_bf16 and label.endswith("fp32") else 1 for label in rows[place + 1 :]]
+    return sum(map(operator.mul, map(cost, rows[place + 1 :]), dearer)) / cost(rows[place])
+
+
 class RowMeasurement:
     """Measures one row.
 
@@ -187,11 +212,13 @@ class RowMeasurement:
         for name in names:
             reference = self._admit(name, reference)
         self._take_turns()
-        for name, figures in self.measured.timed.items():
-            figures.memory = self._call(self._worlds[name], "memory", self._there(name))
+        # Before anyone's memory is looked at: that leaves free memory in other sizes, and a step which must ask the
+        # system for some spends a fifth of its time in what looks like copies.
         for name in self.measured.leaders:
             kinds = self._call(self._worlds[name], "profile", self._there(name))
             self.measured.contestants[name].kinds = kinds
+        for name, figures in self.measured.timed.items():
+            figures.memory = self._call(self._worlds[name], "memory", self._there(name))
 
     def _admit(self, name: str, reference: tuple[Judgement, Judgement] | None) -> tuple[Judgement, Judgement] | None:
         """Build a contestant and see whether it does megavit's work; who does not, or cannot, is not timed."""
@@ -244,9 +271,9 @@ class RowMeasurement:
             self._keep({"kind": "round", "row": self._label, "seconds": round_s, **self.measured.rates[-1]})
             now = time.monotonic()
             round_took = now - began
-            # Memory and profile, which follow, take about half a round.
-            with_one_round = with_one_round or now - self._started + round_took / 2
-            then = now + 1.5 * round_took + self._to_come * with_one_round
+            # Profile and memory, which follow, take about as long as a round.
+            with_one_round = with_one_round or now - self._started + round_took
+            then = now + 2 * round_took + self._to_come * with_one_round
             if number + 1 < self._rounds and then > self._until:
                 self._say(f"{self._label}: {number + 1} of {self._rounds} rounds, so that every row has one")
                 return

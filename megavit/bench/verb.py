@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megavit.bench.config import KEYS, BenchConfig
-from megavit.bench.measure import Measured, RowMeasurement, taking_part
+from megavit.bench.measure import Measured, RowMeasurement, to_come
 from megavit.bench.rows import ON_CPU, ON_GPU, PRECISIONS, ROWS, TP2, overrides_of
 from megavit.compose import compose
 from megavit.errors import ConfigError
@@ -55,8 +55,6 @@ def bench(arguments: list[str]) -> int:
     measured: list[Measured] = []
     flops: dict[int, int] = {}
     until = start + config.deadline_s
-    # Until one is ready takes longer than its steps, so that rows cost by their contestants, in fp32 as in bf16.
-    costs = [len(taking_part(label, config, device=device)) for label in rows]
     for place, label in enumerate(rows):
         row = RowMeasurement(
             label,
@@ -64,7 +62,7 @@ def bench(arguments: list[str]) -> int:
             overrides,
             device=device,
             until=until,
-            to_come=sum(costs[place + 1 :]) / costs[place],
+            to_come=to_come(rows, place, config, device=device),
             say=say,
             keep=lambda line: append(lines, line),
         ).run()
