@@ -18,7 +18,7 @@ def load(path: "str | _Path") -> "TrainedEncoder":
     """Load a trained network as an ordinary torch module (see `megavit.loading.load`)."""
     import warnings
 
-    from megavit.outcome import quieten_imports
+    from megavit.importing import quieten_imports
 
     with warnings.catch_warnings():
         quieten_imports()

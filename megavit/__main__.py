@@ -141,11 +141,12 @@ def train(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """Look at the run's configuration here, once, then start the ranks."""
-    from megavit.outcome import quieten_imports
+    from megavit.importing import quieten_imports, uncollected
 
     quieten_imports()
-    from megavit.trained import prepare
-    from megavit.workers import num_ranks, start_ranks
+    with uncollected():
+        from megavit.trained import prepare
+        from megavit.workers import num_ranks, start_ranks
 
     config, _ = prepare("evaluate", arguments)
     ranks = num_ranks(config)
@@ -168,11 +169,13 @@ def _look(verb: str, arguments: list[str]) -> int:
     """Run a verb that starts no ranks."""
     from importlib import import_module
 
-    from megavit.outcome import quieten_imports
+    from megavit.importing import quieten_imports, uncollected
 
     quieten_imports()
     module, _, function = _LOOKING[verb].partition(":")
-    return getattr(import_module(module), function)(arguments)
+    with uncollected():
+        look = getattr(import_module(module), function)
+    return look(arguments)
 
 
 if __name__ == "__main__":

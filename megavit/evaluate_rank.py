@@ -3,7 +3,8 @@
 import os
 import sys
 
-from megavit.outcome import quieten_imports, run_as_rank
+from megavit.importing import quieten_imports, uncollected
+from megavit.outcome import run_as_rank
 from megavit.signals import let_through
 
 
@@ -13,7 +14,8 @@ def main(arguments: list[str]) -> int:
     quieten_imports()
 
     def work() -> int:
-        from megavit.evaluate import evaluate
+        with uncollected():
+            from megavit.evaluate import evaluate
 
         return evaluate(arguments)
 

@@ -1,11 +1,9 @@
 """How a rank ends: one of them speaks for all, and none leaves before it has."""
 
 import errno
-import logging
 import os
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -148,12 +146,3 @@ def shared_store() -> Any:
         timeout=timedelta(seconds=_WAIT_S),
         multi_tenant=True,
     )
-
-
-def quieten_imports() -> None:
-    """Silence what Megatron-Core and torch say of optional packages while they are imported."""
-    # Each rank would say of every optional package, and of CUDA, that it is not there.
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    # At each save, on ranks whose layers are all frozen.
-    logging.getLogger("megatron.core.dist_checkpointing.optimizer").setLevel(logging.ERROR)

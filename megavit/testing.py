@@ -14,6 +14,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from megavit.importing import uncollected
+
 
 class RankFailed(AssertionError):
     """A rank raised or did not answer; the message holds every rank's stack."""
@@ -111,7 +113,8 @@ def _serve(pipe: Connection) -> None:
             TORCHELASTIC_USE_AGENT_STORE="True",
         )
         try:
-            function = importlib.import_module(module)
+            with uncollected():
+                function = importlib.import_module(module)
             for part in name.split("."):
                 function = getattr(function, part)
             answer = (True, function(*arguments))  # type: ignore[operator]

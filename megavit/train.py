@@ -8,7 +8,8 @@ from typing import IO
 from megavit.compose import compose
 from megavit.config import RunConfig
 from megavit.errors import ConfigError
-from megavit.outcome import quieten_imports, run_as_rank
+from megavit.importing import quieten_imports, uncollected
+from megavit.outcome import run_as_rank
 from megavit.parallel.layout import rank_from_environment, world_size_from_environment
 from megavit.rank_log import RankLog
 from megavit.run_folder import claim_folder
@@ -50,9 +51,11 @@ def main(overrides: list[str]) -> int:
             # There the code cannot be left, or belongs to another run.
             run_dir = None
             raise error if isinstance(error, ConfigError) else ConfigError(_unwritable(config, error)) from error
-        from megavit.trainer import Trainer
+        with uncollected():
+            from megavit.trainer import Trainer
 
-        return Trainer(config, stop=stop).run()
+            trainer = Trainer(config, stop=stop)
+        return trainer.run()
 
     try:
         return run_as_rank(work, run_dir=lambda: run_dir, log=log)

@@ -15,6 +15,7 @@ import psutil
 
 from megavit.config import RunConfig
 from megavit.exits import FAULT, FINISHED, write_exit
+from megavit.importing import uncollected
 from megavit.signals import STOPPING
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def start_ranks(arguments: list[str], *, ranks: int, run_dir: Path | None = None
     Returns:
         The code that the first rank to fail left with, or 0.
     """
-    from torch.distributed.launcher.api import LaunchConfig
+    with uncollected():
+        from torch.distributed.launcher.api import LaunchConfig
 
     launch = LaunchConfig(
         min_nodes=1,

@@ -107,7 +107,7 @@ def _serve(pipe: Connection, overrides: list[str], rank: int, ranks: int, port: 
         # The profiler's own log, with an error where there is no GPU.
         KINETO_LOG_LEVEL="99",
     )
-    from megavit.outcome import quieten_imports
+    from megavit.importing import quieten_imports, uncollected
 
     quieten_imports()
     stand: Any = None
@@ -118,7 +118,8 @@ def _serve(pipe: Connection, overrides: list[str], rank: int, ranks: int, port: 
             return
         try:
             if stand is None:
-                from megavit.bench.stand import Stand
+                with uncollected():
+                    from megavit.bench.stand import Stand
 
                 stand = Stand(overrides)
             answer = (True, getattr(stand, name)(*arguments))

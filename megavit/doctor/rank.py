@@ -20,7 +20,8 @@ from megavit.doctor.arguments import read_arguments
 from megavit.doctor.disk import check_shared_folder
 from megavit.doctor.finding import Finding, State, in_a_line
 from megavit.errors import ConfigError
-from megavit.outcome import quieten_imports, run_as_rank, shared_store
+from megavit.importing import quieten_imports
+from megavit.outcome import run_as_rank, shared_store
 from megavit.parallel.layout import rank_from_environment, world_size_from_environment
 from megavit.signals import StopRequest
 
