@@ -3,6 +3,7 @@
 import difflib
 import re
 from dataclasses import fields, is_dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def compose(overrides: list[str]) -> RunConfig:
         if "data" not in typed:
             # Else the digits' one channel, mean and deviation would stay.
             given.append("data=folder")
-    ConfigStore.instance().store(name="run_config", node=RunConfig)
+    _register()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             composed = hydra_compose("train", overrides=[*given, *cleared])
@@ -76,6 +77,12 @@ def compose(overrides: list[str]) -> RunConfig:
         raise ConfigError(_explain(error)) from error
     assert isinstance(config, RunConfig)
     return config
+
+
+@cache
+def _register() -> None:
+    """Let Hydra know the types of all settings; it keeps them for as long as the process lives."""
+    ConfigStore.instance().store(name="run_config", node=RunConfig)
 
 
 def to_yaml(config: RunConfig) -> str:
