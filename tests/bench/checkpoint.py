@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megavit.importing import uncollected
 from megavit.testing import run_ranks
 
 RANKS = 2
@@ -25,20 +26,22 @@ SETTINGS = ["recipe=null", "model=vit_b16", "data=synthetic", "train.steps=1", "
 
 def measure(overrides: list[str], folder: str, rounds: int) -> dict[str, Any]:
     """On every rank: each contestant in turn, round after round."""
-    import torch
-    import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    # As a run does.
+    with uncollected():
+        import torch
+        import torch.distributed as dist
+        import torch.distributed.checkpoint as dcp
+        from megatron.core.dist_checkpointing.dict_utils import nested_values
 
-    from megavit.checkpoint import shards
-    from megavit.checkpoint.manifest import find_fault
-    from megavit.checkpoint.state import TrainingState
-    from megavit.compose import compose, to_yaml
-    from megavit.trainer import Trainer
+        from megavit.checkpoint import shards
+        from megavit.checkpoint.manifest import find_fault
+        from megavit.checkpoint.state import TrainingState
+        from megavit.compose import compose, to_yaml
+        from megavit.trainer import Trainer
 
-    config = compose([*SETTINGS, *overrides, f"run.dir={folder}/run"])
-    config.check(RANKS)
-    trainer = Trainer(config)
+        config = compose([*SETTINGS, *overrides, f"run.dir={folder}/run"])
+        config.check(RANKS)
+        trainer = Trainer(config)
     trainer.evaluate = lambda: {"loss": 0.0, "top1": 0.0}  # type: ignore[method-assign]
     trainer.keeper.save = lambda *_, **__: None  # type: ignore[method-assign]
     trainer.run()
