@@ -20,7 +20,8 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
-        # At its end Python itself takes modules apart, and some libraries complain of what is kept then.
+        # At its end Python itself takes modules apart, and some libraries complain of what is kept then. Once is enough.
+        atexit.unregister(gc.unfreeze)
         atexit.register(gc.unfreeze)
         gc.enable()
 

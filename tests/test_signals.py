@@ -62,7 +62,7 @@ def interrupt(run_dir, *, times: int, latest_s: float, seed: int, figure) -> Non
 
 
 def test_signals_at_random_moments_stop_save_and_change_no_bit(tmp_path, figure):
-    interrupt(tmp_path / "run", times=2, latest_s=8, seed=0, figure=figure)
+    interrupt(tmp_path / "run", times=3, latest_s=8, seed=0, figure=figure)
 
 
 @pytest.mark.slow

@@ -122,9 +122,8 @@ def taking_part(label: str, config: BenchConfig, *, device: str) -> list[str]:
 def to_come(rows: list[str], place: int, config: BenchConfig, *, device: str) -> float:
     """What the rows after one cost at one round each, in units of that one.
 
-    A contestant costs about as much as the start of a process, for until it is ready takes longer than its steps; in
-    fp32 it costs between as much as in bf16, where that is slow, and twice as much: reckoned is what is dearer for the
-    rows to come.
+    A contestant costs about as much as the start of a process: getting it ready takes longer than its steps. One in
+    fp32 costs one to two times as much as one in bf16; what is reckoned is what makes the rows to come the dearer.
 
     Args:
         rows: as NAME:PRECISION, in their order.
