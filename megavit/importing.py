@@ -20,7 +20,7 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
-        # At its end Python itself takes modules apart, and some libraries complain of what is kept then. Once is enough.
+        # Python takes modules apart at its end, and some libraries complain of what is kept then. Once is enough.
         atexit.unregister(gc.unfreeze)
         atexit.register(gc.unfreeze)
         gc.enable()
