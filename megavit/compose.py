@@ -67,6 +67,8 @@ def compose(overrides: list[str]) -> RunConfig:
         if "data" not in typed:
             # Else the digits' one channel, mean and deviation would stay.
             given.append("data=folder")
+    if "optim.warmup_steps" in typed and "optim.shorten_warmup" not in typed:
+        given.append("optim.shorten_warmup=false")
     _register()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megavit.checks import require_number, shown
+from megavit.checks import require_number, require_steps, shown
 from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
 from megavit.experimental import check_experimental
@@ -63,7 +63,8 @@ class RunConfig(RunSettings):
                 if train.steps is None
                 else f"{both} both say how long to train; set one of them to null"
             )
-        require_number("train", train, "steps", "global_batch", "micro_batch", "eval_every", "stop_at", at_least=1)
+        require_number("train", train, "steps", "global_batch", "micro_batch", "stop_at", at_least=1)
+        require_steps("train", train, "eval_every", at_least=1)
         require_number("train", train, "epochs", above=0)
         if train.stop_at is not None and train.steps is not None and train.stop_at > train.steps:
             raise ConfigError(f"train.stop_at={train.stop_at} is after the last step, train.steps={train.steps}")

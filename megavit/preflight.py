@@ -44,6 +44,7 @@ def rehearse(
     optimizer: MegatronOptimizer,
     averages: Averages | None,
     loaders: tuple[Loader, Loader],
+    save_every: int | None,
     steps: range,
 ) -> list[str]:
     """Rehearse a run, if `run.preflight` wants it and steps are left; every rank calls this.
@@ -56,6 +57,7 @@ def rehearse(
         optimizer: theirs, before its first step.
         averages: the weights' averages, if any.
         loaders: of training and of validation.
+        save_every: steps between saves; None saves at the end alone.
         steps: that are to come.
 
     Returns:
@@ -67,7 +69,7 @@ def rehearse(
     wanted = layout.world_size > 1 if config.run.preflight is None else config.run.preflight
     if not wanted or not steps:
         return []
-    run_dir, every = Path(config.run.dir), config.checkpoint.every or steps.stop
+    run_dir, every = Path(config.run.dir), save_every or steps.stop
     check_folder(run_dir, rank=layout.rank)
     saves = _checkpoints_at_once(config.checkpoint, every, steps)
     of_optimizer, ema = state_bytes(config.optim), averages is not None

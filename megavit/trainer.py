@@ -20,7 +20,7 @@ from megavit.errors import ConfigError
 from megavit.exits import FINISHED, STOPPED
 from megavit.freezing import freeze
 from megavit.init_from import start_from
-from megavit.introduce import introduction
+from megavit.introduce import describe_pace, introduction
 from megavit.keeping import Keeper
 from megavit.metrics.reporter import Reporter
 from megavit.metrics.starts import record_start
@@ -59,6 +59,7 @@ class Trainer:
         wait_for_rank_zero(lambda: prepare_index(config.data, index))
         train_source, val_source = (open_source(config.data, split, index=index) for split in ("train", "val"))
         self.num_steps = config.num_steps(len(train_source))
+        self.pace = config.pace(self.num_steps, num_samples=len(train_source))
         self.micro_batch = config.micro_batch(layout.world_size)
         self.num_microbatches = config.num_microbatches(layout.world_size)
 
@@ -91,7 +92,13 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.model, network.block, config.optim, names=network.parameters, peak_lr=peak_lr
         )
-        self.schedule = build_schedule(self.optimizer, config.optim, peak_lr=peak_lr, num_steps=self.num_steps)
+        self.schedule = build_schedule(
+            self.optimizer,
+            config.optim,
+            peak_lr=peak_lr,
+            warmup_steps=self.pace.warmup_steps,
+            num_steps=self.num_steps,
+        )
 
         self.average = WeightAverage(self.chunks, decay=config.optim.ema) if config.optim.ema is not None else None
 
@@ -114,6 +121,7 @@ class Trainer:
             optimizer=self.optimizer,
             averages=self._averages,
             loaders=(self.train_loader, self.val_loader),
+            save_every=self.pace.save_every,
             steps=range(self.origin.state.step if self.origin is not None else 0, self.num_steps),
         )
         self._restore()
@@ -176,6 +184,7 @@ class Trainer:
             self.step += 1
             self.consumed_samples += train.global_batch
             self.throughput.count(train.global_batch)
+            reporter.advance(self.step)
             wants_stop, all_written = vote.count()
             if all_written:
                 self.keeper.finish(reporter)
@@ -233,7 +242,7 @@ class Trainer:
 
     def _evaluate_paint_save(self, reporter: Reporter, *, is_last: bool) -> None:
         finished = self.step == self.num_steps
-        every, eval_every = self.config.checkpoint.every, self.config.train.eval_every
+        every, eval_every = self.pace.save_every, self.pace.eval_every
         evaluates = finished or (eval_every is not None and self.step % eval_every == 0)
         due = is_last or (every is not None and self.step % every == 0)
         pictures_every = self.config.metrics.pictures_every
@@ -308,7 +317,11 @@ class Trainer:
 
     def _introduce(self, reporter: Reporter) -> None:
         from_scratch = self.origin is None and self.config.init_from is None
-        for line in introduction(self.config, self.layout, self.network, from_scratch=from_scratch):
+        sources = {"train": self.train_loader.source, "val": self.val_loader.source}
+        for line in (
+            *introduction(self.config, self.layout, self.network, sources=sources, from_scratch=from_scratch),
+            *describe_pace(self.config, self.pace, num_steps=self.num_steps),
+        ):
             reporter.say(line)
         for line in (*self.rehearsed, *self.warnings):
             reporter.say(line)

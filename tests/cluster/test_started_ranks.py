@@ -32,7 +32,7 @@ def start_ranks(folder: Path, *settings: str) -> list[subprocess.Popen]:
 
 
 def test_ranks_without_torchrun_refuse_a_setting_in_one_message(tmp_path):
-    ranks = start_ranks(tmp_path, "train.steps=5")
+    ranks = start_ranks(tmp_path, "train.steps=5", "optim.warmup_steps=100")
     said = "".join(rank.communicate(timeout=100)[0] for rank in ranks)
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert said.count("optim.warmup_steps=100 must be below") == 1
@@ -99,7 +99,7 @@ def start_nodes(folder: Path, *settings: str, late: bool = False) -> list[subpro
 
 @pytest.mark.slow
 def test_two_pods_refuse_a_setting_in_one_message_and_are_not_started_again(tmp_path):
-    nodes = start_nodes(tmp_path, "train.steps=5", late=True)
+    nodes = start_nodes(tmp_path, "train.steps=5", "optim.warmup_steps=100", late=True)
     said = "".join(node.communicate(timeout=120)[0] for node in nodes)
     assert [node.returncode for node in nodes] == [2, 2]
     assert said.count("optim.warmup_steps=100 must be below") == 1
