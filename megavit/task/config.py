@@ -54,8 +54,9 @@ class TaskConfig:
         name: the task.
         implementation: package.module:name of a class of one's own in its place, called as the task's own class is
             (see docs/extending.md); null for megavit's.
-        label_smoothing: probability spread over all classes, in [0, 1).
-        loss: how scores are held against labels; null is cross_entropy, as in runs from before there was a choice.
+        label_smoothing: probability spread over all classes, in [0, 1); in training alone.
+        loss: how scores are held against labels; null is cross_entropy, as in runs from before there was a choice. The
+            validation loss has neither label_smoothing nor class_weights.
         class_weights: one per class, in the order of the labels: what each class's part of the loss is multiplied by;
             the loss stays a mean over the images, not over the weights. Null for all 1.
         mask_ratio: share of the patches that the encoder does not see, in (0, 1).
