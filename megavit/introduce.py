@@ -15,7 +15,7 @@ from megavit.model.config import Attention
 from megavit.model.kernels import sdpa_choice
 from megavit.network import Network
 from megavit.optim.config import ENCODER
-from megavit.optim.note import describe_optimizer, warn_of_optimizer
+from megavit.optim.note import describe_optimizer, warn_of_average, warn_of_optimizer
 from megavit.parallel.layout import ParallelLayout
 from megavit.plan.flops import NetworkShape, embedding_flops, head_flops, layer_flops
 from megavit.plan.stages import useful_stages
@@ -87,7 +87,7 @@ def describe_data(config: RunConfig, sources: Mapping[str, Source]) -> str:
 
 
 def describe_pace(config: RunConfig, pace: Pace, *, num_steps: int) -> Iterator[str]:
-    """Say what `auto` came to, and that a warm-up is shorter than it was set.
+    """Say what `auto` came to, that a warm-up is shorter than it was set, and that a moving average is too slow.
 
     Args:
         config: the run's.
@@ -109,6 +109,9 @@ def describe_pace(config: RunConfig, pace: Pace, *, num_steps: int) -> Iterator[
             f"optim.warmup_steps={warmup} does not fit the run's {num_steps} steps{beside}: shortened to "
             f"{pace.warmup_steps}, at most 5 % of them"
         )
+    warning = warn_of_average(config.optim, num_steps=num_steps)
+    if warning is not None:
+        yield warning
 
 
 def idle_stages(config: RunConfig, shape: NetworkShape) -> Iterator[str]:

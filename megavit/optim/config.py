@@ -71,7 +71,8 @@ class OptimConfig:
         freeze: patterns such as blocks.3.* of timm's weight names whose weights stay as they are; encoder stands for
             all but the head. Null trains everything.
         clip: largest gradient norm over the whole model; 0 to not clip.
-        ema: decay of a moving average of the weights, 0.9999 for example, which is evaluated too; null for none.
+        ema: decay of a moving average of the weights, 0.9999 for example, which is evaluated too; null for none. The
+            average starts from the initial weights, so the run should have at least 3 / (1 - ema) steps.
     """
 
     name: Optimizer = Optimizer.adamw
