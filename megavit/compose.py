@@ -78,6 +78,7 @@ def compose(overrides: list[str]) -> RunConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
     assert isinstance(config, RunConfig)
+    config.task = config.task.with_decoder(config.model)
     return config
 
 

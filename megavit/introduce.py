@@ -17,7 +17,7 @@ from megavit.network import Network
 from megavit.optim.config import ENCODER
 from megavit.optim.note import describe_optimizer, warn_of_average, warn_of_optimizer
 from megavit.parallel.layout import ParallelLayout
-from megavit.plan.flops import NetworkShape, embedding_flops, head_flops, layer_flops
+from megavit.plan.flops import NetworkShape, embedding_flops, forward_flops, head_flops, layer_flops
 from megavit.plan.stages import useful_stages
 from megavit.run_settings import Pace
 from megavit.sections import Precision
@@ -55,6 +55,7 @@ def introduction(
             f"{config.seen_patches} of {config.num_patches} patches are seen; the decoder, {decoder.layers} layers of "
             f"{decoder.hidden} on {decoder.tokens} tokens, costs as much as "
             f"{head_flops(network.shape) / layer_flops(network.shape):.1f} encoder layers"
+            f"{describe_costly_decoder(network.shape)}"
         )
     own = {"data.source": config.data.source, "data.transform": config.data.transform}
     for setting, name in {**own, "task.implementation": config.task.implementation}.items():
@@ -73,6 +74,18 @@ def introduction(
     options = not_run(config, device=layout.device.type)
     if options:
         yield f"experimental, not run on a GPU before: {', '.join(options)}"
+
+
+def describe_costly_decoder(shape: NetworkShape) -> str:
+    """That a decoder costs more than its encoder; nothing where it does not."""
+    decoder = head_flops(shape)
+    encoder = forward_flops(shape) - decoder
+    if decoder <= encoder:
+        return ""
+    return (
+        f", {decoder / encoder:.1f} times its whole encoder: fewer task.decoder_num_layers or a smaller "
+        f"task.decoder_hidden_size cost less"
+    )
 
 
 def describe_data(config: RunConfig, sources: Mapping[str, Source]) -> str:
