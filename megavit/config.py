@@ -70,6 +70,11 @@ class RunConfig(RunSettings):
             raise ConfigError(f"train.stop_at={train.stop_at} is after the last step, train.steps={train.steps}")
         if train.steps is not None:
             self._check_warmup(train.steps)
+        if isinstance(train.eval_every, int) and self.data.val_fraction == 0:
+            raise ConfigError(
+                f"train.eval_every={train.eval_every} would be ignored: data.val_fraction=0 leaves no images to "
+                f"validate on; set train.eval_every=null, or data.val_fraction=0.1 for example"
+            )
         peak = self.optim.peak_lr(train.global_batch)
         if self.optim.min_lr > peak:
             raise ConfigError(f"optim.min_lr={self.optim.min_lr} is above the peak learning rate {peak:g}; lower it")

@@ -37,7 +37,7 @@ def introduction(
         config: the run's.
         layout: this rank's place.
         network: its part of the network.
-        sources: the data of `train` and `val`.
+        sources: the data of `train` and, if there are any, of `val`.
         from_scratch: whether the weights are as they were drawn.
     """
     model = config.model
@@ -91,11 +91,11 @@ def describe_costly_decoder(shape: NetworkShape) -> str:
 def describe_data(config: RunConfig, sources: Mapping[str, Source]) -> str:
     """How many images were found, of how many classes, and how many of them train and validate."""
     place = f" {config.data.path}" if config.data.path is not None else ""
-    train, val = (len(sources[split]) for split in ("train", "val"))
+    train, val = (len(sources[split]) if split in sources else 0 for split in ("train", "val"))
     classes = len(sources["train"].classes)
     return (
         f"data {config.data.source}{place}: {train + val:,} images{f' of {classes:,} classes' if classes else ''}, "
-        f"{train:,} for training and {val:,} for validation"
+        f"{train:,} for training and {f'{val:,}' if val else 'none'} for validation"
     )
 
 
@@ -109,7 +109,7 @@ def describe_pace(config: RunConfig, pace: Pace, *, num_steps: int) -> Iterator[
     """
     often = {"train.eval_every": (config.train.eval_every, pace.eval_every)}
     often["checkpoint.every"] = (config.checkpoint.every, pace.save_every)
-    chosen = [f"{key}={steps}" for key, (asked, steps) in often.items() if asked == AUTO]
+    chosen = [f"{key}={steps}" for key, (asked, steps) in often.items() if asked == AUTO and steps is not None]
     if chosen:
         yield f"by default {' and '.join(chosen)} of {num_steps} steps: once an epoch, at most 50 times a run"
     warmup = config.optim.warmup_steps

@@ -8,6 +8,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def rehearse(
     chunks: dict[str, EncoderStage],
     optimizer: MegatronOptimizer,
     averages: Averages | None,
-    loaders: tuple[Loader, Loader],
+    loaders: tuple[Loader, Loader | None],
     save_every: int | None,
     steps: range,
 ) -> list[str]:
@@ -56,7 +57,7 @@ def rehearse(
         chunks: its stages by name, with their first weights.
         optimizer: theirs, before its first step.
         averages: the weights' averages, if any.
-        loaders: of training and of validation.
+        loaders: of training and of validation; None without validation images.
         save_every: steps between saves; None saves at the end alone.
         steps: that are to come.
 
@@ -193,13 +194,13 @@ class Rehearsal:
         self.optimizer, self.averages = optimizer, averages
 
     def run(
-        self, train_loader: Loader, val_loader: Loader, *, num_microbatches: int, global_batch: int, seed: int
+        self, train_loader: Loader, val_loader: Loader | None, *, num_microbatches: int, global_batch: int, seed: int
     ) -> str:
         """Rehearse; every rank calls this.
 
         Args:
             train_loader: of training.
-            val_loader: of validation.
+            val_loader: of validation; None without validation images.
             num_microbatches: of a step, on this rank.
             global_batch: images per step.
             seed: `run.seed`.
@@ -215,7 +216,8 @@ class Rehearsal:
         seed_step(self.layout, seed=seed, step=0)
         batches = train_loader.train_batches(0, num_steps=1, global_batch=global_batch)
         took = {"a step": self._timed(lambda: self._step(batches, num_microbatches))}
-        took["an evaluation batch"] = self._timed(lambda: self.engine.rehearse_evaluation(val_loader))
+        if val_loader is not None:
+            took["an evaluation batch"] = self._timed(partial(self.engine.rehearse_evaluation, val_loader))
         checkpoints = CheckpointStore(self.run_dir / _FOLDER)
         nothing = TrainingState(0, 0, {})
         took["a save"] = self._timed(

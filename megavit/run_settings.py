@@ -145,6 +145,8 @@ class RunSettings:
         epoch = -(-num_samples // self.train.global_batch)
         often = min(max(epoch, -(-num_steps // _MOST_EVALUATIONS)), num_steps)
         eval_every, save_every = self.train.eval_every, self.checkpoint.every
+        if self.data.val_fraction == 0:
+            eval_every = None
         return Pace(
             self._warmup_steps(num_steps, num_samples),
             eval_every=often if isinstance(eval_every, str) else eval_every,

@@ -5,6 +5,7 @@ from PIL import Image
 
 from megavit.compose import compose, from_yaml, to_yaml
 from megavit.config import RunConfig
+from megavit.data.opening import open_source
 from megavit.errors import ConfigError
 from megavit.testing import run_ranks
 from tests import ranks
@@ -132,6 +133,34 @@ def test_a_run_says_what_it_found_and_how_often_it_saves_and_goes_on_by_the_same
     assert [int(name.rpartition("_")[2]) for name in saved] == list(range(3, 25, 3))
     config = from_yaml((run_dir / "config.yaml").read_text())
     assert (config.train.eval_every, config.checkpoint.every, config.optim.warmup_steps) == ("auto",) * 3
+
+
+def test_without_validation_images_a_run_trains_on_all_saves_once_an_epoch_and_paints(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(16):
+        Image.new("RGB", (20, 20), (10 * number,) * 3).save(tmp_path / "images" / f"{number}.png")
+    small = [text for text in SMALL if not text.startswith("data.val_fraction")]
+    own = [f"data.path={tmp_path}/images", "data=images", "task=mae", "task.baseline_samples=4", "data.val_fraction=0"]
+    command = [
+        *small,
+        *own,
+        "train.epochs=4",
+        "metrics.pictures_every=8",
+        "run.preflight=true",
+        f"run.dir={tmp_path}/run",
+    ]
+    done = run_ranks(ranks.train_and_keep, 1, command)[0]
+    assert (done["code"], done["validation"]) == (0, {})
+    assert sorted([*done["due"][0], *done["due"][1]]) == list(range(16))
+    said = (tmp_path / "run" / "train.log").read_text()
+    assert "16 images, 16 for training and none for validation" in said
+    assert "by default checkpoint.every=2 of 8 steps" in said
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 4
+    assert (tmp_path / "run" / "pictures" / "train_00000008.png").exists()
+    with pytest.raises(ConfigError, match=r"data.val_fraction=0 leaves no images of .*images to validate on"):
+        open_source(compose(command).data, "val")
+    with pytest.raises(ConfigError, match=r"train.eval_every=5 would be ignored: data.val_fraction=0"):
+        compose([*command, "train.eval_every=5"]).check(1)
 
 
 def test_a_recipes_shortened_warmup_is_reported(tmp_path):
