@@ -3,6 +3,7 @@
 import pytest
 
 from megavit.compose import compose
+from megavit.optim.config import OptimConfig
 from megavit.optim.note import describe_optimizer, state_bytes, warn_of_average, warn_of_optimizer
 from megavit.testing import run_ranks
 from tests import ranks
@@ -42,16 +43,16 @@ def test_plain_sgd_from_scratch_is_warned_of_and_fine_tuning_is_not():
 
 
 def test_a_moving_average_that_is_too_slow_for_the_run_is_warned_of_with_one_that_fits():
-    def warning(ema: float | str, steps: int) -> str | None:
-        return warn_of_average(compose([f"optim.ema={ema}"]).optim, num_steps=steps)
+    def warning(ema: float | None, steps: int) -> str | None:
+        return warn_of_average(OptimConfig(ema=ema), num_steps=steps)
 
     said = warning(0.9999, 300)
     assert said.startswith("warning: optim.ema=0.9999 averages over about 10,000 steps and the run has 300:")
     assert said.endswith("set optim.ema=0.98")
-    assert warning("null", 300) is None
+    assert warning(None, 300) is None
     assert warning(0.9999, 30_001) is None
     for steps in (6, 7, 20, 99, 333, 1_437, 29_999):
-        assert warning(warning(0.9999, steps).rpartition("=")[2], steps) is None
+        assert warning(float(warning(0.9999, steps).rpartition("=")[2]), steps) is None
     assert warning(0.9, 4).endswith("set optim.ema=null")
 
 
