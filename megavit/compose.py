@@ -67,6 +67,8 @@ def compose(overrides: list[str]) -> RunConfig:
         if "data" not in typed:
             # Else the digits' one channel, mean and deviation would stay.
             given.append("data=folder")
+    if "optim.warmup_steps" in typed and "optim.shorten_warmup" not in typed:
+        given.append("optim.shorten_warmup=false")
     _register()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -76,6 +78,7 @@ def compose(overrides: list[str]) -> RunConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
     assert isinstance(config, RunConfig)
+    config.task = config.task.with_decoder(config.model)
     return config
 
 

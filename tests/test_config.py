@@ -84,7 +84,7 @@ def test_every_group_is_a_folder_and_a_field():
         (["train.global_batch=64", "train.micro_batch=64"], 2, "train.micro_batch=64 × data-parallel size 2 = 128"),
         (["data.image_size=[9,8]"], 1, r"9 mod 2 = 1"),
         (["data.mean=[0.5,0.5]"], 1, "has 2 values and data.channels=1"),
-        (["train.steps=50"], 1, "optim.warmup_steps=100 must be below the run's 50 steps"),
+        (["train.steps=50", "optim.warmup_steps=100"], 1, "optim.warmup_steps=100 must be below the run's 50 steps"),
         (["train.steps=null"], 1, "say how long to train: train.epochs=10"),
         (["model.class_tokens=0"], 1, "model.pool=cls needs a class token"),
         (["model.drop_path=1"], 1, "model.drop_path=1.0 must be a finite number at least 0 and below 1"),
