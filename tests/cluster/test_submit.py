@@ -59,7 +59,8 @@ REFUSED = {
     "cluster=slurm run.ranks=8": "run.ranks=8 is megavit train's",
     "cluster=slurm cluster.image=a.sqsh": "cluster.container=none and cluster.image=a.sqsh do not go together",
     "cluster=slurm cluster.mounts=[/a:/b]": "cluster.mounts would be ignored without a container",
-    "cluster=slurm cluster.time=tomorrow": "cluster.time='tomorrow' is not what Slurm takes there",
+    "cluster=slurm cluster.time=tomorrow": "cluster.time='tomorrow' is not what Slurm takes there; for example "
+    "90 (minutes), 12:00:00 (hours), 2-12:00:00 (days-hours)",
     "cluster=slurm cluster.options.signal=USR2@10": "the script says that itself; set cluster.grace_s",
     "cluster=slurm cluster.options.array=1-4": "--multirun submits several jobs",
     "cluster=slurm cluster.nodes=1,2": "gives several values; --multirun sweeps the run's settings",
