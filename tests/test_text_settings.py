@@ -6,6 +6,7 @@ import pytest
 from hydra.core.override_parser.types import Quote, QuotedString
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.distributed.elastic.utils.api import macros
 
 from megavit.cluster.azureml_config import AzureMLConfig
@@ -15,6 +16,7 @@ from megavit.cluster.kubernetes_config import KubernetesConfig
 from megavit.cluster.settings import open_cluster
 from megavit.compose import compose, from_yaml, leaves, merge, run_types, to_yaml
 from megavit.config import RunConfig
+from megavit.data.opening import open_source
 from megavit.errors import ConfigError
 from megavit.overrides import read_setting, types_of, write_text
 from megavit.verb_arguments import parse_arguments, split_from, split_own
@@ -136,6 +138,19 @@ def test_what_is_no_value_of_its_setting_is_refused_as_typed(typed, message):
 
 def test_two_run_names_of_one_number_are_two_runs():
     assert [compose([f"run.name={name}"]).run.dir for name in ("1.1", "1.10")] == ["runs/1.1", "runs/1.10"]
+
+
+def test_folders_with_names_like_numbers_and_signs_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    root = tmp_path / "2024_06" / "ü, (1)=#;'"
+    for name in ("1_1", "true", "1e3", "0"):
+        for number in range(4):
+            (root / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(root / name / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    for path in ("2024_06/ü, (1)=#;'", "~/2024_06/ü, (1)=#;'"):
+        typed = [f"data.path={path}", "data=folder", "data.val_fraction=0.25", "data.classes=[1_1,true,1e3]"]
+        assert open_source(compose(typed).data, "train").classes == ("1_1", "true", "1e3")
 
 
 def test_a_sweep_divides_text_at_commas_and_keeps_each_value_as_typed():

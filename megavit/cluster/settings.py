@@ -16,7 +16,7 @@ from megavit.cluster.local import Local
 from megavit.cluster.slurm import Slurm
 from megavit.compose import choices, config_dir, leaves
 from megavit.errors import ConfigError
-from megavit.overrides import key_of, read_setting, types_of
+from megavit.overrides import key_of, read_setting, read_text, types_of
 
 BACKENDS: dict[Kind, type[Backend]] = {
     Kind.local: Local,
@@ -44,7 +44,7 @@ def open_cluster(arguments: list[str]) -> Backend:
     named = [text for text in arguments if text.startswith("cluster=")]
     if len(named) > 1:
         raise ConfigError(f"{' and '.join(named)}: a job goes to one cluster")
-    name = named[0].removeprefix("cluster=") if named else "local"
+    name = read_text(named[0].removeprefix("cluster=")) if named else "local"
     given = _read(name)
     kind = given.get("kind")
     if kind not in [known.value for known in Kind]:
