@@ -16,13 +16,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
-
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
-from hydra.errors import HydraException
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from megavit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 # As Hydra's grammar has it: a closing quote stands behind an even number of backslashes.
 _QUOTED = r'"(?:\\.|[^"\\])*"|' + r"'(?:\\.|[^'\\])*'"
@@ -45,7 +44,7 @@ class Setting:
 
     typed: str
     hydra: str
-    override: Override
+    override: "Override"
 
     @property
     def key(self) -> str:
@@ -88,6 +87,10 @@ def read_setting(typed: str, types: Mapping[str, Any]) -> Setting:
     Raises:
         ConfigError: if it cannot be read.
     """
+    # Not at the top: megavit doctor reads its own arguments where packages may be missing.
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     if "\x85" in typed:
         raise ConfigError(f"{typed!r} holds U+0085, a line break that the run's config.yaml would not keep")
     key, sign, value = typed.partition("=")
@@ -103,9 +106,8 @@ def read_setting(typed: str, types: Mapping[str, Any]) -> Setting:
 def read_text(value: str) -> str:
     """The text that a value stands for: without Hydra's quotes, or with the home directory in place of a ~."""
     if re.fullmatch(_QUOTED, value, re.S):
-        quoted = OverridesParser.create().parse_override(f"key={value}").value()
-        assert isinstance(quoted, str)
-        return quoted
+        # Backslashes count before a quote alone, the closing one too.
+        return re.sub(rf"(\\+)({value[0]}|\Z)", lambda found: found[1][: len(found[1]) // 2] + found[2], value[1:-1])
     home = _HOME.fullmatch(value)
     return f"{home[1] or ''}{os.path.expanduser(home[2])}" if home else value
 
@@ -230,4 +232,5 @@ def _brackets_pair_up(text: str) -> bool:
 
 
 def _quote(text: str) -> str:
-    return QuotedString(text, Quote.double).with_quotes()
+    inside = re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text)
+    return f'"{inside}"'

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from megavit.compose import compose, from_yaml, leaves, merge, run_types, to_yam
 from megavit.config import RunConfig
 from megavit.data.opening import open_source
 from megavit.errors import ConfigError
-from megavit.overrides import read_setting, types_of, write_text
+from megavit.overrides import read_setting, read_text, types_of, write_text
 from megavit.verb_arguments import parse_arguments, split_from, split_own
 from megavit.workers import literal
 
@@ -46,6 +47,10 @@ def check_any_text(texts: list[str], items: list[str]) -> None:
     wanted = dict(zip(TEXTS, texts, strict=True)) | dict.fromkeys(LISTS, items)
     typed = [write_text(key, text) for key, text in zip(TEXTS, texts, strict=True)]
     typed += [f"{key}=[{quoted}]" for key in LISTS]
+    # Hydra itself reads what is written in quotes, and we read what it writes.
+    for text in texts:
+        assert OverridesParser.create().parse_override(write_text("x", f"$ {text}")).value() == f"$ {text}"
+        assert read_text(QuotedString(text, Quote.double).with_quotes()) == text
     composed = compose(in_a_rank(typed))
     for config in (composed, from_yaml(to_yaml(composed)), merge(RunConfig(), typed)):
         found = leaves(config)
