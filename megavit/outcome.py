@@ -2,6 +2,8 @@
 
 import errno
 import os
+import select
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +22,11 @@ from megavit.rank_log import RankLog
 
 # What a full disk, a used-up quota or a disk that became read-only says.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+_NOBODY_READS = (
+    "megavit: stopped, for the command that read its output has ended; what was saved last is valid: run again to "
+    "go on, with the output in a file (… > train.txt)"
+)
 
 _WAIT_S = 20.0
 _GRACE_S = 6
@@ -57,6 +64,7 @@ def run_as_rank(
         peers.count_checked()
         starting = False
         code = work()
+        sys.stdout.flush()
         if rank_from_environment() == 0:
             write_exit(run_dir(), code, None)
         if dist.is_initialized():
@@ -67,7 +75,15 @@ def run_as_rank(
     except KeyboardInterrupt:
         told = "megavit: interrupted; what was saved last is whole, run again to go on from it"
         return _fail(FAULT, told, run_dir(), log, peers)
-    except OSError as error:
+    except FloatingPointError as error:
+        # Training diverged (`train.on_nonfinite=stop`): a fault of the run, which no stack explains.
+        log.write(traceback.format_exc())
+        return _fail(FAULT, f"megavit: {error}", run_dir(), log, peers)
+    except (OSError, SystemExit) as error:
+        if _lost_its_reader(error):
+            return _fail(FAULT, _NOBODY_READS, run_dir(), log, peers)
+        if isinstance(error, SystemExit):
+            raise
         if error.errno not in _DISK_ERRORS:
             return _fail(FAULT, traceback.format_exc(), run_dir(), log, peers)
         file = f" {error.filename}" if error.filename else ""
@@ -82,6 +98,21 @@ def run_as_rank(
             return _fail(FAULT, told, run_dir(), log, peers)
         return _fail(FAULT, traceback.format_exc(), run_dir(), log, peers)
     return code
+
+
+def _lost_its_reader(error: OSError | SystemExit) -> bool:
+    """Whether standard output is a pipe that nobody reads any more; if so, the rest of the output goes nowhere."""
+    if isinstance(error, SystemExit):
+        # How rich leaves, which has sent the output nowhere itself.
+        return isinstance(error.__context__, BrokenPipeError)
+    if not isinstance(error, BrokenPipeError):
+        return False
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not any(events & select.POLLERR for _, events in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _tells_of_a_lost_peer(error: Exception) -> bool:
