@@ -218,6 +218,12 @@ def _unsaid(kind: str, config: RunConfig) -> list[str]:
         )
     if kind == "timm" and model.norm_eps != TIMM_NORM_EPS:
         lines.append(f"timm: config.json cannot say model.norm_eps={model.norm_eps:g}; timm takes {TIMM_NORM_EPS:g}")
+    if kind == "hf" and data.eval_crop is not None:
+        lines.append(
+            "hf: its processors round the place of a centre crop down, timm, torchvision and megavit to the even "
+            "neighbour: of one image in four or fewer the crop lies a pixel further left or up; with "
+            "data.eval_crop=null none does"
+        )
     if kind == "hf" and data.channels not in (1, 3):
         lines.append(
             f"hf: data.channels={data.channels}: give Hugging Face's processor arrays of [channel, row, column] and "
