@@ -67,7 +67,8 @@ class DataConfig(AugmentConfig):
         flip: training images are mirrored, left and right, half of the time.
         interpolation: of every resizing, with antialiasing.
         eval_crop: images are resized to cover a frame larger than image_size by 1 / eval_crop, and its centre is
-            taken; null resizes the whole image, whatever its proportions. Also for training without crop_scale.
+            taken, both in timm's rounding; null resizes the whole image, whatever its proportions. Also for training
+            without crop_scale.
         transform: package.module:name of a function or torchvision transform of one's own that training images pass
             after crop, flip, auto_augment and color_jitter, uint8 to uint8 of the same shape; null for none.
         shift: training images are moved by up to this many pixels down and across; what enters is black.
