@@ -312,6 +312,7 @@ class Trainer:
             return
         shards.load(origin.path, self.chunks, self.optimizer, averages=self._averages)
         self.step, self.consumed_samples = origin.state.step, origin.state.consumed_samples
+        self.warnings += origin.mend_updates(self.optimizer)
         self.last_validation = origin.state.metrics
         self.warnings += origin.told_of_data(len(self.train_loader.source))
         self.schedule.step(self.step)
