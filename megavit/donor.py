@@ -9,6 +9,7 @@ from torch import Tensor
 from megavit.checkpoint import shards
 from megavit.checkpoint.names import Dims, from_plain, plain_name
 from megavit.checkpoint.state import read_state
+from megavit.classes import are_numbers
 from megavit.compose import from_yaml
 from megavit.errors import ConfigError
 from megavit.exchange.foreign_model import ForeignModel, usual_heads
@@ -91,8 +92,7 @@ class RunDonor:
             mean=config.data.mean,
             std=config.data.std,
             classes=tuple(state.classes),
-            # Converted ones have no optimizer's state; one that has trained had the names from its data.
-            names_classes=state.optimizer or not _are_numbers(state.classes),
+            names_classes=state.names_classes,
             is_probe=config.task.name is TaskName.linear_probe,
             decoder_heads=config.task.decoder_num_heads,
         )
@@ -146,7 +146,7 @@ class ForeignDonor:
             mean=None if foreign.assumes else foreign.mean,
             std=None if foreign.assumes else foreign.std,
             classes=tuple(foreign.classes),
-            names_classes=not _are_numbers(foreign.classes),
+            names_classes=not are_numbers(foreign.classes),
             decoder_heads=heads,
             notes=(untold,) if model.num_heads != usual and not place.startswith("hf:") else (),
         )
@@ -183,10 +183,6 @@ class ForeignDonor:
         weight = self._weight(name)
         assert weight is not None
         return weight
-
-
-def _are_numbers(classes: list[str]) -> bool:
-    return classes == [str(number) for number in range(len(classes))]
 
 
 def open_donor(place: str, *, num_heads: int) -> Donor:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megavit.classes import are_numbers
 from megavit.errors import ConfigError
 
 SCHEMA_VERSION = 3
@@ -42,6 +43,12 @@ class TrainingState:
     optimizer: bool = True
     num_samples: int = 0
     former_order: bool = False
+
+    @property
+    def names_classes(self) -> bool:
+        """Whether `classes` are names; in what was converted they may be numbers for want of names."""
+        # What has trained here had its names from its data.
+        return self.optimizer or not are_numbers(self.classes)
 
 
 def write_state(checkpoint: Path, state: TrainingState) -> None:

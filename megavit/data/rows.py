@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from megavit.classes import describe_change
 from megavit.data.config import DataConfig
 from megavit.data.decode import Jpeg, open_image
 from megavit.data.split import VALIDATION_NAMES, parts_by_name, split_indices
@@ -44,6 +45,8 @@ class Rows:
                 f"{self._where}: the rows for validation must have the columns {image} and {label} too, not "
                 f"{', '.join(rows.features)}"
             )
+        if label is not None:
+            _refuse_other_names(training.features[label], rows.features[label], self._where)
         self._rows, self._image = _encoded(rows, image), image
         self.classes: tuple[str, ...] = ()
         labels = np.zeros(len(rows), dtype=np.int64)
@@ -228,6 +231,17 @@ def _labels(rows: Any, label: str, where: str) -> np.ndarray:
             f"be some"
         )
     return column.to_numpy().astype(np.int64)
+
+
+def _refuse_other_names(training: Any, validation: Any, where: str) -> None:
+    """Refuse numbers that name one class in the rows for training and another one in those for validation."""
+    trained, own = (getattr(getattr(of, "feature", of), "names", None) or [] for of in (training, validation))
+    if all(name == other for name, other in zip(trained, own, strict=False)):
+        return
+    raise ConfigError(
+        f"{where}: the label column of the rows for validation names other classes than that of the rows for training: "
+        f"{describe_change(trained, own)}. Give both the same names, in the same order"
+    )
 
 
 def _several_labels(training: Any, rows: Any, label: str, where: str) -> tuple[tuple[str, ...], list[list[int]]]:
