@@ -24,6 +24,9 @@ from megavit.errors import ConfigError
 # Of each pair one is null; to override one clears the other.
 _EITHER_OR = (("train.steps", "train.epochs"), ("optim.lr", "optim.base_lr"))
 
+# Resolved by `megavit.auto_model`, before a configuration is composed.
+AUTO_MODEL = "model=auto"
+
 
 def config_dir() -> Path:
     """The folder of YAML files, in the repository or in the installed package."""
@@ -176,6 +179,11 @@ def _check_key(override: Override) -> None:
         value = override.value()
         if key == "recipe" and value is None:
             return
+        if f"{key}={value}" == AUTO_MODEL:
+            raise ConfigError(
+                f"{AUTO_MODEL} is for megavit train and megavit submit, which read init_from's weights; choose one of "
+                f"{', '.join(choices(key))}"
+            )
         if not isinstance(value, str) or value not in choices(key):
             raise ConfigError(_unknown(f"{key}={value}", str(value), choices(key), form=f"{key}={{}}"))
         return

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megavit.checkpoint.foreign import Spelling
 from megavit.checkpoint.names import TABLE
+from megavit.checks import shown
 from megavit.errors import ConfigError
 from megavit.exchange.pixels import Pixels
 from megavit.exchange.tensor_files import TensorFiles
@@ -116,5 +117,5 @@ def network_words(model: ModelConfig) -> dict[str, str]:
 
 def written(key: str, value: Any) -> str:
     """A setting as it is typed."""
-    text = "null" if value is None else getattr(value, "value", value)
+    text = str(shown(value)).lower() if isinstance(value, bool) else str(shown(value))
     return f"{key}={text}".replace(" ", "")

@@ -101,9 +101,9 @@ class _Processor:
         named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "ViTImageProcessor"
         known = {f"{kind}{ending}": kind for kind in _DEFAULTS for ending in _CLASS_ENDINGS}
         self._unknown = named if named not in known else None
-        # transformers takes null for a missing one.
-        self._stated = {key: value for key, value in settings.items() if value is not None}
-        self._settings = _DEFAULTS.get(known.get(named, ""), {}) | self._stated
+        # Null is stated: false, or no value, and not the class's default.
+        self._stated = settings
+        self._settings = _DEFAULTS.get(known.get(named, ""), {}) | settings
 
     def get(self, key: str) -> Any:
         """A setting, None where neither the file nor its class states it.
@@ -128,7 +128,7 @@ class _Processor:
 
     def interpolation(self) -> Interpolation:
         """Of the resizing."""
-        resample = self.get("resample")
+        resample = self.get("resample") if self.get("do_resize") else _VIT["resample"]
         name = _RESAMPLE.get(resample) if isinstance(resample, int) else None
         if name not in {choice.value for choice in Interpolation}:
             raise ConfigError(
