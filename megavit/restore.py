@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.core.optimizer import MegatronOptimizer
+
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.checkpoint.store import CheckpointStore
 from megavit.checks import shown
@@ -46,6 +48,21 @@ class Origin:
             f"order, and of this epoch some twice and some not at all"
         ]
 
+    def mend_updates(self, optimizer: MegatronOptimizer) -> list[str]:
+        """Give Adam its count of updates where an earlier megavit has lost it, and say so.
+
+        It saved the first rank's count, which is 0 where that rank's stages are frozen.
+        """
+        groups = [group for group in optimizer.param_groups if "step" in group]
+        if not groups or any(group["step"] for group in groups) or not self.state.step:
+            return []
+        for group in groups:
+            group["step"] = self.state.step
+        return [
+            f"{self.path} has lost Adam's count of updates, as an earlier megavit saved it where the first rank trains "
+            f"nothing; {self.state.step}, the steps of the run, is taken"
+        ]
+
 
 def find_origin(store: CheckpointStore, config: RunConfig) -> tuple[Origin | None, list[str]]:
     """Find the checkpoint to go on from, None to start anew; and warn of each that is broken.
@@ -73,6 +90,12 @@ def find_origin(store: CheckpointStore, config: RunConfig) -> tuple[Origin | Non
             f"anew under another run.name"
         )
     state = read_state(path)
+    if config.optim.momentum and not saved.optim.momentum and config.optim.name is saved.optim.name:
+        raise ConfigError(
+            f"optim.momentum={config.optim.momentum}, but {path} holds no momentum: its run had optim.momentum="
+            f"{shown(saved.optim.momentum)}; set it back, or start another run from its weights: "
+            f"init_from={path.parent.parent}"
+        )
     stop_at = config.train.stop_at
     if stop_at is not None and stop_at <= state.step:
         raise ConfigError(

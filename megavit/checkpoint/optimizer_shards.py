@@ -6,6 +6,7 @@ holds a run of whole parameters and a piece of one at either end, so only those 
 are Megatron-Core's `fully_reshardable`, and either reads what the other has written.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -84,11 +85,29 @@ def _sharded_state(
     if is_loading:
         # What has not taken a step yet has no state to load into; this makes it.
         part.load_state_dict(part.state_dict())
+    common = part.state_dict()
+    if not is_loading:
+        updates = _count_updates(part)
+        for group in common["optimizer"]["param_groups"]:
+            group["step"] = updates
     return {
-        **part.state_dict(),
+        **common,
         "param_state": _by_parameter(part, weights, is_loading=is_loading),
         "param_state_sharding_type": _FORM,
     }
+
+
+def _count_updates(part: DistributedOptimizer) -> int:
+    """Adam's count of updates, as the ranks have it that train weights; every rank calls this.
+
+    The first rank's groups stand for all in a checkpoint, and a rank whose stages are frozen does not count.
+    """
+    counts = {int(group["step"]) for group in part.optimizer.param_groups if group["params"]}
+    extremes = torch.tensor([max(counts, default=0), max((-count for count in counts), default=-sys.maxsize)])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    most, least = int(extremes[0]), -int(extremes[1])
+    assert most == least, f"ranks have taken {least} to {most} updates"
+    return most
 
 
 def _by_parameter(
