@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _cpu.install_import_hook()
 
 
-def load(path: "str | _Path") -> "TrainedEncoder":
+def load(path: "str | _Path", *settings: str) -> "TrainedEncoder":
     """Load a trained network as an ordinary torch module (see `megavit.loading.load`)."""
     import warnings
 
@@ -24,4 +24,4 @@ def load(path: "str | _Path") -> "TrainedEncoder":
         quieten_imports()
         from megavit.loading import load as load_run
 
-        return load_run(path)
+        return load_run(path, *settings)

@@ -140,12 +140,17 @@ def train(arguments: list[str]) -> int:
     # Held back until the run listens: asked to stop while it still imports, it stops where it stands.
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
 
-    from megavit.compose import compose, to_yaml
+    from megavit.compose import AUTO_MODEL, compose, to_yaml
     from megavit.workers import num_ranks, start_ranks
 
     overrides = [argument for argument in arguments if argument != "--cfg"]
+    if AUTO_MODEL in overrides:
+        from megavit.auto_model import resolve_auto
+
+        overrides, taken = resolve_auto(overrides)
+        print(f"# {taken}" if "--cfg" in arguments else taken, flush=True)
     config = compose(overrides)
-    if len(overrides) < len(arguments):
+    if "--cfg" in arguments:
         print(to_yaml(config), end="")
         return 0
     ranks = num_ranks(config)

@@ -81,6 +81,9 @@ _CALLED_ELSEWHERE = {
 # Of each pair one is null; to override one clears the other.
 _EITHER_OR = (("train.steps", "train.epochs"), ("optim.lr", "optim.base_lr"))
 
+# Resolved by `megavit.auto_model`, before a configuration is composed.
+AUTO_MODEL = "model=auto"
+
 
 def config_dir() -> Path:
     """The folder of YAML files, in the repository or in the installed package."""
@@ -229,6 +232,11 @@ def _check_key(typed: str) -> None:
     """Refuse a key, or the choice of a group, that is not there."""
     key, value = key_of(typed), typed.partition("=")[2]
     if key in groups():
+        if typed == AUTO_MODEL:
+            raise ConfigError(
+                f"{AUTO_MODEL} is for megavit train and megavit submit, which read init_from's weights; choose one of "
+                f"{', '.join(choices(key))}"
+            )
         if typed not in ("recipe=null", "~recipe") and read_text(value) not in choices(key):
             raise ConfigError(_unknown(f"{key}={value}", value, choices(key), form=f"{key}={{}}"))
         return

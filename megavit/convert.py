@@ -15,8 +15,9 @@ from megavit.checkpoint.store import CheckpointStore
 from megavit.checks import shown, whole_number
 from megavit.compose import compose, to_yaml
 from megavit.config import RunConfig
+from megavit.data.config import PIXEL_SETTINGS
 from megavit.errors import ConfigError
-from megavit.exchange.foreign_model import ForeignModel
+from megavit.exchange.foreign_model import ForeignModel, written
 from megavit.exchange.hf_folder import hf_config, hf_preprocessor, model_card, push, refuse_unlike_hf
 from megavit.exchange.read import KINDS, fetch, read_foreign
 from megavit.exchange.timm_config import TIMM_NORM_EPS
@@ -29,7 +30,7 @@ from megavit.network import build_network
 from megavit.parallel.layout import ParallelLayout
 from megavit.run_folder import lock_folder
 from megavit.search import find_weights
-from megavit.trained import TrainedRun, open_run, read_classes, read_config
+from megavit.trained import TrainedRun, open_run, read_classes, read_config, split_settings, with_settings
 from megavit.verb_arguments import parse_arguments
 
 # Of glibc's malloc.h.
@@ -42,14 +43,16 @@ def convert(arguments: list[str]) -> int:
 
     Args:
         arguments: `from=KIND:PATH to=RUN` or `from=RUN to=KIND:PATH`, KIND one of hf, timm, mae, nemo; optionally
-            `dtype=fp32|bf16|fp16` and `push=ORG/NAME` on the way out and `num_heads=N` on the way in. `from=ema:RUN`
-            takes the moving average of the weights.
+            `dtype=fp32|bf16|fp16` and `push=ORG/NAME` on the way out; on the way in `num_heads=N` and data.mean,
+            data.std, data.eval_crop, data.interpolation, where files do not state them. `from=ema:RUN` takes the moving
+            average of the weights.
 
     Raises:
         ConfigError: if one of them cannot be read, or the other has no place for what it holds.
     """
     _return_freed_memory()
-    given = parse_arguments("convert", arguments, needed=("from", "to"), optional=("dtype", "num_heads", "push"))
+    pixels, own = split_settings(arguments)
+    given = parse_arguments("convert", own, needed=("from", "to"), optional=("dtype", "num_heads", "push"))
     kinds = {key: given[key].partition(":")[0] for key in ("from", "to") if given[key].partition(":")[0] in KINDS}
     if len(kinds) != 1:
         raise ConfigError(
@@ -60,12 +63,15 @@ def convert(arguments: list[str]) -> int:
         if "dtype" in given:
             raise ConfigError(f"dtype={given['dtype']} would be ignored: a run's weights are fp32")
         heads = whole_number("num_heads", given["num_heads"]) if "num_heads" in given else None
-        return _into_run(kinds["from"], given["from"].partition(":")[2], Path(given["to"]), num_heads=heads)
+        place = given["from"].partition(":")[2]
+        return _into_run(kinds["from"], place, Path(given["to"]), num_heads=heads, pixels=pixels)
     repository = given.get("push")
     if repository is not None and (kinds["to"] != "hf" or repository.count("/") != 1):
         raise ConfigError(f"push={repository} takes ORG/NAME, where to=hf:FOLDER goes on the Hugging Face hub")
     if "num_heads" in given:
         raise ConfigError(f"num_heads={given['num_heads']} would be ignored: a run knows its heads")
+    if pixels:
+        raise ConfigError(f"{pixels[0]} would be ignored: a run knows how it sees an image")
     dtype = given.get("dtype", "fp32")
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype} is not known; known: {', '.join(_DTYPES)}")
@@ -82,9 +88,21 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
-def _into_run(kind: str, place: str, run_dir: Path, *, num_heads: int | None) -> int:
-    foreign = read_foreign(kind, fetch(kind, place, setting="from"), num_heads=num_heads)
-    config = _config_of(kind, foreign, run_dir)
+def _into_run(kind: str, place: str, run_dir: Path, *, num_heads: int | None, pixels: list[str]) -> int:
+    typed = {text.partition("=")[0] for text in pixels}
+    foreign = read_foreign(kind, fetch(kind, place, setting="from"), num_heads=num_heads, typed=typed)
+    if num_heads is not None:
+        typed.add("model.num_heads")
+        if num_heads != foreign.model.num_heads:
+            raise ConfigError(f"num_heads={num_heads}, and {kind}:{place} states {foreign.model.num_heads}")
+    if foreign.other_pooling is not None and foreign.classes:
+        raise ConfigError(
+            f"from={kind}:{place} pools with {foreign.other_pooling}; megavit's classifiers read the normed class "
+            f"token, or norm the patches' mean (fc_norm). Its encoder can be trained on: init_from={kind}:{place}"
+        )
+    config = with_settings(_config_of(foreign, run_dir), pixels)
+    # Where the data are is nobody's business yet; everything else must fit before it is saved.
+    replace(config, data=replace(config.data, path=str(run_dir))).check(1)
     store = CheckpointStore(run_dir / "checkpoints")
     with lock_folder(run_dir):
         if store.all():
@@ -92,28 +110,35 @@ def _into_run(kind: str, place: str, run_dir: Path, *, num_heads: int | None) ->
         layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
         network = build_network(config, layout, num_classes=len(foreign.classes) or 1)
         _fill(network.chunks["model"], foreign, config)
-        state = TrainingState(0, 0, {}, classes=foreign.classes, optimizer=False)
+        assumed = [key for key in (*foreign.assumed, *foreign.pixels.assumed) if key not in typed]
+        state = TrainingState(0, 0, {}, classes=foreign.classes, optimizer=False, assumed=assumed)
         path = store.save(network.chunks, None, state, run_yaml=to_yaml(config))
         (run_dir / "config.yaml").write_text(to_yaml(config))
     count = sum(p.numel() for chunk in network.chunks.values() for p in chunk.parameters())
     print(f"{path}: {count:,} weights of {kind}:{place}; init_from={run_dir} starts a run from them")
-    if foreign.assumes:
-        print(foreign.assumes)
+    for line in (*foreign.notes, _seen(config), *foreign.assumptions(typed=typed)):
+        print(line)
     return FINISHED
 
 
-def _config_of(kind: str, foreign: ForeignModel, run_dir: Path) -> RunConfig:
-    foreign.model.check()
+def _seen(config: RunConfig) -> str:
+    """How the run sees an image, as it is typed."""
+    return "sees images with " + " ".join(
+        written(key, getattr(config.data, key.removeprefix("data."))) for key in ("data.image_size", *PIXEL_SETTINGS)
+    )
+
+
+def _config_of(foreign: ForeignModel, run_dir: Path) -> RunConfig:
     task = "mae" if foreign.decoder else "classify"
     config = compose(["recipe=null", "data=folder", f"task={task}", "train.epochs=1"])
     data = replace(
         config.data,
         image_size=foreign.image_size,
         channels=foreign.channels,
-        mean=foreign.mean,
-        std=foreign.std,
-        # Hugging Face's processor and NeMo resize the whole image, timm's evaluation cuts the centre out.
-        eval_crop=None if kind in ("hf", "nemo") else 0.9,
+        mean=foreign.pixels.mean,
+        std=foreign.pixels.std,
+        eval_crop=foreign.pixels.eval_crop,
+        interpolation=foreign.pixels.interpolation,
     )
     return replace(
         config,

@@ -11,6 +11,7 @@ from megavit.checkpoint.names import Dims, from_plain, plain_name
 from megavit.checkpoint.state import read_state
 from megavit.classes import are_numbers
 from megavit.compose import from_yaml
+from megavit.data.config import PIXEL_SETTINGS
 from megavit.errors import ConfigError
 from megavit.exchange.foreign_model import ForeignModel, usual_heads
 from megavit.exchange.positions import are_sincos
@@ -24,6 +25,8 @@ from megavit.search import Weights, find_weights
 from megavit.task.config import TaskName
 
 _SETTING = "init_from"
+# Training sees images in its own size and crop, whatever the weights were made with.
+_OWN_PIXELS = ("data.eval_crop", "data.interpolation")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -36,24 +39,26 @@ class Pedigree:
         model: the network's sizes.
         image_size: [height, width] in pixels.
         channels: of an image.
-        mean, std: that images were normalised with; None where its files do not tell.
+        mean, std: that images were normalised with.
+        guessed: settings among these that no file states.
         classes: names of a classifier's classes, in the order of its scores; empty without a classifier.
         names_classes: whether those are names, and not numbers for want of them.
         is_probe: whether that classifier sees features by their statistics.
         decoder_heads: of a masked autoencoder's decoder, None without one.
-        notes: what its files do not tell, and was taken as usual, in words.
+        notes: what its files state beside the weights, and what was assumed, a line each.
     """
 
     called: str
     model: ModelConfig
     image_size: list[int]
     channels: int
-    mean: list[float] | None
-    std: list[float] | None
+    mean: list[float]
+    std: list[float]
     classes: tuple[str, ...]
     names_classes: bool
     is_probe: bool = False
     decoder_heads: int | None = None
+    guessed: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
 
@@ -95,6 +100,7 @@ class RunDonor:
             names_classes=state.names_classes,
             is_probe=config.task.name is TaskName.linear_probe,
             decoder_heads=config.task.decoder_num_heads,
+            guessed=frozenset(state.assumed),
         )
 
     def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
@@ -135,6 +141,7 @@ class ForeignDonor:
         if are_sincos(foreign.weight("pos_embed")[0], grid, class_tokens=model.class_tokens):
             model = replace(model, positions=Positions.sincos)
         usual = usual_heads(model.hidden_size, model.num_layers)
+        unusual = "model.num_heads" in foreign.assumed and model.num_heads != usual
         untold = (
             f"note: {place} does not tell its heads, and model.num_heads={model.num_heads} is taken; usual are {usual}"
         )
@@ -143,12 +150,14 @@ class ForeignDonor:
             model=model,
             image_size=foreign.image_size,
             channels=foreign.channels,
-            mean=None if foreign.assumes else foreign.mean,
-            std=None if foreign.assumes else foreign.std,
-            classes=tuple(foreign.classes),
+            mean=foreign.pixels.mean,
+            std=foreign.pixels.std,
+            # A classifier that pools otherwise than ours is none for us.
+            classes=tuple(foreign.classes) if foreign.other_pooling is None else (),
             names_classes=not are_numbers(foreign.classes),
             decoder_heads=heads,
-            notes=(untold,) if model.num_heads != usual and not place.startswith("hf:") else (),
+            guessed=frozenset((*foreign.assumed, *foreign.pixels.assumed)),
+            notes=(*((untold,) if unusual else ()), *foreign.notes, *foreign.assumptions(typed=PIXEL_SETTINGS)),
         )
 
     def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
@@ -185,6 +194,20 @@ class ForeignDonor:
         return weight
 
 
+def open_foreign(place: str, *, num_heads: int | None) -> ForeignModel:
+    """Another library's model that `init_from` names, already on this machine or brought from the hub.
+
+    Args:
+        place: as typed, with its kind before a colon.
+        num_heads: taken where its files do not tell; None for the usual.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    kind, _, rest = place.partition(":")
+    return read_foreign(kind, fetch(kind, rest, setting=_SETTING), num_heads=num_heads, typed=_OWN_PIXELS)
+
+
 def open_donor(place: str, *, num_heads: int) -> Donor:
     """Find the weights that a user names; every rank calls this.
 
@@ -207,7 +230,7 @@ def open_donor(place: str, *, num_heads: int) -> Donor:
     wait_for_rank_zero(look)
     donor, refused = None, None
     try:
-        donor = ForeignDonor(place, read_foreign(kind, fetch(kind, rest, setting=_SETTING), num_heads=num_heads))
+        donor = ForeignDonor(place, open_foreign(place, num_heads=num_heads))
     except ConfigError as error:
         refused = str(error)
     agree_on_error(refused)

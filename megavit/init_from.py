@@ -151,5 +151,9 @@ def _told(pedigree: Pedigree, config: RunConfig, drawn: list[str]) -> Iterator[s
         ("data.std", pedigree.std, config.data.std),
         ("model.norm_eps", pedigree.model.norm_eps, config.model.norm_eps),
     ):
-        if there is not None and there != here:
+        if there == here:
+            continue
+        if key in pedigree.guessed:
+            yield f"note: no file of these weights states {key}, which is {shown(here)} here and often {shown(there)}"
+        else:
             yield f"note: {key} was {shown(there)} where these weights come from and is {shown(here)} here"

@@ -21,7 +21,7 @@ from megavit.model.plain import PlainViT
 from megavit.model.vit import parameter_names
 from megavit.parallel.layout import ParallelLayout
 from megavit.search import Weights, find_weights
-from megavit.trained import TrainedRun, open_run, read_classes, read_config
+from megavit.trained import TrainedRun, open_run, read_classes, read_config, with_settings
 
 
 class TrainedEncoder(torch.nn.Module):
@@ -112,20 +112,22 @@ class TrainedClassifier(TrainedEncoder):
         return self.vit(self.normalize(images_BCYX))
 
 
-def load(path: str | Path) -> TrainedEncoder:
+def load(path: str | Path, *settings: str) -> TrainedEncoder:
     """Load a run's newest checkpoint, or the checkpoint named.
 
     Args:
         path: a run's folder or one of its checkpoints; with `ema:` before it, the moving average of its weights.
+        settings: data.mean, data.std, data.eval_crop and data.interpolation other than the run's, each as it is typed:
+            "data.eval_crop=0.875".
 
     Returns:
         A `TrainedClassifier`, or of a masked autoencoder its encoder, a `TrainedEncoder`.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is none, or a setting does not fit.
     """
     weights = find_weights(str(path))
-    return open_encoder(read_config(weights.checkpoint), weights)[0]
+    return open_encoder(with_settings(read_config(weights.checkpoint), list(settings)), weights)[0]
 
 
 def open_encoder(config: RunConfig, weights: Weights) -> tuple[TrainedEncoder, ParallelLayout]:

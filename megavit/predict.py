@@ -11,7 +11,7 @@ from megavit.checks import whole_number
 from megavit.data.files import find_images
 from megavit.errors import ConfigError
 from megavit.task.config import Loss
-from megavit.trained import open_run, read_classes, read_run
+from megavit.trained import open_run, read_classes, read_run, split_settings, with_settings
 from megavit.verb_arguments import parse_arguments
 
 _AT_ONCE = 64
@@ -22,12 +22,15 @@ def predict(arguments: list[str]) -> int:
 
     Args:
         arguments: `from=RUN images=PATH`, and optionally `out=FILE.csv|FILE.jsonl top=5`; without `out` to the console.
+            data.mean, data.std, data.eval_crop and data.interpolation may be others than the run's.
 
     Raises:
         ConfigError: if the run is no classifier's, or the images cannot be read.
     """
-    given = parse_arguments("predict", arguments, needed=("from", "images"), optional=("out", "top"))
+    pixels, own = split_settings(arguments)
+    given = parse_arguments("predict", own, needed=("from", "images"), optional=("out", "top"))
     weights, config = read_run(given["from"], classifies=True, does="predicts")
+    config = with_settings(config, pixels)
     classes = read_classes(weights.checkpoint)
     top = min(whole_number("top", given.get("top", "5")), len(classes))
     out = Path(given["out"]) if "out" in given else None

@@ -7,7 +7,7 @@ import torch
 from megavit.checks import whole_number
 from megavit.data.files import find_images
 from megavit.metrics.pictures import draw_panels
-from megavit.trained import open_run, read_run
+from megavit.trained import open_run, read_run, split_settings, with_settings
 from megavit.verb_arguments import parse_arguments
 
 
@@ -15,13 +15,16 @@ def reconstruct(arguments: list[str]) -> int:
     """Mask, reconstruct and draw.
 
     Args:
-        arguments: `from=RUN images=PATH`, and optionally `out=PICTURE.png count=8`.
+        arguments: `from=RUN images=PATH`, and optionally `out=PICTURE.png count=8`, and data.mean, data.std,
+            data.eval_crop and data.interpolation other than the run's.
 
     Raises:
         ConfigError: if the run is no masked autoencoder's, or the images cannot be read.
     """
-    given = parse_arguments("reconstruct", arguments, needed=("from", "images"), optional=("out", "count"))
+    pixels, own = split_settings(arguments)
+    given = parse_arguments("reconstruct", own, needed=("from", "images"), optional=("out", "count"))
     weights, config = read_run(given["from"], classifies=False, does="reconstructs")
+    config = with_settings(config, pixels)
     count = whole_number("count", given.get("count", "8"))
     paths = find_images(Path(given["images"]))
     shown = paths[:count]

@@ -45,10 +45,11 @@ def main(arguments: list[str]) -> int:
 
 def _run_dir(overrides: list[str]) -> Path | None:
     """The folder of the run; None where its settings are wrong, which the ranks will say."""
-    from megavit.compose import compose
+    from megavit.compose import AUTO_MODEL, compose
 
     try:
-        return Path(compose(overrides).run.dir)
+        # The network has no say in where the run lies.
+        return Path(compose([text for text in overrides if text != AUTO_MODEL]).run.dir)
     except ConfigError:
         return None
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import IO
 
-from megavit.compose import compose
+from megavit.compose import AUTO_MODEL, compose
 from megavit.config import RunConfig
 from megavit.errors import ConfigError
 from megavit.importing import quieten_imports, uncollected
@@ -35,7 +35,7 @@ def main(overrides: list[str]) -> int:
     def check() -> None:
         nonlocal config, run_dir
         try:
-            config = compose(overrides)
+            config = compose(_resolved(overrides))
         except ConfigError:
             # Some setting is wrong; where the run's folder is may still be clear, and exit.json belongs there.
             run_dir = _folder_alone(overrides)
@@ -66,6 +66,18 @@ def main(overrides: list[str]) -> int:
     finally:
         if claim is not None:
             claim.close()
+
+
+def _resolved(overrides: list[str]) -> list[str]:
+    """The settings without `model=auto`, which torchrun hands on as it was typed; `megavit train` has resolved it."""
+    if AUTO_MODEL not in overrides:
+        return overrides
+    from megavit.auto_model import resolve_auto
+
+    overrides, taken = resolve_auto(overrides)
+    if rank_from_environment() == 0:
+        print(taken, flush=True)
+    return overrides
 
 
 def _unwritable(config: RunConfig, error: OSError) -> str:

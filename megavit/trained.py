@@ -12,7 +12,7 @@ from megavit.checks import shown
 from megavit.classes import go_by_number, some
 from megavit.compose import from_yaml, merge
 from megavit.config import RunConfig
-from megavit.data.config import DataConfig
+from megavit.data.config import PIXEL_SETTINGS, DataConfig
 from megavit.data.decode import open_image
 from megavit.data.loader import Batch
 from megavit.data.order import SampleKey
@@ -131,6 +131,32 @@ def prepare(verb: str, arguments: list[str], *, world_size: int | None = None) -
         config = replace(config, train=replace(config.train, micro_batch=micro_batch, global_batch=batch))
         config.check(world_size)
     return config, weights
+
+
+def split_settings(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The settings that say which pixels the network sees of an image, apart from a verb's own arguments."""
+    settings = [text for text in arguments if text.partition("=")[0] in PIXEL_SETTINGS]
+    return settings, [text for text in arguments if text not in settings]
+
+
+def with_settings(config: RunConfig, settings: list[str]) -> RunConfig:
+    """Put settings of `PIXEL_SETTINGS` over a run's, where its weights were made with others.
+
+    Args:
+        config: of the run.
+        settings: `key=value`, as typed.
+
+    Raises:
+        ConfigError: for another setting, or a value that does not fit.
+    """
+    for text in settings:
+        if text.partition("=")[0] not in PIXEL_SETTINGS:
+            raise ConfigError(f"{text}: a trained network is as it was; one may set {', '.join(PIXEL_SETTINGS)}")
+    if not settings:
+        return config
+    changed = merge(config, settings)
+    changed.data.check_pixels()
+    return changed
 
 
 def read_classes(checkpoint: Path) -> tuple[str, ...]:

@@ -379,8 +379,8 @@ def test_a_run_starts_from_converted_weights_and_then_goes_on_from_its_own(ranks
     origin = tmp_path / "run" / "checkpoints" / "step_00000000"
     assert got["said"] == [
         f"starts from the weights of {origin}; head.out.bias, head.out.weight drawn anew",
-        "note: data.mean was [0.5] where these weights come from and is [0.305] here",
-        "note: data.std was [0.5] where these weights come from and is [0.376] here",
+        "note: no file of these weights states data.mean, which is [0.305] here and often [0.5]",
+        "note: no file of these weights states data.std, which is [0.376] here and often [0.5]",
     ]
     assert torch.equal(got["before"]["blocks.layers.1.norm2.bias"], theirs.blocks[1].norm2.bias.bfloat16())
     again = run_ranks(start_from, ranks, [*keys, "train.steps=4"])[0]

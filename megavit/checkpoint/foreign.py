@@ -115,7 +115,7 @@ def to_hf(plain: str, weight: Tensor) -> dict[str, Tensor]:
     return {name: part.contiguous() for name, part in zip(names, weight.chunk(len(names)), strict=True)}
 
 
-def join_prefix(read: Read, names: Iterable[str]) -> dict[str, Tensor]:
+def join_prefix(read: Read, names: Iterable[str], *, num_patches: int) -> dict[str, Tensor]:
     """Timm's class and register tokens as one tensor, and positions for each of them.
 
     Models without positions for those tokens (`no_embed_class`) get zeros, which is the same.
@@ -123,6 +123,7 @@ def join_prefix(read: Read, names: Iterable[str]) -> dict[str, Tensor]:
     Args:
         read: a weight by timm's name.
         names: that there are.
+        num_patches: of an image.
 
     Returns:
         `cls_token` and `pos_embed`, as far as there are any.
@@ -133,9 +134,7 @@ def join_prefix(read: Read, names: Iterable[str]) -> dict[str, Tensor]:
     if "pos_embed" in there:
         positions = read("pos_embed")
         prefix = sum(token.shape[1] for token in tokens)
-        side = round(positions.shape[1] ** 0.5)
-        if prefix and side * side == positions.shape[1]:
-            # A square of positions is one for each patch alone.
+        if prefix and positions.shape[1] == num_patches:
             zeros = positions.new_zeros(1, prefix, positions.shape[2])
             positions = torch.cat([zeros, positions], dim=1)
         joined["pos_embed"] = positions
@@ -188,10 +187,11 @@ class PlainSpelling:
     Args:
         read: a weight by its name in the files.
         there: those names.
+        num_patches: of an image.
     """
 
-    def __init__(self, read: Read, there: Iterable[str]) -> None:
-        self._read, self._there = read, set(there)
+    def __init__(self, read: Read, there: Iterable[str], *, num_patches: int) -> None:
+        self._read, self._there, self._num_patches = read, set(there), num_patches
 
     def names(self, plain: str) -> tuple[str, ...]:
         """See `Spelling`."""
@@ -200,7 +200,7 @@ class PlainSpelling:
     def weight(self, plain: str) -> Tensor:
         """See `Spelling`."""
         if plain in ("cls_token", "pos_embed"):
-            return join_prefix(self._read, self._there)[plain]
+            return join_prefix(self._read, self._there, num_patches=self._num_patches)[plain]
         return self._read(plain)
 
 

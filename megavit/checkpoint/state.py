@@ -33,6 +33,7 @@ class TrainingState:
         optimizer: whether its state is there too; not in what was converted from elsewhere.
         num_samples: training images of the source; 0 where nobody wrote it down.
         former_order: written when samples came in another order than they do now.
+        assumed: settings that no file stated where the weights were converted from.
     """
 
     step: int
@@ -43,6 +44,7 @@ class TrainingState:
     optimizer: bool = True
     num_samples: int = 0
     former_order: bool = False
+    assumed: list[str] = field(default_factory=list)
 
     @property
     def names_classes(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavit.cluster.config import ClusterConfig, Kind
-from megavit.compose import compose, run_types
+from megavit.compose import AUTO_MODEL, compose, run_types
 from megavit.config import RunConfig
 from megavit.data.remote import bare, is_url
 from megavit.errors import ConfigError
@@ -72,6 +72,9 @@ def plan_job(overrides: list[str], cluster: ClusterConfig) -> Job:
         if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
             raise ConfigError(f"{text!r} holds a line break or another control character")
     overrides = [write_home_out(text, run_types()) for text in overrides]
+    overrides, taken = _resolved(overrides)
+    if taken is not None:
+        print(taken)
     config = compose(overrides)
     layout = config.parallel
     if config.run.ranks is not None:
@@ -137,7 +140,17 @@ def _named(overrides: list[str], swept: list[str]) -> list[str]:
             plain = re.sub(r"[^\w.+-]+", ".", value).strip(".")
             words.append(f"{last if short.count(last) == 1 else key}_{plain}")
     rest = [text for text in overrides if not text.startswith("run.name=")]
-    return [*rest, write_text("run.name", f"{compose(overrides).run.name}-{'-'.join(words)}")]
+    name = compose([text for text in overrides if text != AUTO_MODEL]).run.name
+    return [*rest, write_text("run.name", f"{name}-{'-'.join(words)}")]
+
+
+def _resolved(overrides: list[str]) -> tuple[list[str], str | None]:
+    """The settings without `model=auto`: the weights are read here, at the desk."""
+    if AUTO_MODEL not in overrides:
+        return overrides, None
+    from megavit.auto_model import resolve_auto
+
+    return resolve_auto(overrides)
 
 
 def _count_gpus() -> int:

@@ -24,6 +24,9 @@ class OnBadSample(Enum):
     skip = "skip"
 
 
+# What says which pixels the network sees of an image, beside its size.
+PIXEL_SETTINGS = ("data.mean", "data.std", "data.eval_crop", "data.interpolation")
+
 _BY_PATH = ("folder", "csv", "images", "tar", "parquet", "arrow", "hub")
 
 # Of those, the ones that read from web servers and object stores too.
@@ -125,21 +128,13 @@ class DataConfig(AugmentConfig):
         self._check_bad_samples()
         self._check_multi_label()
         self.check_augmentation(self.channels)
-        require_number("data", self, "eval_crop", above=0, below=1.0000001)
         if self.crop_scale is not None and not (
             len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
         ):
             raise ConfigError(
                 f"data.crop_scale={self.crop_scale} must be [smallest, largest] share of the area, in (0, 1]"
             )
-        for key in ("mean", "std"):
-            if len(getattr(self, key)) != self.channels:
-                raise ConfigError(
-                    f"data.{key}={getattr(self, key)} has {len(getattr(self, key))} values and data.channels="
-                    f"{self.channels}; give one per channel"
-                )
-        if not all(0 < std < float("inf") for std in self.std):
-            raise ConfigError(f"data.std={self.std} must be positive: images are divided by it")
+        self.check_pixels()
         if not 0 <= self.shift < min(self.image_size):
             raise ConfigError(f"data.shift={self.shift} must be in [0, {min(self.image_size)}), the image's side")
         for key in ("num_classes", "num_samples"):
@@ -148,6 +143,20 @@ class DataConfig(AugmentConfig):
                     f"data.{key}={getattr(self, key)} with data.source={self.source}: the synthetic source needs it, "
                     f"every other knows its own"
                 )
+
+    def check_pixels(self) -> None:
+        """Raise ConfigError where `PIXEL_SETTINGS` do not fit."""
+        require_number("data", self, "eval_crop", above=0, below=1.0000001)
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) != self.channels:
+                raise ConfigError(
+                    f"data.{key}={getattr(self, key)} has {len(getattr(self, key))} values and data.channels="
+                    f"{self.channels}; give one per channel"
+                )
+        if not all(abs(mean) < float("inf") for mean in self.mean):
+            raise ConfigError(f"data.mean={self.mean} must be finite")
+        if not all(0 < std < float("inf") for std in self.std):
+            raise ConfigError(f"data.std={self.std} must be positive: images are divided by it")
 
     def _check_path(self) -> None:
         by_path = self.source in _BY_PATH

@@ -8,17 +8,14 @@ from torch import Tensor
 
 from megavit.checkpoint.foreign import Spelling
 from megavit.checkpoint.names import TABLE
+from megavit.checks import shown
 from megavit.errors import ConfigError
+from megavit.exchange.pixels import Pixels
 from megavit.exchange.tensor_files import TensorFiles
-from megavit.model.config import ModelConfig, Positions
-
-# timm's and Hugging Face's default for ViT.
-_MEAN, _STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-# MAE's and NeMo's.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from megavit.model.config import ModelConfig, Pool, Positions
 
 # Heads cannot be seen in the weights: width and layers tell the named sizes; others have heads of 64.
-_HEADS = {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16}
+_HEADS = {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16, (1152, 27): 16}
 
 # What theirs has and the network does not need.
 _UNUSED = ("pooler.dense.weight", "pooler.dense.bias", "vit.pooler.dense.weight", "vit.pooler.dense.bias")
@@ -32,12 +29,14 @@ class ForeignModel:
         model: its sizes, as ours.
         image_size: [height, width] in pixels.
         channels: of an image.
-        mean, std: per channel.
         classes: names, in the order of the scores; empty of a masked autoencoder or a model without a head.
-        assumes: what its files do not tell and was taken as usual, in words.
+        files: with its weights.
+        spelling: of the names there.
+        pixels: how it sees an image.
+        assumed: settings of the model group that its files do not state, each with what was taken, in words.
+        notes: for the user, a line each.
+        other_pooling: how its classifier pools, in words, where ours cannot pool like that.
         decoder: a masked autoencoder's other sizes: settings of the task group.
-        weights: by plain name, read when asked for.
-        names: the plain names that there are.
     """
 
     model: ModelConfig
@@ -46,18 +45,26 @@ class ForeignModel:
     classes: list[str]
     files: TensorFiles
     spelling: Spelling
-    mean: list[float] = field(default_factory=lambda: list(_MEAN))
-    std: list[float] = field(default_factory=lambda: list(_STD))
-    assumes: str = ""
+    pixels: Pixels
+    assumed: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    other_pooling: str | None = None
     decoder: dict[str, Any] = field(default_factory=dict)
 
-    def assume_normalisation(self) -> None:
-        """Take images in [-1, 1], as most of timm's ViTs and Google's take them."""
-        self.mean, self.std = [0.5] * self.channels, [0.5] * self.channels
-        self.assumes = (
-            f"how images were normalised is not told: data.mean={self.mean} and data.std={self.std} are taken, type "
-            f"others where they are wrong"
-        )
+    def assumptions(self, *, typed: Iterable[str] = ()) -> list[str]:
+        """What its files do not state and was taken as usual, a line for the network and one for the pixels.
+
+        Args:
+            typed: settings that the user types.
+        """
+        lines, taken = [], set(typed)
+        words = [word for key, word in self.assumed.items() if key not in taken]
+        if words:
+            lines.append(f"assumed: {', '.join(words)}")
+        pixels = [key for key in self.pixels.assumed if key not in taken]
+        if pixels:
+            lines.append(f"assumed: {', '.join(pixels)}; type others where they are wrong")
+        return lines
 
     def weight(self, plain: str) -> Tensor:
         """One weight by its plain name.
@@ -98,3 +105,17 @@ class ForeignModel:
 def usual_heads(width: int, layers: int) -> int:
     """How many heads a model of these sizes has where nobody says."""
     return _HEADS.get((width, layers), max(1, width // 64))
+
+
+def network_words(model: ModelConfig) -> dict[str, str]:
+    """What weights alone do not tell of a network, each setting in words."""
+    pooled = "class token" if model.pool is Pool.cls else "mean of the patches"
+    heads = f"{model.num_heads} head{'s' if model.num_heads > 1 else ''}"
+    eps = f"eps {model.norm_eps:g}".replace("e-0", "e-")
+    return {"model.num_heads": heads, "activation": "GELU", "model.norm_eps": eps, "model.pool": pooled}
+
+
+def written(key: str, value: Any) -> str:
+    """A setting as it is typed."""
+    text = str(shown(value)).lower() if isinstance(value, bool) else str(shown(value))
+    return f"{key}={text}".replace(" ", "")

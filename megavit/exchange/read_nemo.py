@@ -7,7 +7,8 @@ from megavit.checkpoint.foreign import NemoSpelling
 from megavit.checkpoint.names import Dims
 from megavit.checkpoint.nemo import bare
 from megavit.errors import ConfigError
-from megavit.exchange.foreign_model import IMAGENET_MEAN, IMAGENET_STD, ForeignModel, usual_heads
+from megavit.exchange.foreign_model import ForeignModel, usual_heads
+from megavit.exchange.pixels import imagenet_pixels
 from megavit.exchange.tensor_files import TensorFiles
 from megavit.model.config import Head, ModelConfig
 
@@ -44,6 +45,13 @@ def read_nemo(path: Path, files: TensorFiles, *, num_heads: int | None) -> Forei
     )
     spelling = NemoSpelling(files.read, files, Dims(model.num_heads, patch), two_matrices=two_matrices)
     scores = shapes.get("head.dense_out.weight" if two_matrices else "head.weight", (0,))[0]
-    foreign = ForeignModel(model, [side * patch] * 2, 3, [str(index) for index in range(scores)], files, spelling)
-    foreign.mean, foreign.std = list(IMAGENET_MEAN), list(IMAGENET_STD)
-    return foreign
+    return ForeignModel(
+        model,
+        [side * patch] * 2,
+        3,
+        [str(index) for index in range(scores)],
+        files,
+        spelling,
+        imagenet_pixels(3, eval_crop=None),
+        assumed={"model.num_heads": f"{model.num_heads} heads"},
+    )
