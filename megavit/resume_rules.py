@@ -26,6 +26,8 @@ class Rule(Enum):
 _SETTINGS = {
     Rule.free: (
         "run.name run.dir run.ranks run.preflight run.timeout_s "
+        # Another length has a line of its own.
+        "train.steps train.epochs "
         "train.micro_batch train.gradient_accumulation_fusion train.compile train.eval_every train.stop_at "
         "parallel.tp parallel.pp parallel.vpp parallel.cp parallel.sequence_parallel parallel.stages "
         "parallel.recompute parallel.recompute_method parallel.recompute_layers parallel.overlap_grad_reduce "
@@ -39,7 +41,7 @@ _SETTINGS = {
         "init_from experimental"
     ),
     Rule.reported: (
-        "train.steps train.epochs train.global_batch train.precision train.grad_reduce train.on_nonfinite "
+        "train.global_batch train.precision train.grad_reduce train.on_nonfinite "
         "model.linears model.hidden_dropout model.attention_dropout model.drop_path "
         "task.label_smoothing task.loss task.class_weights task.baseline_samples "
         "data.path data.on_bad_sample data.crop_scale data.reduced_decode data.flip data.interpolation data.eval_crop "
