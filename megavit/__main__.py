@@ -4,13 +4,15 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 
+from megavit import __version__
 from megavit.errors import ConfigError
 from megavit.exits import FAULT, USER_ERROR
 from megavit.experimental import list_not_run
 
 _USAGE = """\
-megavit VERB key=value …
+megavit VERB key=value …     megavit --version
 
 verbs
   train        train a model; RUN/checkpoints, RUN/metrics.jsonl and RUN/pictures are left in the run's folder
@@ -79,23 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: the verb and its own; None takes the command line's.
     """
-    starting: dict[str, Callable[[list[str]], int]] = {"train": train, "evaluate": evaluate, "doctor": doctor}
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        _print_usage()
-        return 0 if arguments else USER_ERROR
-    verb, *rest = arguments
-    if verb not in starting and verb not in _LOOKING:
-        known = [*starting, *_LOOKING]
-        near = difflib.get_close_matches(verb, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        print(f"megavit: the verb {verb} does not exist; {hint}", file=sys.stderr)
-        return USER_ERROR
-    if "-h" in rest or "--help" in rest:
-        _print_usage()
-        return 0
     try:
-        return starting[verb](rest) if verb in starting else _look(verb, rest)
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         print(f"megavit: {error}", file=sys.stderr)
         return USER_ERROR
@@ -108,6 +97,35 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
+def _run(arguments: list[str]) -> int:
+    starting: dict[str, Callable[[list[str]], int]] = {"train": train, "evaluate": evaluate, "doctor": doctor}
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        _print_usage()
+        return 0 if arguments else USER_ERROR
+    if arguments[0] == "--version":
+        print(f"megavit {__version__} (torch {_version('torch')}, megatron-core {_version('megatron-core')})")
+        return 0
+    verb, *rest = arguments
+    if verb not in starting and verb not in _LOOKING:
+        known = [*starting, *_LOOKING]
+        near = difflib.get_close_matches(verb, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        print(f"megavit: the verb {verb} does not exist; {hint}", file=sys.stderr)
+        return USER_ERROR
+    if "-h" in rest or "--help" in rest:
+        _print_usage()
+        return 0
+    return starting[verb](rest) if verb in starting else _look(verb, rest)
+
+
+def _version(package: str) -> str:
+    """A package's version, by what is installed: to import torch would take seconds."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def _print_usage() -> None:
     print(_USAGE, *(f"  {option}\n" for option in list_not_run()), sep="", end="")
 
@@ -117,10 +135,10 @@ def train(arguments: list[str]) -> int:
     import signal
     from pathlib import Path
 
-    from megavit.signals import STOPPING
+    from megavit.signals import HELD_BACK
 
     # Held back until the run listens: asked to stop while it still imports, it stops where it stands.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
 
     from megavit.compose import compose, to_yaml
     from megavit.workers import num_ranks, start_ranks

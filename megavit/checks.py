@@ -6,6 +6,9 @@ from typing import Any
 
 from megavit.errors import ConfigError
 
+# A number of steps that follows from the number of training images.
+AUTO = "auto"
+
 
 def require_number(
     group: str,
@@ -39,6 +42,27 @@ def require_number(
         low = f"at least {at_least}" if at_least is not None else f"above {above}"
         high = f" and below {below:g}" if below < math.inf else ""
         raise ConfigError(f"{group}.{key}={value} must be a finite number {low}{high}")
+
+
+def require_steps(group: str, config: Any, *keys: str, at_least: int) -> None:
+    """Refuse settings that are neither `auto` nor a number of steps in their range; null passes.
+
+    Args:
+        group: the group's name, for the message.
+        config: its dataclass.
+        keys: its fields.
+        at_least: smallest allowed value.
+
+    Raises:
+        ConfigError: naming the setting, its value and what is allowed.
+    """
+    for key in keys:
+        value = getattr(config, key)
+        if isinstance(value, str):
+            if value != AUTO:
+                raise ConfigError(f"{group}.{key}={value} must be a number of steps or {AUTO}")
+            continue
+        require_number(group, config, key, at_least=at_least)
 
 
 def shown(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib.resources import files
@@ -12,14 +13,70 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megavit.config import RunConfig
 from megavit.errors import ConfigError
+from megavit.overrides import Setting, key_of, read_setting, read_text, types_of
+
+# What other trainers call a setting, by the last word of its path.
+_CALLED_ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "max_lr": "optim.lr",
+    "blr": "optim.base_lr",
+    "wd": "optim.weight_decay",
+    "warmup": "optim.warmup_steps",
+    "warmup_iters": "optim.warmup_steps",
+    "clip_grad": "optim.clip",
+    "grad_clip": "optim.clip",
+    "max_grad_norm": "optim.clip",
+    "ema_decay": "optim.ema",
+    "optimizer": "optim.name",
+    "opt": "optim.name",
+    "batch_size": "train.global_batch",
+    "global_batch_size": "train.global_batch",
+    "micro_batch_size": "train.micro_batch",
+    "num_epochs": "train.epochs",
+    "max_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "num_steps": "train.steps",
+    "train_iters": "train.steps",
+    "iterations": "train.steps",
+    "amp": "train.precision",
+    "dtype": "train.precision",
+    "num_workers": "data.workers",
+    "img_size": "data.image_size",
+    "input_size": "data.image_size",
+    "resolution": "data.image_size",
+    "num_channels": "data.channels",
+    "in_chans": "data.channels",
+    "dataset": "data.path",
+    "data_path": "data.path",
+    "data_dir": "data.path",
+    "depth": "model.num_layers",
+    "embed_dim": "model.hidden_size",
+    "mlp_dim": "model.ffn_size",
+    "heads": "model.num_heads",
+    "dropout": "model.hidden_dropout",
+    "drop_path_rate": "model.drop_path",
+    "smoothing": "task.label_smoothing",
+    "tensor_parallel": "parallel.tp",
+    "tensor_model_parallel_size": "parallel.tp",
+    "pipeline_parallel": "parallel.pp",
+    "pipeline_model_parallel_size": "parallel.pp",
+    "output_dir": "run.dir",
+    "save_dir": "run.dir",
+    "num_gpus": "run.ranks",
+    "nproc_per_node": "run.ranks",
+    "save_every": "checkpoint.every",
+    "save_interval": "checkpoint.every",
+    "log_every": "metrics.every",
+    "log_interval": "metrics.every",
+    "wandb_project": "metrics.wandb",
+    "pretrained": "init_from",
+}
 
 # Of each pair one is null; to override one clears the other.
 _EITHER_OR = (("train.steps", "train.epochs"), ("optim.lr", "optim.base_lr"))
@@ -45,15 +102,13 @@ def compose(overrides: list[str]) -> RunConfig:
     """Compose the configuration of a run.
 
     Args:
-        overrides: Hydra's `key=value`, as typed.
+        overrides: `key=value`, as typed (see `overrides.py`).
 
     Raises:
         ConfigError: for a key or choice that is not there (the nearest one is named), or a value of a wrong type.
     """
-    parsed = _parse(overrides)
-    for override in parsed:
-        _check_key(override)
-    typed = {override.key_or_group for override in parsed}
+    settings = _read(overrides)
+    typed = {setting.key for setting in settings}
     cleared = [
         f"{loser}=null"
         for pair in _EITHER_OR
@@ -61,12 +116,14 @@ def compose(overrides: list[str]) -> RunConfig:
         if winner in typed and loser not in typed
     ]
     # Hydra deletes a group's choice with a tilde; to a user, null says the same.
-    given = ["~recipe" if text == "recipe=null" else text for text in overrides]
-    if "recipe" not in typed and any(_is_other_data(override) for override in parsed):
+    given = ["~recipe" if setting.hydra == "recipe=null" else setting.hydra for setting in settings]
+    if "recipe" not in typed and any(_is_other_data(setting) for setting in settings):
         given.append("~recipe")
         if "data" not in typed:
             # Else the digits' one channel, mean and deviation would stay.
             given.append("data=folder")
+    if "optim.warmup_steps" in typed and "optim.shorten_warmup" not in typed:
+        given.append("optim.shorten_warmup=false")
     _register()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -74,8 +131,9 @@ def compose(overrides: list[str]) -> RunConfig:
         OmegaConf.resolve(composed)
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(_explain(error, settings)) from error
     assert isinstance(config, RunConfig)
+    config.task = config.task.with_decoder(config.model)
     return config
 
 
@@ -118,19 +176,18 @@ def merge(config: RunConfig, overrides: list[str]) -> RunConfig:
     Raises:
         ConfigError: for a key that is not there, or a value of a wrong type.
     """
-    for override in _parse(overrides):
-        if override.key_or_group in groups():
-            example = {"data": f"data.source={override.value()}"}.get(override.key_or_group)
-            hint = f", {example} for example" if example is not None else ""
-            raise ConfigError(f"{override.input_line}: a run's groups are as they were; set single keys of them{hint}")
-        _check_key(override)
+    settings = _read(overrides)
+    for setting in settings:
+        if setting.key in groups():
+            hint = f", data.source={setting.value} for example" if setting.key == "data" else ""
+            raise ConfigError(f"{setting.typed}: a run's groups are as they were; set single keys of them{hint}")
     try:
         typed = OmegaConf.create({})
-        for override in _parse(overrides):
-            OmegaConf.update(typed, override.key_or_group, override.value())
+        for setting in settings:
+            OmegaConf.update(typed, setting.key, setting.value)
         merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), typed))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(_explain(error, settings)) from error
     assert isinstance(merged, RunConfig)
     return merged
 
@@ -145,69 +202,67 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _parse(overrides: list[str]) -> list[Override]:
+@cache
+def run_types() -> dict[str, Any]:
+    """The type of every setting of a run, by its dotted path."""
+    return types_of(RunConfig)
+
+
+def _read(overrides: list[str]) -> list[Setting]:
+    settings = []
     for text in overrides:
         if "=" not in text and not text.startswith("~"):
             raise ConfigError(f"'{text}' is no setting: write key=value, for example train.steps=100")
-    parser, parsed = OverridesParser.create(), []
-    for text in overrides:
-        try:
-            parsed.append(parser.parse_override(text))
-        except HydraException as error:
-            raise ConfigError(
-                f"'{text}' cannot be read ({str(error).splitlines()[0]}); a value with signs such as = or , goes in "
-                f"quotes that the shell leaves: key='\"value\"'"
-            ) from error
-        if parsed[-1].is_sweep_override():
+        _check_key(text)
+        settings.append(read_setting(text, run_types()))
+        if settings[-1].override.is_sweep_override():
             raise ConfigError(f"'{text}' gives several values, and a run takes one; a list goes in brackets: key=[a,b]")
-    return parsed
+    return settings
 
 
-def _is_other_data(override: Override) -> bool:
+def _is_other_data(setting: Setting) -> bool:
     """Whether a setting chooses other data than the recipe that stands where none is typed, that of the digits."""
-    chooses = override.key_or_group in ("data", "data.path")
-    return chooses and override.value() not in ("digits", None)
+    return setting.key in ("data", "data.path") and setting.value not in ("digits", None)
 
 
-def _check_key(override: Override) -> None:
-    key = override.key_or_group
-    known_groups = groups()
-    if key in known_groups:
-        value = override.value()
-        if key == "recipe" and value is None:
-            return
-        if not isinstance(value, str) or value not in choices(key):
-            raise ConfigError(_unknown(f"{key}={value}", str(value), choices(key), form=f"{key}={{}}"))
+def _check_key(typed: str) -> None:
+    """Refuse a key, or the choice of a group, that is not there."""
+    key, value = key_of(typed), typed.partition("=")[2]
+    if key in groups():
+        if typed not in ("recipe=null", "~recipe") and read_text(value) not in choices(key):
+            raise ConfigError(_unknown(f"{key}={value}", value, choices(key), form=f"{key}={{}}"))
         return
-    known = list(leaves(RunConfig()))
+    known = list(run_types())
     if key in known:
         return
     if key.partition(".")[0] == "cluster":
-        raise ConfigError(f"{override.input_line} says where a job runs, which is read by megavit submit alone")
-    if any(path.startswith(key + ".") for path in known):
-        raise ConfigError(
-            f"{override.input_line} sets a whole section; set its keys: "
-            + ", ".join(path for path in known if path.startswith(key + "."))
-        )
-    raise ConfigError(_unknown(f"the setting {key}", key, [*known, *known_groups], form="{}"))
+        raise ConfigError(f"{typed} says where a job runs, which is read by megavit submit alone")
+    if keys := [path for path in known if path.startswith(f"{key}.")]:
+        raise ConfigError(f"{typed} sets a whole section; set its keys: {', '.join(keys)}")
+    raise ConfigError(_unknown(f"the setting {key}", key, [*known, *groups()], form="{}"))
 
 
 def _unknown(what: str, typed: str, known: list[str], *, form: str) -> str:
-    near = difflib.get_close_matches(typed, known, n=1, cutoff=0.5)
-    if not near:
-        # The last word alone, for `lr` where `optim.lr` was meant.
-        near = [path for path in known if path.rsplit(".", 1)[-1] == typed.rsplit(".", 1)[-1]][:1]
+    last = typed.rpartition(".")[2].lower()
+    # `lr` where `optim.lr` was meant, or `trainer.steps`; of several the one whose whole path is nearest.
+    same = [path for path in known if path.rpartition(".")[2] == last]
+    elsewhere = [path for path in known if path == _CALLED_ELSEWHERE.get(last)]
+    near = difflib.get_close_matches(typed, same, n=1, cutoff=0) or elsewhere
+    near = near or difflib.get_close_matches(typed, known, n=1, cutoff=0.5)
     hint = f"did you mean {form.format(near[0])}?" if near else f"known: {', '.join(known)}"
     return f"{what} does not exist; {hint}"
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, settings: Iterable[Setting] = ()) -> str:
     """The setting, the value and what was expected, out of Hydra's and OmegaConf's messages."""
     # OmegaConf's own message, at the bottom of the chain, names value and type; Hydra's above it names the file.
     cause: BaseException = error
     while cause.__cause__ is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
     text = str(cause)
-    key = re.search(r"full_key: (\S+)", text) or re.search(r"full_key: (\S+)", str(error))
-    first = text.splitlines()[0]
-    return f"{key.group(1)}: {first}" if key else first
+    found = re.search(r"full_key: (\S+)", text) or re.search(r"full_key: (\S+)", str(error))
+    key, first = found.group(1) if found else getattr(cause, "full_key", None), text.splitlines()[0]
+    typed = next((setting.typed for setting in settings if setting.key == key), "")
+    # 1e3 is shown as 1000.0 there.
+    shown = f" ({typed})" if typed and typed.partition("=")[2] not in first else ""
+    return f"{key}: {first}{shown}" if key else first

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megavit.checks import require_number, shown
+from megavit.checks import require_number, require_steps, shown
 from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
 from megavit.experimental import check_experimental
@@ -63,12 +63,18 @@ class RunConfig(RunSettings):
                 if train.steps is None
                 else f"{both} both say how long to train; set one of them to null"
             )
-        require_number("train", train, "steps", "global_batch", "micro_batch", "eval_every", "stop_at", at_least=1)
+        require_number("train", train, "steps", "global_batch", "micro_batch", "stop_at", at_least=1)
+        require_steps("train", train, "eval_every", at_least=1)
         require_number("train", train, "epochs", above=0)
         if train.stop_at is not None and train.steps is not None and train.stop_at > train.steps:
             raise ConfigError(f"train.stop_at={train.stop_at} is after the last step, train.steps={train.steps}")
         if train.steps is not None:
             self._check_warmup(train.steps)
+        if isinstance(train.eval_every, int) and self.data.val_fraction == 0:
+            raise ConfigError(
+                f"train.eval_every={train.eval_every} would be ignored: data.val_fraction=0 leaves no images to "
+                f"validate on; set train.eval_every=null, or data.val_fraction=0.1 for example"
+            )
         peak = self.optim.peak_lr(train.global_batch)
         if self.optim.min_lr > peak:
             raise ConfigError(f"optim.min_lr={self.optim.min_lr} is above the peak learning rate {peak:g}; lower it")

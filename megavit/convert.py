@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from megavit.checkpoint.names import Dims, from_plain, plain_name, to_plain
-from megavit.checkpoint.state import TrainingState
+from megavit.checkpoint.state import TrainingState, read_state
 from megavit.checkpoint.store import CheckpointStore
-from megavit.checks import whole_number
+from megavit.checks import shown, whole_number
 from megavit.compose import compose, to_yaml
 from megavit.config import RunConfig
 from megavit.errors import ConfigError
 from megavit.exchange.foreign_model import ForeignModel
 from megavit.exchange.hf_folder import hf_config, hf_preprocessor, model_card, push, refuse_unlike_hf
 from megavit.exchange.read import KINDS, fetch, read_foreign
+from megavit.exchange.timm_config import TIMM_NORM_EPS
 from megavit.exchange.write import write_hf, write_nemo, write_timm
 from megavit.exits import FINISHED
 from megavit.model.config import Head, Positions
@@ -161,29 +162,82 @@ def _out_of_run(run: str, kind: str, target: Path, *, dtype: str) -> None:
         raise ConfigError(
             f"from={run} is a run of task.name={config.task.name.value}; to=mae: takes a masked autoencoder's"
         )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"to={kind}:{target} is there already; choose another place")
-    classes = () if is_mae else read_classes(weights.checkpoint)
-    trained = open_run(config, weights, num_classes=len(classes))
-    plain = _plain_weights(trained, config, decoder=is_mae and kind not in ("timm", "nemo"), dtype=_DTYPES[dtype])
+    _refuse_target(kind, target)
+    state = read_state(weights.checkpoint)
+    # Converted from a model without a classifier, it has a head that nobody trained.
+    headless = is_mae or not (state.classes or state.optimizer)
+    classes = () if headless else read_classes(weights.checkpoint)
     if kind == "hf":
         refuse_unlike_hf(config)
+    trained = open_run(config, weights, num_classes=0 if is_mae else len(classes) or 1)
+    dropped = ["mae_decoder."] if kind in ("timm", "nemo") else []
+    if headless:
+        dropped += ["head.pre.", "head.out."]
+    plain = _plain_weights(trained, config, dropped=tuple(dropped), dtype=_DTYPES[dtype])
+    if kind == "hf":
         write_hf(target, plain, hf_config(config, classes, dtype), hf_preprocessor(config))
         (target / "README.md").write_text(model_card(config, weights.checkpoint))
     elif kind == "timm":
         if config.model.head is not Head.linear:
             raise ConfigError(f"model.head={config.model.head.value}: timm's ViT has one matrix for a head")
-        write_timm(target, plain, config.model)
+        write_timm(target, plain, config, classes)
     elif kind == "nemo":
         write_nemo(target, plain, _dims(config))
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"model": plain}, target)
     print(f"{target}: {kind}, {dtype}, of {weights}")
+    for line in _unsaid(kind, config):
+        print(line)
 
 
-def _plain_weights(run: TrainedRun, config: RunConfig, *, decoder: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+def _refuse_target(kind: str, target: Path) -> None:
+    """Raise ConfigError where the output, or what is written beside it, is there already."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"to={kind}:{target} is there already; choose another place")
+    if kind != "hf" and target.is_dir():
+        raise ConfigError(f"to={kind}:{target} is a folder; name the file in it: to={kind}:{target / 'weights'}")
+    beside = target.parent / "config.json"
+    if kind == "timm" and beside.exists():
+        raise ConfigError(
+            f"to=timm:{target} writes timm's config.json beside it, and {beside} is there already; choose another "
+            f"folder: to=timm:FOLDER/{target.name}"
+        )
+
+
+def _unsaid(kind: str, config: RunConfig) -> list[str]:
+    """What the other library's files cannot say of the run, a line each."""
+    model, data = config.model, config.data
+    lines = []
+    if kind in ("mae", "nemo"):
+        values = {key: getattr(data, key) for key in ("mean", "std", "image_size", "eval_crop")}
+        settings = " ".join(f"data.{key}={shown(value)}".replace(" ", "") for key, value in values.items())
+        lines.append(
+            f"{kind}: files carry no mean, std or crop; this run has {settings} "
+            f"data.interpolation={data.interpolation.value}"
+        )
+    if kind == "timm" and model.norm_eps != TIMM_NORM_EPS:
+        lines.append(f"timm: config.json cannot say model.norm_eps={model.norm_eps:g}; timm takes {TIMM_NORM_EPS:g}")
+    if kind == "hf" and data.eval_crop is not None:
+        lines.append(
+            "hf: its processors round the place of a centre crop down, timm, torchvision and megavit to the even "
+            "neighbour: of one image in four or fewer the crop lies a pixel further left or up; with "
+            "data.eval_crop=null none does"
+        )
+    if kind == "hf" and data.channels not in (1, 3):
+        lines.append(
+            f"hf: data.channels={data.channels}: give Hugging Face's processor arrays of [channel, row, column] and "
+            f"input_data_format='channels_first'"
+        )
+    return lines
+
+
+def _plain_weights(
+    run: TrainedRun, config: RunConfig, *, dropped: tuple[str, ...], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Every weight by its plain name, ours given up one by one; fixed positions too, which theirs keep as weights.
+
+    Those whose names begin with one of `dropped` are left out.
 
     What normalises a linear probe's features becomes part of its matrix, since theirs have no place for it.
     """
@@ -192,7 +246,7 @@ def _plain_weights(run: TrainedRun, config: RunConfig, *, decoder: bool, dtype: 
     changed = head.weights_without_norm() if head is not None else {}
     plain: dict[str, Tensor] = {}
     for name, parameter in parameter_names(chunk).items():
-        if not decoder and name.startswith("mae_decoder."):
+        if name.startswith(dropped):
             continue
         plain |= {
             key: weight.to(dtype).contiguous().clone()
@@ -204,7 +258,7 @@ def _plain_weights(run: TrainedRun, config: RunConfig, *, decoder: bool, dtype: 
         plain["pos_embed"] = (
             sincos_positions(grid, config.model.hidden_size, class_tokens=tokens).unsqueeze(0).to(dtype)
         )
-    if decoder:
+    if "decoder_embed.weight" in plain:
         narrow = config.task.decoder_hidden_size
         assert narrow is not None
         plain["decoder_pos_embed"] = sincos_positions(grid, narrow, class_tokens=tokens).unsqueeze(0).to(dtype)

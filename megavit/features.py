@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from megavit.checks import shown
 from megavit.data.opening import open_source
 from megavit.data.source import name_of
 from megavit.errors import ConfigError
+from megavit.exchange.write import write_tensors
 from megavit.extract import Asked, Extractor, Features, make_folder, read_arguments
 
 _SPLITS = ("train", "val")
@@ -69,5 +68,5 @@ def _write(found: Features, file: Path, about: dict[str, Any]) -> None:
     texts = {key: str(shown(value)) for key, value in about.items()}
     # Whole or not there: a file that was left half-written would stand in the way of the next try.
     unfinished = file.with_name(f".{file.name}.tmp")
-    save_file(tensors, unfinished, metadata={**texts, "classes": json.dumps(found.classes)})
+    write_tensors(unfinished, tensors, {**texts, "classes": json.dumps(found.classes)})
     unfinished.rename(file)

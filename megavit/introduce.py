@@ -1,11 +1,13 @@
 """What a run says of itself before its first step: layout, batch, kernel, where it goes on."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
+from megavit.checks import AUTO
 from megavit.config import RunConfig
+from megavit.data.source import Source
 from megavit.experimental import not_run
 from megavit.extension import is_name
 from megavit.freezing import count_weights
@@ -13,24 +15,34 @@ from megavit.model.config import Attention
 from megavit.model.kernels import sdpa_choice
 from megavit.network import Network
 from megavit.optim.config import ENCODER
-from megavit.optim.note import describe_optimizer, warn_of_optimizer
+from megavit.optim.note import describe_optimizer, warn_of_average, warn_of_optimizer
 from megavit.parallel.layout import ParallelLayout
-from megavit.plan.flops import NetworkShape, embedding_flops, head_flops, layer_flops
+from megavit.plan.flops import NetworkShape, embedding_flops, forward_flops, head_flops, layer_flops
 from megavit.plan.stages import useful_stages
+from megavit.run_settings import Pace
 from megavit.sections import Precision
 
 
-def introduction(config: RunConfig, layout: ParallelLayout, network: Network, *, from_scratch: bool) -> Iterator[str]:
+def introduction(
+    config: RunConfig,
+    layout: ParallelLayout,
+    network: Network,
+    *,
+    sources: Mapping[str, Source],
+    from_scratch: bool,
+) -> Iterator[str]:
     """The lines, in order; every rank calls this, and one says them.
 
     Args:
         config: the run's.
         layout: this rank's place.
         network: its part of the network.
+        sources: the data of `train` and, if there are any, of `val`.
         from_scratch: whether the weights are as they were drawn.
     """
     model = config.model
     yield f"run {config.run.name} in {config.run.dir}: {layout.describe()}"
+    yield describe_data(config, sources)
     stages = f", layers per stage {network.stages}" if layout.pp > 1 else ""
     micro_batch, portions = config.micro_batch(layout.world_size), config.num_microbatches(layout.world_size)
     yield (
@@ -43,6 +55,7 @@ def introduction(config: RunConfig, layout: ParallelLayout, network: Network, *,
             f"{config.seen_patches} of {config.num_patches} patches are seen; the decoder, {decoder.layers} layers of "
             f"{decoder.hidden} on {decoder.tokens} tokens, costs as much as "
             f"{head_flops(network.shape) / layer_flops(network.shape):.1f} encoder layers"
+            f"{describe_costly_decoder(network.shape)}"
         )
     own = {"data.source": config.data.source, "data.transform": config.data.transform}
     for setting, name in {**own, "task.implementation": config.task.implementation}.items():
@@ -61,6 +74,57 @@ def introduction(config: RunConfig, layout: ParallelLayout, network: Network, *,
     options = not_run(config, device=layout.device.type)
     if options:
         yield f"experimental, not run on a GPU before: {', '.join(options)}"
+
+
+def describe_costly_decoder(shape: NetworkShape) -> str:
+    """That a decoder costs more than its encoder; nothing where it does not."""
+    decoder = head_flops(shape)
+    encoder = forward_flops(shape) - decoder
+    if decoder <= encoder:
+        return ""
+    return (
+        f", {decoder / encoder:.1f} times its whole encoder: fewer task.decoder_num_layers or a smaller "
+        f"task.decoder_hidden_size cost less"
+    )
+
+
+def describe_data(config: RunConfig, sources: Mapping[str, Source]) -> str:
+    """How many images were found, of how many classes, and how many of them train and validate."""
+    place = f" {config.data.path}" if config.data.path is not None else ""
+    train, val = (len(sources[split]) if split in sources else 0 for split in ("train", "val"))
+    classes = len(sources["train"].classes)
+    return (
+        f"data {config.data.source}{place}: {train + val:,} images{f' of {classes:,} classes' if classes else ''}, "
+        f"{train:,} for training and {f'{val:,}' if val else 'none'} for validation"
+    )
+
+
+def describe_pace(config: RunConfig, pace: Pace, *, num_steps: int) -> Iterator[str]:
+    """Say what `auto` came to, that a warm-up is shorter than it was set, and that a moving average is too slow.
+
+    Args:
+        config: the run's.
+        pace: its step counts.
+        num_steps: of the whole run.
+    """
+    often = {"train.eval_every": (config.train.eval_every, pace.eval_every)}
+    often["checkpoint.every"] = (config.checkpoint.every, pace.save_every)
+    chosen = [f"{key}={steps}" for key, (asked, steps) in often.items() if asked == AUTO and steps is not None]
+    if chosen:
+        yield f"by default {' and '.join(chosen)} of {num_steps} steps: once an epoch, at most 50 times a run"
+    warmup = config.optim.warmup_steps
+    if warmup == AUTO:
+        yield f"by default optim.warmup_steps={pace.warmup_steps} of {num_steps} steps: 5 %, at most 5 epochs"
+    elif warmup != pace.warmup_steps:
+        falling = config.optim.decay_steps
+        beside = f" beside optim.decay_steps={falling}" if falling is not None else ""
+        yield (
+            f"optim.warmup_steps={warmup} does not fit the run's {num_steps} steps{beside}: shortened to "
+            f"{pace.warmup_steps}, at most 5 % of them"
+        )
+    warning = warn_of_average(config.optim, num_steps=num_steps)
+    if warning is not None:
+        yield warning
 
 
 def idle_stages(config: RunConfig, shape: NetworkShape) -> Iterator[str]:

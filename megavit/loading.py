@@ -69,8 +69,7 @@ class TrainedEncoder(torch.nn.Module):
         """
         channels, view = self._data.channels, View(self._data, augment=False)
         images = (open_image(Path(path), channels=channels, name=str(path)) for path in paths)
-        # Nothing is drawn for an image that is only looked at.
-        return torch.stack([view.cut(image, draw=0) for image in images])
+        return torch.stack([view.see(image, name=str(path)) for path, image in zip(paths, images, strict=True)])
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
         """The features of uint8 images of the run's size, features_BH."""

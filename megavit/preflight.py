@@ -8,6 +8,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def rehearse(
     chunks: dict[str, EncoderStage],
     optimizer: MegatronOptimizer,
     averages: Averages | None,
-    loaders: tuple[Loader, Loader],
+    loaders: tuple[Loader, Loader | None],
+    save_every: int | None,
     steps: range,
 ) -> list[str]:
     """Rehearse a run, if `run.preflight` wants it and steps are left; every rank calls this.
@@ -55,7 +57,8 @@ def rehearse(
         chunks: its stages by name, with their first weights.
         optimizer: theirs, before its first step.
         averages: the weights' averages, if any.
-        loaders: of training and of validation.
+        loaders: of training and of validation; None without validation images.
+        save_every: steps between saves; None saves at the end alone.
         steps: that are to come.
 
     Returns:
@@ -67,7 +70,7 @@ def rehearse(
     wanted = layout.world_size > 1 if config.run.preflight is None else config.run.preflight
     if not wanted or not steps:
         return []
-    run_dir, every = Path(config.run.dir), config.checkpoint.every or steps.stop
+    run_dir, every = Path(config.run.dir), save_every or steps.stop
     check_folder(run_dir, rank=layout.rank)
     saves = _checkpoints_at_once(config.checkpoint, every, steps)
     of_optimizer, ema = state_bytes(config.optim), averages is not None
@@ -119,8 +122,8 @@ def check_disk(
         account = f"{saves} checkpoints of about {_bytes(size)} = {_bytes(needed)}, {_bytes(free)} free"
         if needed > free:
             raise ConfigError(
-                f"run.dir={run_dir} has no room for {account}; raise checkpoint.every, make room, or choose another "
-                f"run.dir (run.preflight=false starts without looking)"
+                f"run.dir={run_dir} has no room for {account}; raise checkpoint.every, set checkpoint.keep_last=3, "
+                f"make room, or choose another run.dir (run.preflight=false starts without looking)"
             )
         return account
 
@@ -191,13 +194,13 @@ class Rehearsal:
         self.optimizer, self.averages = optimizer, averages
 
     def run(
-        self, train_loader: Loader, val_loader: Loader, *, num_microbatches: int, global_batch: int, seed: int
+        self, train_loader: Loader, val_loader: Loader | None, *, num_microbatches: int, global_batch: int, seed: int
     ) -> str:
         """Rehearse; every rank calls this.
 
         Args:
             train_loader: of training.
-            val_loader: of validation.
+            val_loader: of validation; None without validation images.
             num_microbatches: of a step, on this rank.
             global_batch: images per step.
             seed: `run.seed`.
@@ -213,7 +216,8 @@ class Rehearsal:
         seed_step(self.layout, seed=seed, step=0)
         batches = train_loader.train_batches(0, num_steps=1, global_batch=global_batch)
         took = {"a step": self._timed(lambda: self._step(batches, num_microbatches))}
-        took["an evaluation batch"] = self._timed(lambda: self.engine.rehearse_evaluation(val_loader))
+        if val_loader is not None:
+            took["an evaluation batch"] = self._timed(partial(self.engine.rehearse_evaluation, val_loader))
         checkpoints = CheckpointStore(self.run_dir / _FOLDER)
         nothing = TrainingState(0, 0, {})
         took["a save"] = self._timed(

@@ -1,4 +1,4 @@
-"""What each of several ranks prints, in a file of its own; the console belongs to the first."""
+"""A file of its own for each rank: stacks, faults, and what all ranks but the first print."""
 
 import faulthandler
 import os
@@ -29,13 +29,11 @@ class RankLog:
         Args:
             run_dir: the run's folder.
             rank: this one.
-            world_size: of one rank there is nothing to keep apart.
+            world_size: ranks of the run.
 
         Raises:
             OSError: if it cannot be written.
         """
-        if world_size == 1:
-            return
         path = run_dir / "logs" / f"rank_{rank:05d}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", buffering=1)
@@ -43,6 +41,8 @@ class RankLog:
         self.write(f"{now} rank {rank} of {world_size}, process {os.getpid()} on {socket.gethostname()}")
         faulthandler.enable(self._file)
         faulthandler.register(signal.SIGUSR2, self._file)
+        # Whoever started this rank has held it back: without a handler it would have ended the process.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
         if rank != 0:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -6,6 +6,7 @@ A folder of `megavit/` is a Hydra group in `conf/` is a field here; `run` and `t
 from dataclasses import dataclass, field
 
 from megavit.checkpoint.config import CheckpointConfig
+from megavit.checks import AUTO
 from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
 from megavit.metrics.config import MetricsConfig
@@ -15,6 +16,26 @@ from megavit.parallel.config import ParallelConfig
 from megavit.plan.flops import DecoderShape, NetworkShape
 from megavit.sections import RunSection, TrainSection
 from megavit.task.config import TaskConfig, TaskName
+
+# What auto stands for: this many evaluations and saves at most; warm-up over 1 / 20 of the steps and at most 5 epochs.
+_MOST_EVALUATIONS = 50
+_WARMUP_DIVISOR = 20
+_WARMUP_EPOCHS = 5
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Step counts of a run once its data are known: the settings, with a number in the place of `auto`.
+
+    Attributes:
+        warmup_steps: steps of linear warm-up.
+        eval_every: steps between evaluations; None evaluates at the end alone.
+        save_every: steps between saves; None saves at the end alone.
+    """
+
+    warmup_steps: int
+    eval_every: int | None
+    save_every: int | None
 
 
 @dataclass
@@ -114,15 +135,42 @@ class RunSettings:
         self._check_warmup(steps)
         return steps
 
+    def pace(self, num_steps: int, *, num_samples: int) -> Pace:
+        """When the run warms up, evaluates and saves.
+
+        Args:
+            num_steps: of the whole run.
+            num_samples: of the training data.
+        """
+        epoch = -(-num_samples // self.train.global_batch)
+        often = min(max(epoch, -(-num_steps // _MOST_EVALUATIONS)), num_steps)
+        eval_every, save_every = self.train.eval_every, self.checkpoint.every
+        if self.data.val_fraction == 0:
+            eval_every = None
+        return Pace(
+            self._warmup_steps(num_steps, num_samples),
+            eval_every=often if isinstance(eval_every, str) else eval_every,
+            save_every=often if isinstance(save_every, str) else save_every,
+        )
+
+    def _warmup_steps(self, num_steps: int, num_samples: int) -> int:
+        warmup, falling = self.optim.warmup_steps, self.optim.decay_steps or 0
+        if not isinstance(warmup, str) and warmup < num_steps and warmup + falling <= num_steps:
+            return warmup
+        short = min(num_steps // _WARMUP_DIVISOR, num_steps - falling)
+        return min(short, _WARMUP_EPOCHS * num_samples // self.train.global_batch) if warmup == AUTO else short
+
     def _check_warmup(self, steps: int) -> None:
-        falling = self.optim.decay_steps
-        if falling is not None and self.optim.warmup_steps + falling > steps:
+        warmup, falling = self.optim.warmup_steps, self.optim.decay_steps or 0
+        if falling > steps:
+            raise ConfigError(f"optim.decay_steps={falling} is more than the run's {steps} steps; lower it")
+        if isinstance(warmup, str) or self.optim.shorten_warmup:
+            return
+        if falling and warmup + falling > steps:
+            sum_of = f"optim.warmup_steps={warmup} + optim.decay_steps={falling} = {warmup + falling}"
+            raise ConfigError(f"{sum_of} is more than the run's {steps} steps; lower one of them")
+        if warmup >= steps:
             raise ConfigError(
-                f"optim.warmup_steps={self.optim.warmup_steps} + optim.decay_steps={falling} = "
-                f"{self.optim.warmup_steps + falling} is more than the run's {steps} steps; lower one of them"
-            )
-        if self.optim.warmup_steps >= steps:
-            raise ConfigError(
-                f"optim.warmup_steps={self.optim.warmup_steps} must be below the run's {steps} steps; lower it or "
-                f"raise train.steps or train.epochs"
+                f"optim.warmup_steps={warmup} must be below the run's {steps} steps; lower it or raise train.steps or "
+                f"train.epochs"
             )

@@ -91,7 +91,8 @@ class TrainSection:
         gradient_accumulation_fusion: add each product that is a weight's gradient to the step's gradients as it is
             computed; at TP 1, for the encoder layers' matrices. Not run on a GPU.
         compile: what torch.compile gets. Not run on a GPU: layer.
-        eval_every: steps between evaluations of the whole validation set; null evaluates at the end alone.
+        eval_every: steps between evaluations of the whole validation set; null evaluates at the end alone, auto once an
+            epoch and at most 50 times a run.
         on_nonfinite: what happens when a gradient is not finite.
         stop_at: save and leave after this step, as if signalled (exit code 75).
     """
@@ -104,6 +105,6 @@ class TrainSection:
     grad_reduce: GradReduce = GradReduce.fp32
     gradient_accumulation_fusion: bool = False
     compile: Compile = Compile.none
-    eval_every: int | None = None
+    eval_every: int | str | None = None
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     stop_at: int | None = None

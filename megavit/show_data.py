@@ -18,6 +18,7 @@ from megavit.metrics.pictures import draw_samples
 from megavit.parallel.layout import ParallelLayout
 from megavit.task.config import TaskName
 from megavit.task.masking import hidden_mask, random_keep
+from megavit.verb_arguments import split_own
 
 _HIDDEN = 127
 
@@ -34,8 +35,8 @@ def show_data(arguments: list[str]) -> int:
     Raises:
         ConfigError: if a setting does not fit, or the data cannot be read.
     """
-    own = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("out=", "count=")))
-    config = compose([argument for argument in arguments if not argument.startswith(("out=", "count="))])
+    own, settings = split_own("show-data", arguments, own=("out", "count"))
+    config = compose(settings)
     for group in (config.model, config.task, config.data):
         group.check()
     config.check_task()

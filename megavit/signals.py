@@ -9,6 +9,12 @@ from typing import Any
 # Slurm, Kubernetes and a terminal ask with these.
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
+# At this one a rank writes its stack into its log (see `RankLog`).
+STACK = signal.SIGUSR2
+
+# Held back while a run starts.
+HELD_BACK = (*STOPPING, STACK)
+
 _LEFT_AT_ONCE = 1
 
 

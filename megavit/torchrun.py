@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megavit.errors import ConfigError
 from megavit.restarts import told_to_cluster
-from megavit.signals import STOPPING
+from megavit.signals import HELD_BACK
 
 
 def main(arguments: list[str]) -> int:
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
         arguments: torchrun's, up to `-m megavit.train key=value …`.
     """
     # Before the long imports: asked to stop meanwhile, the ranks will hear of it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
     from torch.distributed.run import config_from_args, determine_local_world_size, parse_args
 
     from megavit.workers import launch_ranks

@@ -25,14 +25,15 @@ def main(overrides: list[str]) -> int:
     Returns:
         The exit code (see `megavit.exits`).
     """
+    config: RunConfig | None = None
     run_dir: Path | None = None
     claim: IO[str] | None = None
     log, stop = RankLog(), StopRequest()
     stop.listen()
     quieten_imports()
 
-    def work() -> int:
-        nonlocal run_dir, claim
+    def check() -> None:
+        nonlocal config, run_dir
         try:
             config = compose(overrides)
         except ConfigError:
@@ -40,9 +41,12 @@ def main(overrides: list[str]) -> int:
             run_dir = _folder_alone(overrides)
             raise
         run_dir = Path(config.run.dir)
-        # Before the folder is opened: what one rank refuses all refuse, and the first has left its code there by then.
+        config.check(world_size_from_environment())
+
+    def work() -> int:
+        nonlocal run_dir, claim
+        assert config is not None and run_dir is not None
         rank, world_size = rank_from_environment(), world_size_from_environment()
-        config.check(world_size)
         try:
             if rank == 0:
                 claim = claim_folder(run_dir)
@@ -58,7 +62,7 @@ def main(overrides: list[str]) -> int:
         return trainer.run()
 
     try:
-        return run_as_rank(work, run_dir=lambda: run_dir, log=log)
+        return run_as_rank(work, check=check, run_dir=lambda: run_dir, log=log)
     finally:
         if claim is not None:
             claim.close()

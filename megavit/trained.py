@@ -9,7 +9,7 @@ from megavit.checkpoint.shards import load_weights
 from megavit.checkpoint.state import read_state
 from megavit.compose import from_yaml, merge
 from megavit.config import RunConfig
-from megavit.data.decode import decode_image
+from megavit.data.decode import open_image
 from megavit.data.loader import Batch
 from megavit.data.order import SampleKey
 from megavit.data.views import View
@@ -48,9 +48,10 @@ class TrainedRun:
             ConfigError: for a file that is no image.
         """
         data, device = self.config.data, self.layout.device
-        images = [decode_image(path, channels=data.channels, name=str(path)) for path in paths]
+        view = View(data, augment=False)
+        images = (open_image(path, channels=data.channels, name=str(path)) for path in paths)
+        seen = torch.stack([view.see(image, name=str(path)) for path, image in zip(paths, images, strict=True)])
         keys = [SampleKey(index, 0) for index in range(len(paths))]
-        seen = torch.stack(View(data, augment=False)(images, keys, seed=self.config.run.seed))
         return Batch(seen.to(device), None, torch.ones(len(paths), dtype=torch.bool, device=device), keys)
 
 

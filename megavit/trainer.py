@@ -14,13 +14,13 @@ from megavit.checkpoint.store import CheckpointStore
 from megavit.compose import leaves, to_yaml
 from megavit.config import RunConfig
 from megavit.data.loader import Loader
-from megavit.data.opening import open_source, prepare_index
+from megavit.data.opening import open_splits, prepare_index
 from megavit.engine import Engine, prepare_task, wrap_network
 from megavit.errors import ConfigError
 from megavit.exits import FINISHED, STOPPED
 from megavit.freezing import freeze
 from megavit.init_from import start_from
-from megavit.introduce import introduction
+from megavit.introduce import describe_pace, introduction
 from megavit.keeping import Keeper
 from megavit.metrics.reporter import Reporter
 from megavit.metrics.starts import record_start
@@ -57,8 +57,9 @@ class Trainer:
         # Length
         index = self.run_dir / "index"
         wait_for_rank_zero(lambda: prepare_index(config.data, index))
-        train_source, val_source = (open_source(config.data, split, index=index) for split in ("train", "val"))
+        train_source, val_source = open_splits(config.data, index=index)
         self.num_steps = config.num_steps(len(train_source))
+        self.pace = config.pace(self.num_steps, num_samples=len(train_source))
         self.micro_batch = config.micro_batch(layout.world_size)
         self.num_microbatches = config.num_microbatches(layout.world_size)
 
@@ -80,9 +81,14 @@ class Trainer:
             seed=config.run.seed,
         )
         self.train_loader = loader(train_source, train=True)
-        self.val_loader = loader(val_source, train=False)
-        loaders = {"train": self.train_loader, "val": self.val_loader}
-        self.bad_samples = {split: BadSamples(of, split, run_dir=self.run_dir) for split, of in loaders.items()}
+        self.val_loader = loader(val_source, train=False) if val_source is not None else None
+        self.loaders = {"train": self.train_loader}
+        if self.val_loader is not None:
+            self.loaders["val"] = self.val_loader
+        self.bad_samples = {split: BadSamples(of, split, run_dir=self.run_dir) for split, of in self.loaders.items()}
+        # Without validation images a task paints training images.
+        self.painted = "val" if self.val_loader is not None else "train"
+        self.paint_loader = self.val_loader or loader(train_source, train=False)
         if self.task.baseline_samples:
             prepare_task(self.task, loader, train_source, seed=config.run.seed)
 
@@ -91,7 +97,13 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.model, network.block, config.optim, names=network.parameters, peak_lr=peak_lr
         )
-        self.schedule = build_schedule(self.optimizer, config.optim, peak_lr=peak_lr, num_steps=self.num_steps)
+        self.schedule = build_schedule(
+            self.optimizer,
+            config.optim,
+            peak_lr=peak_lr,
+            warmup_steps=self.pace.warmup_steps,
+            num_steps=self.num_steps,
+        )
 
         self.average = WeightAverage(self.chunks, decay=config.optim.ema) if config.optim.ema is not None else None
 
@@ -114,6 +126,7 @@ class Trainer:
             optimizer=self.optimizer,
             averages=self._averages,
             loaders=(self.train_loader, self.val_loader),
+            save_every=self.pace.save_every,
             steps=range(self.origin.state.step if self.origin is not None else 0, self.num_steps),
         )
         self._restore()
@@ -176,6 +189,7 @@ class Trainer:
             self.step += 1
             self.consumed_samples += train.global_batch
             self.throughput.count(train.global_batch)
+            reporter.advance(self.step)
             wants_stop, all_written = vote.count()
             if all_written:
                 self.keeper.finish(reporter)
@@ -233,8 +247,10 @@ class Trainer:
 
     def _evaluate_paint_save(self, reporter: Reporter, *, is_last: bool) -> None:
         finished = self.step == self.num_steps
-        every, eval_every = self.config.checkpoint.every, self.config.train.eval_every
-        evaluates = finished or (eval_every is not None and self.step % eval_every == 0)
+        every, eval_every = self.pace.save_every, self.pace.eval_every
+        evaluates = self.val_loader is not None and (
+            finished or (eval_every is not None and self.step % eval_every == 0)
+        )
         due = is_last or (every is not None and self.step % every == 0)
         pictures_every = self.config.metrics.pictures_every
         paints = pictures_every is not None and (finished or self.step % pictures_every == 0)
@@ -250,7 +266,8 @@ class Trainer:
             )
         is_best = evaluates and self._is_best()
         if paints:
-            reporter.show(self.step, "val", self.engine.paint(self.val_loader), titles=self.task.panels)
+            panels = self.engine.paint(self.paint_loader)
+            reporter.show(self.step, self.painted, panels, titles=self.task.panels)
         if due or is_best:
             self._save(reporter, due=due, is_best=is_best, is_last=is_last)
         self.throughput.resume()
@@ -278,6 +295,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """The task's metrics over the whole validation set, each image once, in any layout; `ema_…` of the average."""
+        assert self.val_loader is not None
         values = self.engine.validate(self.val_loader)
         if self.average is not None:
             with self.average.applied():
@@ -308,7 +326,11 @@ class Trainer:
 
     def _introduce(self, reporter: Reporter) -> None:
         from_scratch = self.origin is None and self.config.init_from is None
-        for line in introduction(self.config, self.layout, self.network, from_scratch=from_scratch):
+        sources = {split: loader.source for split, loader in self.loaders.items()}
+        for line in (
+            *introduction(self.config, self.layout, self.network, sources=sources, from_scratch=from_scratch),
+            *describe_pace(self.config, self.pace, num_steps=self.num_steps),
+        ):
             reporter.say(line)
         for line in (*self.rehearsed, *self.warnings):
             reporter.say(line)

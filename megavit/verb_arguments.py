@@ -4,12 +4,13 @@ import difflib
 from collections.abc import Iterable
 
 from megavit.errors import ConfigError
+from megavit.overrides import read_text
 
 
 def parse_arguments(
     verb: str, arguments: list[str], *, needed: Iterable[str], optional: Iterable[str]
 ) -> dict[str, str]:
-    """Split arguments into a dictionary.
+    """Split arguments into a dictionary; values are text, as a run's text settings (see `overrides.py`).
 
     Args:
         verb: for the messages.
@@ -31,7 +32,7 @@ def parse_arguments(
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}=?" if near else f"megavit {verb} {usage}"
             raise ConfigError(f"megavit {verb} knows no {key}=; {hint}")
-        given[key] = value
+        given[key] = read_text(value)
     missing = [key for key in needed if not given.get(key)]
     if missing:
         raise ConfigError(f"megavit {verb} needs {missing[0]}=: megavit {verb} {usage}")
@@ -47,7 +48,7 @@ def split_from(verb: str, arguments: list[str]) -> tuple[str, list[str]]:
     given = [argument for argument in arguments if argument.startswith("from=")]
     if len(given) != 1 or given[0] == "from=":
         raise ConfigError(f"megavit {verb} needs from=RUN once, then settings as in megavit train: key=value …")
-    return given[0].removeprefix("from="), [argument for argument in arguments if argument != given[0]]
+    return read_text(given[0].removeprefix("from=")), [argument for argument in arguments if argument != given[0]]
 
 
 def split_own(verb: str, arguments: list[str], *, own: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -70,7 +71,7 @@ def split_own(verb: str, arguments: list[str], *, own: Iterable[str]) -> tuple[d
         if key in own:
             if not value or key in given:
                 raise ConfigError(f"{argument}: megavit {verb} takes {key}= once, with a value")
-            given[key] = value
+            given[key] = read_text(value)
         elif near:
             raise ConfigError(f"megavit {verb} knows no {key}=; did you mean {near[0]}=?")
         else:

@@ -1,7 +1,6 @@
 """Start the ranks of one machine and give back their exit code."""
 
 import contextlib
-import itertools
 import logging
 import os
 import signal
@@ -16,7 +15,7 @@ import psutil
 from megavit.config import RunConfig
 from megavit.exits import FAULT, FINISHED, write_exit
 from megavit.importing import uncollected
-from megavit.signals import STOPPING
+from megavit.signals import HELD_BACK, STACK
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -98,8 +97,9 @@ def launch_ranks(launch: "LaunchConfig", command: list[str], *, module: str, run
     ranks = launch.nproc_per_node
     _hand_signals_on(module, ranks)
     _end_those_left(module, ranks)
+    program, *words = literal(command)
     try:
-        elastic_launch(launch, command[0])(*command[1:])
+        elastic_launch(launch, program)(*words)
     except ChildFailedError as error:
         return _explain(error, run_dir)
     except SignalException as error:
@@ -108,23 +108,30 @@ def launch_ranks(launch: "LaunchConfig", command: list[str], *, module: str, run
     return FINISHED
 
 
+def literal(words: list[str]) -> list[str]:
+    """Words that torch, which replaces ${local_rank} in each and reads $$ as one $, hands on to a rank as they were."""
+    return [word.replace("$", "$$") for word in words]
+
+
 def _hand_signals_on(module: str, ranks: int) -> None:
-    """Hand every stopping signal to the ranks and go on waiting for them; the third ends them.
+    """Hand signals to the ranks and go on waiting for them; the third one that asks to stop ends them.
 
     The signals are blocked here, and so in the ranks that are started from now on, until these listen: one that comes
     while they still import is not lost and ends nobody.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
 
     def hand_on() -> None:
-        for count in itertools.count(1):
-            number = signal.sigwait(STOPPING)
+        asked = 0
+        while True:
+            number = signal.sigwait(HELD_BACK)
+            asked += number != STACK
             deadline = time.monotonic() + _START_S
             while len(children := running(module)) < ranks and time.monotonic() < deadline:
                 time.sleep(0.05)
             for child in children:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    child.send_signal(number if count < 3 else signal.SIGKILL)
+                    child.send_signal(number if asked < 3 or number == STACK else signal.SIGKILL)
 
     threading.Thread(target=hand_on, daemon=True).start()
 

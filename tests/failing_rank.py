@@ -1,12 +1,13 @@
-"""A rank of a world in which rank 1 fails while the others wait for it in a collective; run by test_launch."""
+"""A rank of a world in which rank 1 fails in a collective, or each refuses its settings at its own time."""
 
 import os
 import sys
+import time
 
 import torch
 
+from megavit import outcome
 from megavit.errors import ConfigError
-from megavit.outcome import run_as_rank
 from megavit.parallel.layout import join_world
 
 
@@ -25,7 +26,15 @@ def work() -> int:
     return 0
 
 
+def check() -> None:
+    """`late N`: every rank refuses, rank N three seconds after the others; no wait of the later phases covers that."""
+    if sys.argv[1] == "late":
+        outcome._WAIT_S = outcome._LAST_S = 0.5
+        time.sleep(3 * (os.environ["RANK"] == sys.argv[2]))
+        raise ConfigError("a setting is wrong")
+
+
 if __name__ == "__main__":
-    code = run_as_rank(work, run_dir=lambda: None)
+    code = outcome.run_as_rank(work, check=check, run_dir=lambda: None)
     sys.stderr.flush()
     os._exit(code)

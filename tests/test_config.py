@@ -46,6 +46,12 @@ def test_every_group_is_a_folder_and_a_field():
     [
         (["model.hiden_size=3"], 1, r"model\.hiden_size does not exist; did you mean model\.hidden_size\?"),
         (["lr=1"], 1, r"the setting lr does not exist; did you mean optim\.lr\?"),
+        (["optim.learning_rate=1"], 1, r"optim\.learning_rate does not exist; did you mean optim\.lr\?"),
+        (["data.batch_size=8"], 1, r"data\.batch_size does not exist; did you mean train\.global_batch\?"),
+        (["optim.max_steps=8"], 1, r"optim\.max_steps does not exist; did you mean train\.steps\?"),
+        (["num_workers=8"], 1, r"num_workers does not exist; did you mean data\.workers\?"),
+        (["model.img_size=8"], 1, r"model\.img_size does not exist; did you mean data\.image_size\?"),
+        (["evaluation.every=8"], 1, r"evaluation\.every does not exist; did you mean metrics\.every\?"),
         (["+trainer.steps=1"], 1, r"trainer\.steps does not exist; did you mean train\.steps\?"),
         (["model=vit_b61"], 1, r"model=vit_b61 does not exist; did you mean model=vit_b16\?"),
         (["recipe=mnist"], 1, "recipe=mnist does not exist; (known|did you mean)"),
@@ -56,7 +62,7 @@ def test_every_group_is_a_folder_and_a_field():
         ),
         (["model.pool=max"], 1, r"model.pool: Invalid value 'max', expected one of \[cls, mean\]"),
         (["train.steps"], 1, "write key=value"),
-        (["run.dir=/tmp/tp=2"], 1, r"'run.dir=/tmp/tp=2' cannot be read .* goes in quotes"),
+        (["data.mean=[0.5"], 1, r"'data.mean=\[0.5' cannot be read: "),
         (["train={steps: 1}"], 1, "sets a whole section; set its keys: train.steps"),
         (
             ["parallel.tp=4", "parallel.pp=3"],
@@ -82,9 +88,14 @@ def test_every_group_is_a_folder_and_a_field():
             r"train.global_batch=100 is not a multiple of train.micro_batch=64 × data-parallel size 1 = 64; set train.global_batch=128",
         ),
         (["train.global_batch=64", "train.micro_batch=64"], 2, "train.micro_batch=64 × data-parallel size 2 = 128"),
-        (["data.image_size=[9,8]"], 1, r"9 mod 2 = 1"),
+        (["data.image_size=[9,8]"], 1, r"9 mod 2 = 1.* nearest: 8, 10 high and 8 wide"),
+        (
+            ["data.image_size=9"],
+            1,
+            r"data.image_size=\[9, 9\] is not divided by model.patch_size=2: .* nearest: 8, 10$",
+        ),
         (["data.mean=[0.5,0.5]"], 1, "has 2 values and data.channels=1"),
-        (["train.steps=50"], 1, "optim.warmup_steps=100 must be below the run's 50 steps"),
+        (["train.steps=50", "optim.warmup_steps=100"], 1, "optim.warmup_steps=100 must be below the run's 50 steps"),
         (["train.steps=null"], 1, "say how long to train: train.epochs=10"),
         (["model.class_tokens=0"], 1, "model.pool=cls needs a class token"),
         (["model.drop_path=1"], 1, "model.drop_path=1.0 must be a finite number at least 0 and below 1"),
@@ -108,6 +119,16 @@ def test_wrong_settings_are_refused_with_the_way_out(overrides, world, message):
     with pytest.raises(ConfigError, match=message) as refused:
         compose(overrides).check(world)
     assert "\n" not in str(refused.value)
+
+
+def test_what_other_trainers_call_a_setting_leads_to_one_that_exists():
+    assert set(composing._CALLED_ELSEWHERE.values()) <= set(composing.run_types())
+    assert not set(composing._CALLED_ELSEWHERE) & {key.rpartition(".")[2] for key in composing.run_types()}
+
+
+def test_one_number_is_both_sides_of_an_image():
+    assert compose(["data.image_size=16"]).data.image_size == [16, 16]
+    assert composing.merge(RunConfig(), ["data.image_size=224"]).data.image_size == [224, 224]
 
 
 def test_typing_epochs_clears_steps():

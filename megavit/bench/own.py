@@ -40,7 +40,7 @@ class Megavit:
             self._model, network.block, config.optim, names=network.parameters, peak_lr=peak_lr
         )
         # It writes the weight decay of each group.
-        build_schedule(self._optimizer, config.optim, peak_lr=peak_lr, num_steps=1_000_000).step(1)
+        build_schedule(self._optimizer, config.optim, peak_lr=peak_lr, warmup_steps=0, num_steps=1_000_000).step(1)
         self._batches = repeat(work.batch)
 
     def step(self, *, alike: bool = False) -> None:

@@ -18,7 +18,15 @@ _COMMON = (
     "train.steps=1000000",
 )
 _CLASSIFY = ("task=classify", "task.label_smoothing=0")
-_MAE = ("task=mae", "model.positions=sincos", "task.baseline_samples=1")
+_MAE = (
+    "task=mae",
+    "model.positions=sincos",
+    "task.baseline_samples=1",
+    "task.decoder_hidden_size=512",
+    "task.decoder_ffn_size=2048",
+    "task.decoder_num_heads=16",
+    "task.decoder_num_layers=8",
+)
 
 # megavit's own contestants by name: what is set beside the row's settings.
 OWN = {

@@ -14,6 +14,7 @@ from megavit.bench.rows import ON_CPU, ON_GPU, PRECISIONS, ROWS, TP2, overrides_
 from megavit.compose import compose
 from megavit.errors import ConfigError
 from megavit.metrics.starts import provenance
+from megavit.overrides import read_text
 
 
 def bench(arguments: list[str]) -> int:
@@ -95,7 +96,7 @@ def read_arguments(arguments: list[str]) -> tuple[BenchConfig, list[str]]:
             )
         else:
             name = key.removeprefix("bench.")
-            own[name] = value.strip("[]").split(",") if name in ("rows", "contestants") else value
+            own[name] = value.strip("[]").split(",") if name in ("rows", "contestants") else read_text(value)
     own = {name: None if value == "null" else value for name, value in own.items()}
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchConfig), own))

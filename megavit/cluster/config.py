@@ -65,22 +65,22 @@ class ClusterConfig:
             )
 
 
-def require_form(config: ClusterConfig, forms: dict[str, str], *, taker: str) -> None:
+def require_form(config: ClusterConfig, forms: dict[str, tuple[str, str]], *, taker: str) -> None:
     """Refuse words that a cluster would read otherwise than as one value; null passes.
 
     Args:
         config: the section.
-        forms: a regular expression by key; of a list each word must have the form.
+        forms: a regular expression by key, which each word of a list must match, and values that do, for the message.
         taker: whose form it is, for the message.
 
     Raises:
-        ConfigError: naming the setting, the word and the form.
+        ConfigError: naming the setting, the word and an example.
     """
-    for key, form in forms.items():
+    for key, (form, example) in forms.items():
         value = getattr(config, key)
         for word in value if isinstance(value, list) else [value]:
             if word is not None and not re.fullmatch(form, word):
-                raise ConfigError(f"cluster.{key}={word!r} is not what {taker} takes there ({form})")
+                raise ConfigError(f"cluster.{key}={word!r} is not what {taker} takes there; for example {example}")
 
 
 @dataclass
@@ -185,14 +185,14 @@ _OUR_OPTIONS = {
 }
 _WORD, _HOSTS = r"[\w.+-]+", r"[\w.,\[\]-]+"
 _SLURM_WORDS = {
-    "partition": r"[\w.,+-]+",
-    "account": _WORD,
-    "qos": _WORD,
-    "constraint": r"[\w.,&|*!()\[\]+-]+",
-    "reservation": r"[\w.,+-]+",
-    "nodelist": _HOSTS,
-    "exclude": _HOSTS,
-    "time": r"\d+|\d+:\d+(:\d+)?|\d+-\d+(:\d+){0,2}",
-    "gpu_type": _WORD,
-    "mem": r"\d+[KMGT]?",
+    "partition": (r"[\w.,+-]+", "gpu, or gpu,long"),
+    "account": (_WORD, "my_project"),
+    "qos": (_WORD, "high"),
+    "constraint": (r"[\w.,&|*!()\[\]+-]+", "a100, or a100|h100"),
+    "reservation": (r"[\w.,+-]+", "maintenance"),
+    "nodelist": (_HOSTS, "node[1-4],node7"),
+    "exclude": (_HOSTS, "node[1-4],node7"),
+    "time": (r"\d+|\d+:\d+(:\d+)?|\d+-\d+(:\d+){0,2}", "90 (minutes), 12:00:00 (hours), 2-12:00:00 (days-hours)"),
+    "gpu_type": (_WORD, "a100"),
+    "mem": (r"\d+[KMGT]?", "500G"),
 }

@@ -5,14 +5,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
 from megavit.cluster.config import ClusterConfig, Kind
-from megavit.compose import compose
+from megavit.compose import compose, run_types
 from megavit.config import RunConfig
 from megavit.data.remote import bare, is_url
 from megavit.errors import ConfigError
+from megavit.overrides import key_of, sweep, write_home_out, write_text
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class Job:
     """What is started.
 
     Attributes:
-        overrides: the run's settings, as typed.
+        overrides: the run's settings, as typed; the home directory is written out, the job's may be another.
         config: what they compose to, checked.
         nodes: machines.
         gpus_per_node: GPUs that it takes on each; 0 computes on the CPU.
@@ -73,6 +71,7 @@ def plan_job(overrides: list[str], cluster: ClusterConfig) -> Job:
     for text in overrides:
         if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
             raise ConfigError(f"{text!r} holds a line break or another control character")
+    overrides = [write_home_out(text, run_types()) for text in overrides]
     config = compose(overrides)
     layout = config.parallel
     if config.run.ranks is not None:
@@ -110,20 +109,14 @@ def split_sweep(overrides: list[str]) -> list[list[str]]:
     Raises:
         ConfigError: if nothing is swept, a value is given twice, or all would share one folder.
     """
-    parser, choices, swept = OverridesParser.create(), [], []
+    choices, swept = [], []
     for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            raise ConfigError(f"'{text}' cannot be read: {str(error).splitlines()[0]}") from error
-        if override.is_sweep_override():
-            values = [str(value) for value in override.sweep_string_iterator()]
-            if len(set(values)) < len(values):
-                raise ConfigError(f"'{text}' names a value twice; each combination is one job")
-            swept.append(override.key_or_group)
-            choices.append([f"{override.key_or_group}={value}" for value in values])
-        else:
-            choices.append([text])
+        values = sweep(text, run_types())
+        if len(set(values)) < len(values):
+            raise ConfigError(f"'{text}' names a value twice; each combination is one job")
+        if values != [text]:
+            swept.append(key_of(text))
+        choices.append(values)
     if not swept:
         raise ConfigError("--multirun needs a setting with several values, as optim.lr=1e-3,3e-3")
     fixed = [text for text in overrides if text.startswith("run.dir=") and "run.dir" not in swept]
@@ -144,7 +137,7 @@ def _named(overrides: list[str], swept: list[str]) -> list[str]:
             plain = re.sub(r"[^\w.+-]+", ".", value).strip(".")
             words.append(f"{last if short.count(last) == 1 else key}_{plain}")
     rest = [text for text in overrides if not text.startswith("run.name=")]
-    return [*rest, f"run.name={compose(overrides).run.name}-{'-'.join(words)}"]
+    return [*rest, write_text("run.name", f"{compose(overrides).run.name}-{'-'.join(words)}")]
 
 
 def _count_gpus() -> int:

@@ -101,15 +101,18 @@ _NAME = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?"
 _LABEL = r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?"
 _QUANTITY = r"\d+(\.\d+)?([kMGTPE]|[KMGTPE]i)?"
 _FORMS = {
-    "runtime": _NAME,
-    "image": r"\w[\w./:@-]*",
-    "volumes": rf"{_NAME}:/[^:]+(:ro)?",
-    "runs": r"/[^:]+",
-    "namespace": _NAME,
-    "service_account": _NAME,
-    "image_pull_secrets": _NAME,
-    "tolerations": rf"\w[\w./-]*(={_LABEL})?(:(NoSchedule|PreferNoSchedule|NoExecute))?",
-    "gpu_resource": rf"({_NAME}/)?{_LABEL}",
-    "memory": _QUANTITY,
-    "shm_size": _QUANTITY,
+    "runtime": (_NAME, "torch-distributed"),
+    "image": (r"\w[\w./:@-]*", "registry.io/megavit:1"),
+    "volumes": (rf"{_NAME}:/[^:]+(:ro)?", "runs:/runs or images:/data:ro"),
+    "runs": (r"/[^:]+", "/runs"),
+    "namespace": (_NAME, "research"),
+    "service_account": (_NAME, "trainer"),
+    "image_pull_secrets": (_NAME, "registry-key"),
+    "tolerations": (
+        rf"\w[\w./-]*(={_LABEL})?(:(NoSchedule|PreferNoSchedule|NoExecute))?",
+        "nvidia.com/gpu:NoSchedule",
+    ),
+    "gpu_resource": (rf"({_NAME}/)?{_LABEL}", "nvidia.com/gpu"),
+    "memory": (_QUANTITY, "500Gi"),
+    "shm_size": (_QUANTITY, "16Gi"),
 }

@@ -2,10 +2,9 @@
 
 import re
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-
 from megavit.cluster.job import Job
 from megavit.data.remote import is_url
+from megavit.overrides import key_of, write_text
 
 # What stands before a place in init_from; after the second group it may be an id of a hub.
 _DONOR = re.compile(r"(ema:|mae:|nemo:)?(.*)", re.S)
@@ -37,14 +36,5 @@ def with_settings(job: Job, changed: dict[str, str]) -> list[str]:
         job: whose settings.
         changed: values by key.
     """
-    parser = OverridesParser.create()
-    kept = [text for text in job.overrides if parser.parse_override(text).key_or_group not in changed]
-    return [*kept, *(_setting(key, value) for key, value in changed.items())]
-
-
-def _setting(key: str, value: str) -> str:
-    """A value as Hydra reads it in quotes: backslashes count only before a quote."""
-    if re.fullmatch(r"[\w./-]+", value) and not re.fullmatch(r"(?i)null|true|false|nan|inf|[\d._+e-]*", value):
-        return f"{key}={value}"
-    inside = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), value)
-    return f'{key}="{inside}"'
+    kept = [text for text in job.overrides if key_of(text) not in changed]
+    return [*kept, *(write_text(key, value) for key, value in changed.items())]

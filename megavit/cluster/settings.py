@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,6 +16,7 @@ from megavit.cluster.local import Local
 from megavit.cluster.slurm import Slurm
 from megavit.compose import choices, config_dir, leaves
 from megavit.errors import ConfigError
+from megavit.overrides import key_of, read_setting, read_text, types_of
 
 BACKENDS: dict[Kind, type[Backend]] = {
     Kind.local: Local,
@@ -45,7 +44,7 @@ def open_cluster(arguments: list[str]) -> Backend:
     named = [text for text in arguments if text.startswith("cluster=")]
     if len(named) > 1:
         raise ConfigError(f"{' and '.join(named)}: a job goes to one cluster")
-    name = named[0].removeprefix("cluster=") if named else "local"
+    name = read_text(named[0].removeprefix("cluster=")) if named else "local"
     given = _read(name)
     kind = given.get("kind")
     if kind not in [known.value for known in Kind]:
@@ -53,16 +52,22 @@ def open_cluster(arguments: list[str]) -> Backend:
     backend = BACKENDS[Kind(kind)]
     schema = OmegaConf.structured(backend.config_class)
     typed: dict[str, Any] = {}
-    known = list(leaves(backend.config_class()))
+    types = types_of(backend.config_class, "cluster.")
+    known = [path.removeprefix("cluster.") for path in types]
     for text in arguments:
         if text in named:
             continue
-        key, value = _parse(text)
+        key = key_of(text).removeprefix("cluster.")
         if key.partition(".")[0] not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean cluster.{near[0]}?" if near else f"known: {', '.join(known)}"
             raise ConfigError(f"cluster={name} has no setting cluster.{key}; {hint}")
-        typed[key] = value
+        setting = read_setting(text, types)
+        if setting.override.is_sweep_override():
+            raise ConfigError(
+                f"'{text}' gives several values; --multirun sweeps the run's settings, a list goes in [a,b]"
+            )
+        typed[key] = setting.value
     for key in given:
         if key not in known:
             raise ConfigError(f"cluster={name}: {key} does not exist; known: {', '.join(known)}")
@@ -79,6 +84,16 @@ def open_cluster(arguments: list[str]) -> Backend:
     return backend(config)
 
 
+class _AsWritten(yaml.SafeLoader):
+    """Read every word as it is written, but for null: what is a number the setting's type says, not the word's look."""
+
+
+_AsWritten.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _read(name: str) -> dict[str, Any]:
     own_file = name.endswith((".yaml", ".yml"))
     if not own_file and name not in choices("cluster"):
@@ -87,7 +102,7 @@ def _read(name: str) -> dict[str, Any]:
         raise ConfigError(f"cluster={name} does not exist; {hint}")
     path = Path(name) if own_file else config_dir() / "cluster" / f"{name}.yaml"
     try:
-        read = yaml.safe_load(path.read_text())
+        read = yaml.load(path.read_text(), Loader=_AsWritten)
     except OSError as error:
         raise ConfigError(f"cluster={name} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -95,19 +110,6 @@ def _read(name: str) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise ConfigError(f"cluster={name} must hold keys and values, kind: slurm for example")
     return read
-
-
-def _parse(text: str) -> tuple[str, Any]:
-    try:
-        override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        raise ConfigError(
-            f"'{text}' cannot be read ({str(error).splitlines()[0]}); a value with signs such as = or , goes in quotes "
-            f"that the shell leaves: key='\"value\"'"
-        ) from error
-    if override.is_sweep_override():
-        raise ConfigError(f"'{text}' gives several values; --multirun sweeps the run's settings, a list goes in [a,b]")
-    return override.key_or_group.removeprefix("cluster."), override.value()
 
 
 def _refuse_control_characters(settings: dict[str, Any]) -> None:

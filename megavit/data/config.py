@@ -43,7 +43,8 @@ class DataConfig(AugmentConfig):
             Face hub; or package.module:name, a source of one's own (see docs/extending.md).
         path: the folder, file or id; for csv and tar also a URL, http://… or s3://… for example; null for digits and
             synthetic.
-        val_fraction: share of each class to validate on, where the path holds one set of images; else null.
+        val_fraction: share of each class to validate on, where the path holds one set of images; 0 trains on all of
+            them and validates on none. Else null.
         image_size: [height, width] in pixels, as the network sees it.
         channels: of an image; pictures are converted to 1 (grey) or 3 (colour), any other number they have themselves.
         mean: per channel, of values in [0, 1].
@@ -66,7 +67,8 @@ class DataConfig(AugmentConfig):
         flip: training images are mirrored, left and right, half of the time.
         interpolation: of every resizing, with antialiasing.
         eval_crop: images are resized to cover a frame larger than image_size by 1 / eval_crop, and its centre is
-            taken; null resizes the whole image, whatever its proportions. Also for training without crop_scale.
+            taken, both in timm's rounding; null resizes the whole image, whatever its proportions. Also for training
+            without crop_scale.
         transform: package.module:name of a function or torchvision transform of one's own that training images pass
             after crop, flip, auto_augment and color_jitter, uint8 to uint8 of the same shape; null for none.
         shift: training images are moved by up to this many pixels down and across; what enters is black.
@@ -156,7 +158,7 @@ class DataConfig(AugmentConfig):
                 f"data.path={self.path} is a URL, and data.source={self.source} reads this machine's files; copy them "
                 f"here, or pack them as tar shards: data=tar reads those from afar"
             )
-        require_number("data", self, "val_fraction", above=0, below=1)
+        require_number("data", self, "val_fraction", at_least=0, below=1)
         for key in ("path", "val_fraction"):
             if not by_path and not is_name(self.source) and getattr(self, key) is not None:
                 raise ConfigError(

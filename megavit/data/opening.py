@@ -52,6 +52,22 @@ def open_source(config: DataConfig, split: str, *, index: Path | None = None) ->
     return choose(source, config, split)
 
 
+def open_splits(config: DataConfig, *, index: Path | None = None) -> tuple[Source, Source | None]:
+    """Open what a run trains on and what it validates on; None for the second where `data.val_fraction` is 0.
+
+    Args:
+        config: the data group, checked.
+        index: see `open_source`.
+    """
+    training = open_source(config, "train", index=index)
+    return training, open_source(config, "val", index=index) if "val" in splits(config) else None
+
+
+def splits(config: DataConfig) -> tuple[str, ...]:
+    """The splits that the data have."""
+    return ("train",) if config.val_fraction == 0 else ("train", "val")
+
+
 def prepare_index(config: DataConfig, index: Path) -> None:
     """List the samples of both splits, if that takes long, and keep the listing; one rank calls this before all open.
 
@@ -59,7 +75,7 @@ def prepare_index(config: DataConfig, index: Path) -> None:
         ConfigError: if the data are not there, or the listing cannot be kept.
     """
     if config.source in _INDEXED:
-        for split in ("train", "val"):
+        for split in splits(config):
             _INDEXED[config.source](config, split, index)
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from megavit.data.config import DataConfig, OnBadSample
 from megavit.data.decode import Jpeg
 from megavit.data.order import SampleKey
+from megavit.data.resize import named_if_too_large
 from megavit.data.source import Source, all_labels, label_set, name_of, open_sample
 from megavit.data.transforms import draw_shifts, shift_image
 from megavit.data.views import View
@@ -136,7 +138,8 @@ class Samples(Dataset[Micro]):
             try:
                 with self._told_of(sample_id):
                     image = open_sample(self.source, sample_id)
-                    cut = self.view.cut(image, draw) if self._fits(image) else None
+                    with named_if_too_large(partial(name_of, self.source, sample_id)):
+                        cut = self.view.cut(image, draw) if self._fits(image) else None
             except ConfigError as error:
                 if self.config.on_bad_sample is OnBadSample.stop:
                     raise

@@ -35,7 +35,7 @@ def split_indices(labels: np.ndarray, fraction: float | None, split: str, *, whe
     """Choose one part's samples.
 
     Each class gives the stated share of its samples, drawn with a fixed seed, to validation: at least one, but never
-    its only one.
+    its only one. Of 0 all samples train.
 
     Args:
         labels: of all samples.
@@ -44,12 +44,19 @@ def split_indices(labels: np.ndarray, fraction: float | None, split: str, *, whe
         where: the data, for the error.
 
     Raises:
-        ConfigError: if no fraction is stated, or it leaves nothing to validate on.
+        ConfigError: if no fraction is stated, or it leaves nothing to validate on and that is asked for.
     """
     if fraction is None:
         raise ConfigError(
             f"{where} holds one set of images; say which share of each class validates, data.val_fraction=0.1 for "
-            f"example, or put them into {where}/train and {where}/val"
+            f"example or 0 for none, or put them into {where}/train and {where}/val"
+        )
+    if fraction == 0:
+        if split == "train":
+            return np.arange(len(labels))
+        raise ConfigError(
+            f"data.val_fraction=0 leaves no images of {where} to validate on; data.val_fraction=0.1, for example, or "
+            f"another data.path has some"
         )
     validates = np.zeros(len(labels), dtype=bool)
     # Sorted once: to look for each of 1,000 classes in 1.3 million labels takes seconds.

@@ -13,6 +13,7 @@ from megavit.data.augment import colour_transforms
 from megavit.data.config import DataConfig
 from megavit.data.decode import Box, Jpeg
 from megavit.data.order import SampleKey
+from megavit.data.resize import center_box, eval_frame, named_if_too_large, resize, resize_part
 from megavit.errors import ConfigError
 from megavit.extension import by_name
 from megavit.parallel.rng import hash_int64
@@ -60,6 +61,19 @@ class View:
         with self.drawing():
             return [self.change(self.cut(image, draw)) for image, draw in zip(images, draws, strict=True)]
 
+    def see(self, image: Tensor | Jpeg, *, name: str) -> Tensor:
+        """One image in the size that the network sees, of a view that draws nothing.
+
+        Args:
+            image: uint8 image_CYX of any size, or a JPEG to be decoded.
+            name: of the image, for the error.
+
+        Raises:
+            ConfigError: if it cannot be decoded, or is too large to be resized.
+        """
+        with named_if_too_large(lambda: name):
+            return self.cut(image, draw=0)
+
     def draws(self, keys: list[SampleKey], *, seed: int) -> list[int]:
         """For each key what its image's view is drawn from."""
         columns = torch.tensor([(key.epoch, key.sample_id, key.occurrence) for key in keys]).unbind(dim=1)
@@ -74,6 +88,7 @@ class View:
 
         Raises:
             ConfigError: if it is a JPEG and cannot be decoded.
+            MemoryError, RuntimeError: if it is too large to be resized.
         """
         if self.crop is None and not self.random:
             return self._fit(image).contiguous()
@@ -104,15 +119,10 @@ class View:
     def _fit(self, opened: Tensor | Jpeg) -> Tensor:
         """Resize the whole image; or, with `eval_crop`, cover a frame larger by as much and cut its centre out."""
         image = opened.decode() if isinstance(opened, Jpeg) else opened
-        height, width = self.size
-        if list(image.shape[1:]) == [height, width] and self.eval_crop is None:
-            return image
         if self.eval_crop is None:
-            return functional.resize(image, [height, width], self.interpolation, antialias=True)
-        factor = max(height / self.eval_crop / image.shape[1], width / self.eval_crop / image.shape[2])
-        covering = [max(height, round(image.shape[1] * factor)), max(width, round(image.shape[2] * factor))]
-        resized = functional.resize(image, covering, self.interpolation, antialias=True)
-        return functional.center_crop(resized, [height, width])
+            return resize(image, self.size, self.interpolation)
+        frame = eval_frame((image.shape[1], image.shape[2]), self.size, self.eval_crop)
+        return resize_part(image, frame, center_box(frame, self.size), self.interpolation)
 
 
 class _Own:

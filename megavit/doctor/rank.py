@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megavit.doctor.arguments import read_arguments
+from megavit.doctor.arguments import Asked, read_arguments
 from megavit.doctor.disk import check_shared_folder
 from megavit.doctor.finding import Finding, State, in_a_line
 from megavit.errors import ConfigError
@@ -43,9 +43,15 @@ def main(arguments: list[str]) -> int:
     stop.listen()
     quieten_imports()
 
-    def work() -> int:
-        wanted = os.environ.get(FINDINGS)
+    wanted = os.environ.get(FINDINGS)
+    asked: Asked | None = None
+
+    def check() -> None:
+        nonlocal asked
         asked = read_arguments(arguments, under_launcher=wanted is None)
+
+    def work() -> int:
+        assert asked is not None
         findings = _Rank(stop, asked.timeout_s).measure(asked.run_dir if wanted is None else None)
         if not findings:
             return 0
@@ -59,7 +65,7 @@ def main(arguments: list[str]) -> int:
 
         return examine(asked, network=lambda _: findings)
 
-    return run_as_rank(work, run_dir=lambda: None)
+    return run_as_rank(work, check=check, run_dir=lambda: None)
 
 
 class _Rank:

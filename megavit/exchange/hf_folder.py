@@ -1,6 +1,7 @@
 """What goes beside the weights into Hugging Face's folder, and onto its hub."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ def refuse_unlike_hf(config: RunConfig) -> None:
     for setting, differs in reasons.items():
         if differs:
             raise ConfigError(f"{setting}: Hugging Face's {'ViTMAE' if mae else 'ViT'} has no such; to=timm: may have")
+    if config.data.eval_crop is not None and len(set(config.data.image_size)) > 1:
+        raise ConfigError(
+            f"data.eval_crop={config.data.eval_crop} with data.image_size={config.data.image_size}: Hugging Face's "
+            f"processor crops squares alone; to=timm: can say it"
+        )
 
 
 def hf_config(config: RunConfig, classes: tuple[str, ...], dtype: str) -> dict[str, Any]:
@@ -32,7 +38,7 @@ def hf_config(config: RunConfig, classes: tuple[str, ...], dtype: str) -> dict[s
 
     Args:
         config: of the run.
-        classes: names, in the order of the scores; empty of a masked autoencoder.
+        classes: names, in the order of the scores; empty of a masked autoencoder or a model without a classifier.
         dtype: fp32, bf16 or fp16.
     """
     model, task = config.model, config.task
@@ -65,6 +71,8 @@ def hf_config(config: RunConfig, classes: tuple[str, ...], dtype: str) -> dict[s
             "mask_ratio": task.mask_ratio,
             "norm_pix_loss": task.norm_pix,
         }
+    if not classes:
+        return settings | {"architectures": ["ViTModel"]}
     return settings | {
         "id2label": {str(index): name for index, name in enumerate(classes)},
         "label2id": {name: index for index, name in enumerate(classes)},
@@ -73,17 +81,24 @@ def hf_config(config: RunConfig, classes: tuple[str, ...], dtype: str) -> dict[s
 
 def hf_preprocessor(config: RunConfig) -> dict[str, Any]:
     """The content of `preprocessor_config.json`: images as the run evaluated them."""
-    height, width = config.data.image_size
+    data = config.data
+    whole = {"height": data.image_size[0], "width": data.image_size[1]}
+    if data.eval_crop is None:
+        view = {"size": whole, "do_center_crop": False}
+    else:
+        shorter = math.floor(data.image_size[0] / data.eval_crop)
+        view = {"size": {"shortest_edge": shorter}, "do_center_crop": True, "crop_size": whole}
     return {
         "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": data.channels == 3,
         "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 3 if config.data.interpolation.value == "bicubic" else 2,
+        **view,
+        "resample": 3 if data.interpolation.value == "bicubic" else 2,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": config.data.mean,
-        "image_std": config.data.std,
+        "image_mean": data.mean,
+        "image_std": data.std,
     }
 
 

@@ -11,23 +11,42 @@ from torch import Tensor
 from megavit.checkpoint.foreign import split_prefix, to_hf
 from megavit.checkpoint.names import Dims
 from megavit.checkpoint.nemo import PREFIX, nemo_row
+from megavit.config import RunConfig
 from megavit.errors import ConfigError
-from megavit.model.config import ModelConfig, Pool, Positions
+from megavit.exchange.timm_config import timm_config
+from megavit.model.config import Pool, Positions
 
 
-def write_timm(path: Path, plain: dict[str, Tensor], model: ModelConfig) -> None:
-    """Write one .safetensors file that `timm.create_model(…, checkpoint_path=…)` reads.
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a .safetensors file, with the mode of any file that the user makes."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    # safetensors 0.8 renames a temporary file, which nobody else may read.
+    path.chmod(mode)
+
+
+def write_timm(path: Path, plain: dict[str, Tensor], config: RunConfig, classes: tuple[str, ...]) -> None:
+    """Write one .safetensors file that `timm.create_model(…, checkpoint_path=…)` reads, and timm's config.json beside.
 
     Args:
         path: the file.
         plain: weights of the plain model, `pos_embed` among them also where it is fixed; taken out one by one.
-        model: their sizes.
+        config: of the run.
+        classes: names, in the order of the scores; empty of a model without a classifier.
     """
+    model = config.model
     split = split_prefix(plain, pools_class_token=model.pool is Pool.cls, learned=model.positions is Positions.learned)
     for name in ("cls_token", "pos_embed"):
         plain.pop(name, None)
+    weights = {**plain, **split}
+    if not model.patch_bias:
+        # timm's patch embedding always has a bias.
+        weights["patch_embed.proj.bias"] = torch.zeros_like(weights["patch_embed.proj.weight"][:, 0, 0, 0])
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({**plain, **split}, path, metadata={"format": "pt"})
+    write_tensors(path, weights, {"format": "pt"})
+    settings = timm_config(config, classes, weights)
+    (path.parent / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def write_nemo(path: Path, plain: dict[str, Tensor], dims: Dims) -> None:
@@ -70,6 +89,6 @@ def write_hf(folder: Path, plain: dict[str, Tensor], settings: dict[str, Any], p
     for name in list(plain):
         # Taken out: never are both whole in memory.
         theirs |= to_hf(name, plain.pop(name))
-    save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", theirs, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")

@@ -3,10 +3,13 @@
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # What is drawn beside the loss: the first that a run reports.
 _RESULTS = {"top1": "top-1 accuracy", "loss_ratio": "loss / loss of the mean image"}
@@ -31,16 +34,13 @@ def draw_curves(metrics_file: Path, picture: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = _rows(metrics_file)
-    # A run that was stopped and went on may have logged a step twice: the later line stands.
-    curves = {
-        split: {row["step"]: row for row in rows if row["split"] == split and row["loss"] is not None}
-        for split in ("train", "val")
-    }
+    curves = {split: _curve(rows, split) for split in ("train", "val")}
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, result = figure.subplots(1, 2)
     title = ""
+    ratios: list[tuple[int, float]] = []
     for split, colour, style in (("train", "#4477aa", "-"), ("val", "#cc6677", "o-")):
-        points = [curves[split][step] for step in sorted(curves[split])]
+        points = curves[split]
         if not points:
             continue
         steps = [row["step"] for row in points]
@@ -52,14 +52,50 @@ def draw_curves(metrics_file: Path, picture: Path) -> None:
             title = _RESULTS[name]
             label = split if split == "train" else f"val, last {list(found.values())[-1]:.4f}"
             result.plot(list(found), list(found.values()), style, color=colour, markersize=4, label=label)
+            if name == "loss_ratio":
+                ratios += found.items()
     for axes, name in ((loss, "loss"), (result, title)):
         axes.set(title=name, xlabel="step")
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
     loss.set_yscale("log")
+    _label_log_axis(loss)
+    _leave_the_start_out(result, ratios)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)
+
+
+def _curve(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+    """One split's lines that have a loss; without those that a crashed run logged after the step it went on from."""
+    points: list[dict[str, Any]] = []
+    for row in rows:
+        if row["split"] != split:
+            continue
+        while points and points[-1]["step"] >= row["step"]:
+            points.pop()
+        points.append(row)
+    return [row for row in points if row["loss"] is not None]
+
+
+def _label_log_axis(axes: "Axes") -> None:
+    """Label 1, 2, 5, 10, 20 …; where at most one of these lies within the axis, matplotlib spaces labels evenly."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _leave_the_start_out(axes: "Axes", points: list[tuple[int, float]]) -> None:
+    """End the axis above the values that follow the first point and the first tenth of the steps."""
+    steps = [step for step, _ in points]
+    if len(set(steps)) < 2:
+        return
+    start = max(min(steps), max(steps) / 10)
+    low, high = min(value for _, value in points), max(value for step, value in points if step > start)
+    margin = 0.05 * (high - low) or 0.05 * high
+    axes.set_ylim(low - margin, high + margin)
 
 
 def draw_panels(panels: Tensor, *, titles: tuple[str, ...], path: Path) -> np.ndarray:

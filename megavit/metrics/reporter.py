@@ -2,12 +2,13 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from torch import Tensor
 
 from megavit.metrics.config import MetricsConfig
@@ -28,6 +29,32 @@ _SHOWN = {
 }
 
 _CALLED = {"train": "", "val": "validation  ", "save": "saved  "}
+
+
+class _Clock:
+    """Estimates the time that is left, evaluations and saves included.
+
+    Args:
+        first_step: steps done before the start.
+        num_steps: steps of the whole run.
+    """
+
+    def __init__(self, first_step: int, num_steps: int) -> None:
+        self._counted_from, self._since, self._num_steps = first_step, time.monotonic(), num_steps
+        self._is_first = True
+
+    def left_at(self, step: int) -> str:
+        """What is left after a step, as hours:minutes:seconds.
+
+        The first step, which compiles kernels and fills caches, counts only until there is another.
+        """
+        now = time.monotonic()
+        pace_s = (now - self._since) / max(1, step - self._counted_from)
+        if self._is_first:
+            self._counted_from, self._since, self._is_first = step, now, False
+        minutes, seconds = divmod(round(pace_s * (self._num_steps - step)), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02} left"
 
 
 class Reporter:
@@ -57,6 +84,7 @@ class Reporter:
         self._speaks, self._run_dir = speaks, run_dir
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._clock = _Clock(first_step, num_steps)
         self._tensorboard: Any = None
         self._wandb: WandbRun | None = None
         self._lines: TextIO | None = None
@@ -69,7 +97,8 @@ class Reporter:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(run_dir / "tensorboard")
+            # What a run that crashed wrote of later steps is written again.
+            self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
         if config.wandb is not None:
             self._wandb = WandbRun(config.wandb, name=name, run_dir=run_dir, settings=settings)
         if self.console.is_terminal:
@@ -78,10 +107,10 @@ class Reporter:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.description}"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]}"),
                 console=self.console,
             )
-            self._task = self._progress.add_task("", completed=first_step, total=num_steps)
+            self._task = self._progress.add_task("", completed=first_step, total=num_steps, left="")
 
     def __enter__(self) -> "Reporter":
         if self._progress is not None:
@@ -106,6 +135,16 @@ class Reporter:
         self._log.flush()
         self.console.print(text, markup=False)
 
+    def advance(self, step: int) -> None:
+        """Move the progress bar on.
+
+        Args:
+            step: optimizer steps done.
+        """
+        if self._progress is not None:
+            assert self._task is not None
+            self._progress.update(self._task, completed=step, left=self._clock.left_at(step))
+
     def record(self, step: int, split: str, values: dict[str, float]) -> None:
         """Write one line of metrics.
 
@@ -129,7 +168,7 @@ class Reporter:
         shown = "  ".join(form.format(values[name]) for name, form in _SHOWN.items() if name in values)
         if split == "train" and self._progress is not None:
             assert self._task is not None and self._log is not None
-            self._progress.update(self._task, completed=step, description=shown)
+            self._progress.update(self._task, description=shown)
             self._log.write(f"step {step}  {shown}\n")
         else:
             self.say(f"step {step}  {_CALLED[split]}{shown}")

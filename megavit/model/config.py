@@ -112,12 +112,19 @@ class ModelConfig:
         """
         height, width = image_size
         if height % self.patch_size or width % self.patch_size:
+            nearest = [", ".join(map(str, self._nearest_sides(side))) for side in image_size]
             raise ConfigError(
                 f"data.image_size={image_size} is not divided by model.patch_size={self.patch_size}: "
                 f"{height} mod {self.patch_size} = {height % self.patch_size}, "
-                f"{width} mod {self.patch_size} = {width % self.patch_size}; choose multiples of the patch"
+                f"{width} mod {self.patch_size} = {width % self.patch_size}; choose multiples of the patch, nearest: "
+                + (nearest[0] if height == width else f"{nearest[0]} high and {nearest[1]} wide")
             )
         return height // self.patch_size, width // self.patch_size
+
+    def _nearest_sides(self, side: int) -> list[int]:
+        """The side itself where the patch divides it, else the next smaller and larger ones that it divides."""
+        below = side // self.patch_size * self.patch_size
+        return [side] if below == side else [size for size in (below, below + self.patch_size) if size]
 
     def num_tokens(self, image_size: list[int]) -> int:
         """Tokens per image: patches and class tokens."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from megavit.checks import require_number
+from megavit.checks import require_number, require_steps
 from megavit.errors import ConfigError
 
 # The word for all but what stands on the encoder, among the patterns of what is frozen.
@@ -58,7 +58,9 @@ class OptimConfig:
         min_lr: learning rate at the last step.
         decay: how it falls from lr to min_lr.
         decay_steps: the last steps, over which `wsd` falls; null for the others.
-        warmup_steps: steps of linear warm-up from 0.
+        warmup_steps: steps of linear warm-up from 0; auto takes 5 % of the run's steps, at most 5 epochs.
+        shorten_warmup: shorten a warm-up that does not end before the run to 5 % of its steps, so that a recipe can be
+            tried for a few steps; false refuses the run. Whoever types warmup_steps sets it to false.
         weight_decay: on matrices; biases, norms, class tokens and positions have none.
         betas: Adam's two; null for other rules.
         eps: Adam's; null for other rules.
@@ -69,7 +71,8 @@ class OptimConfig:
         freeze: patterns such as blocks.3.* of timm's weight names whose weights stay as they are; encoder stands for
             all but the head. Null trains everything.
         clip: largest gradient norm over the whole model; 0 to not clip.
-        ema: decay of a moving average of the weights, 0.9999 for example, which is evaluated too; null for none.
+        ema: decay of a moving average of the weights, 0.9999 for example, which is evaluated too; null for none. The
+            average starts from the initial weights, so the run should have at least 3 / (1 - ema) steps.
     """
 
     name: Optimizer = Optimizer.adamw
@@ -79,7 +82,8 @@ class OptimConfig:
     min_lr: float = 0.0
     decay: Decay = Decay.cosine
     decay_steps: int | None = None
-    warmup_steps: int = 0
+    warmup_steps: int | str = 0
+    shorten_warmup: bool = True
     weight_decay: float = 0.05
     betas: list[float] | None = None
     eps: float | None = None
@@ -101,7 +105,8 @@ class OptimConfig:
         """Raise ConfigError where this group contradicts itself."""
         if (self.lr is None) == (self.base_lr is None):
             raise ConfigError(f"set one of optim.lr={self.lr} and optim.base_lr={self.base_lr}, and the other to null")
-        require_number("optim", self, "lr", "base_lr", "min_lr", "weight_decay", "warmup_steps", "clip", at_least=0)
+        require_number("optim", self, "lr", "base_lr", "min_lr", "weight_decay", "clip", at_least=0)
+        require_steps("optim", self, "warmup_steps", at_least=0)
         require_number("optim", self, "eps", "trust_coefficient", "layer_decay", above=0)
         if self.freeze == []:
             raise ConfigError("optim.freeze=[] freezes nothing; null says so")

@@ -4,6 +4,9 @@ from megavit.optim.config import OptimConfig, Optimizer
 
 _FP32_BYTES = 4
 
+# After this many times 1 / (1 - decay) steps 5 % of an average are still the weights it started from: e ** -3.
+_TIME_CONSTANTS = 3
+
 
 def state_bytes(config: OptimConfig) -> int:
     """Bytes of the optimizer's own state for each trained weight: Adam's two moments, or a momentum, in fp32."""
@@ -48,3 +51,22 @@ def warn_of_optimizer(config: OptimConfig, *, from_scratch: bool) -> str | None:
             "2106.14881); SGD is for fine-tuning: choose optim=adamw, or weights to start from, init_from=…"
         )
     return None
+
+
+def warn_of_average(config: OptimConfig, *, num_steps: int) -> str | None:
+    """That a run is too short for the moving average of its weights, None where it is not.
+
+    Args:
+        config: the optim group.
+        num_steps: of the whole run.
+    """
+    if config.ema is None or num_steps * (1 - config.ema) >= _TIME_CONSTANTS:
+        return None
+    # Rounded to a digit this still fits: 5 / steps loses a third at most.
+    fitting = 1 - float(f"{5 / num_steps:.1g}")
+    way_out = f"optim.ema={fitting:g}" if fitting > 0 else "optim.ema=null"
+    return (
+        f"warning: optim.ema={config.ema:g} averages over about {1 / (1 - config.ema):,.0f} steps and the run has "
+        f"{num_steps:,}: the average, by which the best checkpoint is chosen, stays close to the initial weights; set "
+        f"{way_out}"
+    )

@@ -105,7 +105,7 @@ def _choose_sgd(config: OptimConfig, tensor_parallel: torch.distributed.ProcessG
 
 
 def build_schedule(
-    optimizer: MegatronOptimizer, config: OptimConfig, *, peak_lr: float, num_steps: int
+    optimizer: MegatronOptimizer, config: OptimConfig, *, peak_lr: float, warmup_steps: int, num_steps: int
 ) -> OptimizerParamScheduler:
     """Build the schedule of learning rate and weight decay, a function of the step alone.
 
@@ -115,6 +115,7 @@ def build_schedule(
         optimizer: whose groups it writes to.
         config: the optim group.
         peak_lr: learning rate after warm-up.
+        warmup_steps: steps of linear warm-up.
         num_steps: of the whole run; where the fall ends.
     """
     return OptimizerParamScheduler(
@@ -122,7 +123,7 @@ def build_schedule(
         init_lr=0.0,
         max_lr=peak_lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=config.warmup_steps,
+        lr_warmup_steps=warmup_steps,
         lr_decay_steps=num_steps,
         lr_decay_style="WSD" if config.decay is Decay.wsd else config.decay.value,
         wsd_decay_steps=config.decay_steps,

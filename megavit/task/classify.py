@@ -102,6 +102,8 @@ class Classify:
     def loss(self, logits_BK: Tensor, batch: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of a micro batch, for the gradient, and sums over its counted images, for the metrics.
 
+        Label smoothing and class weights are for training; an evaluation's loss has neither, as in timm, DeiT and MAE.
+
         Returns:
             The loss, and sums `loss`, `top1` and `count`; dividing by `count` is left to whoever has added them all.
             Of a mixed image the class of the larger share is the right one; of several labels each is.
@@ -113,7 +115,7 @@ class Classify:
             whole_BK = shares_BK if shares_BK is not None else F.one_hot(labels_B, self.num_classes).float()
             shares_BK = mix.targets(whole_BK)
             labels_B = labels_B if self.data.multi_label else shares_BK.argmax(dim=1)
-        losses_B = self._losses(logits_BK, labels_B, shares_BK)
+        losses_B = self._losses(logits_BK, labels_B, shares_BK, trains=batch.augmented)
         with torch.no_grad():
             counted_B = batch.counted_B
             sums = {
@@ -123,20 +125,21 @@ class Classify:
             }
         return losses_B.mean(), sums
 
-    def _losses(self, logits_BK: Tensor, labels_B: Tensor, shares_BK: Tensor | None) -> Tensor:
+    def _losses(self, logits_BK: Tensor, labels_B: Tensor, shares_BK: Tensor | None, *, trains: bool) -> Tensor:
         """Each image's loss; where there are shares, the labels stand for nothing else."""
+        smoothing, weights_K = (self.label_smoothing, self.weights_K) if trains else (0.0, None)
         if not self.by_class:
             return F.cross_entropy(
                 logits_BK,
                 labels_B if shares_BK is None else shares_BK,
-                weight=self.weights_K,
-                label_smoothing=self.label_smoothing,
+                weight=weights_K,
+                label_smoothing=smoothing,
                 reduction="none",
             )
         if shares_BK is None:
             shares_BK = F.one_hot(labels_B, self.num_classes).float()
-        smooth_BK = shares_BK * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
-        losses_BK = F.binary_cross_entropy_with_logits(logits_BK, smooth_BK, weight=self.weights_K, reduction="none")
+        smooth_BK = shares_BK * (1 - smoothing) + smoothing / self.num_classes
+        losses_BK = F.binary_cross_entropy_with_logits(logits_BK, smooth_BK, weight=weights_K, reduction="none")
         return losses_BK.mean(dim=1)
 
     def _are_right(self, logits_BK: Tensor, labels_B: Tensor, *, best: int) -> Tensor:

@@ -1,5 +1,6 @@
 """What is learned."""
 
+import math
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -45,6 +46,9 @@ _MAE = (
     "baseline_samples",
 )
 
+# Width and heads of the decoder of the paper's B, L and H (arXiv 2111.06377), and its layers.
+_PAPER_WIDTH, _PAPER_HEADS, _PAPER_LAYERS = 512, 16, 8
+
 
 @dataclass
 class TaskConfig:
@@ -54,16 +58,19 @@ class TaskConfig:
         name: the task.
         implementation: package.module:name of a class of one's own in its place, called as the task's own class is
             (see docs/extending.md); null for megavit's.
-        label_smoothing: probability spread over all classes, in [0, 1).
-        loss: how scores are held against labels; null is cross_entropy, as in runs from before there was a choice.
+        label_smoothing: probability spread over all classes, in [0, 1); in training alone.
+        loss: how scores are held against labels; null is cross_entropy, as in runs from before there was a choice. The
+            validation loss has neither label_smoothing nor class_weights.
         class_weights: one per class, in the order of the labels: what each class's part of the loss is multiplied by;
             the loss stays a mean over the images, not over the weights. Null for all 1.
         mask_ratio: share of the patches that the encoder does not see, in (0, 1).
         norm_pix: compare with each patch's pixels less their mean, over their deviation; else with the pixels.
-        decoder_hidden_size: the decoder's token width.
-        decoder_ffn_size: width inside its MLP.
-        decoder_num_heads: its attention heads.
-        decoder_num_layers: its layers; all of them stand on the last pipeline stage.
+        decoder_hidden_size: the decoder's token width; null takes the encoder's, at most 512.
+        decoder_ffn_size: width inside its MLP; null takes the encoder's, or 4 times the decoder's width if that is
+            another.
+        decoder_num_heads: its attention heads; null takes the encoder's, or at most 16 if the width is another.
+        decoder_num_layers: its layers; all of them stand on the last pipeline stage. Null takes a third of the
+            encoder's, at most 8.
         baseline_samples: training images that the mean image is measured over, at most.
     """
 
@@ -96,6 +103,22 @@ class TaskConfig:
                 f"{1 - 1 / num_patches:.4g}"
             )
         return kept
+
+    def with_decoder(self, model: ModelConfig) -> "TaskConfig":
+        """With a masked autoencoder's decoder sizes that are null derived from its encoder; other tasks as they are."""
+        if self.name is not TaskName.mae:
+            return self
+        # Positions by sine and cosine, down and across, need a multiple of 4.
+        width = self.decoder_hidden_size or min(_PAPER_WIDTH, model.hidden_size // 4 * 4)
+        as_wide = width == model.hidden_size
+        heads = model.num_heads if as_wide else math.gcd(_PAPER_HEADS, width)
+        return replace(
+            self,
+            decoder_hidden_size=width,
+            decoder_ffn_size=self.decoder_ffn_size or (model.ffn_size if as_wide else 4 * width),
+            decoder_num_heads=self.decoder_num_heads or heads,
+            decoder_num_layers=self.decoder_num_layers or max(1, min(_PAPER_LAYERS, model.num_layers // 3)),
+        )
 
     def decoder(self, model: ModelConfig) -> ModelConfig:
         """The decoder as a model group: its own sizes, the encoder's patches, class tokens and kernels."""

@@ -16,12 +16,17 @@ def free_port() -> str:
 
 
 def start_ranks(folder: Path, *settings: str) -> list[subprocess.Popen]:
-    """Two ranks as Azure ML starts them: each by itself, with no torchrun."""
+    """Two ranks of a training, as Azure ML starts them."""
+    return start_processes("megavit.train", f"run.dir={folder}/run", "parallel.tp=2", *settings)
+
+
+def start_processes(module: str, *arguments: str) -> list[subprocess.Popen]:
+    """Two ranks, each by itself, with no torchrun."""
     port = free_port()
     world = {"WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "megavit.train", f"run.dir={folder}/run", "parallel.tp=2", *settings],
+            [sys.executable, "-m", module, *arguments],
             env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -32,11 +37,19 @@ def start_ranks(folder: Path, *settings: str) -> list[subprocess.Popen]:
 
 
 def test_ranks_without_torchrun_refuse_a_setting_in_one_message(tmp_path):
-    ranks = start_ranks(tmp_path, "train.steps=5")
+    ranks = start_ranks(tmp_path, "train.global_batch=65", "train.micro_batch=2")
     said = "".join(rank.communicate(timeout=100)[0] for rank in ranks)
     assert [rank.returncode for rank in ranks] == [2, 2]
-    assert said.count("optim.warmup_steps=100 must be below") == 1
+    assert said.count("train.global_batch=65 is not a multiple") == 1
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 2
+
+
+@pytest.mark.parametrize("late", ["0", "1"])
+def test_a_rank_that_comes_late_to_a_wrong_setting_does_not_report_it_again(late):
+    ranks = start_processes("tests.failing_rank", "late", late)
+    said = "".join(rank.communicate(timeout=100)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert said.count("a setting is wrong") == 1, said
 
 
 @pytest.mark.slow
@@ -99,10 +112,10 @@ def start_nodes(folder: Path, *settings: str, late: bool = False) -> list[subpro
 
 @pytest.mark.slow
 def test_two_pods_refuse_a_setting_in_one_message_and_are_not_started_again(tmp_path):
-    nodes = start_nodes(tmp_path, "train.steps=5", late=True)
+    nodes = start_nodes(tmp_path, "train.global_batch=65", "train.micro_batch=2", late=True)
     said = "".join(node.communicate(timeout=120)[0] for node in nodes)
     assert [node.returncode for node in nodes] == [2, 2]
-    assert said.count("optim.warmup_steps=100 must be below") == 1
+    assert said.count("train.global_batch=65 is not a multiple") == 1
 
 
 @pytest.mark.slow

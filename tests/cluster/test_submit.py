@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megavit.cluster.azureml_config import AzureMLConfig
+from megavit.cluster.config import SlurmConfig
 from megavit.cluster.job import plan_job, split_sweep
+from megavit.cluster.kubernetes_config import KubernetesConfig
 from megavit.cluster.settings import open_cluster
 from megavit.cluster.submit import submit
 from megavit.compose import choices
@@ -59,7 +62,8 @@ REFUSED = {
     "cluster=slurm run.ranks=8": "run.ranks=8 is megavit train's",
     "cluster=slurm cluster.image=a.sqsh": "cluster.container=none and cluster.image=a.sqsh do not go together",
     "cluster=slurm cluster.mounts=[/a:/b]": "cluster.mounts would be ignored without a container",
-    "cluster=slurm cluster.time=tomorrow": "cluster.time='tomorrow' is not what Slurm takes there",
+    "cluster=slurm cluster.time=tomorrow": "cluster.time='tomorrow' is not what Slurm takes there; for example "
+    "90 (minutes), 12:00:00 (hours), 2-12:00:00 (days-hours)",
     "cluster=slurm cluster.options.signal=USR2@10": "the script says that itself; set cluster.grace_s",
     "cluster=slurm cluster.options.array=1-4": "--multirun submits several jobs",
     "cluster=slurm cluster.nodes=1,2": "gives several values; --multirun sweeps the run's settings",
@@ -82,6 +86,21 @@ def test_a_wrong_request_is_refused_at_the_desk(typed, slurm, tmp_path):
     assert REFUSED[typed].replace("have not", "ha")[:12] in str(error.value) or REFUSED[typed] in str(error.value)
     assert not slurm.called()
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        (SlurmConfig(gpus_per_node=0, time="12 hours"), "90 (minutes), 12:00:00 (hours), 2-12:00:00 (days-hours)"),
+        (AzureMLConfig(compute="c", data="in1k"), "azureml://datastores/NAME/paths/FOLDER or azureml:NAME:VERSION"),
+        (KubernetesConfig(image="a", memory="500 GB"), "500Gi"),
+    ],
+    ids=["Slurm", "Azure ML", "Kubernetes"],
+)
+def test_a_word_that_a_cluster_would_misread_is_refused_with_an_example(config, shown):
+    with pytest.raises(ConfigError) as error:
+        config.check()
+    assert str(error.value).endswith(f"; for example {shown}")
 
 
 def test_python_launch_submit_is_megavit_submit(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megavit.data import reading
+from megavit.data import reading, resize
 from megavit.data.config import DataConfig, OnBadSample
 from megavit.data.digits import Digits
 from megavit.data.loader import Loader
@@ -223,3 +223,33 @@ def test_too_many_stop_the_run_on_every_rank(photographs, tmp_path):
         f"{tmp_path / 'run'}/bad_samples.jsonl lists them"
     )
     assert str(failed.value).count(message) == 2
+
+
+class Towers(Broken):
+    """Digits of which some are a pixel wide and far too high."""
+
+    def image(self, index):
+        return torch.zeros(1, 300, 1, dtype=torch.uint8) if index in self.bad else Digits.image(self, index)
+
+
+def no_memory_for_towers(image, size, *_, **__):
+    if image.shape[1] == 300:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 11796480000 bytes")
+    return image
+
+
+@pytest.mark.parametrize(
+    ("patched", "reason"),
+    [
+        ((resize.functional, "resize", no_memory_for_towers), "DefaultCPUAllocator: can't allocate memory"),
+        ((resize, "_MAX_PIXELS", 1000), "of its 1 × 300 pixels 8 × 300 would be made"),
+    ],
+)
+def test_an_image_that_is_too_large_to_be_resized_is_named_and_can_be_skipped(patched, reason, monkeypatch):
+    monkeypatch.setattr(*patched)
+    source = Towers(set(due(64)[::7]))
+    seen, replaced = read([make_loader(source, **SKIP)])
+    assert len(seen) == 64
+    assert replaced.keys() == source.bad
+    with pytest.raises(ConfigError, match=rf"^digit \d+ cannot be resized: {reason}"):
+        read([make_loader(source)])

@@ -87,7 +87,10 @@ def test_base_lr_is_scaled_by_the_batch():
         (["optim.decay=constant", "optim.min_lr=1e-5"], "would be ignored by optim.decay=constant"),
         (["optim.decay=wsd"], "wsd needs the number of steps"),
         (["optim.decay_steps=5"], "the others have none"),
-        (["optim.decay=wsd", "optim.decay_steps=1450"], r"100 \+ optim.decay_steps=1450 = 1550 is more than"),
+        (
+            ["optim.decay=wsd", "optim.decay_steps=1450", "optim.warmup_steps=100"],
+            r"100 \+ optim.decay_steps=1450 = 1550 is more than",
+        ),
         (["optim=sgd", "optim.lr=1", "optim.implementation=te"], "would be ignored by optim.name=sgd"),
         (["optim.min_lr=1"], "optim.min_lr=1.0 is above the peak learning rate"),
     ],

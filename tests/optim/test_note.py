@@ -3,7 +3,8 @@
 import pytest
 
 from megavit.compose import compose
-from megavit.optim.note import describe_optimizer, state_bytes, warn_of_optimizer
+from megavit.optim.config import OptimConfig
+from megavit.optim.note import describe_optimizer, state_bytes, warn_of_average, warn_of_optimizer
 from megavit.testing import run_ranks
 from tests import ranks
 from tests.reference import SMALL
@@ -41,12 +42,28 @@ def test_plain_sgd_from_scratch_is_warned_of_and_fine_tuning_is_not():
     assert warn_of_optimizer(adamw, from_scratch=True) is None
 
 
+def test_a_moving_average_that_is_too_slow_for_the_run_is_warned_of_with_one_that_fits():
+    def warning(ema: float | None, steps: int) -> str | None:
+        return warn_of_average(OptimConfig(ema=ema), num_steps=steps)
+
+    said = warning(0.9999, 300)
+    assert said.startswith("warning: optim.ema=0.9999 averages over about 10,000 steps and the run has 300:")
+    assert said.endswith("set optim.ema=0.98")
+    assert warning(None, 300) is None
+    assert warning(0.9999, 30_001) is None
+    for steps in (6, 7, 20, 99, 333, 1_437, 29_999):
+        assert warning(float(warning(0.9999, steps).rpartition("=")[2]), steps) is None
+    assert warning(0.9, 4).endswith("set optim.ema=null")
+
+
 def test_a_run_says_it_at_its_start_with_its_warnings(tmp_path):
-    keys = [*SMALL, "optim=sgd", "task=linear_probe", "train.steps=1", "optim.warmup_steps=0", f"run.dir={tmp_path}"]
+    rule = ["optim=sgd", "task=linear_probe", "optim.ema=0.9999"]
+    keys = [*SMALL, *rule, "train.steps=1", "optim.warmup_steps=0", f"run.dir={tmp_path}"]
     weights = run_ranks(ranks.train_and_keep, 1, keys)[0]["weights"]
     # The running mean and variance of the 32 features are no weights.
     count = sum(weight.numel() for weight in weights.values()) - 64
     said = (tmp_path / "train.log").read_text()
     assert f"optimizer sgd: 4 bytes of state for each weight; trains 330 of the {count:,} weights" in said
     assert "far worse from scratch" in said
+    assert "warning: optim.ema=0.9999 averages over about 10,000 steps and the run has 1:" in said
     assert "the encoder is frozen as it was drawn, at random; init_from=RUN" in said

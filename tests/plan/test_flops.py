@@ -9,6 +9,7 @@ def test_vit_b16_takes_35_gigaflops_forward():
 
 def test_flops_agree_with_torchs_own_count():
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     from megavit.model.config import ModelConfig
@@ -17,12 +18,13 @@ def test_flops_agree_with_torchs_own_count():
     config = ModelConfig(hidden_size=32, ffn_size=96, num_heads=4, num_layers=3, patch_size=4)
     shape = NetworkShape(hidden=32, ffn=96, layers=3, tokens=17, patches=16, patch_values=48, classes=10)
     model = PlainViT(config, image_size=[16, 16], channels=3, num_classes=10)
-    with FlopCounterMode(display=False) as counter:
-        loss = model(torch.randn(2, 3, 16, 16)).sum()
-    forward = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        loss.backward()
+    # The products of attention one by one: torch 2.14 does not count the CPU's attention kernel, 2.15 counts what its
+    # backward pass computes again, too.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            loss = model(torch.randn(2, 3, 16, 16)).sum()
+        forward = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
     assert forward == 2 * forward_flops(shape)
-    # The backward of attention recomputes the scores, which are not model FLOPs: count it out.
-    recomputed = 3 * 2 * 2 * 17 * 17 * 32
-    assert forward + counter.get_total_flops() in (2 * training_flops(shape), 2 * training_flops(shape) + recomputed)
+    assert forward + counter.get_total_flops() == 2 * training_flops(shape)

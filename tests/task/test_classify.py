@@ -33,8 +33,8 @@ def batch_of(*, augmented: bool) -> Batch:
     return Batch(None, LABELS, torch.ones(6, dtype=torch.bool), keys, augmented)
 
 
-def loss(*overrides: str) -> tuple[float, dict[str, torch.Tensor]]:
-    found, sums = open_classifier(*overrides).loss(LOGITS, batch_of(augmented=True))
+def loss(*overrides: str, trains: bool = True) -> tuple[float, dict[str, torch.Tensor]]:
+    found, sums = open_classifier(*overrides).loss(LOGITS, batch_of(augmented=trains))
     return float(found), sums
 
 
@@ -87,6 +87,16 @@ def test_class_weights_multiply_each_classs_part_and_the_mean_is_over_images():
     one_hot = F.one_hot(LABELS, 10).float()
     parts = -weights * (one_hot * F.logsigmoid(LOGITS) + (1 - one_hot) * F.logsigmoid(-LOGITS))
     assert loss(setting, "task.loss=bce")[0] == pytest.approx(float(parts.mean()), abs=1e-6)
+
+
+def test_the_validation_loss_has_neither_the_trainings_class_weights_nor_its_smoothing():
+    settings = [*MIXED, f"task.class_weights={WEIGHTS}", "task.label_smoothing=0.5"]
+    plain = F.cross_entropy(LOGITS, LABELS, reduction="none")
+    found, sums = loss(*settings, trains=False)
+    assert found == float(plain.mean())
+    assert torch.equal(sums["loss"], plain.sum())
+    by_class = F.binary_cross_entropy_with_logits(LOGITS, F.one_hot(LABELS, 10).float())
+    assert loss(*settings, "task.loss=bce", trains=False)[0] == pytest.approx(float(by_class), abs=1e-7)
 
 
 def test_the_right_class_of_a_mixed_image_is_that_of_the_larger_share():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megavit.compose import compose
+from megavit.compose import compose, from_yaml, to_yaml
 from megavit.data.digits import Digits
 from megavit.errors import ConfigError
 from megavit.model.embedding import patchify, unpatchify
@@ -164,8 +164,54 @@ def test_patches_go_back_to_where_they_were():
 
 @pytest.mark.parametrize(("model", "cost"), [("vit_b16", 15.0), ("vit_l16", 8.5), ("vit_h14", 5.5)])
 def test_the_decoder_costs_as_many_encoder_layers_as_the_design_says(model, cost):
-    shape = compose(["recipe=null", f"model={model}", "task=mae", "data=synthetic"]).network_shape(num_classes=0)
+    recipe = f"recipe=mae_{model.removeprefix('vit_')}_800ep"
+    shape = compose([recipe, "data.path=/data"]).network_shape(num_classes=0)
     assert head_flops(shape) / layer_flops(shape) == pytest.approx(cost, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "want"),
+    [
+        (["model=vit_ti16"], (192, 768, 3, 4)),
+        (["model=vit_b16"], (512, 2048, 16, 4)),
+        (["model=vit_G14"], (512, 2048, 16, 8)),
+        (["model.num_layers=2", "model.hidden_size=96", "model.ffn_size=100", "model.num_heads=4"], (96, 100, 4, 1)),
+        # 66 is no multiple of 4; 64 is, and has 16 heads.
+        (["model.hidden_size=66"], (64, 256, 16, 4)),
+        (["model=vit_b16", "task.decoder_hidden_size=24", "task.decoder_num_layers=2"], (24, 96, 8, 2)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_without_a_recipe_the_decoder_is_no_wider_than_its_encoder_and_a_third_as_deep(settings, want):
+    config = compose(["recipe=null", "task=mae", "data=synthetic", "train.steps=1", *settings])
+    config.check(1)
+    task = config.task
+    sizes = (task.decoder_hidden_size, task.decoder_ffn_size, task.decoder_num_heads, task.decoder_num_layers)
+    assert sizes == want
+    assert from_yaml(to_yaml(config)) == config
+
+
+@pytest.mark.parametrize("size", ["b16", "l16", "h14"])
+@pytest.mark.parametrize("epochs", [800, 1600])
+def test_the_papers_recipes_have_the_papers_decoder_and_do_not_clip(size, epochs):
+    config = compose([f"recipe=mae_{size}_{epochs}ep", "data.path=/data"])
+    task = config.task
+    assert (task.decoder_hidden_size, task.decoder_ffn_size) == (512, 2048)
+    assert (task.decoder_num_heads, task.decoder_num_layers, config.optim.clip) == (16, 8, 0)
+
+
+def costly_decoder(overrides: list[str]) -> str:
+    from megavit.introduce import describe_costly_decoder
+
+    return describe_costly_decoder(compose(overrides).network_shape(num_classes=0))
+
+
+def test_a_decoder_that_costs_more_than_its_encoder_is_reported():
+    settings = ["recipe=null", "task=mae", "data=synthetic"]
+    (said,) = run_ranks(costly_decoder, 1, [*settings, "model=vit_ti16"])
+    # 4 layers on 197 tokens and the pixels against 12 layers on 50 and the patches: 878 MFLOP against 569.
+    assert said.startswith(", 1.5 times its whole encoder: fewer task.decoder_num_layers")
+    assert run_ranks(costly_decoder, 1, [*settings, "model=vit_b16"]) == [""]
 
 
 def test_stages_that_only_wait_for_the_decoder_are_named():
@@ -182,7 +228,7 @@ def idle_stages(overrides: list[str]) -> list[str]:
 
 
 def test_a_run_says_where_more_stages_cannot_help():
-    settings = ["recipe=null", "model=vit_b16", "task=mae", "data=synthetic"]
+    settings = ["recipe=mae_b16_800ep", "data.path=/data"]
     (said,) = run_ranks(idle_stages, 1, [*settings, "parallel.pp=4"])[0]
     assert "parallel.pp=4 is no faster than 2" in said
     assert "15.0 of 27.1 encoder layers" in said
@@ -215,7 +261,7 @@ def test_a_run_says_where_more_stages_cannot_help():
         (["model.pool=mean"], 1, r"model.pool=mean would be ignored by task.name=mae"),
         (["model.head=tanh_mlp"], 1, r"model.head=tanh_mlp would be ignored by task.name=mae"),
         (["task.label_smoothing=0.1"], 1, r"task.label_smoothing=0.1 would be ignored by task.name=mae"),
-        (["task.decoder_num_layers=null"], 1, r"task.name=mae needs task.decoder_num_layers"),
+        (["task.mask_ratio=null"], 1, r"task.name=mae needs task.mask_ratio"),
         (["task=classify", "metrics.pictures_every=5"], 1, r"nothing to paint"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,

@@ -1,0 +1,236 @@
+"""`key=value` as typed: a text setting takes the text behind the sign, every other setting Hydra's grammar.
+
+Of a text setting (`str`, `str | None`, and the items of `list[str]` and `dict[str, str]`) nothing is a number, a truth
+value, a function or a sweep. Four things have a meaning:
+
+* null, where the setting may be null;
+* quotes around all of it, as Hydra reads them: what stands between them is the text, null and ~ too;
+* ~ at the beginning, also behind a word such as ema:, is the home directory, as a shell has it in an argument;
+* ${run.name} is another setting's value, as everywhere in a configuration.
+
+Items of a list, [a,b c,"d,e"], are divided by commas, and blanks around them are left away.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from types import NoneType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+from megavit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+# As Hydra's grammar has it: a closing quote stands behind an even number of backslashes.
+_QUOTED = r'"(?:\\.|[^"\\])*"|' + r"'(?:\\.|[^'\\])*'"
+_TEXT = re.compile(rf"\s*({_QUOTED}|[^,]*?)\s*(?:,|\Z)", re.S)
+_LIST = re.compile(rf"\s*(\[(?:{_QUOTED}|[^\"'])*?\]|[^,]*?)\s*(?:,|\Z)", re.S)
+_HOME = re.compile(r"(\w+:)?(~.*)", re.S)
+# Of a square one number says both sides.
+_SIDES = ("data.image_size",)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A `key=value` that was read.
+
+    Attributes:
+        typed: the argument as typed.
+        hydra: the same in Hydra's grammar.
+        override: what Hydra reads there.
+    """
+
+    typed: str
+    hydra: str
+    override: "Override"
+
+    @property
+    def key(self) -> str:
+        """The dotted path, or the group."""
+        return self.override.key_or_group
+
+    @property
+    def value(self) -> Any:
+        """Its value."""
+        return self.override.value()
+
+
+def types_of(config_class: type, prefix: str = "") -> dict[str, Any]:
+    """The type of every setting by its dotted path.
+
+    Args:
+        config_class: a dataclass of settings and of sections, which are dataclasses too.
+        prefix: of the paths, as `cluster.`.
+    """
+    found: dict[str, Any] = {}
+    hints = get_type_hints(config_class)
+    for part in fields(config_class):
+        path, kind = f"{prefix}{part.name}", hints[part.name]
+        found |= types_of(kind, f"{path}.") if isinstance(kind, type) and is_dataclass(kind) else {path: kind}
+    return found
+
+
+def key_of(typed: str) -> str:
+    """The key of an argument, without the signs by which Hydra adds and deletes."""
+    return typed.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def read_setting(typed: str, types: Mapping[str, Any]) -> Setting:
+    """Read an argument; one that Hydra would sweep is left to the caller.
+
+    Args:
+        typed: `key=value`.
+        types: of the settings, by path; an argument of another key follows Hydra's grammar.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    # Not at the top: megavit doctor reads its own arguments where packages may be missing.
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if "\x85" in typed:
+        raise ConfigError(f"{typed!r} holds U+0085, a line break that the run's config.yaml would not keep")
+    key, sign, value = typed.partition("=")
+    kind = _type_of(key.lstrip("+"), types)
+    hydra = f"{key}={_in_hydras_grammar(value, kind, typed)}" if sign and kind is not None else typed
+    try:
+        override = OverridesParser.create().parse_override(hydra)
+    except HydraException as error:
+        raise ConfigError(f"'{typed}' cannot be read: {str(error).splitlines()[0]}") from error
+    return Setting(typed, hydra, override)
+
+
+def read_text(value: str) -> str:
+    """The text that a value stands for: without Hydra's quotes, or with the home directory in place of a ~."""
+    if re.fullmatch(_QUOTED, value, re.S):
+        # Backslashes count before a quote alone, the closing one too.
+        return re.sub(rf"(\\+)({value[0]}|\Z)", lambda found: found[1][: len(found[1]) // 2] + found[2], value[1:-1])
+    home = _HOME.fullmatch(value)
+    return f"{home[1] or ''}{os.path.expanduser(home[2])}" if home else value
+
+
+def write_text(key: str, text: str) -> str:
+    """The argument that gives a text setting this text; a word of letters, digits and ./- needs no quotes."""
+    is_plain = re.fullmatch(r"[\w./-]+", text) and text.lower() != "null"
+    return f"{key}={text if is_plain else _quote(text)}"
+
+
+def write_home_out(typed: str, types: Mapping[str, Any]) -> str:
+    """An argument with the home directory in place of a ~: where it is read next, the home may be another."""
+    key, sign, value = typed.partition("=")
+    if not sign or not value or value[0] in "\"'" or _bare(_type_of(key.lstrip("+"), types)) is not str:
+        return typed
+    text = read_text(value)
+    return typed if text == value else write_text(key, text)
+
+
+def sweep(typed: str, types: Mapping[str, Any]) -> list[str]:
+    """The arguments that one stands for in a sweep: key=a,b or key=choice(a,b) is key=a and key=b.
+
+    Of a text setting each value is the text between two commas; one that holds a comma goes in quotes.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    key, sign, value = typed.partition("=")
+    bare = _bare(_type_of(key.lstrip("+"), types))
+    if not sign or bare not in (str, list[str]):
+        setting = read_setting(typed, types)
+        if not setting.override.is_sweep_override():
+            return [typed]
+        return [f"{key}={each}" for each in setting.override.sweep_string_iterator()]
+    choice = re.fullmatch(r"choice\((.*)\)", value, re.S)
+    values = list(_split(choice[1] if choice else value, _LIST if bare == list[str] else _TEXT))
+    if len(values) < 2 and not choice:
+        return [typed]
+    if "" in values:
+        raise ConfigError(f"'{typed}' gives an empty value between two commas; an empty text goes in quotes")
+    return [f"{key}={each}" for each in values]
+
+
+def _type_of(key: str, types: Mapping[str, Any]) -> Any:
+    """A setting's type, that of the values for a key of a dictionary; None for a key that is not there."""
+    if key in types:
+        return types[key]
+    for path, kind in types.items():
+        if get_origin(_bare(kind)) is dict and key.startswith(f"{path}."):
+            return get_args(_bare(kind))[1]
+    return None
+
+
+def _bare(kind: Any) -> Any:
+    """A type without its None."""
+    known = [part for part in get_args(kind) if part is not NoneType]
+    return known[0] if NoneType in get_args(kind) and len(known) == 1 else kind
+
+
+def _in_hydras_grammar(value: str, kind: Any, typed: str) -> str:
+    bare, may_be_null = _bare(kind), NoneType in get_args(kind)
+    if bare is str:
+        if value.lower() != "null":
+            return _quote(read_text(value))
+        if may_be_null:
+            return value
+        raise ConfigError(
+            f"{typed}: this setting is never null; the word itself goes in quotes: {typed[:-4]}'\"null\"'"
+        )
+    if key_of(typed) in _SIDES and re.fullmatch(r"\d+", value):
+        return f"[{value},{value}]"
+    if bare == list[str] and not (may_be_null and value.lower() == "null"):
+        return f"[{','.join(_quote(text) for text in _items(value, typed))}]"
+    if get_origin(bare) is dict:
+        pairs = (text.partition(":") for text in _inside(value, "{}", typed))
+        return "{" + ",".join(f"{name.strip()}:{_pair_value(text.strip())}" for name, _, text in pairs) + "}"
+    return value
+
+
+def _pair_value(value: str) -> str:
+    return value if value.lower() == "null" else _quote(read_text(value))
+
+
+def _items(value: str, typed: str) -> Iterator[str]:
+    for item in _inside(value, "[]", typed):
+        is_quoted = item[0] in "\"'" and read_text(item) != item
+        if not is_quoted and not _brackets_pair_up(item):
+            raise ConfigError(f"'{typed}' cannot be read: an item with a bracket of its own goes in quotes, [\"a[b\"]")
+        yield read_text(item) if is_quoted else item
+
+
+def _inside(value: str, brackets: str, typed: str) -> list[str]:
+    """What is divided by commas between two brackets."""
+    if not (value[:1] == brackets[0] and value[-1:] == brackets[1] and len(value) > 1):
+        key = key_of(typed)
+        raise ConfigError(f"'{typed}' is no list: it goes in brackets, {key}={brackets[0]}{value}{brackets[1]}")
+    inside = value[1:-1]
+    found = list(_split(inside, _TEXT)) if inside.strip() else []
+    if "" in found:
+        raise ConfigError(f"'{typed}' holds an empty item; an empty text goes in quotes")
+    return found
+
+
+def _split(text: str, item: re.Pattern[str]) -> Iterator[str]:
+    at = 0
+    while True:
+        match = item.match(text, at)
+        assert match is not None
+        yield match[1]
+        at = match.end()
+        if not match[0].endswith(",") or match.start() == match.end():
+            return
+
+
+def _brackets_pair_up(text: str) -> bool:
+    depth = 0
+    for sign in re.findall(r"[\[\]]", text):
+        depth += 1 if sign == "[" else -1
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def _quote(text: str) -> str:
+    inside = re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text)
+    return f'"{inside}"'
