@@ -58,9 +58,9 @@ def _report(totals: dict[str, Tensor], metrics: dict[str, float], classes: tuple
     count = int(totals["count"])
     results: dict[str, object] = {"checkpoint": str(weights), "count": count, **metrics}
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    if "top5" in totals:
-        results["top5"] = float(totals["top5"]) / count
-        shown += f"  top5 {results['top5']:.4f}"
+    for name in {"top5", "hit5"} & totals.keys():
+        results[name] = float(totals[name]) / count
+        shown += f"  {name} {results[name]:.4f}"
     if "confusion" in totals:
         confusion = totals["confusion"].long()
         per_class = (confusion.diagonal() / confusion.sum(dim=1).clamp(min=1)).tolist()
