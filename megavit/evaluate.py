@@ -109,9 +109,9 @@ def _report(
         **metrics,
     }
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    if "top5" in totals:
-        results["top5"] = float(totals["top5"]) / count
-        shown += f"  top5 {results['top5']:.4f}"
+    for name in {"top5", "hit5"} & totals.keys():
+        results[name] = float(totals[name]) / count
+        shown += f"  {name} {results[name]:.4f}"
     if "confusion" in totals:
         confusion = totals["confusion"].long()
         images = confusion.sum(dim=1)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megavit.checkpoint.safety import refuse_code
 from megavit.checkpoint.shards import load_weights
@@ -24,6 +25,7 @@ from megavit.extension import is_name
 from megavit.model.config import Attention, Linears, Positions
 from megavit.network import Network, build_network
 from megavit.optim.config import Implementation
+from megavit.output import shown as printable
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.resume_rules import Rule, changes
@@ -57,12 +59,23 @@ class TrainedRun:
         Raises:
             ConfigError: for a file that is no image.
         """
-        data, device = self.config.data, self.layout.device
-        view = View(data, augment=False)
-        images = (open_image(path, channels=data.channels, name=str(path)) for path in paths)
-        seen = torch.stack([view.see(image, name=str(path)) for path, image in zip(paths, images, strict=True)])
-        keys = [SampleKey(index, 0) for index in range(len(paths))]
-        return Batch(seen.to(device), None, torch.ones(len(paths), dtype=torch.bool, device=device), keys)
+        return self.collate([self.read(path) for path in paths])
+
+    def read(self, path: Path) -> Tensor:
+        """An image from a file, as the run evaluates it: uint8 image_CYX.
+
+        Raises:
+            ConfigError: for a file that is no image.
+        """
+        data, name = self.config.data, printable(str(path))
+        return View(data, augment=False).see(open_image(path, channels=data.channels, name=name), name=name)
+
+    def collate(self, images: list[Tensor]) -> Batch:
+        """Images as `read` gives them, in one batch."""
+        device = self.layout.device
+        keys = [SampleKey(index, 0) for index in range(len(images))]
+        counted = torch.ones(len(images), dtype=torch.bool, device=device)
+        return Batch(torch.stack(images).to(device), None, counted, keys)
 
 
 def read_config(checkpoint: Path) -> RunConfig:

@@ -35,7 +35,7 @@ from megavit.parallel.agree import from_rank_zero, wait_for_rank_zero
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
 from megavit.plan.flops import training_flops
-from megavit.preflight import rehearse
+from megavit.preflight import check_batch, rehearse
 from megavit.restore import Origin, find_origin
 from megavit.sections import OnNonfinite
 from megavit.signals import StepVote, StopRequest
@@ -76,6 +76,7 @@ class Trainer:
         self.pace = config.pace(self.num_steps, num_samples=len(train_source))
         self.micro_batch = config.micro_batch(layout.world_size)
         self.num_microbatches = config.num_microbatches(layout.world_size)
+        check_batch(config, layout, num_samples=len(train_source))
 
         # Network
         self.network = network = build_network(config, layout, num_classes=len(train_source.classes))

@@ -8,6 +8,7 @@ from typing import Any
 
 from megavit.classes import are_numbers
 from megavit.errors import ConfigError
+from megavit.output import shown
 
 SCHEMA_VERSION = 3
 _FILE = "state.json"
@@ -83,7 +84,8 @@ def read_state(checkpoint: Path) -> TrainingState:
     for older in range(version, SCHEMA_VERSION):
         fields = _MIGRATIONS[older](fields)
     try:
-        return TrainingState(**fields)
+        # Of a folder whose name is no UTF-8 earlier versions kept the bytes.
+        return TrainingState(**{**fields, "classes": list(map(shown, fields.get("classes", [])))})
     except TypeError as error:
         raise ConfigError(f"{checkpoint / _FILE} is broken: {error}") from error
 
