@@ -29,9 +29,10 @@ def describe_oddities(sources: Mapping[str, Source]) -> Iterator[str]:
             f"warning: {_some(empty['train'], names)} no training images{_explain_numbers(names)}; the classifier has "
             f"scores for them"
         )
-    if empty.get("val"):
+    unmeasured = [name for name in empty.get("val", []) if name not in set(empty["train"])]
+    if unmeasured:
         yield (
-            f"warning: {_some(empty['val'], names)} no validation images: nothing is measured of them, and labels are "
+            f"warning: {_some(unmeasured, names)} no validation images: nothing is measured of them, and labels are "
             f"those of training"
         )
 

@@ -27,7 +27,7 @@ def test_nothing_is_said_of_data_that_are_in_order_nor_of_those_that_cannot_be_c
 def test_classes_without_images_are_named():
     (line,) = oddities(source(["a", "b", "c"], [1, 1, 1]), source(["a", "b", "c"], [1, 0, 0]))
     assert line.startswith("warning: 2 of 3 classes, b, c, have no validation images")
-    (line,) = oddities(source(["0", "1", "2"], [0, 5, 5]))
+    (line,) = oddities(source(["0", "1", "2"], [0, 5, 5]), source(["0", "1", "2"], [0, 1, 1]))
     assert "1 of 3 classes, 0, has no training images: labels are numbers, and each from 0 to 2 is a class" in line
     counts = np.zeros(1001, int)
     counts[[0, 500, 1000]] = 1
