@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import transformers
+import yaml
 from PIL import Image
 from timm.data import create_transform
 from timm.models import save_for_hf
@@ -166,3 +167,23 @@ def test_a_classifier_that_pools_otherwise_is_refused_and_other_heads_than_state
     into = ["convert", f"from=timm:{tmp_path / 'timm'}", f"to={tmp_path / 'run'}"]
     assert "pools with global_pool=avg, fc_norm=false; megavit's classifiers read" in refusal(*into)
     assert "num_heads=8, and timm:" in refusal(*into, "num_heads=8")
+
+
+@pytest.mark.parametrize("shorter", [32, 37, 51])
+def test_what_an_export_states_an_import_reads_back(shorter, tmp_path):
+    crop = {"size": {"shortest_edge": shorter}, "do_center_crop": True, "crop_size": 32, "resample": 2}
+    hf_folder(tmp_path / "hf", {}, {**crop, "image_mean": [0.1, 0.2, 0.3]})
+    convert(f"from=hf:{tmp_path / 'hf'}", f"to={tmp_path / 'run'}", "data.std=[0.4,0.5,0.6]")
+    want = data_of(tmp_path / "run")
+    for kind, place in (("hf", tmp_path / "out"), ("timm", tmp_path / "timm" / "model.safetensors")):
+        convert(f"from={tmp_path / 'run'}", f"to={kind}:{place}")
+        told = convert(f"from={kind}:{place}", f"to={tmp_path / kind}")
+        assert "assumed" not in told
+        assert data_of(tmp_path / kind) == want
+    stated = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert stated["size"] == {"shortest_edge": shorter}
+
+
+def data_of(run: Path) -> list:
+    data = yaml.safe_load((run / "config.yaml").read_text())["data"]
+    return [data[key] for key in ("image_size", "mean", "std", "eval_crop", "interpolation")]

@@ -63,6 +63,8 @@ def _read_plain(path: Path, files: TensorFiles, *, num_heads: int | None, stated
             f"cannot be"
         )
     refuse_other_architectures(str(path), files)
+    if stated is not None:
+        stated.refuse_other_weights(files)
     try:
         width, channels, patch, across = files.shape("patch_embed.proj.weight")
         ffn = files.shape("blocks.0.mlp.fc1.weight")[0]

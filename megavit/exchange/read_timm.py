@@ -16,10 +16,14 @@ from megavit.data.config import Interpolation
 from megavit.errors import ConfigError
 from megavit.exchange.json_files import height_width, numbers, read_object
 from megavit.exchange.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
+from megavit.exchange.tensor_files import TensorFiles
 
 _FILE = "config.json"
 # timm's own order, with what training scripts leave.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+
+# Another resolution or another number of classes is still the same network.
+_MAY_DIFFER = ("pos_embed", "head.")
 
 
 @dataclass
@@ -32,6 +36,7 @@ class TimmConfig:
         num_heads, norm_eps, image_size: of the network.
         other_encoder: how its encoder differs from ours, in words; None where it does not.
         other_pooling: how its classifier pools, in words, where ours cannot pool like that.
+        shapes: of its weights by name, but for positions and classifier.
         classes: names, in the order of the scores; empty where it names none.
         pretrained_cfg: how it sees an image, as stated.
     """
@@ -43,8 +48,21 @@ class TimmConfig:
     image_size: list[int]
     other_encoder: str | None
     other_pooling: str | None
+    shapes: dict[str, tuple[int, ...]]
     classes: list[str]
     pretrained_cfg: dict[str, Any]
+
+    def refuse_other_weights(self, files: TensorFiles) -> None:
+        """Raise ConfigError, naming the first that differs, for weights that are not this network's."""
+        there = {name: files.shape(name) for name in files if not name.startswith(_MAY_DIFFER)}
+        for name in sorted(there.keys() | self.shapes.keys()):
+            stated, found = self.shapes.get(name), there.get(name)
+            if stated != found:
+                words = [list(shape) if shape is not None else "missing" for shape in (stated, found)]
+                raise ConfigError(
+                    f"{self.file} is of another network than the weights beside it: {name} is {words[0]} in it and "
+                    f"{words[1]} there; mend it, or take it away, and what the weights do not tell is assumed"
+                )
 
     def pixels(self, channels: int, *, typed: Collection[str]) -> Pixels:
         """How the network sees an image, as `timm.data.create_transform` makes it.
@@ -133,6 +151,11 @@ def read_timm_config(weights: Path) -> TimmConfig | None:
         image_size=list(height_width(size, f"{file}: img_size")),
         other_encoder=other,
         other_pooling=_other_pooling(network) if other is None else None,
+        shapes={
+            name: tuple(weight.shape)
+            for name, weight in network.state_dict().items()
+            if not name.startswith(_MAY_DIFFER)
+        },
         classes=[str(name) for name in names] if isinstance(names, list) and len(names) == count else [],
         pretrained_cfg=pretrained,
     )
