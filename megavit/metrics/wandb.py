@@ -9,8 +9,14 @@ import numpy as np
 
 from megavit.checks import shown
 from megavit.errors import ConfigError
+from megavit.output import shown as printable
 
 _START_S = 60
+
+
+def _sendable(value: Any) -> Any:
+    """A setting's value; a path that is no UTF-8 as it can be printed, for it could not be sent."""
+    return printable(value) if isinstance(value, str) else shown(value)
 
 
 class WandbRun:
@@ -44,7 +50,7 @@ class WandbRun:
                 id=run_id,
                 resume="allow",
                 dir=run_dir,
-                config={key: shown(value) for key, value in settings.items()},
+                config={key: _sendable(value) for key, value in settings.items()},
                 # Signals stop the run between two steps; wandb must not take them.
                 settings=wandb.Settings(init_timeout=_START_S, console="off"),
             )
