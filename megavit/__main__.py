@@ -10,6 +10,7 @@ from megavit import __version__
 from megavit.errors import ConfigError
 from megavit.exits import FAULT, USER_ERROR
 from megavit.experimental import list_not_run
+from megavit.output import escape_unprintable
 
 _USAGE = """\
 megavit VERB key=value …     megavit --version
@@ -81,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: the verb and its own; None takes the command line's.
     """
+    escape_unprintable()
     try:
         code = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()

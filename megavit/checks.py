@@ -69,6 +69,8 @@ def shown(value: Any) -> Any:
     """A setting's value as a user writes it."""
     if value is None:
         return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
     return value.value if isinstance(value, Enum) else value
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from megavit.checkpoint import shards
 from megavit.checkpoint.names import Dims, from_plain, plain_name
 from megavit.checkpoint.state import read_state
+from megavit.classes import are_numbers
 from megavit.compose import from_yaml
 from megavit.data.config import PIXEL_SETTINGS
 from megavit.errors import ConfigError
@@ -96,8 +97,7 @@ class RunDonor:
             mean=config.data.mean,
             std=config.data.std,
             classes=tuple(state.classes),
-            # Converted ones have no optimizer's state; one that has trained had the names from its data.
-            names_classes=state.optimizer or not _are_numbers(state.classes),
+            names_classes=state.names_classes,
             is_probe=config.task.name is TaskName.linear_probe,
             decoder_heads=config.task.decoder_num_heads,
             guessed=frozenset(state.assumed),
@@ -154,7 +154,7 @@ class ForeignDonor:
             std=foreign.pixels.std,
             # A classifier that pools otherwise than ours is none for us.
             classes=tuple(foreign.classes) if foreign.other_pooling is None else (),
-            names_classes=not _are_numbers(foreign.classes),
+            names_classes=not are_numbers(foreign.classes),
             decoder_heads=heads,
             guessed=frozenset((*foreign.assumed, *foreign.pixels.assumed)),
             notes=(*((untold,) if unusual else ()), *foreign.notes, *foreign.assumptions(typed=PIXEL_SETTINGS)),
@@ -192,10 +192,6 @@ class ForeignDonor:
         weight = self._weight(name)
         assert weight is not None
         return weight
-
-
-def _are_numbers(classes: list[str]) -> bool:
-    return classes == [str(number) for number in range(len(classes))]
 
 
 def open_foreign(place: str, *, num_heads: int | None) -> ForeignModel:

@@ -3,6 +3,7 @@
 Shapes: B images of a micro batch, I images of a split, H hidden.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from megavit.data.source import Source
 from megavit.errors import ConfigError
 from megavit.loading import check_pool, open_encoder
 from megavit.model.config import Pool
+from megavit.output import check_writable, complete_file, shown
 from megavit.parallel.layout import world_size_from_environment
 from megavit.search import Weights
 from megavit.trained import prepare
@@ -80,7 +82,7 @@ class Extractor:
         self.about: dict[str, Any] = {
             "checkpoint": str(asked.weights),
             "data.source": data.source,
-            "data.path": data.path,
+            "data.path": data.path if data.path is None else shown(data.path),
             "pool": self.pool.value,
         }
 
@@ -189,15 +191,25 @@ def results_file(asked: Asked) -> Path | None:
     """Where `out=FILE.json` wants the results, None without it; its folder is made.
 
     Raises:
-        ConfigError: if the name does not end so, or the folder cannot be made.
+        ConfigError: if the name does not end so, or the file cannot be written.
     """
     if "out" not in asked.own:
         return None
     out = Path(asked.own["out"])
     if out.suffix != ".json":
         raise ConfigError(f"out={out} must end in .json")
-    make_folder(out.parent)
+    check_writable(out)
     return out
+
+
+def write_results(out: Path, results: dict[str, Any]) -> None:
+    """Write results as JSON.
+
+    Raises:
+        ConfigError: if the file cannot be written.
+    """
+    with complete_file(out) as temporary:
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def make_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ from megavit.data.source import name_of
 from megavit.errors import ConfigError
 from megavit.exchange.write import write_tensors
 from megavit.extract import Asked, Extractor, Features, make_folder, read_arguments
+from megavit.output import complete_file
 
 _SPLITS = ("train", "val")
 
@@ -34,9 +35,11 @@ def features(arguments: list[str]) -> int:
     extractor = Extractor(asked)
     for split, file in files.items():
         found = extractor.extract(sources[split], split)
-        _write(found, file, {**extractor.about, "split": split})
         names = (name_of(sources[split], index) for index in range(len(sources[split])))
-        file.with_suffix(".txt").write_text("".join(f"{name}\n" for name in names))
+        # First the names: where there are features there are names.
+        with complete_file(file.with_suffix(".txt")) as temporary:
+            temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        _write(found, file, {**extractor.about, "split": split})
         count, width = found.features_IH.shape
         print(f"{file}: {count:,} images × {width}, pool={extractor.pool.value}, by {asked.weights}")
     return 0
@@ -66,7 +69,5 @@ def _write(found: Features, file: Path, about: dict[str, Any]) -> None:
     if found.labels is not None:
         tensors["labels"] = found.labels
     texts = {key: str(shown(value)) for key, value in about.items()}
-    # Whole or not there: a file that was left half-written would stand in the way of the next try.
-    unfinished = file.with_name(f".{file.name}.tmp")
-    write_tensors(unfinished, tensors, {**texts, "classes": json.dumps(found.classes)})
-    unfinished.rename(file)
+    with complete_file(file) as temporary:
+        write_tensors(temporary, tensors, {**texts, "classes": json.dumps(found.classes)})

@@ -1,6 +1,5 @@
 """`megavit fewshot from=RUN`: a linear classifier of a run's features, learned from a few images of each class."""
 
-import json
 from statistics import fmean
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from megavit.checks import whole_number, whole_numbers
 from megavit.data.source import all_labels
 from megavit.errors import ConfigError
-from megavit.extract import Asked, Extractor, Features, open_labelled, read_arguments, results_file
+from megavit.extract import Asked, Extractor, Features, open_labelled, read_arguments, results_file, write_results
 
 # Of scikit-learn's LogisticRegression: the inverse strength of its L2 penalty, its own default.
 _C = 1.0
@@ -48,7 +47,7 @@ def fewshot(arguments: list[str]) -> int:
         print(f"shots={number}  top1 {mean:.4f}  min {low:.4f}  max {high:.4f}")
     if out is not None:
         how = {"C": _C, "draws": draws, "seed": seed, "val_images": len(validation)}
-        out.write_text(json.dumps({**extractor.about, **how, "results": results}, indent=2) + "\n")
+        write_results(out, {**extractor.about, **how, "results": results})
         print(f"{out} has it all")
     return 0
 

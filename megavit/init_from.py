@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megavit.checks import shown
+from megavit.classes import go_by_number
 from megavit.config import RunConfig
 from megavit.donor import Pedigree, Shapes, open_donor
 from megavit.errors import ConfigError
@@ -104,7 +105,7 @@ def _keeps_classifier(pedigree: Pedigree, config: RunConfig, classes: tuple[str,
     alike = (pedigree.model.head, pedigree.model.pool) == (config.model.head, config.model.pool)
     if of_probe or not config.task.name.classifies or not alike:
         return False
-    return pedigree.classes == classes or (not pedigree.names_classes and len(pedigree.classes) == len(classes))
+    return pedigree.classes == classes or (not pedigree.names_classes and go_by_number(classes, pedigree.classes))
 
 
 def _is_fixed(pedigree: Pedigree) -> bool:

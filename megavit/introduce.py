@@ -7,6 +7,7 @@ import torch
 
 from megavit.checks import AUTO
 from megavit.config import RunConfig
+from megavit.data.oddities import describe_oddities
 from megavit.data.source import Source
 from megavit.experimental import not_run
 from megavit.extension import is_name
@@ -43,6 +44,7 @@ def introduction(
     model = config.model
     yield f"run {config.run.name} in {config.run.dir}: {layout.describe()}"
     yield describe_data(config, sources)
+    yield from describe_oddities(sources)
     stages = f", layers per stage {network.stages}" if layout.pp > 1 else ""
     micro_batch, portions = config.micro_batch(layout.world_size), config.num_microbatches(layout.world_size)
     yield (

@@ -3,7 +3,6 @@
 Shapes: Q images asked about at once, I training images, H hidden, J nearest training images, K classes.
 """
 
-import json
 import math
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from megavit.checks import whole_numbers
 from megavit.data.source import Source
 from megavit.errors import ConfigError
-from megavit.extract import Asked, Extractor, Features, open_labelled, read_arguments, results_file
+from megavit.extract import Asked, Extractor, Features, open_labelled, read_arguments, results_file, write_results
 
 # Similarities, and votes, that are held at once: 256 MiB of each in fp32. Beside them lie the training images' features
 # and their normed copy, 2 · I · H numbers: 1.28 million images of ViT-B make 7.9 GB, whatever the validation set.
@@ -50,7 +49,7 @@ def knn(arguments: list[str]) -> int:
         print(f"k={row['k']}  top1 {row['top1']:.4f}  top{_GUESSES} {row[f'top{_GUESSES}']:.4f}")
     if out is not None:
         how = {"temperature": temperature, "train_images": len(training), "val_images": count}
-        out.write_text(json.dumps({**extractor.about, **how, "results": results}, indent=2) + "\n")
+        write_results(out, {**extractor.about, **how, "results": results})
         print(f"{out} has it all")
     return 0
 

@@ -10,6 +10,7 @@ from megavit.config import RunConfig
 from megavit.errors import ConfigError
 from megavit.model.block import transformer_config
 from megavit.model.init import initialise
+from megavit.model.layer import EncoderLayer
 from megavit.model.vit import EncoderStage, parameter_names
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.stages import plan_stages, rank_stages
@@ -75,7 +76,23 @@ def build_network(config: RunConfig, layout: ParallelLayout, *, num_classes: int
         chunk.to(layout.device)
         if config.train.compile is Compile.layer:
             chunk.compile_layers()
+    if config.train.compile is Compile.layer:
+        _make_room_for_graphs(list(chunks.values()))
     return Network(task, shape, stages, block, chunks)
+
+
+def _make_room_for_graphs(chunks: list[EncoderStage]) -> None:
+    """Raise torch's limit of graphs of one function, which is 8 whatever the number of layers.
+
+    Layers that are frozen in the same parts share their graphs: of training, of full recompute's first pass, of
+    evaluation. Where each layer is frozen in other parts, each has its own.
+    """
+    from torch._dynamo import config
+
+    layers = sum(isinstance(module, EncoderLayer) for chunk in chunks for module in chunk.modules())
+    # One more for each: of a size that has come twice with two values, torch makes a variable.
+    config.recompile_limit = max(config.recompile_limit, 4 * layers)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * layers)
 
 
 def _require_compiler() -> None:

@@ -1,6 +1,5 @@
 """How a rank ends: one of them speaks for all, and none leaves before it has."""
 
-import errno
 import os
 import select
 import sys
@@ -17,11 +16,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megavit.errors import ConfigError
 from megavit.exits import FAULT, USER_ERROR, write_exit
+from megavit.output import DISK_ERRORS, escape_unprintable
 from megavit.parallel.layout import rank_from_environment, world_size_from_environment
 from megavit.rank_log import RankLog
-
-# What a full disk, a used-up quota or a disk that became read-only says.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 _NOBODY_READS = (
     "megavit: stopped, for the command that read its output has ended; what was saved last is valid: run again to "
@@ -59,6 +56,7 @@ def run_as_rank(
         log: this rank's own, for what it leaves unsaid.
     """
     log, peers, starting = log or RankLog(), _Peers(), True
+    escape_unprintable()
     try:
         check()
         peers.count_checked()
@@ -84,7 +82,7 @@ def run_as_rank(
             return _fail(FAULT, _NOBODY_READS, run_dir(), log, peers)
         if isinstance(error, SystemExit):
             raise
-        if error.errno not in _DISK_ERRORS:
+        if error.errno not in DISK_ERRORS:
             return _fail(FAULT, traceback.format_exc(), run_dir(), log, peers)
         file = f" {error.filename}" if error.filename else ""
         told = f"a file{file} of the run cannot be written: {error.strerror}; make room and run again to go on"

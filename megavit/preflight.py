@@ -4,6 +4,7 @@ A step, an evaluation batch, a save and a load are made for real; then weights a
 bit for bit.
 """
 
+import os
 import shutil
 import socket
 import time
@@ -29,11 +30,15 @@ from megavit.errors import ConfigError
 from megavit.model.vit import EncoderStage
 from megavit.optim.note import state_bytes
 from megavit.parallel.agree import agree_on_error, from_rank_zero
+from megavit.parallel.host import available_bytes
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
 
 _FOLDER = ".preflight"
 _FP32_BYTES = 4
+_NORMALISED_BYTES = 1 + 2 * _FP32_BYTES
+# DataLoader's prefetch_factor.
+_READ_AHEAD = 2
 
 
 def rehearse(
@@ -83,6 +88,60 @@ def rehearse(
         seed=config.run.seed,
     )
     return [f"preflight: {took}; {room}"]
+
+
+def check_batch(config: RunConfig, layout: ParallelLayout, *, num_samples: int) -> None:
+    """Refuse a global batch above the training set, and images of a micro batch that do not fit in the memory.
+
+    Every rank calls this.
+
+    Args:
+        config: the run's.
+        layout: this rank's place.
+        num_samples: of the training data.
+
+    Raises:
+        ConfigError: with the arithmetic.
+    """
+    global_batch = config.train.global_batch
+    if global_batch > num_samples:
+        raise ConfigError(
+            f"train.global_batch={global_batch} is more than the {num_samples} training images of data.source="
+            f"{config.data.source}: a step would see some of them twice; lower it to {num_samples} or less"
+        )
+    agree_on_error(_describe_overflow(config, layout) if layout.holds_first_stage else None)
+
+
+def _describe_overflow(config: RunConfig, layout: ParallelLayout) -> str | None:
+    """Why the images that are held at one time do not fit, what the network makes of them left aside; None if they do.
+
+    The device that trains holds a micro batch as uint8 and, while it is normalised, twice in fp32. One rank of each
+    tensor-parallel group reads ahead.
+    """
+    data, micro_batch = config.data, config.micro_batch(layout.world_size)
+    ahead = _READ_AHEAD * data.workers if layout.tp_rank == 0 else 0
+    local_ranks = min(layout.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    # Ranks of other stages hold no images.
+    holders = max(1, local_ranks // layout.pp)
+    host = available_bytes() // holders, f"in the memory of {socket.gethostname()} for each of {holders} ranks"
+    own = f"{_NORMALISED_BYTES} bytes (uint8, and fp32 twice)"
+    read = f"{ahead} bytes (uint8, read ahead by {data.workers} data.workers)"
+    if layout.device.type == "cuda":
+        gpu = torch.cuda.mem_get_info(layout.device)[0], "on the GPU"
+        needs = [(_NORMALISED_BYTES, own, *gpu), (ahead, read, *host)]
+    else:
+        needs = [(_NORMALISED_BYTES + ahead, f"({own} + {read})" if ahead else own, *host)]
+    for bytes_each, of_what, free, where in needs:
+        image = data.channels * data.image_size[0] * data.image_size[1] * bytes_each
+        if micro_batch * image > free:
+            height, width = data.image_size
+            return (
+                f"train.global_batch={config.train.global_batch} makes micro batches of {micro_batch:,} images × "
+                f"{data.channels} channels × {height} × {width} × {of_what} = {_bytes(micro_batch * image)}, and "
+                f"{_bytes(free)} is free {where}; set train.micro_batch to less than {free // image:,}, for the "
+                f"network needs memory too, or lower train.global_batch or data.workers"
+            )
+    return None
 
 
 def check_disk(

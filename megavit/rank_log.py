@@ -36,7 +36,7 @@ class RankLog:
         """
         path = run_dir / "logs" / f"rank_{rank:05d}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("a", buffering=1, errors="backslashreplace")
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.write(f"{now} rank {rank} of {world_size}, process {os.getpid()} on {socket.gethostname()}")
         faulthandler.enable(self._file)
@@ -46,7 +46,7 @@ class RankLog:
         if rank != 0:
             sys.stdout.flush()
             sys.stderr.flush()
-            self.console = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1)
+            self.console = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1, errors="backslashreplace")
             os.dup2(self._file.fileno(), sys.stdout.fileno())
             os.dup2(self._file.fileno(), sys.stderr.fileno())
 

@@ -7,6 +7,7 @@ import torch
 from megavit.checks import whole_number
 from megavit.data.files import find_images
 from megavit.metrics.pictures import draw_panels
+from megavit.output import complete_file
 from megavit.trained import open_run, read_run, split_settings, with_settings
 from megavit.verb_arguments import parse_arguments
 
@@ -33,6 +34,7 @@ def reconstruct(arguments: list[str]) -> int:
         output, judge = trained.network.task.paint(trained.batch(shown), trained.network.chunks["model"])
         panels = judge(output)[1]["panels"]
     out = Path(given.get("out", weights.checkpoint.parent.parent / "pictures" / "reconstruct.png"))
-    draw_panels(panels, titles=trained.network.task.panels, path=out)
+    with complete_file(out) as temporary:
+        draw_panels(panels, titles=trained.network.task.panels, path=temporary)
     print(f"{out}: {len(shown)} of {len(paths)} images of {given['images']}, by {weights}")
     return 0

@@ -2,21 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.checkpoint.store import CheckpointStore
 from megavit.checks import shown
-from megavit.compose import from_yaml, leaves
+from megavit.classes import describe_change
+from megavit.compose import from_yaml
 from megavit.config import RunConfig
 from megavit.errors import ConfigError
-
-# Of the model, what may change between two parts of a run: it changes neither the weights' shapes nor their meaning.
-_MAY_CHANGE = ("dropout", "drop_path", "attention", "linears", "head_bias", "head_std", "layer_scale")
-
-_TASK_MAY_CHANGE = ("label_smoothing", "loss", "class_weights", "baseline_samples")
+from megavit.resume_rules import Rule, changes
 
 
 @dataclass(frozen=True)
@@ -32,6 +28,48 @@ class Origin:
     path: Path
     config: RunConfig
     state: TrainingState
+
+    def refuse_other_classes(self, classes: tuple[str, ...]) -> None:
+        """Refuse to train a classifier further on other classes than its own.
+
+        Args:
+            classes: names of the data's classes, in label order.
+
+        Raises:
+            ConfigError: naming the classes that are new, gone or moved.
+        """
+        # A checkpoint of an earlier megavit does not name them.
+        if not self.config.task.name.classifies or not self.state.classes:
+            return
+        change = describe_change(self.state.classes, classes)
+        if change:
+            raise ConfigError(
+                f"{self.path} was trained on {len(self.state.classes)} classes, and the data has other ones: {change}. "
+                f"Bring the data back to go on, or start a run on these classes from its weights: run.name=NEW "
+                f"init_from={self.path}"
+            )
+
+    def num_steps(self, num_samples: int) -> int:
+        """The steps that the run was to have as it was saved.
+
+        Args:
+            num_samples: of the training data now, for checkpoints that do not say how many there were.
+        """
+        state = self.state
+        return self.config.num_steps(
+            state.num_samples or num_samples, step=state.step, consumed_samples=state.consumed_samples
+        )
+
+    def told_of_settings(self, config: RunConfig) -> list[str]:
+        """What the user must know of settings that are not as they were, in at most one line."""
+        differ = [
+            f"{setting} was {before} and is {now}"
+            for setting, (before, now) in changes(self.config, config, Rule.reported).items()
+        ]
+        peaks = [of.optim.peak_lr(of.train.global_batch) for of in (self.config, config)]
+        if config.optim.base_lr is not None and peaks[0] != peaks[1]:
+            differ.append(f"the peak learning rate was {peaks[0]:g} and is {peaks[1]:g}")
+        return [f"changed since step {self.state.step}: {'; '.join(differ)}"] if differ else []
 
     def told_of_data(self, num_samples: int) -> list[str]:
         """What the user must know of a run that goes on with so many training images."""
@@ -105,41 +143,10 @@ def find_origin(store: CheckpointStore, config: RunConfig) -> tuple[Origin | Non
 
 
 def _refuse_another_run(path: Path, saved: RunConfig, config: RunConfig) -> None:
-    ours, theirs = _identity(config), _identity(saved)
-    differ = [
-        f"{key} {shown(theirs.get(key))} there, {shown(ours.get(key))} here"
-        for key in ours | theirs
-        if ours.get(key) != theirs.get(key)
-    ]
+    differ = changes(saved, config, Rule.run, Rule.network)
     if differ:
+        listed = "; ".join(f"{setting} {before} there, {now} here" for setting, (before, now) in differ.items())
         raise ConfigError(
-            f"{path} is of another model or run: {'; '.join(differ)}. Choose another run.name to start anew, or the "
-            f"settings it was made with"
+            f"{path} is of another model or run: {listed}. Set them back to go on, or choose another run.name to start "
+            f"from scratch, with init_from={path} from these weights"
         )
-
-
-def _identity(config: RunConfig) -> dict[str, Any]:
-    """What makes two configurations the same model, in the same order of data."""
-    network = {f"model.{key}": value for key, value in leaves(config.model).items() if not key.endswith(_MAY_CHANGE)}
-    return {
-        **network,
-        "model.layer_scale": "none" if config.model.layer_scale is None else "some",
-        "data.source": config.data.source,
-        "data.classes": config.data.classes,
-        "data.samples_per_class": config.data.samples_per_class,
-        "data.fraction": config.data.fraction,
-        "data.repeats": config.data.repeats,
-        "data.class_balanced": config.data.class_balanced,
-        "data.multi_label": config.data.multi_label,
-        "data.val_fraction": config.data.val_fraction,
-        "data.image_size": config.data.image_size,
-        "data.channels": config.data.channels,
-        "data.num_classes": config.data.num_classes,
-        "data.num_samples": config.data.num_samples,
-        **{f"task.{key}": value for key, value in leaves(config.task).items() if key not in _TASK_MAY_CHANGE},
-        "optim.name": config.optim.name,
-        # They decide what the optimizer has state of, and in which groups.
-        "optim.freeze": config.optim.freeze,
-        "optim.layer_decay": config.optim.layer_decay,
-        "run.seed": config.run.seed,
-    }

@@ -3,7 +3,9 @@
 A folder of `megavit/` is a Hydra group in `conf/` is a field here; `run` and `train` have no folder.
 """
 
+import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from megavit.checkpoint.config import CheckpointConfig
 from megavit.checks import AUTO
@@ -118,11 +120,24 @@ class RunSettings:
         portion = self.micro_batch(world_size) * self.parallel.data_parallel_size(world_size)
         return self.train.global_batch // portion
 
-    def num_steps(self, num_samples: int) -> int:
-        """Optimizer steps of the whole run, with whichever of steps and epochs is set.
+    def num_images(self, num_samples: int) -> int:
+        """Images of the whole run, where its length is set in epochs.
 
         Args:
             num_samples: of the training data.
+        """
+        # As typed: the float nearest to 1.1 is above it, and would ask for one image more.
+        return math.ceil(Fraction(str(self.train.epochs)) * num_samples)
+
+    def num_steps(self, num_samples: int, *, step: int = 0, consumed_samples: int = 0) -> int:
+        """Optimizer steps of the whole run, with whichever of steps and epochs is set.
+
+        Epochs are images: a run that goes on with another batch takes as many steps as the images that are left need.
+
+        Args:
+            num_samples: of the training data.
+            step: steps done, of any batch.
+            consumed_samples: images that they took.
 
         Raises:
             ConfigError: if warm-up would not end before the run does.
@@ -130,8 +145,8 @@ class RunSettings:
         if self.train.steps is not None:
             steps = self.train.steps
         else:
-            assert self.train.epochs is not None
-            steps = max(1, -int(-self.train.epochs * num_samples // self.train.global_batch))
+            left = max(0, self.num_images(num_samples) - consumed_samples)
+            steps = step + math.ceil(left / self.train.global_batch)
         self._check_warmup(steps)
         return steps
 

@@ -11,10 +11,12 @@ from megavit.compose import compose
 from megavit.config import RunConfig
 from megavit.data.device import DeviceTransforms
 from megavit.data.loader import Batch, Loader
+from megavit.data.oddities import describe_oddities
 from megavit.data.opening import open_source
 from megavit.data.reading import Needs
 from megavit.errors import ConfigError
 from megavit.metrics.pictures import draw_samples
+from megavit.output import complete_file
 from megavit.parallel.layout import ParallelLayout
 from megavit.task.config import TaskName
 from megavit.task.masking import hidden_mask, random_keep
@@ -69,7 +71,10 @@ def show_data(arguments: list[str]) -> int:
         if mix is not None:
             captions["seen"] = [_shares(names, row, share) for row, share in enumerate(mix.share_B.tolist())]
     out = Path(own.get("out") or Path(config.run.dir) / "pictures" / "data.png")
-    draw_samples(rows, captions=captions, path=out)
+    with complete_file(out) as temporary:
+        draw_samples(rows, captions=captions, path=temporary)
+    for line in describe_oddities({"train": source}):
+        print(line)
     print(f"{out}: the first {count} of {len(source):,} training images of data.source={config.data.source}")
     return 0
 

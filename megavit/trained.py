@@ -4,26 +4,37 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from megavit.checkpoint.safety import refuse_code
 from megavit.checkpoint.shards import load_weights
-from megavit.checkpoint.state import read_state
+from megavit.checkpoint.state import TrainingState, read_state
+from megavit.checks import shown
+from megavit.classes import go_by_number, some
 from megavit.compose import from_yaml, merge
 from megavit.config import RunConfig
-from megavit.data.config import PIXEL_SETTINGS
+from megavit.data.config import PIXEL_SETTINGS, DataConfig
 from megavit.data.decode import open_image
 from megavit.data.loader import Batch
 from megavit.data.order import SampleKey
+from megavit.data.relabel import relabel
+from megavit.data.source import Source
 from megavit.data.views import View
 from megavit.errors import ConfigError
 from megavit.extension import is_name
-from megavit.model.config import Attention, Linears
+from megavit.model.config import Attention, Linears, Positions
 from megavit.network import Network, build_network
 from megavit.optim.config import Implementation
+from megavit.output import shown as printable
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
+from megavit.resume_rules import Rule, changes
 from megavit.search import Weights, find_weights
 from megavit.sections import Compile, GradReduce
 from megavit.verb_arguments import split_from
+
+# The classifier's matrix, [classes, features].
+_CLASSIFIER = "head.out.weight"
 
 
 @dataclass(frozen=True)
@@ -48,12 +59,23 @@ class TrainedRun:
         Raises:
             ConfigError: for a file that is no image.
         """
-        data, device = self.config.data, self.layout.device
-        view = View(data, augment=False)
-        images = (open_image(path, channels=data.channels, name=str(path)) for path in paths)
-        seen = torch.stack([view.see(image, name=str(path)) for path, image in zip(paths, images, strict=True)])
-        keys = [SampleKey(index, 0) for index in range(len(paths))]
-        return Batch(seen.to(device), None, torch.ones(len(paths), dtype=torch.bool, device=device), keys)
+        return self.collate([self.read(path) for path in paths])
+
+    def read(self, path: Path) -> Tensor:
+        """An image from a file, as the run evaluates it: uint8 image_CYX.
+
+        Raises:
+            ConfigError: for a file that is no image.
+        """
+        data, name = self.config.data, printable(str(path))
+        return View(data, augment=False).see(open_image(path, channels=data.channels, name=name), name=name)
+
+    def collate(self, images: list[Tensor]) -> Batch:
+        """Images as `read` gives them, in one batch."""
+        device = self.layout.device
+        keys = [SampleKey(index, 0) for index in range(len(images))]
+        counted = torch.ones(len(images), dtype=torch.bool, device=device)
+        return Batch(torch.stack(images).to(device), None, counted, keys)
 
 
 def read_config(checkpoint: Path) -> RunConfig:
@@ -112,7 +134,9 @@ def prepare(verb: str, arguments: list[str], *, world_size: int | None = None) -
     place, overrides = split_from(verb, arguments)
     weights = find_weights(place)
     refuse_untyped_code(weights.checkpoint, overrides)
-    config = merge(read_config(weights.checkpoint), overrides)
+    before = read_config(weights.checkpoint)
+    config = merge(before, overrides)
+    refuse_another_network(weights.checkpoint, before, config)
     if world_size is not None:
         # Training's batch need not fit this world; images per micro batch are as they were, or as typed.
         micro_batch = config.train.micro_batch or min(config.train.global_batch, 64)
@@ -158,6 +182,65 @@ def read_classes(checkpoint: Path) -> tuple[str, ...]:
     if not names:
         raise ConfigError(f"{checkpoint} does not name its classes; it was written by an earlier megavit")
     return tuple(names)
+
+
+def label_as_trained(source: Source, config: DataConfig, checkpoint: Path) -> tuple[Source, list[str]]:
+    """Label data as a checkpoint's classifier does, by the names of the classes.
+
+    Args:
+        source: data with some of its classes or all of them.
+        config: the data group, which names the source.
+        checkpoint: of a classifier.
+
+    Returns:
+        The source, its classes in the order of the classifier's scores; and what the user must know of them, in lines.
+
+    Raises:
+        ConfigError: if there is no classifier, or it does not know one of the data's classes.
+    """
+    state, data = read_state(checkpoint), f"data.source={config.source} data.path={shown(config.path)}"
+    if state.classes and (state.names_classes or not go_by_number(source.classes, state.classes)):
+        return relabel(source, state.classes, data=data, trained=str(checkpoint)), []
+    if not state.classes:
+        _refuse_another_count(checkpoint, len(source.classes), state, data)
+    why = "numbers its classes" if state.classes else "was written by an earlier megavit and does not name its classes"
+    return source, [f"{checkpoint} {why}: those of {data} are taken in their order, {_in_order(source)}"]
+
+
+def _refuse_another_count(checkpoint: Path, num_classes: int, state: TrainingState, data: str) -> None:
+    """Refuse data for a checkpoint that does not say what its classes are, where their numbers differ."""
+    if not state.optimizer:
+        raise ConfigError(
+            f"{checkpoint} holds an encoder without a classifier; train one with init_from={checkpoint}, or see how "
+            f"far its features go: megavit knn from={checkpoint} data.path=…"
+        )
+    count = refuse_code(checkpoint)[_CLASSIFIER][0]
+    if num_classes != count:
+        raise ConfigError(f"{checkpoint} has {count} classes and {data} has {num_classes}; choose data of as many")
+
+
+def _in_order(source: Source) -> str:
+    return some([f"{number} is {name}" for number, name in enumerate(source.classes)])
+
+
+def refuse_another_network(checkpoint: Path, before: RunConfig, now: RunConfig) -> None:
+    """Refuse settings under which a checkpoint's weights would not fit, or be another function.
+
+    Args:
+        checkpoint: the weights.
+        before: what they were made with.
+        now: what they are to be read with.
+
+    Raises:
+        ConfigError: naming the settings.
+    """
+    differ = changes(before, now, Rule.network)
+    if now.model.positions is Positions.learned and before.data.image_size != now.data.image_size:
+        differ["data.image_size"] = before.data.image_size, now.data.image_size
+    if differ:
+        listed = "; ".join(f"{setting} is {there} there, not {here}" for setting, (there, here) in differ.items())
+        resize = f"; init_from={checkpoint} starts a run in another resolution" if "data.image_size" in differ else ""
+        raise ConfigError(f"{checkpoint} is another network: {listed}. Leave it as it is there{resize}")
 
 
 def read_run(place: str, *, classifies: bool, does: str) -> tuple[Weights, RunConfig]:

@@ -15,6 +15,7 @@ from megavit.compose import leaves, to_yaml
 from megavit.config import RunConfig
 from megavit.data.loader import Loader
 from megavit.data.opening import open_splits, prepare_index
+from megavit.data.relabel import relabel
 from megavit.engine import Engine, prepare_task, wrap_network
 from megavit.errors import ConfigError
 from megavit.exits import FINISHED, STOPPED
@@ -34,8 +35,8 @@ from megavit.parallel.agree import from_rank_zero, wait_for_rank_zero
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
 from megavit.plan.flops import training_flops
-from megavit.preflight import rehearse
-from megavit.restore import find_origin
+from megavit.preflight import check_batch, rehearse
+from megavit.restore import Origin, find_origin
 from megavit.sections import OnNonfinite
 from megavit.signals import StepVote, StopRequest
 
@@ -54,14 +55,28 @@ class Trainer:
         self.store = CheckpointStore(self.run_dir / "checkpoints")
         self.layout = layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
 
+        # Where it goes on
+        self.step, self.consumed_samples = 0, 0
+        self.last_validation: dict[str, float] = {}
+        from_rank_zero(self.store.clear_up)
+        self.best_validation = from_rank_zero(self.store.best_metrics)
+        self.origin, self.warnings = from_rank_zero(lambda: find_origin(self.store, config))
+        if self.origin is not None:
+            self.step, self.consumed_samples = self.origin.state.step, self.origin.state.consumed_samples
+
         # Length
         index = self.run_dir / "index"
         wait_for_rank_zero(lambda: prepare_index(config.data, index))
         train_source, val_source = open_splits(config.data, index=index)
-        self.num_steps = config.num_steps(len(train_source))
+        if config.task.name.classifies and val_source is not None:
+            val_source = relabel(val_source, train_source.classes, data="the validation split", trained="training")
+        if self.origin is not None:
+            self.origin.refuse_other_classes(train_source.classes)
+        self.num_steps = config.num_steps(len(train_source), step=self.step, consumed_samples=self.consumed_samples)
         self.pace = config.pace(self.num_steps, num_samples=len(train_source))
         self.micro_batch = config.micro_batch(layout.world_size)
         self.num_microbatches = config.num_microbatches(layout.world_size)
+        check_batch(config, layout, num_samples=len(train_source))
 
         # Network
         self.network = network = build_network(config, layout, num_classes=len(train_source.classes))
@@ -111,11 +126,6 @@ class Trainer:
         self.keeper = Keeper(
             self.store, config, chunks=self.chunks, optimizer=self.optimizer, averages=lambda: self._averages
         )
-        self.step, self.consumed_samples = 0, 0
-        self.last_validation: dict[str, float] = {}
-        from_rank_zero(self.store.clear_up)
-        self.best_validation = from_rank_zero(self.store.best_metrics)
-        self.origin, self.warnings = from_rank_zero(lambda: find_origin(self.store, config))
         if self.origin is None and config.init_from is not None:
             self._start_from(config.init_from)
         self.rehearsed = rehearse(
@@ -127,7 +137,7 @@ class Trainer:
             averages=self._averages,
             loaders=(self.train_loader, self.val_loader),
             save_every=self.pace.save_every,
-            steps=range(self.origin.state.step if self.origin is not None else 0, self.num_steps),
+            steps=range(self.step, self.num_steps),
         )
         self._restore()
         self.throughput = Throughput(
@@ -311,9 +321,9 @@ class Trainer:
         if origin is None:
             return
         shards.load(origin.path, self.chunks, self.optimizer, averages=self._averages)
-        self.step, self.consumed_samples = origin.state.step, origin.state.consumed_samples
         self.warnings += origin.mend_updates(self.optimizer)
         self.last_validation = origin.state.metrics
+        self.warnings += origin.told_of_settings(self.config)
         self.warnings += origin.told_of_data(len(self.train_loader.source))
         self.schedule.step(self.step)
 
@@ -337,17 +347,24 @@ class Trainer:
             reporter.say(line)
         if self.origin is not None:
             reporter.say(f"goes on from {self.origin.path} at step {self.step} of {self.num_steps}")
-            self._tell_of_another_schedule(reporter, self.origin.config)
+            self._tell_of_another_length(reporter, self.origin)
 
-    def _tell_of_another_schedule(self, reporter: Reporter, saved: RunConfig) -> None:
-        before, decay = saved.num_steps(len(self.train_loader.source)), self.config.optim.decay
-        if before == self.num_steps or decay is Decay.constant:
+    def _tell_of_another_length(self, reporter: Reporter, origin: Origin) -> None:
+        num_samples, decay = len(self.train_loader.source), self.config.optim.decay
+        before = origin.num_steps(num_samples)
+        if before == self.num_steps:
             return
-        rate = max(self.schedule.get_lr(group) for group in self.optimizer.param_groups)
-        reporter.say(
-            f"the run was of {before} steps and is of {self.num_steps} now: {decay.value} is that of the whole new "
-            f"length, so the learning rate goes on at {rate:.2e}"
-        )
+        images, rate = "", ""
+        if self.config.train.epochs is not None:
+            total = self.config.num_images(num_samples)
+            images = (
+                f", train.epochs={self.config.train.epochs:g} of {num_samples:,} images = {total:,}, of which "
+                f"{max(0, total - self.consumed_samples):,} are left for steps of {self.config.train.global_batch:,}"
+            )
+        if decay is not Decay.constant:
+            current = max(self.schedule.get_lr(group) for group in self.optimizer.param_groups)
+            rate = f": {decay.value} is that of the whole new length, so the learning rate goes on at {current:.2e}"
+        reporter.say(f"the run was of {before} steps and is of {self.num_steps} now{images}{rate}")
 
     def _say_complete(self, reporter: Reporter) -> None:
         length = "train.steps" if self.config.train.steps is not None else "train.epochs"

@@ -174,6 +174,7 @@ def test_the_introduction_says_in_a_line_what_has_not_been_run():
 
 def _introduced(options: list[str]) -> dict[str, list[str]]:
     """What a run with these options would say on a device, from a network without the kernel that the CPU lacks."""
+    from megavit.data.opening import open_splits
     from megavit.introduce import introduction
     from megavit.network import build_network
     from megavit.parallel.layout import ParallelLayout
@@ -182,7 +183,12 @@ def _introduced(options: list[str]) -> dict[str, list[str]]:
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
     network = build_network(compose([*SMALL, *BF16]), layout, num_classes=10)
     places = {name: replace(layout, device=torch.device(name)) for name in ("cpu", "cuda")}
-    return {name: list(introduction(config, place, network, from_scratch=True))[-2:] for name, place in places.items()}
+    training, validation = open_splits(config.data)
+    sources = {"train": training, "val": validation}
+    return {
+        name: list(introduction(config, place, network, sources=sources, from_scratch=True))[-2:]
+        for name, place in places.items()
+    }
 
 
 @pytest.mark.parametrize("key", NOT_RUN)

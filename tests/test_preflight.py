@@ -1,11 +1,16 @@
 """A rehearsal finds what would fail later, and leaves no trace in the run."""
 
 import os
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megavit import preflight
+from megavit.compose import compose
 from megavit.errors import ConfigError
+from megavit.preflight import check_batch
 from megavit.testing import RankFailed, run_ranks
 from tests.ranks import train_and_keep
 from tests.reference import SMALL
@@ -101,3 +106,30 @@ def refused_without_arithmetic(disk) -> str:
     with pytest.raises(RankFailed) as failure:
         run_ranks(train_on_a_full_disk, 2, [*SMALL, "parallel.tp=2", "run.preflight=true", f"run.dir={disk / 'run'}"])
     return str(failure.value)
+
+
+def test_a_batch_above_the_training_set_is_refused_with_the_arithmetic(tmp_path):
+    message = refused(tmp_path, "data.classes=[1,2]", "data.samples_per_class=5", "train.global_batch=12")
+    assert "train.global_batch=12 is more than the 10 training images of data.source=digits" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "arithmetic"),
+    [
+        ([], r"10,000 images × 3 channels × 224 × 224 × 9 bytes \(uint8, and fp32 twice\) = 13.5 GB"),
+        (["data.workers=2"], r"× \(9 bytes \(.*\) \+ 4 bytes \(uint8, read ahead by 2 data.workers\)\) = 19.6 GB"),
+        (["train.micro_batch=1000"], None),
+    ],
+)
+def test_images_that_the_memory_cannot_hold_are_refused_with_the_arithmetic(settings, arithmetic, monkeypatch):
+    config = compose(["data=synthetic", "train.global_batch=10000", *settings])
+    layout = SimpleNamespace(world_size=1, pp=1, tp_rank=0, device=torch.device("cpu"), holds_first_stage=True)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 2_000_000_000)
+    monkeypatch.setattr(preflight, "agree_on_error", lambda told: found.append(told))
+    found: list[str | None] = []
+    check_batch(config, layout, num_samples=10_000)
+    if arithmetic is None:
+        assert found == [None]
+    else:
+        assert re.search(arithmetic, found[0])
+        assert "and 2 GB is free in the memory of" in found[0] and "set train.micro_batch to less than 1," in found[0]

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,63 @@ def test_predict_agrees_with_evaluate_image_by_image(trained, tmp_path):
     assert lines[0][:3] == ["image", "class_1", "probability_1"]
     assert lines[1][1] == rows[0]["guesses"][0]["class"]
     assert float(lines[1][2]) == pytest.approx(rows[0]["guesses"][0]["probability"], abs=1e-6)
+
+
+def test_predict_names_what_it_cannot_read_goes_on_and_leaves_with_a_count(trained, tmp_path):
+    for index in range(3):
+        Image.fromarray(Digits("val").image(index)[0].numpy()).save(tmp_path / f"{index}.png")
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    os.rename(tmp_path / "2.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    for out in (tmp_path / "out.csv", tmp_path / "out.jsonl"):
+        code, _, err = verb("predict", f"from={trained[0]}", f"images={tmp_path}", f"out={out}")
+        assert code == 2
+        named, counted = err.splitlines()
+        assert re.search(r"1\.png cannot be read as an image", named)
+        assert counted == f"megavit: 1 of 3 images could not be read, see above; {out} has the other 2"
+        lines = out.read_text().splitlines()
+        assert len(lines) == (3 if out.suffix == ".csv" else 2) and "caf\\" in lines[-1]
+    for path in tmp_path.glob("*.png"):
+        path.write_bytes(b"")
+    code, _, err = verb("predict", f"from={trained[0]}", f"images={tmp_path}", f"out={tmp_path / 'none.csv'}")
+    assert (code, err.splitlines()[-1]) == (2, "megavit: 3 of 3 images could not be read, see above")
+    assert not (tmp_path / "none.csv").exists()
+
+
+def test_classes_whose_names_are_no_utf8_are_evaluated_and_predicted(tmp_path):
+    for number, name in enumerate((b"caf\xe9", b"tea")):
+        folder = os.fsencode(tmp_path) + b"/data/" + name
+        os.makedirs(folder)
+        for index in range(4):
+            Image.new("L", (8, 8), 200 * number + index).save(os.fsdecode(folder + b"/%d\xff.png" % index))
+    own = ["data=folder", f"data.path={tmp_path / 'data'}", "data.val_fraction=0.5", "data.workers=0"]
+    own += [
+        "model.patch_size=4",
+        "data.channels=1",
+        "data.mean=[0.5]",
+        "data.std=[0.5]",
+        "data.image_size=[8,8]",
+        "data.crop_scale=null",
+    ]
+    steps = ["train.steps=4", "train.global_batch=4", "train.micro_batch=4"]
+    train([*SMALL, *own, *SMALL[:4], *steps, f"run.dir={tmp_path / 'run'}"])
+    assert run_ranks(evaluate_in_process, 1, [f"from={tmp_path / 'run'}"]) == [0]
+    commands = {
+        "predict": [f"images={tmp_path / 'data'}", f"out={tmp_path / 'x.csv'}"],
+        "inspect": [],
+    }
+    for command, arguments in commands.items():
+        code, out, err = verb(command, f"from={tmp_path / 'run'}", *arguments)
+        assert code == 0, err
+        (out + err).encode()
+    (confusion,) = (tmp_path / "run" / "evaluation").rglob("confusion.csv")
+    assert confusion.read_text().splitlines()[0] == "label \\ guess,caf\\xe9,tea"
+    assert "data/caf\\xe9/0\\xff.png" in (tmp_path / "x.csv").read_text()
+
+
+def evaluate_in_process(arguments: list[str]) -> int:
+    from megavit.evaluate import evaluate
+
+    return evaluate(arguments)
 
 
 def load_and_look(run_dir: str, pictures: list[str]) -> dict:

@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megavit.classes import are_numbers
 from megavit.errors import ConfigError
+from megavit.output import shown
 
 SCHEMA_VERSION = 3
 _FILE = "state.json"
@@ -45,6 +47,12 @@ class TrainingState:
     former_order: bool = False
     assumed: list[str] = field(default_factory=list)
 
+    @property
+    def names_classes(self) -> bool:
+        """Whether `classes` are names; in what was converted they may be numbers for want of names."""
+        # What has trained here had its names from its data.
+        return self.optimizer or not are_numbers(self.classes)
+
 
 def write_state(checkpoint: Path, state: TrainingState) -> None:
     """Write `state.json`."""
@@ -76,7 +84,8 @@ def read_state(checkpoint: Path) -> TrainingState:
     for older in range(version, SCHEMA_VERSION):
         fields = _MIGRATIONS[older](fields)
     try:
-        return TrainingState(**fields)
+        # Of a folder whose name is no UTF-8 earlier versions kept the bytes.
+        return TrainingState(**{**fields, "classes": list(map(shown, fields.get("classes", [])))})
     except TypeError as error:
         raise ConfigError(f"{checkpoint / _FILE} is broken: {error}") from error
 

@@ -12,6 +12,7 @@ from typing import IO
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -21,7 +22,9 @@ from megavit.errors import ConfigError
 _MAX_PIXELS = 89_478_485
 
 _MODES = {1: "L", 3: "RGB"}
-_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I")
+# Grey of 16 bits, unsigned. Pillow reads such PNGs (before its version 11) and PGMs in its mode of 32 bits, signed.
+_SIXTEEN_BIT, _SIXTEEN_IN_32 = ("I;16", "I;16B", "I;16L", "I;16N"), ("PNG", "PPM")
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
 _NUMPY_MAGIC, _JPEG_MAGIC = b"\x93NUMPY", b"\xff\xd8\xff"
 
 # Of these (mode, channels) decode_jpeg makes what Pillow makes; CMYK, and colour to grey, stay with Pillow.
@@ -133,8 +136,9 @@ def decode_image(encoded: Path | bytes, *, channels: int, name: str) -> Tensor:
     """Decode one image to image_CYX, uint8, upright.
 
     Pictures are converted to grey (1 channel) or colour (3); for any other number they must have as many themselves.
-    The camera's rotation (EXIF) is applied; 16-bit greys are scaled to 8 bits, which Pillow alone would saturate; alpha
-    is left away, CMYK and palettes become colours, of an animation the first frame is taken.
+    The camera's rotation (EXIF) is applied; 16-bit greys are scaled to 8 bits, which Pillow alone would saturate;
+    floats, signed and 32-bit integers are refused, since nobody knows their black and white; alpha is left away, CMYK
+    and palettes become colours, of an animation the first frame is taken.
     NumPy's .npy files hold [row, column, channel] or [row, column] of uint8 or uint16.
     In memory the channels of a pixel stand side by side: torchvision resizes such images in half the time.
 
@@ -144,7 +148,8 @@ def decode_image(encoded: Path | bytes, *, channels: int, name: str) -> Tensor:
         name: of the image, for the error.
 
     Raises:
-        ConfigError: if it cannot be read, is too large to be decoded safely, or has another number of channels.
+        ConfigError: if it cannot be read, is too large to be decoded safely, has pixels of another type, or another
+            number of channels.
     """
     image = open_image(encoded, channels=channels, name=name)
     return image.decode() if isinstance(image, Jpeg) else image
@@ -210,16 +215,40 @@ def _opened(file: IO[bytes]) -> Image.Image:
 
 
 def _pixels(opened: Image.Image, channels: int) -> np.ndarray:
+    _refuse_unscaled(opened)
+    # Pillow does so for 8 bits alone.
+    inverts = opened.mode in _SIXTEEN_BIT and _tiff_tag(opened, PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO
     image = ImageOps.exif_transpose(opened)
-    if image.mode in _SIXTEEN_BIT:
-        image = Image.fromarray(_to_8_bit(np.asarray(image, dtype=np.uint32)))
+    if image.mode in (*_SIXTEEN_BIT, "I"):
+        grey = _to_8_bit(np.asarray(image, dtype=np.uint32))
+        image = Image.fromarray(255 - grey if inverts else grey)
     pixels = np.array(image.convert(_MODES[channels]) if channels in _MODES else image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
+def _refuse_unscaled(opened: Image.Image) -> None:
+    """Refuse pixels that Pillow would clamp or wrap: only unsigned integers of 8 and 16 bits have a known black and
+    white.
+    """
+    is_wide = opened.mode == "F" or (opened.mode == "I" and opened.format not in _SIXTEEN_IN_32)
+    if is_wide or _tiff_tag(opened, SAMPLEFORMAT) not in (None, _UNSIGNED):
+        raise ValueError(
+            f"its pixels are floats or signed or 32-bit integers (Pillow's mode {opened.mode}), of which nobody knows "
+            f"what is black and what is white; save it as uint8 or uint16"
+        )
+
+
+def _tiff_tag(opened: Image.Image, tag: int) -> int | None:
+    """The value of a TIFF's tag, that of the first channel; None where there is none."""
+    if not isinstance(opened, TiffImageFile):
+        return None
+    value = opened.tag_v2.get(tag)
+    return value[0] if isinstance(value, tuple) else value
+
+
 def _array(file: IO[bytes]) -> np.ndarray:
     pixels = np.load(file, allow_pickle=False)
-    if pixels.dtype == np.uint16:
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
         pixels = _to_8_bit(pixels)
     if pixels.dtype != np.uint8 or pixels.size == 0:
         raise ValueError(f"an array of {pixels.dtype} {list(pixels.shape)} is no image; uint8 or uint16 is")
@@ -227,7 +256,7 @@ def _array(file: IO[bytes]) -> np.ndarray:
 
 
 def _to_8_bit(deep: np.ndarray) -> np.ndarray:
-    return (deep >> 8).clip(0, 255).astype(np.uint8)
+    return (deep >> 8).astype(np.uint8)
 
 
 def _planes(pixels_YXC: np.ndarray | Tensor) -> Tensor:

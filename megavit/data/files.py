@@ -9,8 +9,9 @@ from torch import Tensor
 
 from megavit.data import remote
 from megavit.data.decode import Jpeg, decode_image, open_image
-from megavit.data.walk import SUFFIXES, shown, walk_images
+from megavit.data.walk import SUFFIXES, walk_images
 from megavit.errors import ConfigError
+from megavit.output import shown
 
 
 class ImageFiles:
@@ -64,6 +65,14 @@ class ImageFiles:
         """All its labels."""
         assert self._label_sets is not None
         return self._label_sets[self._part[index]]
+
+    def label_counts(self) -> np.ndarray:
+        """Images of each class."""
+        if self._label_sets is None:
+            labels = self._labels[self._part]
+        else:
+            labels = np.array([label for place in self._part for label in self._label_sets[place]], dtype=np.int64)
+        return np.bincount(labels, minlength=len(self.classes))
 
     def name(self, index: int) -> str:
         """Its path."""

@@ -12,9 +12,10 @@ import numpy as np
 from megavit.data.config import DataConfig
 from megavit.data.files import ImageFiles, as_bytes
 from megavit.data.index import Index, kept_or_built, settled
-from megavit.data.split import split_indices
-from megavit.data.walk import SUFFIXES, places_in_order, shown, walk_images
+from megavit.data.split import SPLIT_WORDS, find_splits, split_indices
+from megavit.data.walk import SUFFIXES, places_in_order, walk_images
 from megavit.errors import ConfigError
+from megavit.output import shown
 
 # Folders that are asked at once whether they have changed.
 _THREADS = 16
@@ -23,7 +24,8 @@ _THREADS = 16
 def open_folder(config: DataConfig, split: str, index: Path | None = None) -> ImageFiles:
     """One split of a folder: PATH/train/CLASS/… and PATH/val/CLASS/…, or PATH/CLASS/… with a share to validate on.
 
-    Within a class's folder images may lie in folders of their own.
+    The two folders may have other words for names, Training and Validation for example. Within a class's folder images
+    may lie in folders of their own. A class may have no validation images. A class's name that is no UTF-8 is escaped.
 
     Args:
         config: the data group.
@@ -38,7 +40,8 @@ def open_folder(config: DataConfig, split: str, index: Path | None = None) -> Im
     folder = halves.get(split, root)
     unknown = sorted(set(_class_names(folder)) - set(classes))
     if unknown:
-        raise ConfigError(f"{folder} has classes that {halves['train']} has not: {', '.join(unknown[:5])}")
+        listed = ", ".join(map(shown, unknown[:5]))
+        raise ConfigError(f"{shown(str(folder))} has classes that {shown(str(halves['train']))} has not: {listed}")
     return _open(folder, classes, config, split if halves else None, split=split, index=index)
 
 
@@ -66,14 +69,21 @@ def _open(
         index,
         half or "all",
         fits=lambda kept: _is_of(kept, about) and _is_unchanged(folder, kept["changed_ns"]),
-        build=partial(_list, folder, classes, about),
+        build=partial(_list, folder, classes, about, half),
     )
     names, labels = listing.arrays["names"], listing.arrays["labels"]
     part = None if half else split_indices(labels, config.val_fraction, split, where=str(folder))
-    return ImageFiles(names, labels, classes=classes, channels=config.channels, folder=folder, part=part)
+    return ImageFiles(
+        names,
+        labels,
+        classes=tuple(map(shown, classes)),
+        channels=config.channels,
+        folder=folder,
+        part=part,
+    )
 
 
-def _list(folder: Path, classes: tuple[str, ...], about: dict[str, Any]) -> Index:
+def _list(folder: Path, classes: tuple[str, ...], about: dict[str, Any], half: str | None) -> Index:
     """The images under a folder, of each class or of none, in their order."""
     paths: list[str] = []
     labels: list[int] = []
@@ -85,7 +95,7 @@ def _list(folder: Path, classes: tuple[str, ...], about: dict[str, Any]) -> Inde
         paths += [within + name for name in walked.images]
         labels += [places[walked.path.partition("/")[0]] if classes else 0] * len(walked.images)
         changed_ns[walked.path] = settled(walked.changed_ns)
-    _refuse_empty(folder, classes, labels)
+    _refuse_empty(folder, classes, labels, half)
     order = places_in_order(paths)
     return Index(
         {**about, "changed_ns": changed_ns},
@@ -93,9 +103,12 @@ def _list(folder: Path, classes: tuple[str, ...], about: dict[str, Any]) -> Inde
     )
 
 
-def _refuse_empty(folder: Path, classes: Sequence[str], labels: list[int]) -> None:
-    if not classes and not labels:
-        raise ConfigError(f"data.path={folder} holds no image ({', '.join(SUFFIXES)})")
+def _refuse_empty(folder: Path, classes: Sequence[str], labels: list[int], half: str | None) -> None:
+    """Refuse a folder without images, and one to train on with a class without any: that is a slip."""
+    if not labels and (not classes or half == "val"):
+        raise ConfigError(f"data.path={shown(str(folder))} holds no image ({', '.join(SUFFIXES)})")
+    if half == "val":
+        return
     filled = set(labels)
     for label, name in enumerate(classes):
         if label not in filled:
@@ -129,18 +142,33 @@ def _halves(config: DataConfig) -> tuple[Path, dict[str, Path]]:
     root = Path(config.path)
     if not root.is_dir():
         raise ConfigError(f"data.path={root} is no folder; data.source={config.source} needs a folder of images")
-    halves = {half: root / half for half in ("train", "val") if (root / half).is_dir()}
-    if len(halves) == 1:
-        raise ConfigError(f"{root} has {next(iter(halves))}/ alone; both train/ and val/ are needed, or neither")
-    if halves and config.val_fraction is not None:
+    folders = _folder_names(root)
+    names = find_splits(folders)
+    lone = [name for name in folders if name.lower() in ("train", "val")]
+    if names is None and lone:
+        has = f"{lone[0]}/ alone" if len(lone) == 1 else " and ".join(f"{name}/" for name in lone)
+        raise ConfigError(f"{root} has {has}; both train/ and val/ are needed, each once, or neither")
+    if names is not None and config.val_fraction is not None:
         raise ConfigError(
-            f"data.val_fraction={config.val_fraction} would be ignored: {root} has train/ and val/; leave it null"
+            f"data.val_fraction={config.val_fraction} would be ignored: {root} has {names['train']}/ and "
+            f"{names['val']}/; leave it null"
         )
-    return root, halves
+    return root, {half: root / name for half, name in (names or {}).items()}
+
+
+def _folder_names(root: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _class_names(root: Path) -> tuple[str, ...]:
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    names = _folder_names(root)
+    if names and all(name.lower() in SPLIT_WORDS for name in names):
+        raise ConfigError(
+            f"{root} has {', '.join(f'{name}/' for name in names)}, words for splits and not for classes; name the two "
+            f"folders train/ and val/, or give the one with the class folders as data.path"
+        )
+    if len(set(map(shown, names))) < len(names):
+        raise ConfigError(f"{root} has two folders whose names are printed as the same; rename one")
     if not names:
         raise ConfigError(
             f"{root} has no class folders; images belong into {root}/CLASS/. Without labels they are data=images"

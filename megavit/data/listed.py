@@ -20,7 +20,7 @@ def open_listed(config: DataConfig, split: str) -> ImageFiles:
     """One split of a list: PATH/train.csv and PATH/val.csv, or the file PATH with a share to validate on.
 
     The first line names the columns; `path` is relative to the CSV's folder, or a URL; `label` is a class's name, with
-    `data.multi_label` several joined by |, or nothing.
+    `data.multi_label` several joined by |, or nothing; blanks around a name are left away.
     Classes are sorted by name, or as numbers where all of them are. PATH may be a URL.
 
     Args:
@@ -67,12 +67,13 @@ def _read(path: str, *, several: bool) -> list[tuple[str, list[str]]]:
     try:
         content = remote.read(path) if remote.is_url(path) else Path(path).read_bytes()
         reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
-        columns = reader.fieldnames or []
+        # Spreadsheets and people put blanks behind commas.
+        columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
         if not set(_COLUMNS) <= set(columns):
             raise ConfigError(
                 f"{path} must name the columns path and label in its first line, not {', '.join(columns) or 'none'}"
             )
-        rows = [(row["path"] or "", row["label"] or "") for row in reader]
+        rows = [(row["path"] or "", (row["label"] or "").strip()) for row in reader]
     except OSError as error:
         raise ConfigError(
             f"data.path={path} cannot be read: {error.strerror}; data=csv takes a CSV file, or a folder with "
@@ -94,7 +95,7 @@ def _read(path: str, *, several: bool) -> list[tuple[str, list[str]]]:
     named = [
         (
             name if remote.is_url(name) else os.path.join(folder, name),
-            list(dict.fromkeys(filter(None, label.split("|")))) if several else [label],
+            list(dict.fromkeys(filter(None, map(str.strip, label.split("|"))))) if several else [label],
         )
         for name, label in rows
     ]

@@ -3,16 +3,19 @@
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from megavit.classes import describe_change
 from megavit.data.config import DataConfig
 from megavit.data.decode import Jpeg, open_image
-from megavit.data.split import VALIDATION_NAMES, parts_by_name, split_indices
+from megavit.data.split import find_splits, parts_by_name, split_indices
 from megavit.errors import ConfigError
+from megavit.output import DISK_ERRORS
 
 
 class Rows:
@@ -44,6 +47,8 @@ class Rows:
                 f"{self._where}: the rows for validation must have the columns {image} and {label} too, not "
                 f"{', '.join(rows.features)}"
             )
+        if label is not None:
+            _refuse_other_names(training.features[label], rows.features[label], self._where)
         self._rows, self._image = _encoded(rows, image), image
         self.classes: tuple[str, ...] = ()
         labels = np.zeros(len(rows), dtype=np.int64)
@@ -88,6 +93,13 @@ class Rows:
     def labels(self, index: int) -> list[int]:
         """All the row's labels."""
         return self._label_sets[self._part[index]]
+
+    def label_counts(self) -> np.ndarray:
+        """Images of each class."""
+        labels = self._labels
+        if self._label_sets:
+            labels = np.array([label for place in self._part for label in self._label_sets[place]], dtype=np.int64)
+        return np.bincount(labels, minlength=len(self.classes))
 
     def name(self, index: int) -> str:
         """File or folder, and row."""
@@ -136,6 +148,7 @@ def open_hub(config: DataConfig, split: str) -> Rows:
     try:
         loaded = datasets.load_dataset(config.path)
     except (OSError, ValueError, RuntimeError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+        _refuse_cache(error)
         first = str(error).splitlines()[0]
         raise ConfigError(
             f"data.path={config.path} cannot be had from the Hugging Face hub: {first}. data=hub takes an id "
@@ -150,12 +163,10 @@ def _by_part(loaded: Any, where: str) -> dict[str, Any]:
         return {"all": loaded}
     if len(loaded) == 1:
         return {"all": next(iter(loaded.values()))}
-    for name in VALIDATION_NAMES:
-        if {"train", name} <= set(loaded):
-            return {"train": loaded["train"], "val": loaded[name]}
-    raise ConfigError(
-        f"{where} needs a split train and one of {', '.join(VALIDATION_NAMES)}; it has {', '.join(loaded)}"
-    )
+    names = find_splits(loaded)
+    if names is None:
+        raise ConfigError(f"{where} needs a split train and one of val, validation, test; it has {', '.join(loaded)}")
+    return {half: loaded[name] for half, name in names.items()}
 
 
 def _files_by_split(path: Path) -> dict[str, list[str]]:
@@ -169,7 +180,7 @@ def _files_by_split(path: Path) -> dict[str, list[str]]:
     if parts is not None:
         return parts
     raise ConfigError(
-        f"{path} needs parquet files with 'train' in their names and others with 'val', 'validation' or 'test'; it has "
+        f"{path} needs parquet files with the word train in their names and others with val or test; it has "
         f"{', '.join(Path(name).name for name in every) or 'none'}. One file alone is given as data.path=FILE with "
         f"data.val_fraction"
     )
@@ -186,7 +197,35 @@ def _read_parquet(files: list[str]) -> Any:
         cause = error.__cause__ or error
         if not isinstance(cause, (pyarrow.ArrowInvalid, OSError)):
             raise
+        _refuse_cache(error, reads=files)
         raise ConfigError(f"{', '.join(files)} cannot be read as parquet: {cause}; is every file whole?") from error
+
+
+def _refuse_cache(error: Exception, *, reads: Sequence[str] = ()) -> None:
+    """Report an error of the cache as such: datasets copies there what it reads, once.
+
+    Args:
+        error: of datasets; which file it could not open or make its cause says.
+        reads: files that were to be read.
+
+    Raises:
+        ConfigError: if something could not be written.
+    """
+    import datasets
+
+    cause = error.__cause__ or error
+    if not isinstance(cause, OSError):
+        return
+    # Datasets itself looks for room first, and gives no number.
+    is_full = cause.errno in DISK_ERRORS or str(cause).startswith("Not enough disk space")
+    place = None if cause.filename is None else os.path.abspath(os.fsdecode(cause.filename))
+    if is_full or (place is not None and place not in map(os.path.abspath, reads)):
+        cache = str(datasets.config.HF_DATASETS_CACHE)
+        raise ConfigError(
+            f"the images are copied into a cache once, and {place or cache} cannot be written: "
+            f"{cause.strerror or cause}; make room there, or set HF_DATASETS_CACHE, now {cache}, to a folder that has "
+            f"some"
+        ) from error
 
 
 def _columns(rows: Any, where: str, *, several: bool) -> tuple[str, str | None]:
@@ -228,6 +267,17 @@ def _labels(rows: Any, label: str, where: str) -> np.ndarray:
             f"be some"
         )
     return column.to_numpy().astype(np.int64)
+
+
+def _refuse_other_names(training: Any, validation: Any, where: str) -> None:
+    """Refuse numbers that name one class in the rows for training and another one in those for validation."""
+    trained, own = (getattr(getattr(of, "feature", of), "names", None) or [] for of in (training, validation))
+    if all(name == other for name, other in zip(trained, own, strict=False)):
+        return
+    raise ConfigError(
+        f"{where}: the label column of the rows for validation names other classes than that of the rows for training: "
+        f"{describe_change(trained, own)}. Give both the same names, in the same order"
+    )
 
 
 def _several_labels(training: Any, rows: Any, label: str, where: str) -> tuple[tuple[str, ...], list[list[int]]]:

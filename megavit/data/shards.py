@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from megavit.data import remote
 from megavit.data.index import settled
-from megavit.data.split import parts_by_name
+from megavit.data.split import find_splits, parts_by_name
 from megavit.data.walk import in_order
 from megavit.errors import ConfigError
 
@@ -52,15 +52,16 @@ def find_shards(path: str) -> dict[str, list[str]]:
     if remote.bare(path).endswith(".txt"):
         names = _uncompressed(_listed(path))
         return parts_by_name(names) or {"all": names}
-    names = in_order(_uncompressed(_within(path)))
+    found, splits = _within(path)
+    names = in_order(_uncompressed(found))
     if not names:
         raise ConfigError(f"data.path={path} holds no shard, no file that ends in .tar, nor do its train/ and val/")
-    halves = {half: [name for name in names if name.startswith(f"{half}/")] for half in ("train", "val")}
+    halves = {half: [name for name in names if name.startswith(f"{folder}/")] for half, folder in splits.items()}
     loose = [name for name in names if "/" not in name]
-    if halves["train"] or halves["val"]:
-        lacking = next((half for half, some in halves.items() if not some), None)
+    if any(halves.values()):
+        lacking = next((splits[half] for half, some in halves.items() if not some), None)
         if lacking or loose:
-            has = f"no shard in {lacking}/" if lacking else f"{loose[0]} beside train/ and val/"
+            has = f"no shard in {lacking}/" if lacking else f"{loose[0]} beside {splits['train']}/ and {splits['val']}/"
             raise ConfigError(f"data.path={path} has {has}; put all of its shards into train/ and val/, or none")
         parts = halves
     else:
@@ -190,35 +191,40 @@ def _listed(path: str) -> list[str]:
     return names
 
 
-def _within(path: str) -> list[str]:
-    """The tars in a folder and in its train/ and val/, relative to it, hidden ones left away."""
+def _within(path: str) -> tuple[list[str], dict[str, str]]:
+    """The tars in a folder and in its splits' folders, relative to it, hidden ones left away; and those folders."""
+    splits = {"train": "train", "val": "val"}
     if not remote.is_url(path):
-        folders = [folder for folder in ("", "train", "val") if os.path.isdir(os.path.join(path, folder))]
-        if not folders:
+        if not os.path.isdir(path):
             raise ConfigError(
                 f"data.path={path} is not there; data=tar takes a folder of .tar files, one .tar file, or a .txt file "
                 f"that names a shard a line"
             )
         try:
-            found = [
-                os.path.join(folder, name) for folder in folders for name in os.listdir(os.path.join(path, folder))
-            ]
+            found = os.listdir(path)
+            folders = [name for name in found if os.path.isdir(os.path.join(path, name))]
+            splits = find_splits(folders) or splits
+            for folder in splits.values():
+                if folder in folders:
+                    found += [os.path.join(folder, name) for name in os.listdir(os.path.join(path, folder))]
         except OSError as error:
             raise _unreadable(path, error) from error
     elif remote.can_list(path):
         found = remote.names_within(path)
+        splits = find_splits(name.partition("/")[0] for name in found if "/" in name) or splits
     else:
         raise ConfigError(
             f"data.path={path}: a web server does not tell which files it has; name one .tar, or a .txt file with a "
             f"shard a line"
         )
-    return [
+    tars = [
         name
         for name in found
         if name.endswith((".tar", *_COMPRESSED))
-        and name.rpartition("/")[0] in ("", "train", "val")
+        and name.rpartition("/")[0] in ("", *splits.values())
         and not name.rpartition("/")[2].startswith(".")
     ]
+    return tars, splits
 
 
 def _uncompressed(names: list[str]) -> list[str]:

@@ -1,34 +1,60 @@
 """A training and a validation part: told by the files' names, or, where data come as one, of each class a share."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from megavit.data import remote
 from megavit.errors import ConfigError
 
-VALIDATION_NAMES = ("val", "validation", "test")
+# The words for splits, in any case. Test data validate where nothing else does.
+_TRAINING, _VALIDATION, _TEST = (
+    ("train", "training"),
+    ("val", "valid", "validation", "eval", "dev"),
+    ("test", "testing"),
+)
+SPLIT_WORDS = (*_TRAINING, *_VALIDATION, *_TEST)
+_WORD = re.compile(r"[^\W\d_]+")
 
 _SPLIT_SEED = 0
 
 
+def find_splits(names: Iterable[str]) -> dict[str, str] | None:
+    """Which of some names, of folders or of a dataset's splits, are that of the training and of the validation split.
+
+    Returns:
+        The names of `train` and `val`; None where one is missing, or several could be it.
+    """
+    every = set(names)
+    if {"train", "val"} <= every:
+        return {"train": "train", "val": "val"}
+    training, *validation = (
+        [name for name in every if name.lower() in words] for words in (_TRAINING, _VALIDATION, _TEST)
+    )
+    found = next(filter(None, validation), [])
+    return {"train": training[0], "val": found[0]} if len(training) == len(found) == 1 else None
+
+
 def parts_by_name(names: Iterable[str]) -> dict[str, list[str]] | None:
-    """Files with 'train' in their names train, those with 'val', else 'validation', else 'test' validate.
+    """Files with the word train or training in their names train; those with val, valid, … else test validate.
+
+    A word is what stands between digits and signs, `set` at its end left away: `retrieval-0.tar` does not validate.
 
     Returns:
         The files of `train` and `val`; None where one of the two has none.
     """
     every = list(names)
-    training = [name for name in every if "train" in _own(name)]
-    for word in VALIDATION_NAMES:
-        validation = [name for name in every if word in _own(name) and name not in training]
-        if training and validation:
-            return {"train": training, "val": validation}
-    return None
+    training = _with_a_word(every, _TRAINING)
+    others = [name for name in every if name not in training]
+    validation = _with_a_word(others, _VALIDATION) or _with_a_word(others, _TEST)
+    return {"train": training, "val": validation} if training and validation else None
 
 
-def _own(name: str) -> str:
-    return remote.bare(name).rpartition("/")[2]
+def _with_a_word(names: Sequence[str], words: tuple[str, ...]) -> list[str]:
+    own = ((name, remote.bare(name).rpartition("/")[2]) for name in names)
+    found = ((name, {word.removesuffix("set") for word in _WORD.findall(file.lower())}) for name, file in own)
+    return [name for name, own_words in found if not own_words.isdisjoint(words)]
 
 
 def split_indices(labels: np.ndarray, fraction: float | None, split: str, *, where: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from megavit.data.config import DataConfig
 from megavit.data.decode import Jpeg
 from megavit.data.source import Source, all_labels, name_of, open_sample
 from megavit.errors import ConfigError
+from megavit.output import shown
 
 _SUBSET_SEED = 1
 
@@ -43,6 +44,10 @@ class Subset:
         """Its class's place among the chosen ones."""
         return int(self._labels[index])
 
+    def label_counts(self) -> np.ndarray:
+        """Images of each class."""
+        return np.bincount(self._labels, minlength=len(self.classes))
+
     def name(self, index: int) -> str:
         """The source's own."""
         return name_of(self._source, int(self._indices[index]))
@@ -65,7 +70,8 @@ def choose(source: Source, config: DataConfig, split: str) -> Source:
     thins = split == "train" and (config.samples_per_class is not None or config.fraction is not None)
     if config.classes is None and not thins:
         return source
-    names = source.classes if config.classes is None else tuple(config.classes)
+    # A name that is no UTF-8 may be typed as it is or as it is printed.
+    names = source.classes if config.classes is None else tuple(map(shown, config.classes))
     for name in names:
         if name not in source.classes:
             near = difflib.get_close_matches(name, source.classes, n=1)

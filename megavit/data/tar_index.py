@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO
 
-from megavit.data.walk import SUFFIXES, shown
+from megavit.data.walk import SUFFIXES
 from megavit.errors import ConfigError
+from megavit.output import shown
 
 _ENDINGS = tuple(suffix[1:] for suffix in SUFFIXES)
 

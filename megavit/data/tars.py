@@ -16,8 +16,9 @@ from megavit.data.index import Index, kept_or_built
 from megavit.data.shards import Shard, ShardReader, beside, find_shards, look_at, open_shard
 from megavit.data.split import split_indices
 from megavit.data.tar_index import Placed, read_headers
-from megavit.data.walk import places_in_order, shown
+from megavit.data.walk import places_in_order
 from megavit.errors import ConfigError
+from megavit.output import shown
 
 _CLASSES_FILE = "classes.txt"
 
@@ -70,6 +71,11 @@ class TarImages:
     def label(self, index: int) -> int:
         """Its label; 0 where nothing is labelled."""
         return max(0, int(self._columns["labels"][self._part[index]]))
+
+    def label_counts(self) -> np.ndarray:
+        """Images of each class; of no class where nothing is labelled."""
+        labels = self._columns["labels"][self._part]
+        return np.bincount(labels[labels >= 0], minlength=len(self.classes))
 
     def name(self, index: int) -> str:
         """Its shard and member."""
@@ -172,7 +178,7 @@ def _class_names(path: str) -> tuple[str, ...] | None:
             content = Path(file).read_bytes() if os.path.exists(file) else None
         if content is None:
             return None
-        names = tuple(content.decode("utf-8-sig").rstrip().splitlines())
+        names = tuple(line.strip() for line in content.decode("utf-8-sig").rstrip().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read as text in UTF-8: {error}") from error
     if len(set(names)) < len(names) or not all(names):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavit.errors import ConfigError
+from megavit.output import shown
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".npy")
 
@@ -110,8 +111,3 @@ def _sortable(match: re.Match[str]) -> str:
     if not digits.isascii():
         digits = str(int(digits))
     return f"\0{chr(len(digits) + 1)}{digits}"
-
-
-def shown(path: str | bytes) -> str:
-    """A path as it can be printed: bytes that are no UTF-8 are escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from megavit.doctor.finding import Finding, State, gib, in_a_line
+from megavit.parallel.host import cgroup_limits
 
 _DRIVER_S = 20
-# What a version 1 of cgroups says where there is no limit is about 2^63.
-_UNLIMITED_BYTES = 2**60
 
 
 def check_gpus() -> list[Finding]:
@@ -125,46 +124,3 @@ def _model() -> str:
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, os.uname().machine)
-
-
-def cgroup_limits(
-    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
-) -> tuple[float | None, int | None]:
-    """The tightest limits of the control groups this process is in, of version 1 or 2: CPUs, and bytes of memory.
-
-    Args:
-        root: where control groups are mounted.
-        own: the list of this process's.
-    """
-    try:
-        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
-    except OSError:
-        return None, None
-    quotas, limits = [], []
-    for _, controllers, path in lines:
-        # In a container the path may be that of the host, and the group itself be mounted at the root.
-        parts = Path(path.lstrip("/")).parts
-        inner = [Path(*parts[:count]) for count in range(len(parts) + 1)]
-        for folder in (root / name / part for name in controllers.split(",") for part in inner):
-            quotas += _quota(folder)
-            limits += [
-                int(text)
-                for name in ("memory.max", "memory.limit_in_bytes")
-                if (text := _read(folder / name)).isdigit()
-            ]
-    limits = [limit for limit in limits if limit < _UNLIMITED_BYTES]
-    return min(quotas, default=None), min(limits, default=None)
-
-
-def _quota(folder: Path) -> list[float]:
-    share, _, period = _read(folder / "cpu.max").partition(" ")
-    if not share:
-        share, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
-    return [int(share) / int(period)] if share.isdigit() and period.isdigit() else []
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return ""

@@ -16,7 +16,7 @@ from megavit.doctor.report import Report
 from megavit.doctor.settings import check_settings, check_tools
 from megavit.doctor.start import check_network
 from megavit.doctor.versions import check_versions
-from megavit.errors import ConfigError
+from megavit.output import check_writable, complete_file
 
 Network = Callable[[list[Finding]], list[Finding]]
 
@@ -60,7 +60,8 @@ def examine(asked: Asked, *, network: Network) -> int:
     if asked.out == "-":
         print(report.to_json())
     elif file is not None:
-        file.write_text(report.to_json() + "\n")
+        with complete_file(file) as temporary:
+            temporary.write_text(report.to_json() + "\n")
     return report.code
 
 
@@ -77,10 +78,7 @@ def _open(out: str | None) -> Path | None:
     if out in (None, "-"):
         return None
     assert out is not None
-    try:
-        Path(out).touch()
-    except OSError as error:
-        raise ConfigError(f"out={out} cannot be written: {error.strerror}; choose another") from error
+    check_writable(Path(out))
     return Path(out)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,7 +22,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Write a .safetensors file, with the mode of any file that the user makes."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata=metadata)
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise ConfigError(f"{path} cannot be written: {error}; make room there, or choose another place") from error
     # safetensors 0.8 renames a temporary file, which nobody else may read.
     path.chmod(mode)
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # What is drawn beside the loss: the first that a run reports.
-_RESULTS = {"top1": "top-1 accuracy", "loss_ratio": "loss / loss of the mean image"}
+_RESULTS = {"top1": "top-1 accuracy", "hit1": "best guess is a label", "loss_ratio": "loss / loss of the mean image"}
 
 
 def _rows(metrics_file: Path) -> list[dict[str, Any]]:

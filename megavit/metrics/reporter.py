@@ -18,8 +18,10 @@ from megavit.metrics.wandb import WandbRun
 _SHOWN = {
     "loss": "loss {:.4f}",
     "top1": "top-1 {:.4f}",
+    "hit1": "best guess right {:.4f}",
     "loss_ratio": "of the mean image's {:.3f}",
     "ema_top1": "of the average {:.4f}",
+    "ema_hit1": "of the average {:.4f}",
     "ema_loss_ratio": "of the average {:.3f}",
     "lr": "lr {:.2e}",
     "grad_norm": "grad norm {:.3f}",
@@ -93,7 +95,7 @@ class Reporter:
             return
         self.console = Console(soft_wrap=True, highlight=False)
         self._lines = _append_to(run_dir / "metrics.jsonl")
-        self._log = (run_dir / "train.log").open("a")
+        self._log = (run_dir / "train.log").open("a", errors="backslashreplace")
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -3,9 +3,11 @@
 Shapes: B images, N tokens, H hidden, F inside the MLP; under sequence parallelism N, of this rank, comes before B.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
@@ -20,7 +22,7 @@ from megavit.model.attention import SelfAttention
 from megavit.model.kernels import Kernel
 from megavit.model.linears import apply_linear
 from megavit.model.norm import LayerNorm
-from megavit.model.residual import Residual
+from megavit.model.residual import DropPath, Residual
 
 
 @dataclass
@@ -110,24 +112,56 @@ class EncoderLayer(GraphableMegatronModule, BaseTransformerLayer):
         self.tp_group = pg_collection.tp
         self.recompute_selectively = recompute_selectively
         depth = (self.layer_number - 1) / max(1, config.num_layers - 1)
-        residual: dict[str, Any] = dict(drop_path=drop_path * depth, layer_scale=layer_scale)
+        self.drop_path = DropPath(drop_path * depth, sequence_parallel=config.sequence_parallel)
         linears: dict[str, Any] = dict(column=submodules.column, row=submodules.row, pg_collection=pg_collection)
         self.norm1 = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.attn = SelfAttention(config, kernel=submodules.kernel, **linears)
-        self.residual1 = Residual(config, **residual)
+        self.residual1 = Residual(config, layer_scale=layer_scale)
         self.norm2 = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.mlp = Mlp(config, **linears)
-        self.residual2 = Residual(config, **residual)
+        self.residual2 = Residual(config, layer_scale=layer_scale)
+        # What `compile_layer` replaces.
+        self.transform = self._transform
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Map tokens_BNH to tokens_BNH; the second value is the context that TransformerBlock expects, always None."""
         assert attention_mask is None, "a ViT attends to every token"
-        tokens_BNH = hidden_states
-        tokens_BNH = self.residual1(tokens_BNH, self._then(self._normed1, self.attn, tokens_BNH))
-        tokens_BNH = self.residual2(tokens_BNH, self._then(self._widened, self.mlp.narrow, tokens_BNH))
-        return tokens_BNH, None
+        keep_RB11: Tensor | None = None
+        if self.training and self.drop_path.rate > 0:
+            keep_RB11 = self.drop_path.draw(hidden_states, branches=2)
+        return self.transform(hidden_states, keep_RB11), None
+
+    def compile_layer(self) -> None:
+        """Hand the layer's arithmetic to torch.compile as one graph; a break in it is an error.
+
+        The layer's call stays as it is: its hooks wait for weights that are still being gathered, and it draws what
+        drop path drops.
+        """
+        graph = torch.compile(self._transform, fullgraph=True)
+        config = self.config
+        draws = config.hidden_dropout > 0 or config.attention_dropout > 0
+        self.transform = self._with_gradient(graph) if draws and config.recompute_granularity == "full" else graph
+
+    def _with_gradient(self, graph: Callable[[Tensor, Tensor | None], Tensor]) -> Any:
+        """Run both passes of full recompute, of which the first is without gradient, by the graph of the second.
+
+        Of one layer the compiler makes a graph with and one without gradient, which need not draw in one order.
+        """
+
+        def transform(tokens_BNH: Tensor, keep_RB11: Tensor | None) -> Tensor:
+            if torch.is_grad_enabled() or not self.training:
+                return graph(tokens_BNH, keep_RB11)
+            with torch.enable_grad():
+                return graph(tokens_BNH.detach().requires_grad_(), keep_RB11).detach()
+
+        return transform
+
+    def _transform(self, tokens_BNH: Tensor, keep_RB11: Tensor | None) -> Tensor:
+        keep1_B11, keep2_B11 = (None, None) if keep_RB11 is None else keep_RB11.unbind()
+        tokens_BNH = self.residual1(tokens_BNH, self._then(self._normed1, self.attn, tokens_BNH), keep1_B11)
+        return self.residual2(tokens_BNH, self._then(self._widened, self.mlp.narrow, tokens_BNH), keep2_B11)
 
     def _normed1(self, tokens_BNH: Tensor) -> Tensor:
         return self.norm1(tokens_BNH)

@@ -51,11 +51,11 @@ class MaskedAutoencoder(EncoderStage):
             )
 
     def compile_layers(self) -> None:
-        """Hand each layer to torch.compile as one graph; a break in it is an error."""
+        """Hand each layer of the encoder and of the decoder to torch.compile (see `EncoderLayer.compile_layer`)."""
         super().compile_layers()
         if self.mae_decoder is not None:
             for layer in self.mae_decoder.blocks.layers:
-                layer.forward = torch.compile(layer.forward, fullgraph=True)
+                layer.compile_layer()
 
     def forward(self, patches_BPV: Tensor | None, keep_BK: Tensor | None) -> Tensor:
         """Map normalised images to the pixels the decoder believes in.

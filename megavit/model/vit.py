@@ -97,10 +97,9 @@ class EncoderStage(MegatronModule):
         )
 
     def compile_layers(self) -> None:
-        """Hand each layer to torch.compile as one graph; a break in it is an error."""
+        """Hand each layer to torch.compile (see `EncoderLayer.compile_layer`)."""
         for layer in self.blocks.layers:
-            # Not the call, whose hooks wait for weights that are still being gathered.
-            layer.forward = torch.compile(layer.forward, fullgraph=True)
+            layer.compile_layer()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
         """Take what the previous stage sent; called by Megatron-Core's schedules."""

@@ -41,9 +41,9 @@ class Classify:
         ConfigError: if there are not as many class weights as classes.
     """
 
-    sums: tuple[str, ...] = ("loss", "top1", "count")
+    sums: tuple[str, ...]
     baseline_samples = 0
-    goal = Goal("top1", higher=True)
+    goal: Goal
     panels: tuple[str, ...] = ()
     # Whether the classifier sees features by their statistics, as it may where no gradient flows through them.
     norms_features = False
@@ -63,7 +63,10 @@ class Classify:
         self.weights_K = _class_weights(config, data, num_classes, layout)
         self.model, self.data, self.num_classes, self.layout = model, data, num_classes, layout
         self.see = DeviceTransforms(data, seed=seed, device=layout.device)
-        self.score_shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(("loss", "top1", "top5", "count"), ())
+        # Of an image with several labels: whether the best guess, or one of the best five, is among them.
+        self.hits = ("hit1", "hit5") if data.multi_label else ("top1", "top5")
+        self.sums, self.goal = ("loss", self.hits[0], "count"), Goal(self.hits[0], higher=True)
+        self.score_shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(("loss", *self.hits, "count"), ())
         if not data.multi_label:
             self.score_shapes = {**self.score_shapes, "confusion": (num_classes, num_classes)}
         self.needs = Needs(images=layout.holds_first_stage, labels=layout.holds_last_stage)
@@ -106,7 +109,8 @@ class Classify:
 
         Returns:
             The loss, and sums `loss`, `top1` and `count`; dividing by `count` is left to whoever has added them all.
-            Of a mixed image the class of the larger share is the right one; of several labels each is.
+            Of a mixed image the class of the larger share is the right one. Of several labels each is, and the sum is
+            called `hit1`: top-1 is a word for one label.
         """
         assert batch is not None and batch.labels_B is not None
         labels_B, mix = batch.labels_B, self.see.mix(batch)
@@ -120,7 +124,7 @@ class Classify:
             counted_B = batch.counted_B
             sums = {
                 "loss": (losses_B * counted_B).sum(),
-                "top1": (self._are_right(logits_BK, labels_B, best=1) & counted_B).sum().float(),
+                self.hits[0]: (self._are_right(logits_BK, labels_B, best=1) & counted_B).sum().float(),
                 "count": counted_B.sum().float(),
             }
         return losses_B.mean(), sums
@@ -154,7 +158,7 @@ class Classify:
         return (guesses == labels_B.unsqueeze(1)).any(dim=1)
 
     def score(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
-        """Beside the loss and top-1: `top5`, and `confusion`, images by [label, guess], where each has one label."""
+        """Beside the loss and top-1: `top5` (`hit5`), and `confusion`, images by [label, guess] of one label each."""
         output, _ = self.forward(batch, model)
         return output, lambda logits_BK: self._scores(logits_BK, batch)
 
@@ -163,7 +167,7 @@ class Classify:
         assert batch is not None and batch.labels_B is not None
         counted_B, labels_B, classes = batch.counted_B, batch.labels_B, self.num_classes
         among_B = self._are_right(logits_BK, labels_B, best=5)
-        sums["top5"] = (among_B & counted_B).sum().float()
+        sums[self.hits[1]] = (among_B & counted_B).sum().float()
         if self.data.multi_label:
             return loss, sums
         cells = (labels_B * classes + logits_BK.argmax(dim=1))[counted_B]
@@ -171,12 +175,13 @@ class Classify:
         return loss, {**sums, "confusion": confusion}
 
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """Mean `loss` and `top1`."""
-        return {name: totals[name] / totals["count"] for name in ("loss", "top1")}
+        """Mean `loss` and `top1`, or `hit1` of several labels."""
+        return {name: totals[name] / totals["count"] for name in ("loss", self.hits[0])}
 
     def summary(self, validation: dict[str, float]) -> str:
-        """Top-1."""
-        return f"validation top-1 {validation['top1']:.4f}"
+        """Top-1; of several labels how often the best guess is one of them."""
+        name = "best guess right" if self.data.multi_label else "top-1"
+        return f"validation {name} {validation[self.hits[0]]:.4f}"
 
     def paint(self, batch: Batch | None, model: torch.nn.Module) -> NoReturn:
         """A classifier has no panels."""

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import struct
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -269,3 +270,64 @@ def test_reduced_views_are_the_same_in_any_division(workers, micro_batch, tmp_pa
     assert torch.equal(want, got)
     full = load(source, 4, reduced_decode=False).train_batches(0, num_steps=2, global_batch=4)
     assert not torch.equal(want, torch.cat([batch.images_BCYX for batch in full]))
+
+
+def tiff(pixels: np.ndarray, *, order: str, sample_format: int, white: int = 1) -> bytes:
+    """An uncompressed grey TIFF; Pillow cannot write signed ones, nor those in which 0 is white."""
+    content = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
+    height, width = pixels.shape
+    tags = {256: width, 257: height, 258: 8 * pixels.itemsize, 259: 1, 262: white, 273: 8, 277: 1, 278: height}
+    tags |= {279: len(content), 339: sample_format}
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags.items())
+    start = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(content))
+    return start + content + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+
+
+RAMP = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+SIXTEEN_BITS = {
+    "TIFF": encode(Image.fromarray(RAMP), "TIFF"),
+    "TIFF, big endian": tiff(RAMP, order=">", sample_format=1),
+    "PNG": encode(Image.fromarray(RAMP), "PNG"),
+    "PGM": encode(Image.fromarray(RAMP), "PPM"),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", SIXTEEN_BITS)
+def test_greys_of_16_bits_unsigned_are_scaled_to_8(kind, channels):
+    seen = decode_image(SIXTEEN_BITS[kind], channels=channels, name="x")
+    assert torch.equal(seen, torch.from_numpy((RAMP >> 8).astype(np.uint8)).expand(channels, 8, 8))
+
+
+def test_a_16_bit_tiff_in_which_0_is_white_is_inverted_as_an_8_bit_one_is():
+    deep = decode_image(tiff(RAMP, order="<", sample_format=1, white=0), channels=1, name="x")
+    flat = decode_image(tiff((RAMP >> 8).astype("u1"), order="<", sample_format=1, white=0), channels=1, name="x")
+    assert torch.equal(deep, flat) and deep[0, 0, 0] == 255
+
+
+def test_an_array_of_either_byte_order_is_read(tmp_path):
+    np.save(tmp_path / "x.npy", RAMP.astype(">u2"))
+    assert decode_image(tmp_path / "x.npy", channels=1, name="x")[0, 7, 7] == 63000 >> 8
+
+
+NO_PIXELS = {
+    "floats": (encode(Image.fromarray(np.linspace(0, 1, 64, dtype="f4").reshape(8, 8)), "TIFF"), "mode F"),
+    "floats, big endian": (tiff(RAMP.astype("f4"), order=">", sample_format=3), "mode F"),
+    "floats, PFM": (encode(Image.fromarray(RAMP.astype("f4")), "PPM"), "mode F"),
+    "32 bits": (encode(Image.fromarray(RAMP.astype("i4")), "TIFF"), "mode I"),
+    "32 bits, unsigned": (tiff(RAMP.astype("u4"), order="<", sample_format=1), "mode I"),
+    "16 bits, signed": (tiff(RAMP.astype("i2"), order="<", sample_format=2), "mode I"),
+    "16 bits, signed, big endian": (tiff(RAMP.astype("i2"), order=">", sample_format=2), "mode I"),
+    "8 bits, signed": (tiff((RAMP >> 8).astype("i1"), order="<", sample_format=2), "mode L"),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", NO_PIXELS)
+def test_pixels_without_a_known_black_and_white_are_refused(kind, channels):
+    content, mode = NO_PIXELS[kind]
+    with pytest.raises(
+        ConfigError,
+        match=rf"x cannot be read as an image: its pixels are floats or .*{mode}.*save it as uint8 or uint16",
+    ):
+        decode_image(content, channels=channels, name="x")

@@ -73,6 +73,54 @@ def test_two_folders_are_the_two_parts(tmp_path):
     assert open_source(folder_config(tmp_path), "val").image(0)[0, 0, 0] == 3
 
 
+@pytest.mark.parametrize(("training", "validation"), [("Train", "Val"), ("training", "validation"), ("train", "test")])
+def test_two_folders_by_other_words_are_the_two_parts(training, validation, tmp_path):
+    write(tmp_path / training / "a" / "1.png", 1)
+    write(tmp_path / validation / "a" / "2.png", 2)
+    assert [len(open_source(folder_config(tmp_path), split)) for split in ("train", "val")] == [1, 1]
+    assert open_source(folder_config(tmp_path), "val").image(0)[0, 0, 0] == 2
+    with pytest.raises(ConfigError, match=rf"would be ignored: .* has {training}/ and {validation}/"):
+        open_source(folder_config(tmp_path, val_fraction=0.5), "train")
+
+
+@pytest.mark.parametrize("names", [("training", "validation", "valid"), ("Test", "testing")])
+def test_words_for_splits_are_no_classes(names, tmp_path):
+    for name in names:
+        write(tmp_path / name / "a" / "1.png")
+        write(tmp_path / name / "a" / "2.png")
+    with pytest.raises(ConfigError, match=r"has .*test.*/|has .*valid.*/, words for splits and not for classes"):
+        open_source(folder_config(tmp_path, val_fraction=0.5), "train")
+
+
+def test_a_class_without_validation_images_keeps_its_label(tmp_path):
+    for name in ("train/apple", "train/lime", "train/sky", "val/apple", "val/sky"):
+        write(tmp_path / name / "1.png")
+    (tmp_path / "val" / "lime").mkdir()
+    train, val = (open_source(folder_config(tmp_path), split) for split in ("train", "val"))
+    assert train.classes == val.classes == ("apple", "lime", "sky")
+    assert [val.classes[val.label(index)] for index in range(len(val))] == ["apple", "sky"]
+    assert val.label_counts().tolist() == [1, 0, 1]
+    for name in ("apple", "sky"):
+        (tmp_path / "val" / name / "1.png").unlink()
+    with pytest.raises(ConfigError, match=r"/val holds no image"):
+        open_source(folder_config(tmp_path), "val")
+
+
+def test_a_class_whose_name_is_no_utf8_is_escaped_and_can_be_chosen(tmp_path):
+    for name in (b"caf\xe9", b"tea"):
+        for number in (1, 2):
+            write(tmp_path / os.fsdecode(name) / f"{number}.png", number)
+    config = folder_config(tmp_path, val_fraction=0.5)
+    source = open_source(config, "train")
+    assert source.classes == ("caf\\xe9", "tea")
+    assert source.image(0).shape[0] == 3
+    for typed in ("caf\\xe9", os.fsdecode(b"caf\xe9")):
+        assert open_source(replace(config, classes=[typed]), "train").classes == ("caf\\xe9",)
+    (tmp_path / "caf\\xe9").mkdir()
+    with pytest.raises(ConfigError, match="two folders whose names are printed as the same"):
+        open_source(config, "train")
+
+
 MISTAKES = {
     "absent": (lambda root: root / "nowhere", {}, "is no folder"),
     "empty class": (lambda root: (root / "dog").mkdir() or root, {"val_fraction": 0.1}, "dog holds no image"),

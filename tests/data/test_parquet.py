@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,3 +119,31 @@ def test_a_row_without_a_readable_image_is_refused_by_number(cell, message, tmp_
     assert source.image(0).shape == (3, 4, 6)
     with pytest.raises(ConfigError, match=message):
         source.image(1)
+
+
+@pytest.mark.parametrize("place", ["missing", "read-only", "full"])
+def test_a_cache_that_cannot_be_written_is_reported_as_such(place, tmp_path, small_disk, monkeypatch):
+    import datasets
+
+    cache = Path("/proc/nowhere")
+    if place != "missing":
+        cache = small_disk("64k")
+    if place == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", str(cache)], check=True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    rows = table([0, 1], [{"bytes": bytes(100_000), "path": None}] * 2)
+    config = parquet_config(write(tmp_path / "all.parquet", rows), val_fraction=0.5)
+    with pytest.raises(ConfigError, match=rf"copied into a cache once, and {cache}.* cannot be written: ") as refused:
+        open_source(config, "train")
+    assert f"set HF_DATASETS_CACHE, now {cache}, to a folder that has some" in str(refused.value)
+
+
+def test_a_file_that_cannot_be_read_is_told_apart_from_the_cache(tmp_path):
+    (tmp_path / "all.parquet").write_bytes(b"PAR1 no parquet PAR1")
+    with pytest.raises(ConfigError, match=r"all\.parquet cannot be read as parquet: .*is every file whole"):
+        open_source(parquet_config(tmp_path / "all.parquet", val_fraction=0.5), "train")
+
+
+def test_label_numbers_with_holes_are_counted(tmp_path):
+    source = open_source(parquet_config(write(tmp_path / "x.parquet", table([1, 1, 3, 3])), val_fraction=0), "train")
+    assert source.label_counts().tolist() == [0, 2, 0, 2]

@@ -63,6 +63,17 @@ def test_two_lists_are_the_two_parts_in_their_own_order(listed):
     assert pairs(open_source(config(listed, "csv"), "val")) == [(3, "bee")]
 
 
+def test_blanks_around_labels_and_columns_are_left_away(listed):
+    (listed / "all.csv").write_text("path, label\nimages/1.png, ant\nimages/2.png,ant \nimages/3.png,\tbee\u00a0\n")
+    train = open_source(config(listed / "all.csv", "csv", val_fraction=0), "train")
+    assert pairs(train) == [(1, "ant"), (2, "ant"), (3, "bee")]
+    (listed / "all.csv").write_text("path,label\nimages/1.png,ant | bee\nimages/2.png, bee|\nimages/3.png,  \n")
+    train = open_source(config(listed / "all.csv", "csv", val_fraction=0, multi_label=True), "train")
+    assert train.classes == ("ant", "bee")
+    assert [train.labels(index) for index in range(3)] == [[0, 1], [1], []]
+    assert train.label_counts().tolist() == [1, 2]
+
+
 WRONG_LISTS = {
     "no such file": (None, "No such file or directory; data=csv takes a CSV file"),
     "other columns": (

@@ -41,6 +41,14 @@ def test_shards_in_two_folders_are_the_two_parts(by, tmp_path):
     assert train.image_shape is None
 
 
+def test_two_folders_by_other_words_are_the_two_parts(tmp_path):
+    shard(tmp_path / "Training" / "s.tar", labelled(range(6)))
+    shard(tmp_path / "valid" / "s.tar", labelled([20]))
+    train, val = both(tmp_path)
+    assert (len(train), pairs(val)) == (6, [(20, "2")])
+    assert val.label_counts().tolist() == [0, 0, 1]
+
+
 def test_names_tell_the_parts_and_a_file_the_classes(tmp_path):
     shard(tmp_path / "a-train-0.tar", labelled(range(3)))
     shard(tmp_path / "a-train-1.tar", labelled(range(3, 6)))

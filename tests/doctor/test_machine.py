@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megavit.doctor.devices import cgroup_limits
 from megavit.doctor.disk import check_disk
 from megavit.doctor.finding import State
 from megavit.doctor.settings import check_settings, check_tools
+from megavit.parallel.host import cgroup_limits
 from tests.doctor.machines import only
 
 

@@ -145,9 +145,8 @@ def what_a_layer_drops(overrides: list[str]):
     same = torch.ones(2, 2, 24, 8)
     with tensor_parallel.get_cuda_rng_tracker().fork() if layout.sequence_parallel else nullcontext():
         attention = layer.attn._mix(same, same, same)
-        images = layer.residual1._draw_keep(torch.ones(24, 64, 32))
-        layer.residual1.drop_path = 0.0
-        tokens = layer.residual1(torch.zeros(24, 64, 32), torch.ones(24, 64, 32))
+        images = layer.drop_path.draw(torch.ones(24, 64, 32), branches=2)
+        tokens = layer.residual1(torch.zeros(24, 64, 32), torch.ones(24, 64, 32), None)
     return {"attention": attention, "images": images, "tokens": tokens.detach()}
 
 
@@ -176,11 +175,12 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
 
 
 def drop_path_branch() -> torch.Tensor:
-    from megavit.model.residual import Residual
+    from megavit.model.residual import DropPath, Residual
 
     chunk, _, _ = build_chunk(SMALL)
-    residual = Residual(chunk.config, drop_path=0.25, layer_scale=None).train()
-    return residual(torch.zeros(4000, 3, 8), torch.ones(4000, 3, 8))
+    residual, branch = Residual(chunk.config, layer_scale=None).train(), torch.ones(4000, 3, 8)
+    (keep,) = DropPath(0.25, sequence_parallel=False).draw(branch, branches=1)
+    return residual(torch.zeros(4000, 3, 8), branch, keep)
 
 
 def test_drop_path_rises_linearly_over_the_layers_of_all_stages():
@@ -189,7 +189,7 @@ def test_drop_path_rises_linearly_over_the_layers_of_all_stages():
 
 
 def drop_path_rates(overrides: list[str]) -> list[float]:
-    return [layer.residual1.drop_path for layer in build_chunk(overrides)[0].blocks.layers]
+    return [layer.drop_path.rate for layer in build_chunk(overrides)[0].blocks.layers]
 
 
 def test_weight_names_go_to_the_plain_model_and_back():

@@ -1,0 +1,51 @@
+"""Class identity: which class of a trained classifier a class of some data is. Names decide, positions do not."""
+
+from collections.abc import Sequence
+
+# Names that a message lists; the others are counted.
+_NAMED = 5
+
+
+def are_numbers(classes: Sequence[str]) -> bool:
+    """Whether the names are 0 to n − 1, as those of a model that was converted without names."""
+    return list(classes) == [str(number) for number in range(len(classes))]
+
+
+def find_places(classes: Sequence[str], trained: Sequence[str]) -> list[int] | None:
+    """The place of each class of the data among the trained classes; None where a name is not among them.
+
+    Args:
+        classes: names of the data's classes, in label order.
+        trained: names of the classifier's classes, in the order of its scores.
+    """
+    places = {name: place for place, name in enumerate(trained)}
+    return [places[name] for name in classes] if places.keys() >= set(classes) else None
+
+
+def go_by_number(classes: Sequence[str], trained: Sequence[str]) -> bool:
+    """Whether the data's classes in their order can be those of a classifier whose classes are mere numbers.
+
+    There must be as many. Where names are numbers themselves, in another form such as 007, they must rise: folders are
+    sorted as text (0, 1, 10, 2).
+    """
+    numbers = [int(name) for name in classes if name.isdecimal()]
+    return len(classes) == len(trained) and not set(classes) & set(trained) and numbers == sorted(numbers)
+
+
+def describe_change(before: Sequence[str], now: Sequence[str]) -> str:
+    """The classes that are new, gone or moved, in words; empty where all are as they were."""
+    former = {name: place for place, name in enumerate(before)}
+    current = {name: place for place, name in enumerate(now)}
+    stayed = [name for name in before if name in current]
+    parts = {
+        "new": [name for name in now if name not in former],
+        "gone": [name for name in before if name not in current],
+        "moved": [f"{name} ({former[name]} → {current[name]})" for name in stayed if former[name] != current[name]],
+    }
+    return "; ".join(f"{kind}: {some(names)}" for kind, names in parts.items() if names)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many there are beside them."""
+    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + rest

@@ -1,0 +1,82 @@
+"""What a command leaves: text that can be printed whatever names are in it, files that are complete or not there."""
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megavit.errors import ConfigError
+
+# What a full disk, a used-up quota or a disk that became read-only says.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def shown(text: str | bytes) -> str:
+    """A text, such as a path, as it can be printed: bytes that are no UTF-8 are escaped."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def escape_unprintable() -> None:
+    """Have standard output escape what its encoding does not hold, such as names of files that are no UTF-8."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, before anything takes time. Its folder is made.
+
+    Raises:
+        ConfigError: saying why.
+    """
+    with _refused(path):
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        temporary = _prepare(path)
+        temporary.unlink()
+
+
+@contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """Give a temporary file to write to, which takes the name of a file at the end.
+
+    After an error in between nothing is left of it, and a file that was there before is as it was. Its mode is that of
+    any file that the user makes. The body only writes: an OSError in it is told of this file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    with _refused(path):
+        temporary = _prepare(path)
+        mode = temporary.stat().st_mode
+        try:
+            yield temporary
+            # A library may have put another file in place.
+            temporary.chmod(mode)
+            temporary.replace(os.path.realpath(path))
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _prepare(path: Path) -> Path:
+    """An empty file in the folder of another one, with its suffix: libraries go by that."""
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{os.getpid()}.{target.name}")
+    temporary.touch()
+    return temporary
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror or error}; make room there, or choose another place"
+        ) from error
