@@ -169,7 +169,7 @@ def test_a_classifier_that_pools_otherwise_is_refused_and_other_heads_than_state
     assert "num_heads=8, and timm:" in refusal(*into, "num_heads=8")
 
 
-@pytest.mark.parametrize("shorter", [32, 37, 51])
+@pytest.mark.parametrize("shorter", [37, *(pytest.param(side, marks=pytest.mark.slow) for side in (32, 51))])
 def test_what_an_export_states_an_import_reads_back(shorter, tmp_path):
     crop = {"size": {"shortest_edge": shorter}, "do_center_crop": True, "crop_size": 32, "resample": 2}
     hf_folder(tmp_path / "hf", {}, {**crop, "image_mean": [0.1, 0.2, 0.3]})

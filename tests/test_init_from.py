@@ -51,7 +51,7 @@ def former(tmp_path_factory):
     run = train_small(root / "run", "optim.ema=0.8")
     weights = {}
     for name, place in (("last", run), ("average", f"ema:{run}")):
-        code, _, err = verb("convert", f"from={place}", f"to=timm:{root / name / 'model.safetensors'}")
+        code, _, err = verb("convert", f"from={place}", f"to=timm:{root / name}/model.safetensors")
         assert code == 0, err
         weights[name] = load_file(root / name / "model.safetensors")
     return run, weights
