@@ -92,8 +92,12 @@ def slope_error(chunk: torch.nn.Module, gradients: dict[str, torch.Tensor], loss
     middle = len(chunk.blocks.layers) // 2
     for part in ("embed.", f"blocks.layers.{middle}.", f"blocks.layers.{middle}.attn.proj.bias", "blocks."):
         part_of = {weights[name]: gradient for name, gradient in gradients.items() if name.startswith(part)}
-        # Moves the loss by 3e-4: far above fp32's rounding, and little enough for its curvature.
-        change = 1.5e-4 / sum(float(gradient.square().sum()) for gradient in part_of.values())
+        if not part_of:
+            # Frozen.
+            continue
+        # Moves the loss by 1e-4: above fp32's rounding, and little enough for its curvature, whose error at 3e-4 was
+        # 2.6e-3 of the embedding's slope beneath 24 layers and at 1.5e-4 a quarter of that.
+        change = 0.5e-4 / sum(float(gradient.square().sum()) for gradient in part_of.values())
         losses = []
         for step in (change, -2 * change):
             with torch.no_grad():
@@ -103,7 +107,7 @@ def slope_error(chunk: torch.nn.Module, gradients: dict[str, torch.Tensor], loss
         with torch.no_grad():
             for weight, gradient in part_of.items():
                 weight.add_(gradient, alpha=change)
-        worst = max(worst, abs((losses[0] - losses[1]) / 3e-4 - 1))
+        worst = max(worst, abs((losses[0] - losses[1]) / 1e-4 - 1))
     return worst
 
 
@@ -115,7 +119,7 @@ def step_without_inductor(overrides: list[str]) -> dict:
 
 def check_both_passes_and_slopes(got: dict) -> str:
     assert all(len(passes) == 2 and torch.equal(*passes) for passes in got["passes"])
-    # Measured: 7.2e-5; 4.5e-4 where nothing is dropped and the loss curves more.
+    # Measured: 3.0e-4, and 3.1e-4 over all that is dropped below 24 layers; 1.1 where the passes dropped other images.
     assert got["slope_error"] <= 2e-3
     # The first layer's, which drops no image, and the others': both passes run the same.
     assert got["graphs"] == 2
@@ -176,8 +180,8 @@ def test_compiled_layers_train_as_eager_ones_whatever_drops_and_is_recomputed(dr
         # Of training, of full recompute's first pass, of evaluation; first layer, frozen ones, trained ones.
         (["blocks.?.*", "blocks.10.*", "blocks.11.*"], 9),
         (["patch_embed.*", "cls_token", "pos_embed", "blocks.?.*", "blocks.10.*", "blocks.11.*"], 9),
-        # A part of each is frozen, of no two layers the same.
-        ([f"blocks.{i}.{part}" for i, part in enumerate(PARTS)], 36),
+        # Of twelve layers a part is frozen, of no two the same; the other twelve are trained.
+        ([f"blocks.{i}.{part}" for i, part in enumerate(PARTS)], 3 * (len(PARTS) + 1)),
     ],
 )
 def test_layers_frozen_in_the_same_parts_share_their_graphs(frozen, num_graphs):
