@@ -78,7 +78,7 @@ DP_2 = (2, ["train.micro_batch=2"])
         ),
     ],
 )
-def test_adam_keeps_its_count_of_updates_where_a_rank_trains_nothing(frozen, before, after, tmp_path):
+def test_adam_keeps_its_count_of_updates_where_a_rank_trains_nothing(frozen, before, after, tmp_path, figure):
     run = [*SMALL, *FROZEN[frozen], "optim.warmup_steps=0", "optim.betas=[0.9,0.999]", "train.steps=12"]
     want = run_ranks(ranks.train, 1, [*run, f"run.dir={tmp_path}/whole"])[0]
     (world, layout), (next_world, next_layout) = before, after
@@ -90,7 +90,8 @@ def test_adam_keeps_its_count_of_updates_where_a_rank_trains_nothing(frozen, bef
     losses = got[0]["losses"]
     assert len(losses) == 12
     worst = max(abs(losses[step] - loss) for step, loss in enumerate(want["losses"], start=1))
-    # Measured: 3.6e-7; with the count forgotten 2e-3 and more.
+    figure(f"{frozen} frozen, {before} then {after}: largest |Δloss| {worst:.1e} in 12 steps")
+    # Measured over all pairs: 3.6e-7.
     assert worst <= 5e-6
 
 
