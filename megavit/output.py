@@ -26,12 +26,12 @@ def escape_unprintable() -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a file that cannot be written, before anything takes time. Its folder is made.
+    """Refuse a file named by `out=` that cannot be written, before anything takes time. Its folder is made.
 
     Raises:
         ConfigError: saying why.
     """
-    with _refused(path):
+    with _refused(f"out={path}"):
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
         temporary = _prepare(path)
@@ -51,7 +51,7 @@ def complete_file(path: Path) -> Iterator[Path]:
     Raises:
         ConfigError: if it cannot be written.
     """
-    with _refused(path):
+    with _refused(str(path)):
         temporary = _prepare(path)
         mode = temporary.stat().st_mode
         try:
@@ -73,10 +73,9 @@ def _prepare(path: Path) -> Path:
 
 
 @contextmanager
-def _refused(path: Path) -> Iterator[None]:
+def _refused(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written: {error.strerror or error}; make room there, or choose another place"
-        ) from error
+        way_out = "make room there, or choose another place" if error.errno in DISK_ERRORS else "choose another place"
+        raise ConfigError(f"{what} cannot be written: {error.strerror or error}; {way_out}") from error

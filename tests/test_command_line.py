@@ -50,7 +50,9 @@ def without_reader(run_dir: Path, through_rich: bool) -> tuple[int, str]:
     os.dup2(writing, 1)
     os.close(writing)
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as said:
+        # A stream of this pipe: that of the process may know its former file as one that can be sought in.
+        stream = open(1, "w", closefd=False)  # noqa: SIM115
+        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(io.StringIO()) as said:
             code = run_as_rank(work, run_dir=lambda: run_dir, log=RankLog())
     finally:
         os.dup2(kept, 1)

@@ -22,7 +22,9 @@ from tests.reference import SMALL
 from tests.test_launch import assert_one_message, exit_record, run
 
 MODEL = [*SMALL, "train.steps=3", "optim.warmup_steps=1"]
-OWN = ["recipe=null", "data=folder", "model.patch_size=8", "data.image_size=[16,16]", "data.workers=0", *MODEL]
+# The smallest of these data sets has two images to train on.
+BATCH = ["train.global_batch=2", "train.micro_batch=2"]
+OWN = ["recipe=null", "data=folder", "model.patch_size=8", "data.image_size=[16,16]", "data.workers=0", *MODEL, *BATCH]
 
 
 def main_here(arguments: list[str]) -> tuple[int, str]:

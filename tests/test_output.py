@@ -47,7 +47,7 @@ def test_a_link_stays_one(tmp_path):
 def test_what_cannot_be_written_is_refused_in_a_line_before_anything_takes_time(tmp_path):
     (tmp_path / "file").touch()
     for path, why in ((tmp_path / "file" / "x.csv", "(File exists|Not a directory)"), (tmp_path, "it is a folder")):
-        with pytest.raises(ConfigError, match=f"{path} cannot be written: {why}; make room there, or choose another"):
+        with pytest.raises(ConfigError, match=f"out={path} cannot be written: {why}; choose another place"):
             check_writable(path)
     check_writable(tmp_path / "x.csv")
     assert os.listdir(tmp_path) == ["file"]
