@@ -21,7 +21,7 @@ from megavit.data.source import Source
 from megavit.errors import ConfigError
 from megavit.loading import check_pool, open_encoder
 from megavit.model.config import Pool
-from megavit.output import check_writable, complete_file, shown
+from megavit.output import check_writable, complete_file, printable
 from megavit.parallel.layout import world_size_from_environment
 from megavit.search import Weights
 from megavit.trained import prepare
@@ -82,7 +82,7 @@ class Extractor:
         self.about: dict[str, Any] = {
             "checkpoint": str(asked.weights),
             "data.source": data.source,
-            "data.path": data.path if data.path is None else shown(data.path),
+            "data.path": data.path if data.path is None else printable(data.path),
             "pool": self.pool.value,
         }
 

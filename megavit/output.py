@@ -14,7 +14,7 @@ from megavit.errors import ConfigError
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-def shown(text: str | bytes) -> str:
+def printable(text: str | bytes) -> str:
     """A text, such as a path, as it can be printed: bytes that are no UTF-8 are escaped."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")
 

@@ -11,7 +11,7 @@ import torch
 from megavit.checks import whole_number
 from megavit.data.files import find_images
 from megavit.errors import ConfigError
-from megavit.output import check_writable, complete_file, shown
+from megavit.output import check_writable, complete_file, printable
 from megavit.task.config import Loss
 from megavit.trained import open_run, read_classes, read_run, split_settings, with_settings
 from megavit.verb_arguments import parse_arguments
@@ -62,7 +62,7 @@ def predict(arguments: list[str]) -> int:
         best = chances.topk(top, dim=1)
         for path, scores, labels in zip(some, best.values.tolist(), best.indices.tolist(), strict=True):
             guesses = [{"class": classes[k], "probability": p} for k, p in zip(labels, scores, strict=True)]
-            rows.append({"image": shown(str(path)), "guesses": guesses})
+            rows.append({"image": printable(str(path)), "guesses": guesses})
     if len(paths) == 1 and unread:
         raise unread[0]
     if rows:

@@ -25,7 +25,7 @@ from megavit.extension import is_name
 from megavit.model.config import Attention, Linears, Positions
 from megavit.network import Network, build_network
 from megavit.optim.config import Implementation
-from megavit.output import shown as printable
+from megavit.output import printable
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.resume_rules import Rule, changes

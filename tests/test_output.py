@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from megavit.errors import ConfigError
-from megavit.output import check_writable, complete_file, escape_unprintable, shown
+from megavit.output import check_writable, complete_file, escape_unprintable, printable
 
 
 def test_an_error_in_the_middle_leaves_the_file_as_it_was_and_nothing_beside(tmp_path):
@@ -63,7 +63,7 @@ def test_a_full_disk_is_refused_in_a_line_and_nothing_is_left(small_disk):
 
 def test_names_that_are_no_utf8_can_be_printed(monkeypatch):
     name = os.fsdecode(b"caf\xe9")
-    assert shown(name) == shown(b"caf\xe9") == "caf\\xe9" and shown("é") == "é"
+    assert printable(name) == printable(b"caf\xe9") == "caf\\xe9" and printable("é") == "é"
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
     escape_unprintable()
     print(name, flush=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from megavit.classes import are_numbers
 from megavit.errors import ConfigError
-from megavit.output import shown
+from megavit.output import printable
 
 SCHEMA_VERSION = 3
 _FILE = "state.json"
@@ -85,7 +85,7 @@ def read_state(checkpoint: Path) -> TrainingState:
         fields = _MIGRATIONS[older](fields)
     try:
         # Of a folder whose name is no UTF-8 earlier versions kept the bytes.
-        return TrainingState(**{**fields, "classes": list(map(shown, fields.get("classes", [])))})
+        return TrainingState(**{**fields, "classes": list(map(printable, fields.get("classes", [])))})
     except TypeError as error:
         raise ConfigError(f"{checkpoint / _FILE} is broken: {error}") from error
 

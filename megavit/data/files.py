@@ -11,7 +11,7 @@ from megavit.data import remote
 from megavit.data.decode import Jpeg, decode_image, open_image
 from megavit.data.walk import SUFFIXES, walk_images
 from megavit.errors import ConfigError
-from megavit.output import shown
+from megavit.output import printable
 
 
 class ImageFiles:
@@ -76,7 +76,7 @@ class ImageFiles:
 
     def name(self, index: int) -> str:
         """Its path."""
-        return shown(self._path(index))
+        return printable(self._path(index))
 
     def _encoded(self, index: int) -> Path | bytes:
         path = self._path(index)

@@ -15,7 +15,7 @@ from megavit.data.index import Index, kept_or_built, settled
 from megavit.data.split import SPLIT_WORDS, find_splits, split_indices
 from megavit.data.walk import SUFFIXES, places_in_order, walk_images
 from megavit.errors import ConfigError
-from megavit.output import shown
+from megavit.output import printable
 
 # Folders that are asked at once whether they have changed.
 _THREADS = 16
@@ -40,8 +40,10 @@ def open_folder(config: DataConfig, split: str, index: Path | None = None) -> Im
     folder = halves.get(split, root)
     unknown = sorted(set(_class_names(folder)) - set(classes))
     if unknown:
-        listed = ", ".join(map(shown, unknown[:5]))
-        raise ConfigError(f"{shown(str(folder))} has classes that {shown(str(halves['train']))} has not: {listed}")
+        listed = ", ".join(map(printable, unknown[:5]))
+        raise ConfigError(
+            f"{printable(str(folder))} has classes that {printable(str(halves['train']))} has not: {listed}"
+        )
     return _open(folder, classes, config, split if halves else None, split=split, index=index)
 
 
@@ -76,7 +78,7 @@ def _open(
     return ImageFiles(
         names,
         labels,
-        classes=tuple(map(shown, classes)),
+        classes=tuple(map(printable, classes)),
         channels=config.channels,
         folder=folder,
         part=part,
@@ -106,14 +108,14 @@ def _list(folder: Path, classes: tuple[str, ...], about: dict[str, Any], half: s
 def _refuse_empty(folder: Path, classes: Sequence[str], labels: list[int], half: str | None) -> None:
     """Refuse a folder without images, and one to train on with a class without any: that is a slip."""
     if not labels and (not classes or half == "val"):
-        raise ConfigError(f"data.path={shown(str(folder))} holds no image ({', '.join(SUFFIXES)})")
+        raise ConfigError(f"data.path={printable(str(folder))} holds no image ({', '.join(SUFFIXES)})")
     if half == "val":
         return
     filled = set(labels)
     for label, name in enumerate(classes):
         if label not in filled:
             raise ConfigError(
-                f"{shown(str(folder / name))} holds no image ({', '.join(SUFFIXES)}); fill it or remove it"
+                f"{printable(str(folder / name))} holds no image ({', '.join(SUFFIXES)}); fill it or remove it"
             )
 
 
@@ -167,7 +169,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
             f"{root} has {', '.join(f'{name}/' for name in names)}, words for splits and not for classes; name the two "
             f"folders train/ and val/, or give the one with the class folders as data.path"
         )
-    if len(set(map(shown, names))) < len(names):
+    if len(set(map(printable, names))) < len(names):
         raise ConfigError(f"{root} has two folders whose names are printed as the same; rename one")
     if not names:
         raise ConfigError(

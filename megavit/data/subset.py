@@ -10,7 +10,7 @@ from megavit.data.config import DataConfig
 from megavit.data.decode import Jpeg
 from megavit.data.source import Source, all_labels, name_of, open_sample
 from megavit.errors import ConfigError
-from megavit.output import shown
+from megavit.output import printable
 
 _SUBSET_SEED = 1
 
@@ -71,7 +71,7 @@ def choose(source: Source, config: DataConfig, split: str) -> Source:
     if config.classes is None and not thins:
         return source
     # A name that is no UTF-8 may be typed as it is or as it is printed.
-    names = source.classes if config.classes is None else tuple(map(shown, config.classes))
+    names = source.classes if config.classes is None else tuple(map(printable, config.classes))
     for name in names:
         if name not in source.classes:
             near = difflib.get_close_matches(name, source.classes, n=1)

@@ -9,7 +9,7 @@ from typing import IO
 
 from megavit.data.walk import SUFFIXES
 from megavit.errors import ConfigError
-from megavit.output import shown
+from megavit.output import printable
 
 _ENDINGS = tuple(suffix[1:] for suffix in SUFFIXES)
 
@@ -77,8 +77,8 @@ def read_headers(file: IO[bytes], shard: str) -> list[Placed]:
         elif any(ending in ("cls", "json") or ending.endswith(_ENDINGS) for ending in sample.endings):
             has = ", ".join(f".{ending}" for ending in sorted(sample.endings))
             raise ConfigError(
-                f"{shard}: the sample {shown(key)} has no image, but {shown(has)}; a name counts up to its first "
-                f"dot, and an image ends in one of {', '.join(SUFFIXES)}"
+                f"{shard}: the sample {printable(key)} has no image, but {printable(has)}; a name counts up to its "
+                f"first dot, and an image ends in one of {', '.join(SUFFIXES)}"
             )
     return placed
 
@@ -94,8 +94,8 @@ def _members(file: IO[bytes], shard: str) -> Iterator[tarfile.TarInfo]:
             _refuse_unsafe(member, shard)
             if not 0 <= member.size <= size - member.offset_data:
                 raise ConfigError(
-                    f"{shard} ends within {shown(member.name)}, at {size:,} of {member.offset_data + member.size:,} "
-                    f"bytes; copy it again"
+                    f"{shard} ends within {printable(member.name)}, at {size:,} of "
+                    f"{member.offset_data + member.size:,} bytes; copy it again"
                 )
             if member.isfile():
                 yield member
@@ -114,7 +114,7 @@ def _refuse_unsafe(member: tarfile.TarInfo, shard: str) -> None:
     name = member.name
     if name.startswith("/") or ".." in name.split("/"):
         raise ConfigError(
-            f"{shard}: the member {shown(name)} lies outside the tar; pack it again with paths within a folder"
+            f"{shard}: the member {printable(name)} lies outside the tar; pack it again with paths within a folder"
         )
     if member.issparse() or not (member.type in tarfile.REGULAR_TYPES or member.isdir()):
         kinds = {
@@ -126,8 +126,8 @@ def _refuse_unsafe(member: tarfile.TarInfo, shard: str) -> None:
         }
         kind = "a sparse file" if member.issparse() else kinds.get(member.type, f"of type {member.type!r}")
         raise ConfigError(
-            f"{shard}: the member {shown(name)} is {kind}; a shard holds files alone, pack it again without (tar -h "
-            f"follows links)"
+            f"{shard}: the member {printable(name)} is {kind}; a shard holds files alone, pack it again without "
+            f"(tar -h follows links)"
         )
 
 
@@ -143,22 +143,22 @@ def _add(member: tarfile.TarInfo, file: IO[bytes], samples: dict[str, _Sample], 
     sample = samples.setdefault(key, _Sample())
     if ending in sample.endings:
         raise ConfigError(
-            f"{shard}: {shown(key)}.{shown(ending)} is there twice; of each sample's members one may end so"
+            f"{shard}: {printable(key)}.{printable(ending)} is there twice; of each sample's members one may end so"
         )
     sample.endings.add(ending)
     if ending in _ENDINGS:
         if sample.image is not None:
             raise ConfigError(
-                f"{shard}: the sample {shown(key)} has two images, {shown(sample.image[0])} and "
-                f"{shown(name)}; leave one"
+                f"{shard}: the sample {printable(key)} has two images, {printable(sample.image[0])} and "
+                f"{printable(name)}; leave one"
             )
         sample.image = (name, member.offset_data, member.size)
     elif ending in ("cls", "json"):
         file.seek(member.offset_data)
-        label = _label(file.read(member.size), ending, f"{shard}: {shown(name)}")
+        label = _label(file.read(member.size), ending, f"{shard}: {printable(name)}")
         if label is not None:
             if sample.label not in (None, label):
-                raise ConfigError(f"{shard}: the sample {shown(key)} has two labels, {sample.label} and {label}")
+                raise ConfigError(f"{shard}: the sample {printable(key)} has two labels, {sample.label} and {label}")
             sample.label = label
 
 

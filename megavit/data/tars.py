@@ -18,7 +18,7 @@ from megavit.data.split import split_indices
 from megavit.data.tar_index import Placed, read_headers
 from megavit.data.walk import places_in_order
 from megavit.errors import ConfigError
-from megavit.output import shown
+from megavit.output import printable
 
 _CLASSES_FILE = "classes.txt"
 
@@ -81,7 +81,7 @@ class TarImages:
         """Its shard and member."""
         place = self._part[index]
         shard = self._shards.shards[int(self._columns["shards"][place])]
-        return f"{shown(shard.path)}, {shown(bytes(self._columns['names'][place]))}"
+        return f"{printable(shard.path)}, {printable(bytes(self._columns['names'][place]))}"
 
 
 def open_tars(config: DataConfig, split: str, index: Path | None = None) -> TarImages:
@@ -165,7 +165,7 @@ def index_shards(paths: list[str]) -> dict[str, np.ndarray]:
 
 def _read_shard(path: str) -> list[Placed]:
     with open_shard(path) as file:
-        return read_headers(file, shown(path))
+        return read_headers(file, printable(path))
 
 
 def _class_names(path: str) -> tuple[str, ...] | None:

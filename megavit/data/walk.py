@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavit.errors import ConfigError
-from megavit.output import shown
+from megavit.output import printable
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".npy")
 
@@ -77,7 +77,7 @@ def _list_folder(
                 elif name.lower().endswith(SUFFIXES):
                     images.append(name)
     except OSError as error:
-        raise ConfigError(f"{shown(folder)} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{printable(folder)} cannot be read: {error.strerror}") from error
     return Walked(path, changed_ns, images), within
 
 

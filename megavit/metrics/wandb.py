@@ -9,7 +9,7 @@ import numpy as np
 
 from megavit.checks import shown
 from megavit.errors import ConfigError
-from megavit.output import shown as printable
+from megavit.output import printable
 
 _START_S = 60
 
