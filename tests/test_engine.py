@@ -127,8 +127,8 @@ def test_bf16_in_every_layout_agrees_with_bf16_in_one_process(world, layout, tmp
     got = run_ranks(ranks.train, world, [*SMALL, *BF16, *layout, f"run.dir={tmp_path}/parallel"])[0]
     worst = max(abs(a - b) for a, b in zip(got["losses"], want["losses"], strict=True))
     figure(f"bf16 O2, {' '.join(layout) or 'DP 2'}: largest |Δloss| {worst:.1e} against one process, 10 steps")
-    # Measured: 3.9e-4; a bf16 number near 2.3 has a spacing of 1.6e-2.
-    assert worst <= 2e-3
+    # Measured: 9.5e-4 with torch 2.14, 2.8e-3 with 2.11; a bf16 number near 2.3 has a spacing of 1.6e-2.
+    assert worst <= 5e-3
 
 
 def test_bf16_keeps_fp32_masters(tmp_path):

@@ -42,8 +42,9 @@ def test_in_every_layout_it_agrees_with_one_process(world, layout, figure):
     got = losses_of(world, (FP8, *layout))
     worst = max(abs(a - b) for a, b in zip(got, want, strict=True))
     figure(f"FP8, {' '.join(layout) or 'DP 2'}: largest |Δloss| {worst:.1e} against one process, 10 steps")
-    # Measured: 4.0e-3 at TP 2, where bf16 sums are rounded otherwise and then what is made of them in FP8; 0 at PP 2.
-    assert worst <= 1e-2
+    # Measured at TP 2, where the bf16 sums round differently before FP8 rounds them again: 4.0e-3 with torch 2.14,
+    # 1.5e-2 with 2.11.
+    assert worst <= 2e-2
 
 
 @pytest.mark.parametrize("recompute", ["selective", pytest.param("full", marks=pytest.mark.slow)])
