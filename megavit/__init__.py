@@ -18,10 +18,10 @@ def load(path: "str | _Path", *settings: str) -> "TrainedEncoder":
     """Load a trained network as an ordinary torch module (see `megavit.loading.load`)."""
     import warnings
 
-    from megavit.importing import quieten_imports
+    from megavit.importing import silence_import_warnings
 
     with warnings.catch_warnings():
-        quieten_imports()
+        silence_import_warnings()
         from megavit.loading import load as load_run
 
         return load_run(path, *settings)

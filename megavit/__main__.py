@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from megavit import __version__
 from megavit.errors import ConfigError
 from megavit.exits import FAULT, USER_ERROR
-from megavit.experimental import list_not_run
+from megavit.experimental import list_untested
 from megavit.output import escape_unprintable
 
 _USAGE = """\
@@ -59,7 +59,7 @@ GPU these must be asked for with experimental=true:
 """
 
 # Verbs that look at what there is, in this process: module and function.
-_LOOKING = {
+_COMMANDS = {
     "predict": "megavit.predict:predict",
     "reconstruct": "megavit.reconstruct:reconstruct",
     "features": "megavit.features:features",
@@ -107,17 +107,17 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"megavit {__version__} (torch {_version('torch')}, megatron-core {_version('megatron-core')})")
         return 0
-    verb, *rest = arguments
-    if verb not in starting and verb not in _LOOKING:
-        known = [*starting, *_LOOKING]
-        near = difflib.get_close_matches(verb, known, n=1)
+    command, *rest = arguments
+    if command not in starting and command not in _COMMANDS:
+        known = [*starting, *_COMMANDS]
+        near = difflib.get_close_matches(command, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        print(f"megavit: the verb {verb} does not exist; {hint}", file=sys.stderr)
+        print(f"megavit: the verb {command} does not exist; {hint}", file=sys.stderr)
         return USER_ERROR
     if "-h" in rest or "--help" in rest:
         _print_usage()
         return 0
-    return starting[verb](rest) if verb in starting else _look(verb, rest)
+    return starting[command](rest) if command in starting else _run_command(command, rest)
 
 
 def _version(package: str) -> str:
@@ -129,7 +129,7 @@ def _version(package: str) -> str:
 
 
 def _print_usage() -> None:
-    print(_USAGE, *(f"  {option}\n" for option in list_not_run()), sep="", end="")
+    print(_USAGE, *(f"  {option}\n" for option in list_untested()), sep="", end="")
 
 
 def train(arguments: list[str]) -> int:
@@ -166,10 +166,10 @@ def train(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """Look at the run's configuration here, once, then start the ranks."""
-    from megavit.importing import quieten_imports, uncollected
+    from megavit.importing import gc_paused, silence_import_warnings
 
-    quieten_imports()
-    with uncollected():
+    silence_import_warnings()
+    with gc_paused():
         from megavit.trained import prepare
         from megavit.workers import num_ranks, start_ranks
 
@@ -190,15 +190,15 @@ def doctor(arguments: list[str]) -> int:
     return look_at_machine(arguments)
 
 
-def _look(verb: str, arguments: list[str]) -> int:
+def _run_command(command: str, arguments: list[str]) -> int:
     """Run a verb that starts no ranks."""
     from importlib import import_module
 
-    from megavit.importing import quieten_imports, uncollected
+    from megavit.importing import gc_paused, silence_import_warnings
 
-    quieten_imports()
-    module, _, function = _LOOKING[verb].partition(":")
-    with uncollected():
+    silence_import_warnings()
+    module, _, function = _COMMANDS[command].partition(":")
+    with gc_paused():
         look = getattr(import_module(module), function)
     return look(arguments)
 

@@ -6,16 +6,16 @@ They are resolved where a command line is read, so that ranks, jobs and the run'
 from pathlib import Path
 from typing import Any
 
-from megavit.checkpoint.store import CheckpointStore
-from megavit.checks import shown, whole_number
+from megavit.checkpoint.store import CheckpointManager
+from megavit.checks import parse_int, shown
 from megavit.compose import AUTO_MODEL, compose, from_yaml
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.donor import open_foreign
 from megavit.errors import ConfigError
 from megavit.exchange.foreign_model import written
 from megavit.exchange.read import KINDS
 from megavit.model.config import ModelConfig, Pool, Positions
-from megavit.search import find_weights
+from megavit.search import resolve_checkpoint
 from megavit.task.config import TaskName
 
 # What the weights' shapes and function depend on, whatever stands on the encoder.
@@ -64,30 +64,30 @@ def resolve_auto(overrides: list[str]) -> tuple[list[str], str | None]:
     return [*rest, *taken], f"model=auto, of {place}: {' '.join(taken)}"
 
 
-def _own_checkpoint(config: RunConfig) -> Path | None:
+def _own_checkpoint(config: ExperimentConfig) -> Path | None:
     if config.checkpoint.resume == "never":
         return None
-    saved = CheckpointStore(Path(config.run.dir) / "checkpoints").all()
+    saved = CheckpointManager(Path(config.run.dir) / "checkpoints").all()
     return next((path for path in saved if (path / "run.yaml").is_file()), None)
 
 
-def _of_run(checkpoint: Path, config: RunConfig) -> dict[str, Any]:
+def _of_run(checkpoint: Path, config: ExperimentConfig) -> dict[str, Any]:
     """Of a checkpoint of the run itself: every setting of its network that `config` need not repeat."""
     saved = from_yaml((checkpoint / "run.yaml").read_text())
     found = _settings(saved.model, vars(saved.task) if config.task.name is TaskName.mae else {})
     return found | {f"model.{key}": shown(getattr(saved.model, key)) for key in ("positions", "pool", "head")}
 
 
-def _of_weights(config: RunConfig, typed: list[str]) -> dict[str, Any]:
+def _of_weights(config: ExperimentConfig, typed: list[str]) -> dict[str, Any]:
     place = config.init_from
     assert place is not None
     if place.partition(":")[0] in KINDS:
         heads = next((text.partition("=")[2] for text in typed if text.startswith("model.num_heads=")), None)
-        foreign = open_foreign(place, num_heads=whole_number("model.num_heads", heads) if heads else None)
-        model, decoder = foreign.model, foreign.decoder
-        classifies = bool(foreign.classes) and foreign.other_pooling is None
+        external = open_foreign(place, num_heads=parse_int("model.num_heads", heads) if heads else None)
+        model, decoder = external.model, external.decoder
+        classifies = bool(external.classes) and external.other_pooling is None
     else:
-        saved = from_yaml((find_weights(place, setting="init_from").checkpoint / "run.yaml").read_text())
+        saved = from_yaml((resolve_checkpoint(place, setting="init_from").checkpoint / "run.yaml").read_text())
         model, decoder = saved.model, vars(saved.task)
         classifies = saved.task.name is TaskName.classify
     trains_decoder = config.task.name is TaskName.mae

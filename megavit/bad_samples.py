@@ -12,7 +12,7 @@ from megavit.parallel.agree import gather_objects
 _NAMED = 10
 
 
-class BadSamples:
+class BadSampleTracker:
     """The images of one split that others took the place of, since the run was started; alike on every rank.
 
     Args:
@@ -37,7 +37,7 @@ class BadSamples:
         """
         if not self._skips:
             return []
-        by_rank = gather_objects(self._loader.take_bad())
+        by_rank = gather_objects(self._loader.pop_bad_samples())
         found = {bad.sample_id: bad for some in by_rank for bad in some if bad.sample_id not in self._known}
         new = [found[sample_id] for sample_id in sorted(found)]
         self._known |= set(found)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from megavit.checkpoint.manifest import FILE, find_faults
 from megavit.checkpoint.state import schema_version
-from megavit.checkpoint.store import CheckpointStore
-from megavit.checks import whole_number
+from megavit.checkpoint.store import CheckpointManager
+from megavit.checks import parse_int
 from megavit.errors import ConfigError
 from megavit.exits import FINISHED, USER_ERROR
 from megavit.run_folder import lock_folder
@@ -25,7 +25,7 @@ def verify(arguments: list[str]) -> int:
         ConfigError: if there is none.
     """
     path = Path(parse_arguments("verify", arguments, needed=("from",), optional=())["from"])
-    checkpoints = CheckpointStore(path / "checkpoints").all() if (path / "checkpoints").is_dir() else [path]
+    checkpoints = CheckpointManager(path / "checkpoints").all() if (path / "checkpoints").is_dir() else [path]
     if not checkpoints or not any((checkpoints[0] / name).is_file() for name in ("metadata.json", "state.json", FILE)):
         raise ConfigError(f"from={path} holds no checkpoint; give a run's folder or one of its checkpoints/step_…")
     broken = 0
@@ -55,14 +55,14 @@ def prune(arguments: list[str]) -> int:
     run_dir = Path(given["from"])
     if not (run_dir / "checkpoints").is_dir():
         raise ConfigError(f"from={run_dir} is no run's folder: it has no checkpoints/")
-    keep_every = whole_number("keep_every", given["keep_every"]) if "keep_every" in given else None
-    store = CheckpointStore(run_dir / "checkpoints")
+    keep_every = parse_int("keep_every", given["keep_every"]) if "keep_every" in given else None
+    store = CheckpointManager(run_dir / "checkpoints")
     with lock_folder(run_dir):
-        newest, warnings = store.newest_whole()
+        newest, warnings = store.latest_valid()
         if newest is None:
             told = f": {'; '.join(warnings)}" if warnings else ""
             raise ConfigError(f"from={run_dir} holds no whole checkpoint{told}; nothing is removed")
-        keep_last = whole_number("keep_last", given["keep_last"])
+        keep_last = parse_int("keep_last", given["keep_last"])
         gone = store.prune(keep_last=keep_last, keep_every=keep_every, spare=newest)
     for path in gone:
         print(f"removed {path}")

@@ -74,7 +74,7 @@ def shown(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def whole_number(key: str, text: str, *, at_least: int = 1) -> int:
+def parse_int(key: str, text: str, *, at_least: int = 1) -> int:
     """Read an argument that counts something.
 
     Args:
@@ -90,10 +90,10 @@ def whole_number(key: str, text: str, *, at_least: int = 1) -> int:
     return int(text)
 
 
-def whole_numbers(key: str, text: str) -> list[int]:
+def parse_ints(key: str, text: str) -> list[int]:
     """Read an argument that names several counts, with commas between them; each is taken once.
 
     Raises:
         ConfigError: if one is no whole number of at least 1.
     """
-    return list(dict.fromkeys(whole_number(key, part) for part in text.split(",")))
+    return list(dict.fromkeys(parse_int(key, part) for part in text.split(",")))

@@ -1,4 +1,4 @@
-"""From the command line to a RunConfig: Hydra composes, we say what is wrong with it in one line."""
+"""From the command line to a ExperimentConfig: Hydra composes, we say what is wrong with it in one line."""
 
 import difflib
 import re
@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.errors import ConfigError
 from megavit.overrides import Setting, key_of, read_setting, read_text, types_of
 
@@ -101,7 +101,7 @@ def groups() -> list[str]:
     return sorted(path.name for path in folders if path.name != "cluster")
 
 
-def compose(overrides: list[str]) -> RunConfig:
+def compose(overrides: list[str]) -> ExperimentConfig:
     """Compose the configuration of a run.
 
     Args:
@@ -135,7 +135,7 @@ def compose(overrides: list[str]) -> RunConfig:
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, settings)) from error
-    assert isinstance(config, RunConfig)
+    assert isinstance(config, ExperimentConfig)
     config.task = config.task.with_decoder(config.model)
     return config
 
@@ -143,15 +143,15 @@ def compose(overrides: list[str]) -> RunConfig:
 @cache
 def _register() -> None:
     """Let Hydra know the types of all settings; it keeps them for as long as the process lives."""
-    ConfigStore.instance().store(name="run_config", node=RunConfig)
+    ConfigStore.instance().store(name="run_config", node=ExperimentConfig)
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: ExperimentConfig) -> str:
     """The resolved configuration as YAML, as it is kept in the run folder."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def from_yaml(text: str) -> RunConfig:
+def from_yaml(text: str) -> ExperimentConfig:
     """Read what `to_yaml` wrote.
 
     Raises:
@@ -162,14 +162,14 @@ def from_yaml(text: str) -> RunConfig:
             "a run's configuration holds ${…}, which is resolved before it is written; it was tampered with"
         )
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(text)))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig), OmegaConf.create(text)))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"a run's configuration cannot be read: {_explain(error)}") from error
-    assert isinstance(config, RunConfig)
+    assert isinstance(config, ExperimentConfig)
     return config
 
 
-def merge(config: RunConfig, overrides: list[str]) -> RunConfig:
+def merge(config: ExperimentConfig, overrides: list[str]) -> ExperimentConfig:
     """Put settings over a configuration that a run has left.
 
     Args:
@@ -191,24 +191,24 @@ def merge(config: RunConfig, overrides: list[str]) -> RunConfig:
         merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), typed))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, settings)) from error
-    assert isinstance(merged, RunConfig)
+    assert isinstance(merged, ExperimentConfig)
     return merged
 
 
-def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Every setting by its dotted path."""
     found: dict[str, Any] = {}
     for part in fields(config):
         value = getattr(config, part.name)
         path = f"{prefix}{part.name}"
-        found |= leaves(value, f"{path}.") if is_dataclass(value) else {path: value}
+        found |= flatten(value, f"{path}.") if is_dataclass(value) else {path: value}
     return found
 
 
 @cache
 def run_types() -> dict[str, Any]:
     """The type of every setting of a run, by its dotted path."""
-    return types_of(RunConfig)
+    return types_of(ExperimentConfig)
 
 
 def _read(overrides: list[str]) -> list[Setting]:

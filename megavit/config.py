@@ -16,7 +16,7 @@ from megavit.task.config import Loss, TaskName
 
 
 @dataclass
-class RunConfig(RunSettings):
+class ExperimentConfig(RunSettings):
     """Everything a run depends on (see `RunSettings`), checked together."""
 
     def check(self, world_size: int, *, device: str | None = None) -> None:
@@ -243,7 +243,7 @@ class RunConfig(RunSettings):
     def _check_tensor_parallel(self) -> None:
         for group, prefix in (("model", ""), ("task", "decoder_")):
             self._check_splits(group, f"{prefix}num_heads", f"{prefix}ffn_size")
-        tp, tokens, seen = self.parallel.tp, self.encoder_tokens, self.seen_patches
+        tp, tokens, seen = self.parallel.tp, self.encoder_tokens, self.visible_patches
         if self.parallel.sequence_parallel and tokens % tp:
             hides = f" (task.mask_ratio={self.task.mask_ratio} hides {self.num_patches - seen})"
             others = [count for count in (0, 1, 8) if (seen + count) % tp == 0]

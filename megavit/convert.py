@@ -11,14 +11,14 @@ from torch import Tensor
 
 from megavit.checkpoint.names import Dims, from_plain, plain_name, to_plain
 from megavit.checkpoint.state import TrainingState, read_state
-from megavit.checkpoint.store import CheckpointStore
-from megavit.checks import shown, whole_number
+from megavit.checkpoint.store import CheckpointManager
+from megavit.checks import parse_int, shown
 from megavit.compose import compose, to_yaml
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.data.config import PIXEL_SETTINGS
 from megavit.errors import ConfigError
-from megavit.exchange.foreign_model import ForeignModel, written
-from megavit.exchange.hf_folder import hf_config, hf_preprocessor, model_card, push, refuse_unlike_hf
+from megavit.exchange.foreign_model import ExternalModel, written
+from megavit.exchange.hf_folder import check_hf_compatible, hf_config, hf_preprocessor, model_card, push
 from megavit.exchange.read import KINDS, fetch, read_foreign
 from megavit.exchange.timm_config import TIMM_NORM_EPS
 from megavit.exchange.write import write_hf, write_nemo, write_timm
@@ -26,10 +26,10 @@ from megavit.exits import FINISHED
 from megavit.model.config import Head, Positions
 from megavit.model.embedding import sincos_positions
 from megavit.model.vit import parameter_names
-from megavit.network import build_network
+from megavit.network import build_model
 from megavit.parallel.layout import ParallelLayout
 from megavit.run_folder import lock_folder
-from megavit.search import find_weights
+from megavit.search import resolve_checkpoint
 from megavit.trained import TrainedRun, open_run, read_classes, read_config, split_settings, with_settings
 from megavit.verb_arguments import parse_arguments
 
@@ -62,7 +62,7 @@ def convert(arguments: list[str]) -> int:
     if "from" in kinds:
         if "dtype" in given:
             raise ConfigError(f"dtype={given['dtype']} would be ignored: a run's weights are fp32")
-        heads = whole_number("num_heads", given["num_heads"]) if "num_heads" in given else None
+        heads = parse_int("num_heads", given["num_heads"]) if "num_heads" in given else None
         place = given["from"].partition(":")[2]
         return _into_run(kinds["from"], place, Path(given["to"]), num_heads=heads, pixels=pixels)
     repository = given.get("push")
@@ -90,71 +90,71 @@ def _return_freed_memory() -> None:
 
 def _into_run(kind: str, place: str, run_dir: Path, *, num_heads: int | None, pixels: list[str]) -> int:
     typed = {text.partition("=")[0] for text in pixels}
-    foreign = read_foreign(kind, fetch(kind, place, setting="from"), num_heads=num_heads, typed=typed)
+    external = read_foreign(kind, fetch(kind, place, setting="from"), num_heads=num_heads, typed=typed)
     if num_heads is not None:
         typed.add("model.num_heads")
-        if num_heads != foreign.model.num_heads:
-            raise ConfigError(f"num_heads={num_heads}, and {kind}:{place} states {foreign.model.num_heads}")
-    if foreign.other_pooling is not None and foreign.classes:
+        if num_heads != external.model.num_heads:
+            raise ConfigError(f"num_heads={num_heads}, and {kind}:{place} states {external.model.num_heads}")
+    if external.other_pooling is not None and external.classes:
         raise ConfigError(
-            f"from={kind}:{place} pools with {foreign.other_pooling}; megavit's classifiers read the normed class "
+            f"from={kind}:{place} pools with {external.other_pooling}; megavit's classifiers read the normed class "
             f"token, or norm the patches' mean (fc_norm). Its encoder can be trained on: init_from={kind}:{place}"
         )
-    config = with_settings(_config_of(foreign, run_dir), pixels)
+    config = with_settings(_config_of(external, run_dir), pixels)
     # Where the data are is nobody's business yet; everything else must fit before it is saved.
     replace(config, data=replace(config.data, path=str(run_dir))).check(1)
-    store = CheckpointStore(run_dir / "checkpoints")
+    store = CheckpointManager(run_dir / "checkpoints")
     with lock_folder(run_dir):
         if store.all():
             raise ConfigError(f"to={run_dir} already holds checkpoints; choose another folder")
         layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
-        network = build_network(config, layout, num_classes=len(foreign.classes) or 1)
-        _fill(network.chunks["model"], foreign, config)
-        assumed = [key for key in (*foreign.assumed, *foreign.pixels.assumed) if key not in typed]
-        state = TrainingState(0, 0, {}, classes=foreign.classes, optimizer=False, assumed=assumed)
+        network = build_model(config, layout, num_classes=len(external.classes) or 1)
+        _fill(network.chunks["model"], external, config)
+        assumed = [key for key in (*external.assumed, *external.pixels.assumed) if key not in typed]
+        state = TrainingState(0, 0, {}, classes=external.classes, optimizer=False, assumed=assumed)
         path = store.save(network.chunks, None, state, run_yaml=to_yaml(config))
         (run_dir / "config.yaml").write_text(to_yaml(config))
     count = sum(p.numel() for chunk in network.chunks.values() for p in chunk.parameters())
     print(f"{path}: {count:,} weights of {kind}:{place}; init_from={run_dir} starts a run from them")
-    for line in (*foreign.notes, _seen(config), *foreign.assumptions(typed=typed)):
+    for line in (*external.notes, _seen(config), *external.assumptions(typed=typed)):
         print(line)
     return FINISHED
 
 
-def _seen(config: RunConfig) -> str:
+def _seen(config: ExperimentConfig) -> str:
     """How the run sees an image, as it is typed."""
     return "sees images with " + " ".join(
         written(key, getattr(config.data, key.removeprefix("data."))) for key in ("data.image_size", *PIXEL_SETTINGS)
     )
 
 
-def _config_of(foreign: ForeignModel, run_dir: Path) -> RunConfig:
-    task = "mae" if foreign.decoder else "classify"
+def _config_of(external: ExternalModel, run_dir: Path) -> ExperimentConfig:
+    task = "mae" if external.decoder else "classify"
     config = compose(["recipe=null", "data=folder", f"task={task}", "train.epochs=1"])
     data = replace(
         config.data,
-        image_size=foreign.image_size,
-        channels=foreign.channels,
-        mean=foreign.pixels.mean,
-        std=foreign.pixels.std,
-        eval_crop=foreign.pixels.eval_crop,
-        interpolation=foreign.pixels.interpolation,
+        image_size=external.image_size,
+        channels=external.channels,
+        mean=external.pixels.mean,
+        std=external.pixels.std,
+        eval_crop=external.pixels.eval_crop,
+        interpolation=external.pixels.interpolation,
     )
     return replace(
         config,
         run=replace(config.run, name=run_dir.name or "run", dir=str(run_dir)),
-        model=foreign.model,
+        model=external.model,
         data=data,
-        task=replace(config.task, **foreign.decoder),
+        task=replace(config.task, **external.decoder),
     )
 
 
-def _dims(config: RunConfig) -> Dims:
+def _dims(config: ExperimentConfig) -> Dims:
     return Dims(config.model.num_heads, config.model.patch_size, config.task.decoder_num_heads or 0)
 
 
 @torch.no_grad()
-def _fill(chunk: Any, foreign: ForeignModel, config: RunConfig) -> None:
+def _fill(chunk: Any, external: ExternalModel, config: ExperimentConfig) -> None:
     """Read the weights one by one into a network.
 
     Raises:
@@ -163,24 +163,24 @@ def _fill(chunk: Any, foreign: ForeignModel, config: RunConfig) -> None:
     dims, wanted = _dims(config), []
     for name, parameter in parameter_names(chunk).items():
         theirs = plain_name(name)
-        if not foreign.classes and not foreign.decoder and theirs.startswith("head."):
+        if not external.classes and not external.decoder and theirs.startswith("head."):
             # A model without a classifier: ours keeps its first weights, under the one class that must be.
             continue
         wanted.append(theirs)
-        weight = foreign.weight(theirs)
+        weight = external.weight(theirs)
         shape = to_plain({name: parameter}, dims)[theirs].shape
         if weight.shape != shape:
             raise ConfigError(
                 f"{theirs} is {list(weight.shape)} there and {list(shape)} here: the sizes read from it do not fit it"
             )
         parameter.copy_(from_plain({theirs: weight}, dims)[name])
-    left = foreign.unread(wanted)
+    left = external.unread(wanted)
     if left:
         raise ConfigError(f"{left[0]} has no place in megavit's network ({len(left)} weights are left over)")
 
 
 def _out_of_run(run: str, kind: str, target: Path, *, dtype: str) -> None:
-    weights = find_weights(run)
+    weights = resolve_checkpoint(run)
     config = read_config(weights.checkpoint)
     is_mae = not config.task.name.classifies
     if kind == "mae" and not is_mae:
@@ -193,7 +193,7 @@ def _out_of_run(run: str, kind: str, target: Path, *, dtype: str) -> None:
     headless = is_mae or not (state.classes or state.optimizer)
     classes = () if headless else read_classes(weights.checkpoint)
     if kind == "hf":
-        refuse_unlike_hf(config)
+        check_hf_compatible(config)
     trained = open_run(config, weights, num_classes=0 if is_mae else len(classes) or 1)
     dropped = ["mae_decoder."] if kind in ("timm", "nemo") else []
     if headless:
@@ -230,7 +230,7 @@ def _refuse_target(kind: str, target: Path) -> None:
         )
 
 
-def _unsaid(kind: str, config: RunConfig) -> list[str]:
+def _unsaid(kind: str, config: ExperimentConfig) -> list[str]:
     """What the other library's files cannot say of the run, a line each."""
     model, data = config.model, config.data
     lines = []
@@ -258,7 +258,7 @@ def _unsaid(kind: str, config: RunConfig) -> list[str]:
 
 
 def _plain_weights(
-    run: TrainedRun, config: RunConfig, *, dropped: tuple[str, ...], dtype: torch.dtype
+    run: TrainedRun, config: ExperimentConfig, *, dropped: tuple[str, ...], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Every weight by its plain name, ours given up one by one; fixed positions too, which theirs keep as weights.
 

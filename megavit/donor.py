@@ -13,15 +13,15 @@ from megavit.classes import are_numbers
 from megavit.compose import from_yaml
 from megavit.data.config import PIXEL_SETTINGS
 from megavit.errors import ConfigError
-from megavit.exchange.foreign_model import ForeignModel, usual_heads
+from megavit.exchange.foreign_model import ExternalModel, usual_heads
 from megavit.exchange.positions import are_sincos
 from megavit.exchange.read import KINDS, fetch, read_foreign
 from megavit.model.config import ModelConfig, Positions
 from megavit.model.init import copy_part, whole_shape
 from megavit.model.vit import EncoderStage, parameter_names
-from megavit.parallel.agree import agree_on_error, from_rank_zero, wait_for_rank_zero
+from megavit.parallel.agree import broadcast_from_rank0, raise_on_all_ranks, wait_for_rank_zero
 from megavit.parallel.layout import ParallelLayout
-from megavit.search import Weights, find_weights
+from megavit.search import CheckpointRef, resolve_checkpoint
 from megavit.task.config import TaskName
 
 _SETTING = "init_from"
@@ -31,7 +31,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Pedigree:
+class WeightsInfo:
     """What a donor's weights were made for.
 
     Attributes:
@@ -62,10 +62,10 @@ class Pedigree:
     notes: tuple[str, ...] = ()
 
 
-class Donor(Protocol):
+class WeightSource(Protocol):
     """Somebody's weights, by the names that they have in our network."""
 
-    pedigree: Pedigree
+    weights_info: WeightsInfo
 
     def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
         """The whole shapes of the donor's weights, as far as this rank may want them, and of this rank's own."""
@@ -78,18 +78,18 @@ class Donor(Protocol):
         ...
 
 
-class RunDonor:
+class RunWeights:
     """A run of megavit's.
 
     Args:
         weights: of it.
     """
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: CheckpointRef) -> None:
         config = from_yaml((weights.checkpoint / "run.yaml").read_text())
         state = read_state(weights.checkpoint)
         self._weights = weights
-        self.pedigree = Pedigree(
+        self.weights_info = WeightsInfo(
             called=str(weights),
             model=config.model,
             image_size=config.data.image_size,
@@ -104,64 +104,64 @@ class RunDonor:
         )
 
     def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
-        """See `Donor`."""
+        """See `WeightSource`."""
         return shards.shapes_of(self._weights.checkpoint, chunks, averaged=self._weights.averaged)
 
     def give(
         self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, whole: Shapes
     ) -> Mapping[str, Tensor]:
-        """See `Donor`."""
+        """See `WeightSource`."""
         checkpoint, averaged = self._weights.checkpoint, self._weights.averaged
         return shards.load_some_weights(checkpoint, chunks, names, whole=whole, averaged=averaged)
 
 
-class ForeignDonor:
+class ExternalWeights:
     """A model of another library, of which each rank reads what it holds.
 
     Args:
         place: as typed.
-        foreign: the model.
+        external: the model.
 
     Raises:
         ConfigError: if it has weights that no network of ours has a place for.
     """
 
-    def __init__(self, place: str, foreign: ForeignModel) -> None:
-        self._foreign = foreign
-        model, heads = foreign.model, foreign.decoder.get("decoder_num_heads")
+    def __init__(self, place: str, external: ExternalModel) -> None:
+        self._external = external
+        model, heads = external.model, external.decoder.get("decoder_num_heads")
         self._dims = Dims(model.num_heads, model.patch_size, heads or 0)
-        unknown = foreign.unknown()
+        unknown = external.unknown()
         if unknown:
             raise ConfigError(
                 f"{_SETTING}={place}: {unknown[0]} has no place in megavit's network ({len(unknown)} such weights), "
                 f"which would be another function without it"
             )
-        grid = model.patch_grid(foreign.image_size)
+        grid = model.patch_grid(external.image_size)
         # An encoder alone has them as weights like any others.
-        if are_sincos(foreign.weight("pos_embed")[0], grid, class_tokens=model.class_tokens):
+        if are_sincos(external.weight("pos_embed")[0], grid, class_tokens=model.class_tokens):
             model = replace(model, positions=Positions.sincos)
         usual = usual_heads(model.hidden_size, model.num_layers)
-        unusual = "model.num_heads" in foreign.assumed and model.num_heads != usual
+        unusual = "model.num_heads" in external.assumed and model.num_heads != usual
         untold = (
             f"note: {place} does not tell its heads, and model.num_heads={model.num_heads} is taken; usual are {usual}"
         )
-        self.pedigree = Pedigree(
+        self.weights_info = WeightsInfo(
             called=place,
             model=model,
-            image_size=foreign.image_size,
-            channels=foreign.channels,
-            mean=foreign.pixels.mean,
-            std=foreign.pixels.std,
+            image_size=external.image_size,
+            channels=external.channels,
+            mean=external.pixels.mean,
+            std=external.pixels.std,
             # A classifier that pools otherwise than ours is none for us.
-            classes=tuple(foreign.classes) if foreign.other_pooling is None else (),
-            names_classes=not are_numbers(foreign.classes),
+            classes=tuple(external.classes) if external.other_pooling is None else (),
+            names_classes=not are_numbers(external.classes),
             decoder_heads=heads,
-            guessed=frozenset((*foreign.assumed, *foreign.pixels.assumed)),
-            notes=(*((untold,) if unusual else ()), *foreign.notes, *foreign.assumptions(typed=PIXEL_SETTINGS)),
+            guessed=frozenset((*external.assumed, *external.pixels.assumed)),
+            notes=(*((untold,) if unusual else ()), *external.notes, *external.assumptions(typed=PIXEL_SETTINGS)),
         )
 
     def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
-        """See `Donor`."""
+        """See `WeightSource`."""
         own = {name: param for chunk in chunks.values() for name, param in parameter_names(chunk).items()}
         there = {}
         for name in own:
@@ -173,7 +173,7 @@ class ForeignDonor:
     def give(
         self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, whole: Shapes
     ) -> Mapping[str, Tensor]:
-        """See `Donor`."""
+        """See `WeightSource`."""
         for chunk in chunks.values():
             for name, param in parameter_names(chunk).items():
                 if name in names:
@@ -184,7 +184,7 @@ class ForeignDonor:
         """A weight by our name and in our form; None where there is none."""
         try:
             plain = plain_name(name)
-            return from_plain({plain: self._foreign.weight(plain)}, self._dims)[name]
+            return from_plain({plain: self._external.weight(plain)}, self._dims)[name]
         except (KeyError, ConfigError):
             return None
 
@@ -194,7 +194,7 @@ class ForeignDonor:
         return weight
 
 
-def open_foreign(place: str, *, num_heads: int | None) -> ForeignModel:
+def open_foreign(place: str, *, num_heads: int | None) -> ExternalModel:
     """Another library's model that `init_from` names, already on this machine or brought from the hub.
 
     Args:
@@ -208,7 +208,7 @@ def open_foreign(place: str, *, num_heads: int | None) -> ForeignModel:
     return read_foreign(kind, fetch(kind, rest, setting=_SETTING), num_heads=num_heads, typed=_OWN_PIXELS)
 
 
-def open_donor(place: str, *, num_heads: int) -> Donor:
+def open_weights(place: str, *, num_heads: int) -> WeightSource:
     """Find the weights that a user names; every rank calls this.
 
     Args:
@@ -221,18 +221,18 @@ def open_donor(place: str, *, num_heads: int) -> Donor:
     """
     kind, _, rest = place.partition(":")
     if kind not in KINDS:
-        return RunDonor(from_rank_zero(lambda: find_weights(place, setting=_SETTING)))
+        return RunWeights(broadcast_from_rank0(lambda: resolve_checkpoint(place, setting=_SETTING)))
 
     def look() -> None:
         fetch(kind, rest, setting=_SETTING)
 
     # First one rank, however long the network takes; the others find it, or bring it to their machine.
     wait_for_rank_zero(look)
-    donor, refused = None, None
+    weight_source, refused = None, None
     try:
-        donor = ForeignDonor(place, open_foreign(place, num_heads=num_heads))
+        weight_source = ExternalWeights(place, open_foreign(place, num_heads=num_heads))
     except ConfigError as error:
         refused = str(error)
-    agree_on_error(refused)
-    assert donor is not None
-    return donor
+    raise_on_all_ranks(refused)
+    assert weight_source is not None
+    return weight_source

@@ -7,11 +7,11 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.data.loader import Batch, Loader
-from megavit.data.order import SampleOrder
+from megavit.data.order import DeterministicSampler
 from megavit.data.source import Source
-from megavit.network import Network
+from megavit.network import ModelSetup
 from megavit.optim.data_parallel import wrap_for_data_parallel
 from megavit.optim.step import step_if_finite
 from megavit.parallel.agree import broadcast_from
@@ -34,10 +34,10 @@ class Engine:
     """
 
     def __init__(
-        self, network: Network, model: list[torch.nn.Module], *, layout: ParallelLayout, micro_batch: int
+        self, network: ModelSetup, model: list[torch.nn.Module], *, layout: ParallelLayout, micro_batch: int
     ) -> None:
         self.task, self.model, self.layout, self.micro_batch = network.task, model, layout, micro_batch
-        self.boundary = network.task.boundary(micro_batch, network.block)
+        self.boundary = network.task.boundary(micro_batch, network.mcore_config)
 
     def train_step(
         self, batches: Iterator[Batch], num_microbatches: int, optimizer: MegatronOptimizer
@@ -76,16 +76,16 @@ class Engine:
     def score(self, loader: Loader) -> dict[str, Tensor]:
         """All that the task can count over the loader's whole source, each image once, in any layout."""
         outputs = self._evaluating(self.task.score, loader, loader.num_evaluation_batches)
-        return sum_over_world(add_microbatches(outputs), self.task.score_shapes, self.layout)
+        return sum_over_world(add_microbatches(outputs), self.task.metric_shapes, self.layout)
 
-    def paint(self, loader: Loader) -> Tensor:
+    def visualize(self, loader: Loader) -> Tensor:
         """The task's panels of the first images, uint8 [image, panel, channel, row, column]."""
-        outputs = self._evaluating(self.task.paint, loader, self._fewest_microbatches)
+        outputs = self._evaluating(self.task.visualize, loader, self._fewest_microbatches)
         count = min(_IMAGES_PAINTED, self.micro_batch, len(loader.source))
         data = loader.config
-        shape = (count, len(self.task.panels), data.channels, *data.image_size)
-        panels = outputs[0]["panels"][:count] if outputs else torch.empty(shape, dtype=torch.uint8)
-        return broadcast_from(self.layout.last_stage_rank, panels)
+        shape = (count, len(self.task.image_grid), data.channels, *data.image_size)
+        image_grid = outputs[0]["panels"][:count] if outputs else torch.empty(shape, dtype=torch.uint8)
+        return broadcast_from(self.layout.last_stage_rank, image_grid)
 
     def rehearse_evaluation(self, loader: Loader) -> None:
         """Evaluate as few images as can be."""
@@ -125,11 +125,11 @@ class Engine:
         )
 
 
-def wrap_network(network: Network, config: RunConfig) -> list[DistributedDataParallel]:
+def wrap_network(network: ModelSetup, config: ExperimentConfig) -> list[DistributedDataParallel]:
     """A network's stages with gradient buffers, to be trained."""
     return wrap_for_data_parallel(
         list(network.chunks.values()),
-        network.block,
+        network.mcore_config,
         config.optim,
         config.parallel,
         bf16_reduce=config.train.grad_reduce is GradReduce.bf16,
@@ -146,5 +146,5 @@ def prepare_task(task: Task, loader: Callable[..., Loader], source: Source, *, s
         source: the training images.
         seed: `run.seed`; the images are the first of its order, a random choice that is the same in every layout.
     """
-    shown = SampleOrder(len(source), seed=seed).first(task.baseline_samples)
+    shown = DeterministicSampler(len(source), seed=seed).first(task.baseline_samples)
     task.prepare(loader(source, train=False, only=shown).evaluation_batches())

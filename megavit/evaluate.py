@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megavit.bad_samples import BadSamples
+from megavit.bad_samples import BadSampleTracker
 from megavit.data.config import DataConfig
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source
@@ -19,7 +19,7 @@ from megavit.engine import Engine, prepare_task
 from megavit.errors import ConfigError
 from megavit.metrics.pictures import draw_confusion
 from megavit.parallel.layout import world_size_from_environment
-from megavit.search import Weights
+from megavit.search import CheckpointRef
 from megavit.trained import label_as_trained, open_run, prepare, read_config
 
 # Settings of the data group on which the images of an evaluation and their labels depend.
@@ -68,7 +68,7 @@ def evaluate(arguments: list[str]) -> int:
     engine = Engine(network, list(network.chunks.values()), layout=layout, micro_batch=micro_batch)
     val_loader = loader(source, train=False)
     totals = engine.score(val_loader)
-    bad_samples = BadSamples(val_loader, "val", run_dir=weights.checkpoint.parent.parent)
+    bad_samples = BadSampleTracker(val_loader, "val", run_dir=weights.checkpoint.parent.parent)
     told = [*notes, *bad_samples.collect(0)]
     if layout.rank == 0:
         print(*told, sep="\n", end="\n" if told else "")
@@ -84,7 +84,7 @@ def _report(
     totals: dict[str, Tensor],
     metrics: dict[str, float],
     classes: tuple[str, ...],
-    weights: Weights,
+    weights: CheckpointRef,
     *,
     data: DataConfig,
     present: tuple[str, ...],
@@ -130,7 +130,7 @@ def _report(
     print(f"{weights}: {count} images{part}  {shown}; {folder} has it all")
 
 
-def _folder(weights: Weights, data: DataConfig) -> Path:
+def _folder(weights: CheckpointRef, data: DataConfig) -> Path:
     """`RUN/evaluation/step_…`; for other data than the run's own, or seen otherwise, a folder with their name."""
     checkpoint = weights.checkpoint
     name = f"{checkpoint.name}{'_ema' if weights.averaged else ''}"

@@ -3,23 +3,23 @@
 import os
 import sys
 
-from megavit.importing import quieten_imports, uncollected
-from megavit.outcome import run_as_rank
-from megavit.signals import let_through
+from megavit.importing import gc_paused, silence_import_warnings
+from megavit.outcome import run_rank
+from megavit.signals import unblock
 
 
 def main(arguments: list[str]) -> int:
     """Evaluate as one of the ranks that a launcher has started."""
-    let_through()
-    quieten_imports()
+    unblock()
+    silence_import_warnings()
 
     def work() -> int:
-        with uncollected():
+        with gc_paused():
             from megavit.evaluate import evaluate
 
         return evaluate(arguments)
 
-    return run_as_rank(work, run_dir=lambda: None)
+    return run_rank(work, run_dir=lambda: None)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from megavit.sections import Compile, GradReduce
 
 
 @dataclass(frozen=True)
-class NotRun:
+class Untested:
     """A setting with values that have not been run on a GPU.
 
     Attributes:
@@ -36,23 +36,23 @@ class NotRun:
 
 _ATTENTION = (Attention.sdpa_flash, Attention.flash_attn, Attention.te)
 _ADAM = (Implementation.apex, Implementation.te)
-NOT_RUN = {
-    "model.attention": NotRun(_ATTENTION, Attention.sdpa, needs_cuda=_ATTENTION),
-    "model.linears": NotRun((Linears.fp8, Linears.te), Linears.local, needs_cuda=(Linears.te,)),
-    "optim.implementation": NotRun(_ADAM, Implementation.megavit, needs_cuda=_ADAM),
+UNTESTED = {
+    "model.attention": Untested(_ATTENTION, Attention.sdpa, needs_cuda=_ATTENTION),
+    "model.linears": Untested((Linears.fp8, Linears.te), Linears.local, needs_cuda=(Linears.te,)),
+    "optim.implementation": Untested(_ADAM, Implementation.megavit, needs_cuda=_ADAM),
     # Run on CPU processes, with the same Megatron-Core code; there are no streams, no NCCL and no CUDA kernels there.
-    "train.compile": NotRun((Compile.layer,), Compile.none),
-    "train.grad_reduce": NotRun((GradReduce.bf16,), GradReduce.fp32),
-    "train.gradient_accumulation_fusion": NotRun((True,), False),
-    "parallel.sequence_parallel": NotRun((True,), False),
-    "parallel.recompute": NotRun((Recompute.selective, Recompute.full), Recompute.none),
-    "parallel.overlap_grad_reduce": NotRun((True,), False),
-    "parallel.overlap_param_gather": NotRun((True,), False),
-    "parallel.overlap_p2p": NotRun((True,), False),
+    "train.compile": Untested((Compile.layer,), Compile.none),
+    "train.grad_reduce": Untested((GradReduce.bf16,), GradReduce.fp32),
+    "train.gradient_accumulation_fusion": Untested((True,), False),
+    "parallel.sequence_parallel": Untested((True,), False),
+    "parallel.recompute": Untested((Recompute.selective, Recompute.full), Recompute.none),
+    "parallel.overlap_grad_reduce": Untested((True,), False),
+    "parallel.overlap_param_gather": Untested((True,), False),
+    "parallel.overlap_p2p": Untested((True,), False),
 }
 
 
-def not_run(settings: RunSettings, *, device: str) -> list[str]:
+def untested(settings: RunSettings, *, device: str) -> list[str]:
     """The options that are set and have not been run on this device, as `key=value`.
 
     Args:
@@ -78,10 +78,10 @@ def check_experimental(settings: RunSettings, *, device: str | None) -> None:
         # To ask for the device imports torch.
         return
     device = device or ("cpu" if cpu.run_on_cpu() else "cuda")
-    options = not_run(settings, device=device)
+    options = untested(settings, device=device)
     if options and not settings.experimental:
         it, have = ("it", "has") if len(options) == 1 else ("them", "have")
-        instead = " and ".join(_typed(key, NOT_RUN[key].instead) for key in _set(settings))
+        instead = " and ".join(_typed(key, UNTESTED[key].instead) for key in _set(settings))
         raise ConfigError(
             f"{' and '.join(options)} {have} not been run on a GPU yet; set experimental=true to try {it}, or {instead}"
         )
@@ -89,7 +89,7 @@ def check_experimental(settings: RunSettings, *, device: str | None) -> None:
     if (
         settings.experimental
         and not options
-        and not any(_value(settings, key) in NOT_RUN[key].needs_cuda for key in _set(settings))
+        and not any(_value(settings, key) in UNTESTED[key].needs_cuda for key in _set(settings))
     ):
         why = (
             "this run is on the CPU, where every option that works has been run"
@@ -99,13 +99,13 @@ def check_experimental(settings: RunSettings, *, device: str | None) -> None:
         raise ConfigError(f"experimental=true would be ignored: {why}; leave it away")
 
 
-def list_not_run() -> list[str]:
+def list_untested() -> list[str]:
     """Every option that asks for `experimental=true` on a GPU, as `key=value|value`."""
-    return [f"{key}={'|'.join(_text(value) for value in option.values)}" for key, option in NOT_RUN.items()]
+    return [f"{key}={'|'.join(_text(value) for value in option.values)}" for key, option in UNTESTED.items()]
 
 
 def _set(settings: RunSettings) -> list[str]:
-    return [key for key, option in NOT_RUN.items() if _value(settings, key) in option.values]
+    return [key for key, option in UNTESTED.items() if _value(settings, key) in option.values]
 
 
 def _value(settings: RunSettings, key: str) -> Enum | bool:

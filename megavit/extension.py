@@ -13,7 +13,7 @@ from megavit.errors import ConfigError
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
-def is_name(text: str) -> bool:
+def is_plugin(text: str) -> bool:
     """Whether a setting names a user's own part rather than one of megavit's."""
     return ":" in text
 
@@ -36,7 +36,7 @@ def check_name(text: str, setting: str) -> None:
         )
 
 
-def by_name(text: str, setting: str) -> Any:
+def import_plugin(text: str, setting: str) -> Any:
     """Import a user's own part.
 
     Args:

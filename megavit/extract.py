@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavit.bad_samples import BadSamples
-from megavit.config import RunConfig
+from megavit.bad_samples import BadSampleTracker
+from megavit.config import ExperimentConfig
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source
-from megavit.data.reading import Needs
+from megavit.data.reading import RequiredFields
 from megavit.data.source import Source
 from megavit.errors import ConfigError
 from megavit.loading import check_pool, open_encoder
 from megavit.model.config import Pool
 from megavit.output import check_writable, complete_file, printable
 from megavit.parallel.layout import world_size_from_environment
-from megavit.search import Weights
+from megavit.search import CheckpointRef
 from megavit.trained import prepare
 from megavit.verb_arguments import split_own
 
@@ -40,8 +40,8 @@ class Asked:
     """
 
     own: dict[str, str]
-    config: RunConfig
-    weights: Weights
+    config: ExperimentConfig
+    weights: CheckpointRef
     pool: Pool | None
 
 
@@ -103,7 +103,7 @@ class Extractor:
             source,
             config.data,
             layout=self._layout,
-            needs=Needs(images=True, labels=labelled),
+            needs=RequiredFields(images=True, labels=labelled),
             micro_batch=size,
             seed=config.run.seed,
             train=False,
@@ -118,7 +118,7 @@ class Extractor:
             features_IH[first : first + count] = features_BH[:count].cpu()
             if batch.labels_B is not None:
                 labels.append(batch.labels_B[:count].cpu())
-        bad_samples = BadSamples(loader, split, run_dir=self._run_dir)
+        bad_samples = BadSampleTracker(loader, split, run_dir=self._run_dir)
         for line in bad_samples.collect(0):
             print(line)
         if bad_samples.too_many is not None:
@@ -129,30 +129,30 @@ class Extractor:
         return Features(features_IH, all_labels.bool() if config.data.multi_label else all_labels, source.classes)
 
 
-def read_arguments(verb: str, arguments: list[str], *, own: Iterable[str]) -> Asked:
+def read_arguments(command: str, arguments: list[str], *, own: Iterable[str]) -> Asked:
     """What is typed, and the run's own configuration under it.
 
     Args:
-        verb: for the messages.
+        command: for the messages.
         arguments: `from=RUN`, the verb's own arguments, `pool=cls|mean` and settings.
         own: keys that are the verb's own, beside `pool`.
 
     Raises:
         ConfigError: if there is no checkpoint, or an argument does not fit.
     """
-    given, settings = split_own(verb, arguments, own=[*own, "pool"])
+    given, settings = split_own(command, arguments, own=[*own, "pool"])
     for setting in settings:
         if setting.startswith(("parallel.", "run.ranks=")):
             raise ConfigError(
-                f"{setting}: megavit {verb} runs in one process, which holds the whole model; leave it away"
+                f"{setting}: megavit {command} runs in one process, which holds the whole model; leave it away"
             )
     if world_size_from_environment() > 1:
-        raise ConfigError(f"megavit {verb} runs in one process; start it once, without torchrun")
+        raise ConfigError(f"megavit {command} runs in one process; start it once, without torchrun")
     named = given.pop("pool", None)
     if named is not None and named not in Pool.__members__:
         raise ConfigError(f"pool={named} must be one of {', '.join(Pool.__members__)}")
     pool = Pool[named] if named is not None else None
-    config, weights = prepare(verb, settings, world_size=1)
+    config, weights = prepare(command, settings, world_size=1)
     check_pool(pool, config.model)
     return Asked(given, config, weights, pool)
 

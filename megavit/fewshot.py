@@ -4,7 +4,7 @@ from statistics import fmean
 
 import numpy as np
 
-from megavit.checks import whole_number, whole_numbers
+from megavit.checks import parse_int, parse_ints
 from megavit.data.source import all_labels
 from megavit.errors import ConfigError
 from megavit.extract import Asked, Extractor, Features, open_labelled, read_arguments, results_file, write_results
@@ -25,9 +25,9 @@ def fewshot(arguments: list[str]) -> int:
         ConfigError: if there is no checkpoint, an argument does not fit, or a class has too few images.
     """
     asked = read_arguments("fewshot", arguments, own=("shots", "draws", "seed", "out"))
-    shots = whole_numbers("shots", asked.own.get("shots", "1,5,10"))
-    draws = whole_number("draws", asked.own.get("draws", "5"))
-    seed = whole_number("seed", asked.own.get("seed", "0"), at_least=0)
+    shots = parse_ints("shots", asked.own.get("shots", "1,5,10"))
+    draws = parse_int("draws", asked.own.get("draws", "5"))
+    seed = parse_int("seed", asked.own.get("seed", "0"), at_least=0)
     out = results_file(asked)
     training, validation = open_labelled(asked, why="a classifier learns from")
     labels = all_labels(training)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Look for no garbage while modules are imported and a run gets ready, nor ever among what that leaves.
 
     torch and Megatron-Core leave half a million objects that stay. Gone through again and again they cost a third of
@@ -26,7 +26,7 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def quieten_imports() -> None:
+def silence_import_warnings() -> None:
     """Silence what Megatron-Core and torch say of optional packages while they are imported."""
     # Each rank would say of every optional package, and of CUDA, that it is not there.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")

@@ -6,8 +6,8 @@ import torch
 
 from megavit.checks import shown
 from megavit.classes import go_by_number
-from megavit.config import RunConfig
-from megavit.donor import Pedigree, Shapes, open_donor
+from megavit.config import ExperimentConfig
+from megavit.donor import Shapes, WeightsInfo, open_weights
 from megavit.errors import ConfigError
 from megavit.model.config import Positions
 from megavit.model.embedding import resize_positions, sincos_positions
@@ -26,10 +26,10 @@ _LAST_NORM = ("head.fc_norm.", "blocks.final_layernorm.")
 _ALIKE = ("hidden_size", "ffn_size", "num_heads", "num_layers", "patch_size", "class_tokens", "patch_bias", "qk_norm")
 
 
-def start_from(
+def load_pretrained(
     place: str,
     chunks: Mapping[str, EncoderStage],
-    config: RunConfig,
+    config: ExperimentConfig,
     layout: ParallelLayout,
     *,
     classes: tuple[str, ...],
@@ -37,7 +37,7 @@ def start_from(
     """Take the weights that `init_from` names, in place; every rank calls this.
 
     Args:
-        place: as typed (see `open_donor`).
+        place: as typed (see `open_weights`).
         chunks: this rank's stages by name, their weights drawn.
         config: of the new run.
         layout: this rank's place.
@@ -49,37 +49,37 @@ def start_from(
     Raises:
         ConfigError: on every rank, if the networks differ in more than resolution and what stands on the encoder.
     """
-    donor = open_donor(place, num_heads=config.model.num_heads)
-    pedigree = donor.pedigree
-    _refuse_unlike(place, pedigree, config)
-    there, here = donor.shapes(chunks, layout)
+    weight_source = open_weights(place, num_heads=config.model.num_heads)
+    weights_info = weight_source.weights_info
+    _refuse_unlike(place, weights_info, config)
+    there, here = weight_source.shapes(chunks, layout)
     own = {name for chunk in chunks.values() for name in parameter_names(chunk)}
     has_norm = all(name in there for name in own if name.startswith(_LAST_NORM))
-    keeps_classifier = has_norm and _keeps_classifier(pedigree, config, classes)
+    keeps_classifier = has_norm and _keeps_classifier(weights_info, config, classes)
     left = set() if keeps_classifier else {name for name in own if name.startswith(_CLASSIFIER)}
     whole: Shapes = {}
-    if _POSITIONS in own and (_is_fixed(pedigree) or _grid(pedigree) != _own_grid(config)):
+    if _POSITIONS in own and (_is_fixed(weights_info) or _grid(weights_info) != _own_grid(config)):
         left.add(_POSITIONS)
-        whole = {} if _is_fixed(pedigree) else {_POSITIONS: there[_POSITIONS]}
-    anew = _agree(place, own - left, there, here)
-    given = donor.give(chunks, own - left - anew, layout, whole=whole)
+        whole = {} if _is_fixed(weights_info) else {_POSITIONS: there[_POSITIONS]}
+    reinitialised = _agree(place, own - left, there, here)
+    given = weight_source.give(chunks, own - left - reinitialised, layout, whole=whole)
     if _POSITIONS in left:
-        _fill_positions(chunks, given.get(_POSITIONS), pedigree, config)
-    drawn = sorted(set().union(*gather_objects((left - {_POSITIONS}) | anew)))
-    return list(_told(pedigree, config, drawn))
+        _fill_positions(chunks, given.get(_POSITIONS), weights_info, config)
+    drawn = sorted(set().union(*gather_objects((left - {_POSITIONS}) | reinitialised)))
+    return list(_told(weights_info, config, drawn))
 
 
-def _refuse_unlike(place: str, pedigree: Pedigree, config: RunConfig) -> None:
-    pairs = [(f"model.{key}", getattr(pedigree.model, key), getattr(config.model, key)) for key in _ALIKE]
-    pairs.append(("data.channels", pedigree.channels, config.data.channels))
-    scales = pedigree.model.layer_scale, config.model.layer_scale
+def _refuse_unlike(place: str, weights_info: WeightsInfo, config: ExperimentConfig) -> None:
+    pairs = [(f"model.{key}", getattr(weights_info.model, key), getattr(config.model, key)) for key in _ALIKE]
+    pairs.append(("data.channels", weights_info.channels, config.data.channels))
+    scales = weights_info.model.layer_scale, config.model.layer_scale
     if (scales[0] is None) != (scales[1] is None):
         pairs.append(("model.layer_scale", *scales))
-    decoders = pedigree.decoder_heads, config.task.decoder_num_heads
+    decoders = weights_info.decoder_heads, config.task.decoder_num_heads
     if None not in decoders:
         pairs.append(("task.decoder_num_heads", *decoders))
     differ = [f"{key} is {shown(there)} there and {shown(here)} here" for key, there, here in pairs if there != here]
-    if config.model.positions is Positions.sincos and not _is_fixed(pedigree):
+    if config.model.positions is Positions.sincos and not _is_fixed(weights_info):
         differ.append("model.positions is learned there and sincos here")
     if differ:
         raise ConfigError(
@@ -99,33 +99,38 @@ def _agree(place: str, wanted: set[str], there: Shapes, here: Shapes) -> set[str
     return absent
 
 
-def _keeps_classifier(pedigree: Pedigree, config: RunConfig, classes: tuple[str, ...]) -> bool:
+def _keeps_classifier(weights_info: WeightsInfo, config: ExperimentConfig, classes: tuple[str, ...]) -> bool:
     """Whether the donor's classifier is of the same classes and on the same features."""
-    of_probe = pedigree.is_probe or config.task.name is TaskName.linear_probe
-    alike = (pedigree.model.head, pedigree.model.pool) == (config.model.head, config.model.pool)
+    of_probe = weights_info.is_probe or config.task.name is TaskName.linear_probe
+    alike = (weights_info.model.head, weights_info.model.pool) == (config.model.head, config.model.pool)
     if of_probe or not config.task.name.classifies or not alike:
         return False
-    return pedigree.classes == classes or (not pedigree.names_classes and go_by_number(classes, pedigree.classes))
+    return weights_info.classes == classes or (
+        not weights_info.names_classes and go_by_number(classes, weights_info.classes)
+    )
 
 
-def _is_fixed(pedigree: Pedigree) -> bool:
-    return pedigree.model.positions is Positions.sincos
+def _is_fixed(weights_info: WeightsInfo) -> bool:
+    return weights_info.model.positions is Positions.sincos
 
 
-def _grid(pedigree: Pedigree) -> tuple[int, int]:
-    return pedigree.model.patch_grid(pedigree.image_size)
+def _grid(weights_info: WeightsInfo) -> tuple[int, int]:
+    return weights_info.model.patch_grid(weights_info.image_size)
 
 
-def _own_grid(config: RunConfig) -> tuple[int, int]:
+def _own_grid(config: ExperimentConfig) -> tuple[int, int]:
     return config.model.patch_grid(config.data.image_size)
 
 
 @torch.no_grad()
 def _fill_positions(
-    chunks: Mapping[str, EncoderStage], learned_N1H: torch.Tensor | None, pedigree: Pedigree, config: RunConfig
+    chunks: Mapping[str, EncoderStage],
+    learned_N1H: torch.Tensor | None,
+    weights_info: WeightsInfo,
+    config: ExperimentConfig,
 ) -> None:
     """Start learned positions from the donor's, fixed or of another grid."""
-    grid, to_grid, tokens = _grid(pedigree), _own_grid(config), config.model.class_tokens
+    grid, to_grid, tokens = _grid(weights_info), _own_grid(config), config.model.class_tokens
     positions_N1H = learned_N1H
     if positions_N1H is None:
         positions_N1H = sincos_positions(grid, config.model.hidden_size, class_tokens=tokens).unsqueeze(1)
@@ -136,24 +141,24 @@ def _fill_positions(
             chunk.embed.pos_embed.copy_(positions_N1H)
 
 
-def _told(pedigree: Pedigree, config: RunConfig, drawn: list[str]) -> Iterator[str]:
-    grid, to_grid = _grid(pedigree), _own_grid(config)
+def _told(weights_info: WeightsInfo, config: ExperimentConfig, drawn: list[str]) -> Iterator[str]:
+    grid, to_grid = _grid(weights_info), _own_grid(config)
     resized = ""
     if grid != to_grid and config.model.positions is Positions.learned:
         resized = f"; positions resized from {grid[0]}×{grid[1]} to {to_grid[0]}×{to_grid[1]} patches"
     # A decoder's weights are many, and all of them or none.
     parts = dict.fromkeys("mae_decoder.*" if name.startswith("mae_decoder.") else name for name in drawn)
-    anew = f"; {', '.join(parts)} drawn anew" if parts else ""
-    yield f"starts from the weights of {pedigree.called}{resized}{anew}"
-    yield from pedigree.notes
+    reinitialised = f"; {', '.join(parts)} drawn anew" if parts else ""
+    yield f"starts from the weights of {weights_info.called}{resized}{reinitialised}"
+    yield from weights_info.notes
     for key, there, here in (
-        ("data.mean", pedigree.mean, config.data.mean),
-        ("data.std", pedigree.std, config.data.std),
-        ("model.norm_eps", pedigree.model.norm_eps, config.model.norm_eps),
+        ("data.mean", weights_info.mean, config.data.mean),
+        ("data.std", weights_info.std, config.data.std),
+        ("model.norm_eps", weights_info.model.norm_eps, config.model.norm_eps),
     ):
         if there == here:
             continue
-        if key in pedigree.guessed:
+        if key in weights_info.guessed:
             yield f"note: no file of these weights states {key}, which is {shown(here)} here and often {shown(there)}"
         else:
             yield f"note: {key} was {shown(there)} where these weights come from and is {shown(here)} here"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megavit.checkpoint.state import read_state
-from megavit.checkpoint.store import CheckpointStore
+from megavit.checkpoint.store import CheckpointManager
 from megavit.compose import from_yaml
 from megavit.parallel.config import ParallelConfig
 from megavit.search import find_checkpoint
@@ -43,7 +43,7 @@ def inspect_run(arguments: list[str]) -> int:
 
 
 def _best(checkpoint: Path) -> str:
-    best = CheckpointStore(checkpoint.parent).best()
+    best = CheckpointManager(checkpoint.parent).best()
     if best is None:
         return "none named"
     return f"{best.name}  {_told(read_state(best).metrics)}"

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megavit.checks import AUTO
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.data.oddities import describe_oddities
 from megavit.data.source import Source
-from megavit.experimental import not_run
-from megavit.extension import is_name
+from megavit.experimental import untested
+from megavit.extension import is_plugin
 from megavit.freezing import count_weights
 from megavit.model.config import Attention
 from megavit.model.kernels import sdpa_choice
-from megavit.network import Network
+from megavit.network import ModelSetup
 from megavit.optim.config import ENCODER
 from megavit.optim.note import describe_optimizer, warn_of_average, warn_of_optimizer
 from megavit.parallel.layout import ParallelLayout
@@ -24,10 +24,10 @@ from megavit.run_settings import Pace
 from megavit.sections import Precision
 
 
-def introduction(
-    config: RunConfig,
+def describe_run(
+    config: ExperimentConfig,
     layout: ParallelLayout,
-    network: Network,
+    network: ModelSetup,
     *,
     sources: Mapping[str, Source],
     from_scratch: bool,
@@ -54,14 +54,14 @@ def introduction(
     decoder = network.shape.decoder
     if decoder is not None:
         yield (
-            f"{config.seen_patches} of {config.num_patches} patches are seen; the decoder, {decoder.layers} layers of "
-            f"{decoder.hidden} on {decoder.tokens} tokens, costs as much as "
+            f"{config.visible_patches} of {config.num_patches} patches are seen; the decoder, {decoder.layers} "
+            f"layers of {decoder.hidden} on {decoder.tokens} tokens, costs as much as "
             f"{head_flops(network.shape) / layer_flops(network.shape):.1f} encoder layers"
             f"{describe_costly_decoder(network.shape)}"
         )
     own = {"data.source": config.data.source, "data.transform": config.data.transform}
     for setting, name in {**own, "task.implementation": config.task.implementation}.items():
-        if name is not None and is_name(name):
+        if name is not None and is_plugin(name):
             yield f"{setting} is {name}, of {sys.modules[name.partition(':')[0]].__file__}"
     yield from idle_stages(config, network.shape)
     trained, every = count_weights(network.chunks, layout=layout)
@@ -73,7 +73,7 @@ def introduction(
     if from_scratch and ENCODER in config.frozen:
         yield "warning: the encoder is frozen as it was drawn, at random; init_from=RUN names weights to start from"
     yield f"precision {config.train.precision.value}; attention kernel {_kernel(config, layout, network)}"
-    options = not_run(config, device=layout.device.type)
+    options = untested(config, device=layout.device.type)
     if options:
         yield f"experimental, not run on a GPU before: {', '.join(options)}"
 
@@ -90,7 +90,7 @@ def describe_costly_decoder(shape: NetworkShape) -> str:
     )
 
 
-def describe_data(config: RunConfig, sources: Mapping[str, Source]) -> str:
+def describe_data(config: ExperimentConfig, sources: Mapping[str, Source]) -> str:
     """How many images were found, of how many classes, and how many of them train and validate."""
     place = f" {config.data.path}" if config.data.path is not None else ""
     train, val = (len(sources[split]) if split in sources else 0 for split in ("train", "val"))
@@ -101,7 +101,7 @@ def describe_data(config: RunConfig, sources: Mapping[str, Source]) -> str:
     )
 
 
-def describe_pace(config: RunConfig, pace: Pace, *, num_steps: int) -> Iterator[str]:
+def describe_pace(config: ExperimentConfig, pace: Pace, *, num_steps: int) -> Iterator[str]:
     """Say what `auto` came to, that a warm-up is shorter than it was set, and that a moving average is too slow.
 
     Args:
@@ -129,7 +129,7 @@ def describe_pace(config: RunConfig, pace: Pace, *, num_steps: int) -> Iterator[
         yield warning
 
 
-def idle_stages(config: RunConfig, shape: NetworkShape) -> Iterator[str]:
+def idle_stages(config: ExperimentConfig, shape: NetworkShape) -> Iterator[str]:
     """Say where the last stage, which holds the decoder whole, is what all others wait for."""
     parallel = config.parallel
     if shape.decoder is None or parallel.pp == 1 or parallel.stages is not None or parallel.vpp > 1:
@@ -147,11 +147,11 @@ def idle_stages(config: RunConfig, shape: NetworkShape) -> Iterator[str]:
     )
 
 
-def _kernel(config: RunConfig, layout: ParallelLayout, network: Network) -> str:
+def _kernel(config: ExperimentConfig, layout: ParallelLayout, network: ModelSetup) -> str:
     model = config.model
     if model.attention is not Attention.sdpa:
         return model.attention.value
     heads, width = model.num_heads // layout.tp, model.hidden_size // model.num_heads
-    dtype = network.block.params_dtype
+    dtype = network.mcore_config.params_dtype
     queries = torch.empty(1, heads, config.encoder_tokens, width, dtype=dtype, device=layout.device)
     return f"sdpa, for which torch takes {sdpa_choice(queries)}"

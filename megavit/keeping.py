@@ -9,19 +9,19 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
-from megavit.checkpoint.saving import Save
+from megavit.checkpoint.saving import PendingSave
 from megavit.checkpoint.shards import Averages
 from megavit.checkpoint.state import TrainingState
-from megavit.checkpoint.store import CheckpointStore
+from megavit.checkpoint.store import CheckpointManager
 from megavit.checkpoint.writer import in_background
 from megavit.compose import to_yaml
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.metrics.pictures import draw_curves
-from megavit.metrics.reporter import Reporter
+from megavit.metrics.reporter import MetricLogger
 from megavit.model.vit import EncoderStage
 
 
-class Keeper:
+class Checkpointer:
     """The checkpoints of a run in training; every rank calls its methods together.
 
     Args:
@@ -34,8 +34,8 @@ class Keeper:
 
     def __init__(
         self,
-        store: CheckpointStore,
-        config: RunConfig,
+        store: CheckpointManager,
+        config: ExperimentConfig,
         *,
         chunks: dict[str, EncoderStage],
         optimizer: MegatronOptimizer,
@@ -43,7 +43,7 @@ class Keeper:
     ) -> None:
         self._store, self._config = store, config
         self._chunks, self._optimizer, self._averages = chunks, optimizer, averages
-        self._save: Save | None = None
+        self._save: PendingSave | None = None
         self._is_best = False
         self._stall_s = 0.0
         self._tidying: Future[None] | None = None
@@ -53,16 +53,16 @@ class Keeper:
         """Whether this rank still writes its part of a checkpoint."""
         return self._save is not None and not self._save.is_written
 
-    def save(self, state: TrainingState, reporter: Reporter, *, is_best: bool, waits: bool) -> None:
+    def save(self, state: TrainingState, logger: MetricLogger, *, is_best: bool, waits: bool) -> None:
         """Save, as it stands, what is trained.
 
         Args:
             state: where the run stands.
-            reporter: to tell it.
+            logger: to tell it.
             is_best: better than all before.
             waits: see it complete before the training goes on; else `finish` must be called later.
         """
-        self.finish(reporter)
+        self.finish(logger)
         begun = time.perf_counter()
         self._save = self._store.begin(
             self._chunks,
@@ -70,13 +70,13 @@ class Keeper:
             state,
             run_yaml=to_yaml(self._config),
             averages=self._averages(),
-            lasting=not waits,
+            copy_to_host=not waits,
         )
         self._is_best, self._stall_s = is_best, time.perf_counter() - begun
         if waits:
-            self.finish(reporter)
+            self.finish(logger)
 
-    def finish(self, reporter: Reporter) -> None:
+    def finish(self, logger: MetricLogger) -> None:
         """Make a checkpoint of what has been written, waiting for what has not."""
         save, self._save = self._save, None
         if save is None:
@@ -87,13 +87,13 @@ class Keeper:
             self._wait_for_tidying()
             self._tidying = in_background(partial(self._tidy, path, is_best=self._is_best))
         waited_s = self._stall_s + time.perf_counter() - begun
-        reporter.record(save.state.step, "save", {"waited_s": waited_s, "bytes": save.num_bytes})
+        logger.record(save.state.step, "save", {"waited_s": waited_s, "bytes": save.num_bytes})
         if self._is_best:
-            reporter.say(f"step {save.state.step}  the best so far")
+            logger.say(f"step {save.state.step}  the best so far")
 
-    def close(self, reporter: Reporter) -> None:
+    def close(self, logger: MetricLogger) -> None:
         """See everything done; every rank calls this when no more is to be saved."""
-        self.finish(reporter)
+        self.finish(logger)
         self._wait_for_tidying()
 
     def _wait_for_tidying(self) -> None:

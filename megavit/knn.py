@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megavit.checks import whole_numbers
+from megavit.checks import parse_ints
 from megavit.data.source import Source
 from megavit.errors import ConfigError
 from megavit.extract import Asked, Extractor, Features, open_labelled, read_arguments, results_file, write_results
@@ -31,7 +31,7 @@ def knn(arguments: list[str]) -> int:
         ConfigError: if there is no checkpoint, an argument does not fit, or the data has not one label for each image.
     """
     asked = read_arguments("knn", arguments, own=("k", "temperature", "out"))
-    ks = whole_numbers("k", asked.own.get("k", "10,20,100"))
+    ks = parse_ints("k", asked.own.get("k", "10,20,100"))
     temperature = _temperature(asked)
     out = results_file(asked)
     training, validation = open_labelled(asked, why="nearest neighbours vote with")

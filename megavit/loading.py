@@ -11,16 +11,16 @@ from torch import Tensor
 
 from megavit.checkpoint.names import Dims, to_plain
 from megavit.checkpoint.state import read_state
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.data.decode import open_image
 from megavit.data.transforms import Normalize
-from megavit.data.views import View
+from megavit.data.views import ImageTransform
 from megavit.errors import ConfigError
 from megavit.model.config import ModelConfig, Pool
-from megavit.model.plain import PlainViT
+from megavit.model.plain import TorchViT
 from megavit.model.vit import parameter_names
 from megavit.parallel.layout import ParallelLayout
-from megavit.search import Weights, find_weights
+from megavit.search import CheckpointRef, resolve_checkpoint
 from megavit.trained import TrainedRun, open_run, read_classes, read_config, with_settings
 
 
@@ -46,7 +46,7 @@ class TrainedEncoder(torch.nn.Module):
             # It ends with the norm of its tokens, whichever of them are looked at afterwards.
             model = replace(model, pool=Pool.cls)
         self._model = model
-        self.vit = PlainViT(
+        self.vit = TorchViT(
             model, image_size=config.data.image_size, channels=config.data.channels, num_classes=num_classes
         )
         dropped = ("mae_decoder.",) if num_classes else ("mae_decoder.", "head.out.")
@@ -67,7 +67,7 @@ class TrainedEncoder(torch.nn.Module):
         Raises:
             ConfigError: for a file that is no image.
         """
-        channels, view = self._data.channels, View(self._data, augment=False)
+        channels, view = self._data.channels, ImageTransform(self._data, augment=False)
         images = (open_image(Path(path), channels=channels, name=str(path)) for path in paths)
         return torch.stack([view.see(image, name=str(path)) for path, image in zip(paths, images, strict=True)])
 
@@ -126,16 +126,16 @@ def load(path: str | Path, *settings: str) -> TrainedEncoder:
     Raises:
         ConfigError: if there is none, or a setting does not fit.
     """
-    weights = find_weights(str(path))
+    weights = resolve_checkpoint(str(path))
     return open_encoder(with_settings(read_config(weights.checkpoint), list(settings)), weights)[0]
 
 
-def open_encoder(config: RunConfig, weights: Weights) -> tuple[TrainedEncoder, ParallelLayout]:
+def open_encoder(config: ExperimentConfig, weights: CheckpointRef) -> tuple[TrainedEncoder, ParallelLayout]:
     """Load a checkpoint's network, whichever data it is to look at.
 
     Args:
         config: from `read_config`, or with settings on top.
-        weights: from `find_weights`.
+        weights: from `resolve_checkpoint`.
 
     Returns:
         What `load` does, and the layout of one rank, whose device may be a GPU.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.errors import ConfigError
 from megavit.model.block import transformer_config
 from megavit.model.init import initialise
@@ -16,25 +16,25 @@ from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.stages import plan_stages, rank_stages
 from megavit.plan.flops import NetworkShape
 from megavit.sections import Compile, Precision
-from megavit.task.task import Task, open_task
+from megavit.task.task import Task, build_task
 
 
 @dataclass(frozen=True)
-class Network:
+class ModelSetup:
     """This rank's part of a network.
 
     Attributes:
         task: what it is for.
         shape: what its FLOPs depend on.
         stages: encoder layers of every stage.
-        block: Megatron-Core's configuration of the encoder.
+        mcore_config: Megatron-Core's configuration of the encoder.
         chunks: this rank's stages by name, on its device, with their initial weights.
     """
 
     task: Task
     shape: NetworkShape
     stages: list[int]
-    block: TransformerConfig
+    mcore_config: TransformerConfig
     chunks: dict[str, EncoderStage]
 
     @property
@@ -43,7 +43,7 @@ class Network:
         return {parameter: name for chunk in self.chunks.values() for name, parameter in parameter_names(chunk).items()}
 
 
-def build_network(config: RunConfig, layout: ParallelLayout, *, num_classes: int) -> Network:
+def build_model(config: ExperimentConfig, layout: ParallelLayout, *, num_classes: int) -> ModelSetup:
     """Build this rank's stages and draw their initial weights.
 
     Args:
@@ -56,7 +56,7 @@ def build_network(config: RunConfig, layout: ParallelLayout, *, num_classes: int
     """
     if config.train.compile is Compile.layer and layout.device.type == "cpu":
         _require_compiler()
-    task = open_task(
+    task = build_task(
         config.task,
         model=config.model,
         data=config.data,
@@ -67,9 +67,9 @@ def build_network(config: RunConfig, layout: ParallelLayout, *, num_classes: int
     shape = config.network_shape(num_classes=num_classes)
     stages = plan_stages(config.parallel, shape)
     dtype = torch.bfloat16 if config.train.precision is Precision.bf16_o2 else torch.float32
-    block = transformer_config(config.model, config.parallel, layout, stages=stages, dtype=dtype)
+    mcore_config = transformer_config(config.model, config.parallel, layout, stages=stages, dtype=dtype)
     chunks = task.build_chunks(
-        block, parallel=config.parallel, stage_layers=rank_stages(stages, config.parallel, layout.pp_rank)
+        mcore_config, parallel=config.parallel, stage_layers=rank_stages(stages, config.parallel, layout.pp_rank)
     )
     for chunk in chunks.values():
         initialise(chunk, config.model, layout, seed=config.run.seed)
@@ -78,7 +78,7 @@ def build_network(config: RunConfig, layout: ParallelLayout, *, num_classes: int
             chunk.compile_layers()
     if config.train.compile is Compile.layer:
         _make_room_for_graphs(list(chunks.values()))
-    return Network(task, shape, stages, block, chunks)
+    return ModelSetup(task, shape, stages, mcore_config, chunks)
 
 
 def _make_room_for_graphs(chunks: list[EncoderStage]) -> None:

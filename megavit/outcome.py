@@ -33,7 +33,7 @@ _START_S = 300.0
 _LAST_S = 10.0
 
 
-def run_as_rank(
+def run_rank(
     work: Callable[[], int],
     *,
     run_dir: Callable[[], Path | None],

@@ -8,7 +8,7 @@ from typing import TextIO
 
 import torch
 
-from megavit.checks import whole_number
+from megavit.checks import parse_int
 from megavit.data.files import find_images
 from megavit.errors import ConfigError
 from megavit.output import check_writable, complete_file, printable
@@ -34,7 +34,7 @@ def predict(arguments: list[str]) -> int:
     weights, config = read_run(given["from"], classifies=True, does="predicts")
     config = with_settings(config, pixels)
     classes = read_classes(weights.checkpoint)
-    top = min(whole_number("top", given.get("top", "5")), len(classes))
+    top = min(parse_int("top", given.get("top", "5")), len(classes))
     out = Path(given["out"]) if "out" in given else None
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"out={out} must end in .csv or .jsonl")

@@ -22,14 +22,14 @@ from megavit.checkpoint import shards
 from megavit.checkpoint.config import CheckpointConfig
 from megavit.checkpoint.shards import Averages
 from megavit.checkpoint.state import TrainingState
-from megavit.checkpoint.store import CheckpointStore
-from megavit.config import RunConfig
+from megavit.checkpoint.store import CheckpointManager
+from megavit.config import ExperimentConfig
 from megavit.data.loader import Batch, Loader
 from megavit.engine import Engine
 from megavit.errors import ConfigError
 from megavit.model.vit import EncoderStage
 from megavit.optim.note import state_bytes
-from megavit.parallel.agree import agree_on_error, from_rank_zero
+from megavit.parallel.agree import broadcast_from_rank0, raise_on_all_ranks
 from megavit.parallel.host import available_bytes
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
@@ -41,8 +41,8 @@ _NORMALISED_BYTES = 1 + 2 * _FP32_BYTES
 _READ_AHEAD = 2
 
 
-def rehearse(
-    config: RunConfig,
+def run_preflight(
+    config: ExperimentConfig,
     *,
     layout: ParallelLayout,
     engine: Engine,
@@ -80,7 +80,9 @@ def rehearse(
     saves = _checkpoints_at_once(config.checkpoint, every, steps)
     of_optimizer, ema = state_bytes(config.optim), averages is not None
     room = check_disk(run_dir, chunks, layout, saves=saves, optimizer_bytes=of_optimizer, ema=ema)
-    rehearsal = Rehearsal(run_dir, layout=layout, engine=engine, chunks=chunks, optimizer=optimizer, averages=averages)
+    rehearsal = PreflightRun(
+        run_dir, layout=layout, engine=engine, chunks=chunks, optimizer=optimizer, averages=averages
+    )
     took = rehearsal.run(
         *loaders,
         num_microbatches=config.num_microbatches(layout.world_size),
@@ -90,7 +92,7 @@ def rehearse(
     return [f"preflight: {took}; {room}"]
 
 
-def check_batch(config: RunConfig, layout: ParallelLayout, *, num_samples: int) -> None:
+def check_batch(config: ExperimentConfig, layout: ParallelLayout, *, num_samples: int) -> None:
     """Refuse a global batch above the training set, and images of a micro batch that do not fit in the memory.
 
     Every rank calls this.
@@ -109,10 +111,10 @@ def check_batch(config: RunConfig, layout: ParallelLayout, *, num_samples: int) 
             f"train.global_batch={global_batch} is more than the {num_samples} training images of data.source="
             f"{config.data.source}: a step would see some of them twice; lower it to {num_samples} or less"
         )
-    agree_on_error(_describe_overflow(config, layout) if layout.holds_first_stage else None)
+    raise_on_all_ranks(_describe_overflow(config, layout) if layout.holds_first_stage else None)
 
 
-def _describe_overflow(config: RunConfig, layout: ParallelLayout) -> str | None:
+def _describe_overflow(config: ExperimentConfig, layout: ParallelLayout) -> str | None:
     """Why the images that are held at one time do not fit, what the network makes of them left aside; None if they do.
 
     The device that trains holds a micro batch as uint8 and, while it is normalised, twice in fp32. One rank of each
@@ -186,7 +188,7 @@ def check_disk(
             )
         return account
 
-    return from_rank_zero(look)
+    return broadcast_from_rank0(look)
 
 
 def _checkpoints_at_once(config: CheckpointConfig, every: int, steps: range) -> int:
@@ -215,9 +217,9 @@ def check_folder(run_dir: Path, *, rank: int) -> None:
             return f"run.dir={run_dir} cannot be written by rank {rank} on {socket.gethostname()}: {error.strerror}"
         return None
 
-    agree_on_error(write(token) if rank == 0 else None)
-    agree_on_error(write(mine))
-    agree_on_error(
+    raise_on_all_ranks(write(token) if rank == 0 else None)
+    raise_on_all_ranks(write(mine))
+    raise_on_all_ranks(
         None
         if token.exists()
         else f"run.dir={run_dir}: rank {rank} on {socket.gethostname()} does not see what rank 0 has written; all "
@@ -227,7 +229,7 @@ def check_folder(run_dir: Path, *, rank: int) -> None:
         shutil.rmtree(run_dir / _FOLDER)
 
 
-class Rehearsal:
+class PreflightRun:
     """One step, one evaluation batch, one save and load, and everything as before.
 
     Args:
@@ -277,7 +279,7 @@ class Rehearsal:
         took = {"a step": self._timed(lambda: self._step(batches, num_microbatches))}
         if val_loader is not None:
             took["an evaluation batch"] = self._timed(partial(self.engine.rehearse_evaluation, val_loader))
-        checkpoints = CheckpointStore(self.run_dir / _FOLDER)
+        checkpoints = CheckpointManager(self.run_dir / _FOLDER)
         nothing = TrainingState(0, 0, {})
         took["a save"] = self._timed(
             lambda: checkpoints.save(self.chunks, self.optimizer, nothing, run_yaml="", averages=self.averages)

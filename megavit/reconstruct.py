@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from megavit.checks import whole_number
+from megavit.checks import parse_int
 from megavit.data.files import find_images
-from megavit.metrics.pictures import draw_panels
+from megavit.metrics.pictures import plot_image_grid
 from megavit.output import complete_file
 from megavit.trained import open_run, read_run, split_settings, with_settings
 from megavit.verb_arguments import parse_arguments
@@ -26,15 +26,15 @@ def reconstruct(arguments: list[str]) -> int:
     given = parse_arguments("reconstruct", own, needed=("from", "images"), optional=("out", "count"))
     weights, config = read_run(given["from"], classifies=False, does="reconstructs")
     config = with_settings(config, pixels)
-    count = whole_number("count", given.get("count", "8"))
+    count = parse_int("count", given.get("count", "8"))
     paths = find_images(Path(given["images"]))
     shown = paths[:count]
     trained = open_run(config, weights, num_classes=0)
     with torch.no_grad():
-        output, judge = trained.network.task.paint(trained.batch(shown), trained.network.chunks["model"])
-        panels = judge(output)[1]["panels"]
+        output, judge = trained.network.task.visualize(trained.batch(shown), trained.network.chunks["model"])
+        image_grid = judge(output)[1]["panels"]
     out = Path(given.get("out", weights.checkpoint.parent.parent / "pictures" / "reconstruct.png"))
     with complete_file(out) as temporary:
-        draw_panels(panels, titles=trained.network.task.panels, path=temporary)
+        plot_image_grid(image_grid, titles=trained.network.task.image_grid, path=temporary)
     print(f"{out}: {len(shown)} of {len(paths)} images of {given['images']}, by {weights}")
     return 0

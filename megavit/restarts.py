@@ -14,7 +14,7 @@ VARIABLE = "MEGAVIT_MAX_RESTARTS"
 _AGAIN = 128
 
 
-def told_to_cluster(code: int, run_dir: Path | None, *, node: str) -> int:
+def cluster_exit_code(code: int, run_dir: Path | None, *, node: str) -> int:
     """The code that a node leaves with: 128 more than its own where the run should be started again.
 
     A run that was stopped, and has saved, always should; a crashed one at most MEGAVIT_MAX_RESTARTS times in a row,

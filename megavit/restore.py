@@ -6,17 +6,17 @@ from pathlib import Path
 from megatron.core.optimizer import MegatronOptimizer
 
 from megavit.checkpoint.state import TrainingState, read_state
-from megavit.checkpoint.store import CheckpointStore
+from megavit.checkpoint.store import CheckpointManager
 from megavit.checks import shown
 from megavit.classes import describe_change
 from megavit.compose import from_yaml
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.errors import ConfigError
 from megavit.resume_rules import Rule, changes
 
 
 @dataclass(frozen=True)
-class Origin:
+class ResumePoint:
     """The checkpoint that a run goes on from.
 
     Attributes:
@@ -26,7 +26,7 @@ class Origin:
     """
 
     path: Path
-    config: RunConfig
+    config: ExperimentConfig
     state: TrainingState
 
     def refuse_other_classes(self, classes: tuple[str, ...]) -> None:
@@ -60,7 +60,7 @@ class Origin:
             state.num_samples or num_samples, step=state.step, consumed_samples=state.consumed_samples
         )
 
-    def told_of_settings(self, config: RunConfig) -> list[str]:
+    def told_of_settings(self, config: ExperimentConfig) -> list[str]:
         """What the user must know of settings that are not as they were, in at most one line."""
         differ = [
             f"{setting} was {before} and is {now}"
@@ -71,7 +71,7 @@ class Origin:
             differ.append(f"the peak learning rate was {peaks[0]:g} and is {peaks[1]:g}")
         return [f"changed since step {self.state.step}: {'; '.join(differ)}"] if differ else []
 
-    def told_of_data(self, num_samples: int) -> list[str]:
+    def data_warnings(self, num_samples: int) -> list[str]:
         """What the user must know of a run that goes on with so many training images."""
         before = self.state.num_samples
         if self.state.former_order and self.state.step:
@@ -102,7 +102,7 @@ class Origin:
         ]
 
 
-def find_origin(store: CheckpointStore, config: RunConfig) -> tuple[Origin | None, list[str]]:
+def find_resume_point(store: CheckpointManager, config: ExperimentConfig) -> tuple[ResumePoint | None, list[str]]:
     """Find the checkpoint to go on from, None to start anew; and warn of each that is broken.
 
     Args:
@@ -139,10 +139,10 @@ def find_origin(store: CheckpointStore, config: RunConfig) -> tuple[Origin | Non
         raise ConfigError(
             f"train.stop_at={stop_at} is not after step {state.step}, where {path} stands; raise it or leave it away"
         )
-    return Origin(path, saved, state), warnings
+    return ResumePoint(path, saved, state), warnings
 
 
-def _refuse_another_run(path: Path, saved: RunConfig, config: RunConfig) -> None:
+def _refuse_another_run(path: Path, saved: ExperimentConfig, config: ExperimentConfig) -> None:
     differ = changes(saved, config, Rule.run, Rule.network)
     if differ:
         listed = "; ".join(f"{setting} {before} there, {now} here" for setting, (before, now) in differ.items())

@@ -4,8 +4,8 @@ from enum import Enum
 from typing import Any
 
 from megavit.checks import shown
-from megavit.compose import leaves
-from megavit.config import RunConfig
+from megavit.compose import flatten
+from megavit.config import ExperimentConfig
 
 
 class Rule(Enum):
@@ -69,9 +69,9 @@ _SETTINGS = {
 RULES = {setting: rule for rule, settings in _SETTINGS.items() for setting in settings.split()}
 
 
-def changes(before: RunConfig, now: RunConfig, *rules: Rule) -> dict[str, tuple[Any, Any]]:
+def changes(before: ExperimentConfig, now: ExperimentConfig, *rules: Rule) -> dict[str, tuple[Any, Any]]:
     """The settings of some rules that differ, each with its value before and now, as a user writes them."""
-    former, current = leaves(before), leaves(now)
+    former, current = flatten(before), flatten(now)
     return {
         setting: (shown(former[setting]), shown(current[setting]))
         for setting in current

@@ -16,7 +16,7 @@ from megavit.model.config import ModelConfig
 from megavit.optim.config import ENCODER, OptimConfig
 from megavit.parallel.config import ParallelConfig
 from megavit.plan.flops import DecoderShape, NetworkShape
-from megavit.sections import RunSection, TrainSection
+from megavit.sections import RunConfig, TrainConfig
 from megavit.task.config import TaskConfig, TaskName
 
 # What auto stands for: this many evaluations and saves at most; warm-up over 1 / 20 of the steps and at most 5 epochs.
@@ -52,8 +52,8 @@ class RunSettings:
         experimental: whether a run on a GPU may take options that have not been run on one (`experimental.py`).
     """
 
-    run: RunSection = field(default_factory=RunSection)
-    train: TrainSection = field(default_factory=TrainSection)
+    run: RunConfig = field(default_factory=RunConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -71,7 +71,7 @@ class RunSettings:
         return rows * columns
 
     @property
-    def seen_patches(self) -> int:
+    def visible_patches(self) -> int:
         """Patches of an image that the encoder sees."""
         patches = self.num_patches
         return self.task.kept_patches(patches) if self.task.name is TaskName.mae else patches
@@ -79,7 +79,7 @@ class RunSettings:
     @property
     def encoder_tokens(self) -> int:
         """Tokens of an image in the encoder: the patches it sees and the class tokens."""
-        return self.seen_patches + self.model.class_tokens
+        return self.visible_patches + self.model.class_tokens
 
     @property
     def frozen(self) -> list[str]:
@@ -102,7 +102,7 @@ class RunSettings:
             ffn=self.model.ffn_size,
             layers=self.model.num_layers,
             tokens=self.encoder_tokens,
-            patches=self.seen_patches,
+            patches=self.visible_patches,
             patch_values=self.data.channels * self.model.patch_size**2,
             classes=num_classes if decoder is None else 0,
             decoder=decoder,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavit.checkpoint.manifest import find_fault
-from megavit.checkpoint.store import CheckpointStore
+from megavit.checkpoint.store import CheckpointManager
 from megavit.errors import ConfigError
 
 # Before a run, its moving average.
@@ -13,7 +13,7 @@ _AVERAGE = "ema:"
 
 
 @dataclass(frozen=True)
-class Weights:
+class CheckpointRef:
     """The weights that a user names.
 
     Attributes:
@@ -28,7 +28,7 @@ class Weights:
         return f"the moving average of {self.checkpoint}" if self.averaged else str(self.checkpoint)
 
 
-def find_weights(place: str, *, setting: str = "from") -> Weights:
+def resolve_checkpoint(place: str, *, setting: str = "from") -> CheckpointRef:
     """A run's newest weights, or a checkpoint's; their moving average where `ema:` stands before.
 
     Args:
@@ -39,7 +39,7 @@ def find_weights(place: str, *, setting: str = "from") -> Weights:
         ConfigError: if there is no checkpoint, or it is broken.
     """
     path = Path(place.removeprefix(_AVERAGE))
-    return Weights(find_checkpoint(path, setting=setting), averaged=place.startswith(_AVERAGE))
+    return CheckpointRef(find_checkpoint(path, setting=setting), averaged=place.startswith(_AVERAGE))
 
 
 def find_checkpoint(path: Path, *, setting: str = "from") -> Path:
@@ -56,7 +56,7 @@ def find_checkpoint(path: Path, *, setting: str = "from") -> Path:
         path = path.parent / path.read_text().strip()
     found: Path | None = path
     if (path / "checkpoints").is_dir():
-        found, warnings = CheckpointStore(path / "checkpoints").newest_whole()
+        found, warnings = CheckpointManager(path / "checkpoints").latest_valid()
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     fault = find_fault(found) if found is not None else None

@@ -39,7 +39,7 @@ class OnNonfinite(Enum):
 
 
 @dataclass
-class RunSection:
+class RunConfig:
     """Section `run`: the run itself.
 
     Attributes:
@@ -77,7 +77,7 @@ class RunSection:
 
 
 @dataclass
-class TrainSection:
+class TrainConfig:
     """Section `train`: how long and in what portions.
 
     Attributes:

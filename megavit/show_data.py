@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megavit.checks import whole_number
+from megavit.checks import parse_int
 from megavit.compose import compose
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.data.device import DeviceTransforms
 from megavit.data.loader import Batch, Loader
 from megavit.data.oddities import describe_oddities
 from megavit.data.opening import open_source
-from megavit.data.reading import Needs
+from megavit.data.reading import RequiredFields
 from megavit.errors import ConfigError
 from megavit.metrics.pictures import draw_samples
 from megavit.output import complete_file
@@ -42,7 +42,7 @@ def show_data(arguments: list[str]) -> int:
     for group in (config.model, config.task, config.data):
         group.check()
     config.check_task()
-    count = whole_number("count", own.get("count", "16"))
+    count = parse_int("count", own.get("count", "16"))
     if config.data.mixes and count % 2:
         raise ConfigError(f"count={count} is odd, and images are mixed in pairs; set count={count + 1}")
     source = open_source(config.data, "train")
@@ -51,7 +51,7 @@ def show_data(arguments: list[str]) -> int:
         source,
         replace(config.data, workers=0),
         layout=ParallelLayout.alone(),
-        needs=Needs(images=True, labels=labelled),
+        needs=RequiredFields(images=True, labels=labelled),
         micro_batch=count,
         seed=config.run.seed,
         train=True,
@@ -91,12 +91,12 @@ def _shares(names: list[str], row: int, share: float) -> str:
     return names[row] if share == 1 else f"{names[row]} {share:.2f}\n+ {names[row ^ 1]} {1 - share:.2f}"
 
 
-def _masked(images_BCYX: Tensor, batch: Batch, config: RunConfig) -> Tensor:
+def _masked(images_BCYX: Tensor, batch: Batch, config: ExperimentConfig) -> Tensor:
     """The images with the patches grey that the autoencoder does not see."""
     kept, side = config.task.kept_patches(config.num_patches), config.model.patch_size
     ids_B, epochs_B, occurrences_B = batch.key_columns()
-    keep_BK = random_keep(ids_B, epochs_B, occurrences_B, config.num_patches, num_kept=kept, seed=config.run.seed)
+    ids_keep_BK = random_keep(ids_B, epochs_B, occurrences_B, config.num_patches, num_kept=kept, seed=config.run.seed)
     rows, columns = config.model.patch_grid(config.data.image_size)
-    hidden_BYX = hidden_mask(keep_BK, config.num_patches).view(-1, rows, columns)
+    hidden_BYX = hidden_mask(ids_keep_BK, config.num_patches).view(-1, rows, columns)
     hidden_BYX = hidden_BYX.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
     return images_BCYX.masked_fill(hidden_BYX.unsqueeze(1), _HIDDEN)

@@ -18,7 +18,7 @@ HELD_BACK = (*STOPPING, STACK)
 _LEFT_AT_ONCE = 1
 
 
-def let_through() -> None:
+def unblock() -> None:
     """Let signals do what they always do, where the launcher has held them back and nothing needs saving."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
@@ -46,7 +46,7 @@ class StopRequest:
         self.asked_by = signal.Signals(number).name
 
 
-class StepVote:
+class StopConsensus:
     """What the ranks agree on between two steps: a signal may reach one of them alone, one disk be slower than another.
 
     The vote of a step is counted at the end of the next one, so that nobody waits for it.

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from megavit.importing import uncollected
+from megavit.importing import gc_paused
 
 
 class RankFailed(AssertionError):
@@ -113,7 +113,7 @@ def _serve(pipe: Connection) -> None:
             TORCHELASTIC_USE_AGENT_STORE="True",
         )
         try:
-            with uncollected():
+            with gc_paused():
                 function = importlib.import_module(module)
             for part in name.split("."):
                 function = getattr(function, part)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from megavit.errors import ConfigError
-from megavit.restarts import told_to_cluster
+from megavit.restarts import cluster_exit_code
 from megavit.signals import HELD_BACK
 
 
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     run_dir = _run_dir(arguments_read.training_script_args)
     assert isinstance(command, str)
     code = launch_ranks(launch, [command, *words], module=arguments_read.training_script, run_dir=run_dir)
-    return told_to_cluster(code, run_dir, node=str(arguments_read.node_rank))
+    return cluster_exit_code(code, run_dir, node=str(arguments_read.node_rank))
 
 
 def _run_dir(overrides: list[str]) -> Path | None:

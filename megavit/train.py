@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import IO
 
 from megavit.compose import AUTO_MODEL, compose
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.errors import ConfigError
-from megavit.importing import quieten_imports, uncollected
-from megavit.outcome import run_as_rank
+from megavit.importing import gc_paused, silence_import_warnings
+from megavit.outcome import run_rank
 from megavit.parallel.layout import rank_from_environment, world_size_from_environment
 from megavit.rank_log import RankLog
 from megavit.run_folder import claim_folder
@@ -25,12 +25,12 @@ def main(overrides: list[str]) -> int:
     Returns:
         The exit code (see `megavit.exits`).
     """
-    config: RunConfig | None = None
+    config: ExperimentConfig | None = None
     run_dir: Path | None = None
     claim: IO[str] | None = None
     log, stop = RankLog(), StopRequest()
     stop.listen()
-    quieten_imports()
+    silence_import_warnings()
 
     def check() -> None:
         nonlocal config, run_dir
@@ -55,14 +55,14 @@ def main(overrides: list[str]) -> int:
             # There the code cannot be left, or belongs to another run.
             run_dir = None
             raise error if isinstance(error, ConfigError) else ConfigError(_unwritable(config, error)) from error
-        with uncollected():
+        with gc_paused():
             from megavit.trainer import Trainer
 
             trainer = Trainer(config, stop=stop)
         return trainer.run()
 
     try:
-        return run_as_rank(work, check=check, run_dir=lambda: run_dir, log=log)
+        return run_rank(work, check=check, run_dir=lambda: run_dir, log=log)
     finally:
         if claim is not None:
             claim.close()
@@ -80,7 +80,7 @@ def _resolved(overrides: list[str]) -> list[str]:
     return overrides
 
 
-def _unwritable(config: RunConfig, error: OSError) -> str:
+def _unwritable(config: ExperimentConfig, error: OSError) -> str:
     return f"run.dir={config.run.dir} cannot be written: {error.strerror}; choose another"
 
 

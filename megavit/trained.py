@@ -6,30 +6,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megavit.checkpoint.safety import refuse_code
+from megavit.checkpoint.safety import check_pickles
 from megavit.checkpoint.shards import load_weights
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.checks import shown
 from megavit.classes import go_by_number, some
 from megavit.compose import from_yaml, merge
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.data.config import PIXEL_SETTINGS, DataConfig
 from megavit.data.decode import open_image
 from megavit.data.loader import Batch
 from megavit.data.order import SampleKey
 from megavit.data.relabel import relabel
 from megavit.data.source import Source
-from megavit.data.views import View
+from megavit.data.views import ImageTransform
 from megavit.errors import ConfigError
-from megavit.extension import is_name
+from megavit.extension import is_plugin
 from megavit.model.config import Attention, Linears, Positions
-from megavit.network import Network, build_network
+from megavit.network import ModelSetup, build_model
 from megavit.optim.config import Implementation
 from megavit.output import printable
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.resume_rules import Rule, changes
-from megavit.search import Weights, find_weights
+from megavit.search import CheckpointRef, resolve_checkpoint
 from megavit.sections import Compile, GradReduce
 from megavit.verb_arguments import split_from
 
@@ -48,10 +48,10 @@ class TrainedRun:
         network: evaluating, whole.
     """
 
-    weights: Weights
-    config: RunConfig
+    weights: CheckpointRef
+    config: ExperimentConfig
     layout: ParallelLayout
-    network: Network
+    network: ModelSetup
 
     def batch(self, paths: list[Path]) -> Batch:
         """Images from files, as the run evaluates them, in one batch.
@@ -68,7 +68,7 @@ class TrainedRun:
             ConfigError: for a file that is no image.
         """
         data, name = self.config.data, printable(str(path))
-        return View(data, augment=False).see(open_image(path, channels=data.channels, name=name), name=name)
+        return ImageTransform(data, augment=False).see(open_image(path, channels=data.channels, name=name), name=name)
 
     def collate(self, images: list[Tensor]) -> Batch:
         """Images as `read` gives them, in one batch."""
@@ -78,7 +78,7 @@ class TrainedRun:
         return Batch(torch.stack(images).to(device), None, counted, keys)
 
 
-def read_config(checkpoint: Path) -> RunConfig:
+def read_config(checkpoint: Path) -> ExperimentConfig:
     """What a checkpoint was made with, for one rank and torch's own kernels: results depend on neither.
 
     Parts of its user's own that only training needs are left away: to look at a checkpoint runs no code that it names.
@@ -113,26 +113,28 @@ def refuse_untyped_code(checkpoint: Path, overrides: list[str]) -> None:
     """
     config = from_yaml((checkpoint / "run.yaml").read_text())
     for setting, name in (("data.source", config.data.source), ("task.implementation", config.task.implementation)):
-        if name is not None and is_name(name) and not any(text.startswith(f"{setting}=") for text in overrides):
+        if name is not None and is_plugin(name) and not any(text.startswith(f"{setting}=") for text in overrides):
             raise ConfigError(
                 f"{checkpoint} was made with {setting}={name}, code from outside megavit; type {setting}={name} too, "
                 f"if you trust it, or another {setting}"
             )
 
 
-def prepare(verb: str, arguments: list[str], *, world_size: int | None = None) -> tuple[RunConfig, Weights]:
+def prepare(
+    command: str, arguments: list[str], *, world_size: int | None = None
+) -> tuple[ExperimentConfig, CheckpointRef]:
     """What to look at, and how: the run's own configuration with what is typed on top, on one rank unless told.
 
     Args:
-        verb: for the messages.
+        command: for the messages.
         arguments: `from=RUN` and settings.
         world_size: ranks that take part; None while they are not started.
 
     Raises:
         ConfigError: if there is no checkpoint, or a setting does not fit.
     """
-    place, overrides = split_from(verb, arguments)
-    weights = find_weights(place)
+    place, overrides = split_from(command, arguments)
+    weights = resolve_checkpoint(place)
     refuse_untyped_code(weights.checkpoint, overrides)
     before = read_config(weights.checkpoint)
     config = merge(before, overrides)
@@ -152,7 +154,7 @@ def split_settings(arguments: list[str]) -> tuple[list[str], list[str]]:
     return settings, [text for text in arguments if text not in settings]
 
 
-def with_settings(config: RunConfig, settings: list[str]) -> RunConfig:
+def with_settings(config: ExperimentConfig, settings: list[str]) -> ExperimentConfig:
     """Put settings of `PIXEL_SETTINGS` over a run's, where its weights were made with others.
 
     Args:
@@ -214,7 +216,7 @@ def _refuse_another_count(checkpoint: Path, num_classes: int, state: TrainingSta
             f"{checkpoint} holds an encoder without a classifier; train one with init_from={checkpoint}, or see how "
             f"far its features go: megavit knn from={checkpoint} data.path=…"
         )
-    count = refuse_code(checkpoint)[_CLASSIFIER][0]
+    count = check_pickles(checkpoint)[_CLASSIFIER][0]
     if num_classes != count:
         raise ConfigError(f"{checkpoint} has {count} classes and {data} has {num_classes}; choose data of as many")
 
@@ -223,7 +225,7 @@ def _in_order(source: Source) -> str:
     return some([f"{number} is {name}" for number, name in enumerate(source.classes)])
 
 
-def refuse_another_network(checkpoint: Path, before: RunConfig, now: RunConfig) -> None:
+def refuse_another_network(checkpoint: Path, before: ExperimentConfig, now: ExperimentConfig) -> None:
     """Refuse settings under which a checkpoint's weights would not fit, or be another function.
 
     Args:
@@ -243,18 +245,18 @@ def refuse_another_network(checkpoint: Path, before: RunConfig, now: RunConfig) 
         raise ConfigError(f"{checkpoint} is another network: {listed}. Leave it as it is there{resize}")
 
 
-def read_run(place: str, *, classifies: bool, does: str) -> tuple[Weights, RunConfig]:
+def read_run(place: str, *, classifies: bool, does: str) -> tuple[CheckpointRef, ExperimentConfig]:
     """The newest weights of a run of one kind of task, and its configuration.
 
     Args:
-        place: what `find_weights` takes.
+        place: what `resolve_checkpoint` takes.
         classifies: whether the run must be a classifier's, or else a masked autoencoder's.
         does: what only such a run can do, for the error.
 
     Raises:
         ConfigError: if there is no checkpoint, or it is of another task.
     """
-    weights = find_weights(place)
+    weights = resolve_checkpoint(place)
     config = read_config(weights.checkpoint)
     if config.task.name.classifies is not classifies:
         wanted = "a classifier" if classifies else "task=mae"
@@ -262,16 +264,16 @@ def read_run(place: str, *, classifies: bool, does: str) -> tuple[Weights, RunCo
     return weights, config
 
 
-def open_run(config: RunConfig, weights: Weights, *, num_classes: int) -> TrainedRun:
+def open_run(config: ExperimentConfig, weights: CheckpointRef, *, num_classes: int) -> TrainedRun:
     """Build the network on this process and read its weights.
 
     Args:
         config: from `read_config`.
-        weights: from `find_weights`.
+        weights: from `resolve_checkpoint`.
         num_classes: of the data; a masked autoencoder has none.
     """
     layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
-    network = build_network(config, layout, num_classes=num_classes)
+    network = build_model(config, layout, num_classes=num_classes)
     load_weights(weights.checkpoint, network.chunks, averaged=weights.averaged)
     for chunk in network.chunks.values():
         chunk.eval()

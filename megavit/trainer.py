@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from megavit.bad_samples import BadSamples
+from megavit.bad_samples import BadSampleTracker
 from megavit.checkpoint import shards
 from megavit.checkpoint.shards import Averages
 from megavit.checkpoint.state import TrainingState
-from megavit.checkpoint.store import CheckpointStore
-from megavit.compose import leaves, to_yaml
-from megavit.config import RunConfig
+from megavit.checkpoint.store import CheckpointManager
+from megavit.compose import flatten, to_yaml
+from megavit.config import ExperimentConfig
 from megavit.data.loader import Loader
 from megavit.data.opening import open_splits, prepare_index
 from megavit.data.relabel import relabel
@@ -20,25 +20,25 @@ from megavit.engine import Engine, prepare_task, wrap_network
 from megavit.errors import ConfigError
 from megavit.exits import FINISHED, STOPPED
 from megavit.freezing import freeze
-from megavit.init_from import start_from
-from megavit.introduce import describe_pace, introduction
-from megavit.keeping import Keeper
-from megavit.metrics.reporter import Reporter
-from megavit.metrics.starts import record_start
+from megavit.init_from import load_pretrained
+from megavit.introduce import describe_pace, describe_run
+from megavit.keeping import Checkpointer
+from megavit.metrics.reporter import MetricLogger
+from megavit.metrics.starts import record_launch
 from megavit.metrics.throughput import Throughput, peak_memory_bytes
-from megavit.network import build_network
+from megavit.network import build_model
 from megavit.nonfinite import describe_nonfinite
-from megavit.optim.average import WeightAverage
+from megavit.optim.average import ModelEma
 from megavit.optim.config import Decay
 from megavit.optim.optimizer import build_optimizer, build_schedule
-from megavit.parallel.agree import from_rank_zero, wait_for_rank_zero
+from megavit.parallel.agree import broadcast_from_rank0, wait_for_rank_zero
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
 from megavit.plan.flops import training_flops
-from megavit.preflight import check_batch, rehearse
-from megavit.restore import Origin, find_origin
+from megavit.preflight import check_batch, run_preflight
+from megavit.restore import ResumePoint, find_resume_point
 from megavit.sections import OnNonfinite
-from megavit.signals import StepVote, StopRequest
+from megavit.signals import StopConsensus, StopRequest
 
 
 class Trainer:
@@ -49,20 +49,20 @@ class Trainer:
         stop: whether this process has been asked to stop.
     """
 
-    def __init__(self, config: RunConfig, *, stop: StopRequest | None = None) -> None:
+    def __init__(self, config: ExperimentConfig, *, stop: StopRequest | None = None) -> None:
         self.config, self.stop = config, stop or StopRequest()
         self.run_dir = Path(config.run.dir)
-        self.store = CheckpointStore(self.run_dir / "checkpoints")
+        self.store = CheckpointManager(self.run_dir / "checkpoints")
         self.layout = layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
 
         # Where it goes on
         self.step, self.consumed_samples = 0, 0
         self.last_validation: dict[str, float] = {}
-        from_rank_zero(self.store.clear_up)
-        self.best_validation = from_rank_zero(self.store.best_metrics)
-        self.origin, self.warnings = from_rank_zero(lambda: find_origin(self.store, config))
-        if self.origin is not None:
-            self.step, self.consumed_samples = self.origin.state.step, self.origin.state.consumed_samples
+        broadcast_from_rank0(self.store.remove_partial)
+        self.best_validation = broadcast_from_rank0(self.store.best_metrics)
+        self.resume_point, self.warnings = broadcast_from_rank0(lambda: find_resume_point(self.store, config))
+        if self.resume_point is not None:
+            self.step, self.consumed_samples = self.resume_point.state.step, self.resume_point.state.consumed_samples
 
         # Length
         index = self.run_dir / "index"
@@ -70,8 +70,8 @@ class Trainer:
         train_source, val_source = open_splits(config.data, index=index)
         if config.task.name.classifies and val_source is not None:
             val_source = relabel(val_source, train_source.classes, data="the validation split", trained="training")
-        if self.origin is not None:
-            self.origin.refuse_other_classes(train_source.classes)
+        if self.resume_point is not None:
+            self.resume_point.refuse_other_classes(train_source.classes)
         self.num_steps = config.num_steps(len(train_source), step=self.step, consumed_samples=self.consumed_samples)
         self.pace = config.pace(self.num_steps, num_samples=len(train_source))
         self.micro_batch = config.micro_batch(layout.world_size)
@@ -79,7 +79,7 @@ class Trainer:
         check_batch(config, layout, num_samples=len(train_source))
 
         # Network
-        self.network = network = build_network(config, layout, num_classes=len(train_source.classes))
+        self.network = network = build_model(config, layout, num_classes=len(train_source.classes))
         self.task, self.chunks = network.task, network.chunks
         if config.frozen:
             freeze(self.chunks, config.frozen, layout=layout)
@@ -100,7 +100,9 @@ class Trainer:
         self.loaders = {"train": self.train_loader}
         if self.val_loader is not None:
             self.loaders["val"] = self.val_loader
-        self.bad_samples = {split: BadSamples(of, split, run_dir=self.run_dir) for split, of in self.loaders.items()}
+        self.bad_samples = {
+            split: BadSampleTracker(of, split, run_dir=self.run_dir) for split, of in self.loaders.items()
+        }
         # Without validation images a task paints training images.
         self.painted = "val" if self.val_loader is not None else "train"
         self.paint_loader = self.val_loader or loader(train_source, train=False)
@@ -110,7 +112,7 @@ class Trainer:
         # Optimizer and schedule
         peak_lr = config.optim.peak_lr(config.train.global_batch)
         self.optimizer = build_optimizer(
-            self.model, network.block, config.optim, names=network.parameters, peak_lr=peak_lr
+            self.model, network.mcore_config, config.optim, names=network.parameters, peak_lr=peak_lr
         )
         self.schedule = build_schedule(
             self.optimizer,
@@ -120,15 +122,15 @@ class Trainer:
             num_steps=self.num_steps,
         )
 
-        self.average = WeightAverage(self.chunks, decay=config.optim.ema) if config.optim.ema is not None else None
+        self.average = ModelEma(self.chunks, decay=config.optim.ema) if config.optim.ema is not None else None
 
         # Checkpoints
-        self.keeper = Keeper(
+        self.checkpointer = Checkpointer(
             self.store, config, chunks=self.chunks, optimizer=self.optimizer, averages=lambda: self._averages
         )
-        if self.origin is None and config.init_from is not None:
+        if self.resume_point is None and config.init_from is not None:
             self._start_from(config.init_from)
-        self.rehearsed = rehearse(
+        self.preflight_ran = run_preflight(
             config,
             layout=layout,
             engine=self.engine,
@@ -154,20 +156,20 @@ class Trainer:
         if layout.rank == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.yaml").write_text(to_yaml(config))
-            record_start(self.run_dir, layout=layout.describe(), step=self.step)
-        reporter = Reporter(
+            record_launch(self.run_dir, layout=layout.describe(), step=self.step)
+        logger = MetricLogger(
             config.metrics,
             self.run_dir,
-            speaks=layout.rank == 0,
+            is_main=layout.rank == 0,
             name=config.run.name,
-            settings=leaves(config),
+            settings=flatten(config),
             first_step=self.step,
             num_steps=self.num_steps,
         )
-        with reporter:
-            self._introduce(reporter)
+        with logger:
+            self._introduce(logger)
             if self.step >= self.num_steps:
-                self._say_complete(reporter)
+                self._say_complete(logger)
                 return FINISHED
             batches = self.throughput.timed(
                 self.train_loader.train_batches(
@@ -176,68 +178,68 @@ class Trainer:
                     global_batch=config.train.global_batch,
                 )
             )
-            self._train(reporter, batches)
+            self._train(logger, batches)
             if self.step < self.num_steps:
-                reporter.say(f"stopped after step {self.step} of {self.num_steps}, saved; run again to go on")
+                logger.say(f"stopped after step {self.step} of {self.num_steps}, saved; run again to go on")
                 return STOPPED
-            self._say_complete(reporter)
+            self._say_complete(logger)
             return FINISHED
 
-    def _train(self, reporter: Reporter, batches: Any) -> None:
+    def _train(self, logger: MetricLogger, batches: Any) -> None:
         train = self.config.train
         last = min(self.num_steps, train.stop_at or self.num_steps)
-        vote = StepVote(self.stop, world_size=self.layout.world_size)
+        vote = StopConsensus(self.stop, world_size=self.layout.world_size)
         window: dict[str, Tensor] = {}
         while self.step < last:
             seed_step(self.layout, seed=self.config.run.seed, step=self.step)
             self.schedule.step(1)
             sums, grad_norm, updated = self.engine.train_step(batches, self.num_microbatches, self.optimizer)
             if not updated:
-                self._refuse_step(reporter, grad_norm, sums)
+                self._refuse_step(logger, grad_norm, sums)
             elif self.average is not None:
                 self.average.update()
             self.step += 1
             self.consumed_samples += train.global_batch
             self.throughput.count(train.global_batch)
-            reporter.advance(self.step)
+            logger.advance(self.step)
             wants_stop, all_written = vote.count()
             if all_written:
-                self.keeper.finish(reporter)
+                self.checkpointer.finish(logger)
             if wants_stop:
-                reporter.say(f"asked to stop by {self.stop.asked_by or 'a signal to another rank'}: saving")
+                logger.say(f"asked to stop by {self.stop.asked_by or 'a signal to another rank'}: saving")
                 last = self.step
             window = {name: window[name] + value if window else value for name, value in sums.items()}
             if self.step % self.config.metrics.every == 0 or self.step == last:
-                self._report(reporter, window, grad_norm)
+                self._report(logger, window, grad_norm)
                 window = {}
-            self._evaluate_paint_save(reporter, is_last=self.step == last)
-            vote.cast(is_writing=self.keeper.is_writing)
+            self._evaluate_paint_save(logger, is_last=self.step == last)
+            vote.cast(is_writing=self.checkpointer.is_writing)
         vote.count()
-        self.keeper.close(reporter)
+        self.checkpointer.close(logger)
 
-    def _refuse_step(self, reporter: Reporter, grad_norm: float, sums: dict[str, Tensor]) -> None:
+    def _refuse_step(self, logger: MetricLogger, grad_norm: float, sums: dict[str, Tensor]) -> None:
         """Stop before a step that would ruin the weights, or go on without it; every rank comes here together."""
         account = describe_nonfinite(list(self.chunks.values()), sums, self.layout)
         message = f"step {self.step + 1}: the gradient norm is {grad_norm:g}; {account}"
         if self.config.train.on_nonfinite is OnNonfinite.stop:
-            self.keeper.close(reporter)
+            self.checkpointer.close(logger)
             raise FloatingPointError(
                 f"{message}. The step was not taken and the last checkpoint is untouched. Lower optim.lr, raise "
                 f"optim.warmup_steps or lower optim.clip; train.on_nonfinite=skip goes on without such steps"
             )
-        reporter.say(f"{message}; the step is skipped")
+        logger.say(f"{message}; the step is skipped")
 
-    def _report(self, reporter: Reporter, window: dict[str, Tensor], grad_norm: float) -> None:
+    def _report(self, logger: MetricLogger, window: dict[str, Tensor], grad_norm: float) -> None:
         """Log the steps since the last report: their mean loss and accuracy, the last step's rate and norm."""
         totals = self.engine.totals(window)
         speed = self.throughput.report()
-        reporter.record(
+        logger.record(
             self.step,
             "train",
             {
                 "consumed_samples": self.consumed_samples,
                 **self.task.metrics(totals),
-                **self._count_bad(reporter, "train"),
+                **self._count_bad(logger, "train"),
                 "lr": max(group["lr"] for group in self.optimizer.param_groups),
                 "grad_norm": grad_norm,
                 **speed,
@@ -245,17 +247,17 @@ class Trainer:
             },
         )
 
-    def _count_bad(self, reporter: Reporter, split: str) -> dict[str, float]:
+    def _count_bad(self, logger: MetricLogger, split: str) -> dict[str, float]:
         """Name the images that could not be read since the last time; too many end the run on every rank."""
         bad = self.bad_samples[split]
         for line in bad.collect(self.step):
-            reporter.say(line)
+            logger.say(line)
         if bad.too_many is not None:
-            self.keeper.close(reporter)
+            self.checkpointer.close(logger)
             raise ConfigError(bad.too_many)
         return bad.metrics
 
-    def _evaluate_paint_save(self, reporter: Reporter, *, is_last: bool) -> None:
+    def _evaluate_paint_save(self, logger: MetricLogger, *, is_last: bool) -> None:
         finished = self.step == self.num_steps
         every, eval_every = self.pace.save_every, self.pace.eval_every
         evaluates = self.val_loader is not None and (
@@ -270,19 +272,19 @@ class Trainer:
         self.engine.gather_weights()
         if evaluates:
             self.last_validation = self.evaluate()
-            counted = self._count_bad(reporter, "val")
-            reporter.record(
+            counted = self._count_bad(logger, "val")
+            logger.record(
                 self.step, "val", {"consumed_samples": self.consumed_samples, **self.last_validation, **counted}
             )
         is_best = evaluates and self._is_best()
         if paints:
-            panels = self.engine.paint(self.paint_loader)
-            reporter.show(self.step, self.painted, panels, titles=self.task.panels)
+            image_grid = self.engine.visualize(self.paint_loader)
+            logger.show(self.step, self.painted, image_grid, titles=self.task.image_grid)
         if due or is_best:
-            self._save(reporter, due=due, is_best=is_best, is_last=is_last)
+            self._save(logger, due=due, is_best=is_best, is_last=is_last)
         self.throughput.resume()
 
-    def _save(self, reporter: Reporter, *, due: bool, is_best: bool, is_last: bool) -> None:
+    def _save(self, logger: MetricLogger, *, due: bool, is_best: bool, is_last: bool) -> None:
         state = TrainingState(
             self.step,
             self.consumed_samples,
@@ -291,7 +293,7 @@ class Trainer:
             due=due,
             num_samples=len(self.train_loader.source),
         )
-        self.keeper.save(state, reporter, is_best=is_best, waits=is_last or not self.config.checkpoint.async_save)
+        self.checkpointer.save(state, logger, is_best=is_best, waits=is_last or not self.config.checkpoint.async_save)
         if is_best:
             self.best_validation = self.last_validation
 
@@ -317,41 +319,41 @@ class Trainer:
         """Go on from the checkpoint that was found, if one was: weights and optimizer; position; schedule. Dropout
         and data need nothing: they are functions of step and position.
         """
-        origin = self.origin
-        if origin is None:
+        resume_point = self.resume_point
+        if resume_point is None:
             return
-        shards.load(origin.path, self.chunks, self.optimizer, averages=self._averages)
-        self.warnings += origin.mend_updates(self.optimizer)
-        self.last_validation = origin.state.metrics
-        self.warnings += origin.told_of_settings(self.config)
-        self.warnings += origin.told_of_data(len(self.train_loader.source))
+        shards.load(resume_point.path, self.chunks, self.optimizer, averages=self._averages)
+        self.warnings += resume_point.mend_updates(self.optimizer)
+        self.last_validation = resume_point.state.metrics
+        self.warnings += resume_point.told_of_settings(self.config)
+        self.warnings += resume_point.data_warnings(len(self.train_loader.source))
         self.schedule.step(self.step)
 
     def _start_from(self, place: str) -> None:
         """Begin with another network's weights: the optimizer's own copies and the average follow them."""
         classes = self.train_loader.source.classes
-        self.warnings += start_from(place, self.chunks, self.config, self.layout, classes=tuple(classes))
+        self.warnings += load_pretrained(place, self.chunks, self.config, self.layout, classes=tuple(classes))
         self.optimizer.reload_model_params()
         if self.average is not None:
-            self.average = WeightAverage(self.chunks, decay=self.average.decay)
+            self.average = ModelEma(self.chunks, decay=self.average.decay)
 
-    def _introduce(self, reporter: Reporter) -> None:
-        from_scratch = self.origin is None and self.config.init_from is None
+    def _introduce(self, logger: MetricLogger) -> None:
+        from_scratch = self.resume_point is None and self.config.init_from is None
         sources = {split: loader.source for split, loader in self.loaders.items()}
         for line in (
-            *introduction(self.config, self.layout, self.network, sources=sources, from_scratch=from_scratch),
+            *describe_run(self.config, self.layout, self.network, sources=sources, from_scratch=from_scratch),
             *describe_pace(self.config, self.pace, num_steps=self.num_steps),
         ):
-            reporter.say(line)
-        for line in (*self.rehearsed, *self.warnings):
-            reporter.say(line)
-        if self.origin is not None:
-            reporter.say(f"goes on from {self.origin.path} at step {self.step} of {self.num_steps}")
-            self._tell_of_another_length(reporter, self.origin)
+            logger.say(line)
+        for line in (*self.preflight_ran, *self.warnings):
+            logger.say(line)
+        if self.resume_point is not None:
+            logger.say(f"goes on from {self.resume_point.path} at step {self.step} of {self.num_steps}")
+            self._tell_of_another_length(logger, self.resume_point)
 
-    def _tell_of_another_length(self, reporter: Reporter, origin: Origin) -> None:
+    def _tell_of_another_length(self, logger: MetricLogger, resume_point: ResumePoint) -> None:
         num_samples, decay = len(self.train_loader.source), self.config.optim.decay
-        before = origin.num_steps(num_samples)
+        before = resume_point.num_steps(num_samples)
         if before == self.num_steps:
             return
         images, rate = "", ""
@@ -364,9 +366,9 @@ class Trainer:
         if decay is not Decay.constant:
             current = max(self.schedule.get_lr(group) for group in self.optimizer.param_groups)
             rate = f": {decay.value} is that of the whole new length, so the learning rate goes on at {current:.2e}"
-        reporter.say(f"the run was of {before} steps and is of {self.num_steps} now{images}{rate}")
+        logger.say(f"the run was of {before} steps and is of {self.num_steps} now{images}{rate}")
 
-    def _say_complete(self, reporter: Reporter) -> None:
+    def _say_complete(self, logger: MetricLogger) -> None:
         length = "train.steps" if self.config.train.steps is not None else "train.epochs"
         result = f"; {self.task.summary(self.last_validation)}" if self.last_validation else ""
-        reporter.say(f"complete: step {self.step} of {self.num_steps}{result}. Raise {length} to go on")
+        logger.say(f"complete: step {self.step} of {self.num_steps}{result}. Raise {length} to go on")

@@ -8,12 +8,12 @@ from megavit.overrides import read_text
 
 
 def parse_arguments(
-    verb: str, arguments: list[str], *, needed: Iterable[str], optional: Iterable[str]
+    command: str, arguments: list[str], *, needed: Iterable[str], optional: Iterable[str]
 ) -> dict[str, str]:
     """Split arguments into a dictionary; values are text, as a run's text settings (see `overrides.py`).
 
     Args:
-        verb: for the messages.
+        command: for the messages.
         arguments: as typed.
         needed: keys that must be there.
         optional: keys that may be.
@@ -27,19 +27,19 @@ def parse_arguments(
     for argument in arguments:
         key, sign, value = argument.partition("=")
         if not sign:
-            raise ConfigError(f"'{argument}' is no setting: megavit {verb} {usage}")
+            raise ConfigError(f"'{argument}' is no setting: megavit {command} {usage}")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}=?" if near else f"megavit {verb} {usage}"
-            raise ConfigError(f"megavit {verb} knows no {key}=; {hint}")
+            hint = f"did you mean {near[0]}=?" if near else f"megavit {command} {usage}"
+            raise ConfigError(f"megavit {command} knows no {key}=; {hint}")
         given[key] = read_text(value)
     missing = [key for key in needed if not given.get(key)]
     if missing:
-        raise ConfigError(f"megavit {verb} needs {missing[0]}=: megavit {verb} {usage}")
+        raise ConfigError(f"megavit {command} needs {missing[0]}=: megavit {command} {usage}")
     return given
 
 
-def split_from(verb: str, arguments: list[str]) -> tuple[str, list[str]]:
+def split_from(command: str, arguments: list[str]) -> tuple[str, list[str]]:
     """`from=RUN` apart from the settings beside it.
 
     Raises:
@@ -47,15 +47,15 @@ def split_from(verb: str, arguments: list[str]) -> tuple[str, list[str]]:
     """
     given = [argument for argument in arguments if argument.startswith("from=")]
     if len(given) != 1 or given[0] == "from=":
-        raise ConfigError(f"megavit {verb} needs from=RUN once, then settings as in megavit train: key=value …")
+        raise ConfigError(f"megavit {command} needs from=RUN once, then settings as in megavit train: key=value …")
     return read_text(given[0].removeprefix("from=")), [argument for argument in arguments if argument != given[0]]
 
 
-def split_own(verb: str, arguments: list[str], *, own: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+def split_own(command: str, arguments: list[str], *, own: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """A verb's own arguments apart from `from=RUN` and the settings beside them.
 
     Args:
-        verb: for the messages.
+        command: for the messages.
         arguments: as typed.
         own: keys that are the verb's own.
 
@@ -70,10 +70,10 @@ def split_own(verb: str, arguments: list[str], *, own: Iterable[str]) -> tuple[d
         near = [] if "." in key or key in ("from", "init_from") else difflib.get_close_matches(key, own, n=1)
         if key in own:
             if not value or key in given:
-                raise ConfigError(f"{argument}: megavit {verb} takes {key}= once, with a value")
+                raise ConfigError(f"{argument}: megavit {command} takes {key}= once, with a value")
             given[key] = read_text(value)
         elif near:
-            raise ConfigError(f"megavit {verb} knows no {key}=; did you mean {near[0]}=?")
+            raise ConfigError(f"megavit {command} knows no {key}=; did you mean {near[0]}=?")
         else:
             rest.append(argument)
     return given, rest

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.exits import FAULT, FINISHED, write_exit
-from megavit.importing import uncollected
+from megavit.importing import gc_paused
 from megavit.signals import HELD_BACK, STACK
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _SHUTDOWN_S = 3
 _LOST_S = 9
 
 
-def num_ranks(config: RunConfig) -> int:
+def num_ranks(config: ExperimentConfig) -> int:
     """Ranks to start: `run.ranks`, or one per GPU, or without GPUs the fewest that the layout needs."""
     if config.run.ranks is not None:
         return config.run.ranks
@@ -52,7 +52,7 @@ def start_ranks(arguments: list[str], *, ranks: int, run_dir: Path | None = None
     Returns:
         The code that the first rank to fail left with, or 0.
     """
-    with uncollected():
+    with gc_paused():
         from torch.distributed.launcher.api import LaunchConfig
 
     launch = LaunchConfig(
@@ -95,8 +95,8 @@ def launch_ranks(launch: "LaunchConfig", command: list[str], *, module: str, run
     # not tell their code.
     launch.signals_to_handle = "SIGHUP"
     ranks = launch.nproc_per_node
-    _hand_signals_on(module, ranks)
-    _end_those_left(module, ranks)
+    _forward_signals(module, ranks)
+    _kill_stragglers(module, ranks)
     program, *words = literal(command)
     try:
         elastic_launch(launch, program)(*words)
@@ -113,7 +113,7 @@ def literal(words: list[str]) -> list[str]:
     return [word.replace("$", "$$") for word in words]
 
 
-def _hand_signals_on(module: str, ranks: int) -> None:
+def _forward_signals(module: str, ranks: int) -> None:
     """Hand signals to the ranks and go on waiting for them; the third one that asks to stop ends them.
 
     The signals are blocked here, and so in the ranks that are started from now on, until these listen: one that comes
@@ -136,7 +136,7 @@ def _hand_signals_on(module: str, ranks: int) -> None:
     threading.Thread(target=hand_on, daemon=True).start()
 
 
-def _end_those_left(module: str, ranks: int) -> None:
+def _kill_stragglers(module: str, ranks: int) -> None:
     """End the ranks that are still there some seconds after one has gone.
 
     Ranks leave together. One that waits for a lost peer in its start hears no signal, and torch's agent would wait for

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megavit.importing import uncollected
+from megavit.importing import gc_paused
 
 # Before anything imports Megatron-Core: the tests replay the layouts on CPU processes, also on a GPU machine.
 os.environ.setdefault("MEGAVIT_DEVICE", "cpu")
@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
     """Import all tests, and with them most of what there is, in the time that it takes without garbage collection."""
-    with uncollected():
+    with gc_paused():
         return (yield)
 
 

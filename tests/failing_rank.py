@@ -35,6 +35,6 @@ def check() -> None:
 
 
 if __name__ == "__main__":
-    code = outcome.run_as_rank(work, check=check, run_dir=lambda: None)
+    code = outcome.run_rank(work, check=check, run_dir=lambda: None)
     sys.stderr.flush()
     os._exit(code)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 
 # Plain name, theirs; `#` is the layer.
 LAYER = {
@@ -51,7 +51,7 @@ def from_theirs(theirs: dict[str, torch.Tensor], names: Iterator[str]) -> dict[s
     return {name: torch.cat([theirs[one] for one in _their_names(name)]) for name in names}
 
 
-def build(config: RunConfig, positions: torch.Tensor, decoder_positions: torch.Tensor) -> torch.nn.Module:
+def build(config: ExperimentConfig, positions: torch.Tensor, decoder_positions: torch.Tensor) -> torch.nn.Module:
     """Their model in our sizes. Their own start leaves both position embeddings at zero (5.23): filled here."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
     from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder

@@ -7,7 +7,7 @@ from pathlib import Path
 def train(overrides: list[str], *, evaluates: bool = False) -> dict:
     """Train through the real Trainer; losses and norms of each step, whole weights in the plain form on rank 0."""
     from megavit.checkpoint.names import to_plain
-    from megavit.checkpoint.whole import gather_whole
+    from megavit.checkpoint.whole import gather_full_state_dict
     from megavit.compose import compose
     from megavit.model.vit import parameter_names
     from megavit.parallel.layout import world_size_from_environment
@@ -17,7 +17,7 @@ def train(overrides: list[str], *, evaluates: bool = False) -> dict:
     config = compose(overrides)
     config.check(world_size_from_environment())
     trainer = Trainer(config)
-    trainer.keeper.save = lambda *_, **__: None
+    trainer.checkpointer.save = lambda *_, **__: None
     if not evaluates:
         # Half of a short test's time would go into the validation set.
         trainer.evaluate = no_evaluation
@@ -26,8 +26,8 @@ def train(overrides: list[str], *, evaluates: bool = False) -> dict:
     averages = None
     if trainer.average is not None:
         with trainer.average.applied():
-            averages = gather_whole(parameters, trainer.layout)
-    whole = gather_whole(parameters, trainer.layout)
+            averages = gather_full_state_dict(parameters, trainer.layout)
+    whole = gather_full_state_dict(parameters, trainer.layout)
     if whole is None:
         return {}
     rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
@@ -111,7 +111,7 @@ def dtypes(overrides: list[str]) -> dict:
     from megavit.trainer import Trainer
 
     trainer = Trainer(compose(overrides))
-    trainer.keeper.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
+    trainer.checkpointer.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
     trainer.run()
     optimizer = trainer.optimizer.chained_optimizers[0].optimizer
     masters = [param for group in optimizer.param_groups for param in group["params"]]

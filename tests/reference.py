@@ -10,11 +10,11 @@ from timm.optim import Lars
 
 from megavit.checkpoint.names import Dims, to_plain
 from megavit.compose import compose
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.data.digits import Digits
-from megavit.data.order import SampleKey, SampleOrder
-from megavit.model.plain import PlainViT
-from megavit.model.plain_mae import PlainMae
+from megavit.data.order import DeterministicSampler, SampleKey
+from megavit.model.plain import TorchViT
+from megavit.model.plain_mae import TorchMae
 from megavit.optim.config import Decay, Optimizer
 from megavit.task.config import TaskName
 from megavit.task.masking import random_keep
@@ -49,24 +49,24 @@ class Result:
     averages: dict[str, torch.Tensor] | None = None
 
 
-def dims_of(config: RunConfig) -> Dims:
+def dims_of(config: ExperimentConfig) -> Dims:
     return Dims(config.model.num_heads, config.model.patch_size, config.task.decoder_num_heads or 0)
 
 
-def plain_model(config: RunConfig) -> PlainViT | PlainMae:
+def plain_model(config: ExperimentConfig) -> TorchViT | TorchMae:
     """The plain model with the weights that megavit starts from."""
     from megavit.model.init import initial_weight
 
     shape = {"image_size": config.data.image_size, "channels": config.data.channels}
     if config.task.name is TaskName.mae:
-        model = PlainMae(config.model, config.task.decoder(config.model), **shape)
+        model = TorchMae(config.model, config.task.decoder(config.model), **shape)
     else:
-        model = PlainViT(config.model, **shape, num_classes=10)
+        model = TorchViT(config.model, **shape, num_classes=10)
     model.load_state_dict(to_plain(initial_weights(model, config, initial_weight), dims_of(config)))
     return model
 
 
-def initial_weights(model: torch.nn.Module, config: RunConfig, initial_weight) -> dict[str, torch.Tensor]:
+def initial_weights(model: torch.nn.Module, config: ExperimentConfig, initial_weight) -> dict[str, torch.Tensor]:
     from megavit.checkpoint.names import from_plain
 
     ours = from_plain(model.state_dict(), dims_of(config))
@@ -79,7 +79,7 @@ def decays(name: str, weight: torch.Tensor) -> bool:
     return weight.ndim > 1 and name not in ("cls_token", "pos_embed", "mask_token")
 
 
-def learning_rate(config: RunConfig, step: int, steps: int) -> float:
+def learning_rate(config: ExperimentConfig, step: int, steps: int) -> float:
     peak, warmup = config.optim.peak_lr(config.train.global_batch), config.optim.warmup_steps
     if step <= warmup:
         return peak * step / warmup
@@ -93,7 +93,7 @@ def learning_rate(config: RunConfig, step: int, steps: int) -> float:
     return config.optim.min_lr + (peak - config.optim.min_lr) * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
-def layer_share(name: str, config: RunConfig) -> float:
+def layer_share(name: str, config: ExperimentConfig) -> float:
     """Of the learning rate, by the plain name: the embedding's is the smallest, the last norm's and the head's 1."""
     above = 0
     if name.startswith("blocks."):
@@ -103,7 +103,7 @@ def layer_share(name: str, config: RunConfig) -> float:
     return (config.optim.layer_decay or 1.0) ** above
 
 
-def make_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, config: ExperimentConfig) -> torch.optim.Optimizer:
     groups = []
     for name, weight in model.named_parameters():
         decayed = decays(name, weight)
@@ -118,13 +118,13 @@ def make_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Opt
     return torch.optim.AdamW(groups, lr=1.0, betas=tuple(config.optim.betas), eps=config.optim.eps)
 
 
-def masks_of(keys: list[SampleKey], config: RunConfig) -> torch.Tensor:
+def masks_of(keys: list[SampleKey], config: ExperimentConfig) -> torch.Tensor:
     ids, epochs = torch.tensor([key.sample_id for key in keys]), torch.tensor([key.epoch for key in keys])
     kept = config.task.kept_patches(config.num_patches)
     return random_keep(ids, epochs, torch.zeros_like(ids), config.num_patches, num_kept=kept, seed=config.run.seed)
 
 
-def mae_loss(model: PlainMae, images: torch.Tensor, keep: torch.Tensor, *, norm_pix: bool) -> torch.Tensor:
+def mae_loss(model: TorchMae, images: torch.Tensor, keep: torch.Tensor, *, norm_pix: bool) -> torch.Tensor:
     """As in the paper, written anew: mean squared error of the hidden patches, their values row, column, channel."""
     p = model.patch_size
     target = F.unfold(images, p, stride=p).unflatten(1, (-1, p * p)).permute(0, 3, 2, 1).flatten(2)
@@ -135,13 +135,13 @@ def mae_loss(model: PlainMae, images: torch.Tensor, keep: torch.Tensor, *, norm_
     return error.gather(1, torch.tensor(hidden)).mean()
 
 
-def train_plain(overrides: list[str]) -> Result:
+def train_torch(overrides: list[str]) -> Result:
     """Train the plain model as the configuration says, step by step, whole batches on one process."""
     torch.set_num_threads(1)
     config = compose(overrides)
     source = Digits("train")
     steps = config.num_steps(len(source))
-    model, order = plain_model(config), SampleOrder(len(source), seed=config.run.seed)
+    model, order = plain_model(config), DeterministicSampler(len(source), seed=config.run.seed)
     probes, feature_norm = config.task.name is TaskName.linear_probe, None
     if probes:
         feature_norm = torch.nn.BatchNorm1d(config.model.hidden_size, eps=1e-6, affine=False)

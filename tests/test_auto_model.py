@@ -12,13 +12,13 @@ from timm.models import save_for_hf
 
 from megavit.auto_model import resolve_auto
 from megavit.cluster.job import plan_job
-from megavit.cluster.settings import open_cluster
+from megavit.cluster.settings import get_backend
 from megavit.compose import compose
 from megavit.errors import ConfigError
 from megavit.model.config import Pool, Positions
 from tests.reference import SMALL
 from tests.test_mae_parity import MAE
-from tests.trained import refusal, train_small, verb
+from tests.trained import refusal, run_command, train_small
 
 SIZES = dict(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=8, mlp_ratio=2)
 # What SMALL says of the network is what model=auto is to find.
@@ -66,7 +66,7 @@ def test_a_run_holds_concrete_sizes_and_resumes_when_the_weights_are_gone(folder
     own = tmp_path / "weights"
     shutil.copytree(folder, own)
     keys = [*RUN, "model=auto", f"init_from=timm:{own}", f"run.dir={tmp_path / 'run'}", "train.steps=4"]
-    code, told, err = verb("train", *keys, "train.stop_at=2")
+    code, told, err = run_command("train", *keys, "train.stop_at=2")
     assert code in (0, 75), err
     assert told.count("model=auto, of timm:") == 1
     # The classifier is of as many classes, and stays.
@@ -74,13 +74,13 @@ def test_a_run_holds_concrete_sizes_and_resumes_when_the_weights_are_gone(folder
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (saved["model"]["num_heads"], saved["model"]["hidden_size"]) == (8, 32)
     shutil.rmtree(own)
-    code, told, err = verb("train", *keys, "model.drop_path=0.1")
+    code, told, err = run_command("train", *keys, "model.drop_path=0.1")
     assert code == 0, err
     assert "complete: step 4 of 4" in told
 
 
 def test_a_job_gets_sizes_that_were_read_at_the_desk(folder, tmp_path):
-    backend = open_cluster(["cluster=local"])
+    backend = get_backend(["cluster=local"])
     job = plan_job([*RUN, "model=auto", f"init_from=timm:{folder}", f"run.dir={tmp_path}"], backend.config)
     assert "model=auto" not in job.overrides
     assert "model.num_heads=8" in job.overrides
@@ -90,7 +90,7 @@ def test_a_job_gets_sizes_that_were_read_at_the_desk(folder, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_train_the_same_network(folder, tmp_path):
     keys = [*RUN, "model=auto", f"init_from=timm:{folder}", f"run.dir={tmp_path / 'run'}", "train.steps=4"]
-    code, told, err = verb("train", *keys, "run.ranks=2", "parallel.tp=2")
+    code, told, err = run_command("train", *keys, "run.ranks=2", "parallel.tp=2")
     assert code == 0, err
     assert told.count("model=auto, of timm:") == 1
     assert (tmp_path / "run" / "checkpoints" / "step_00000004").is_dir()

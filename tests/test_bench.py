@@ -13,9 +13,9 @@ import torch
 
 import megavit.bench.measure
 import megavit.bench.verb
-from megavit.bench.gate import Difference, Judgement, difference
+from megavit.bench.gate import Difference, StepOutput, difference
 from megavit.bench.memory import saved_bytes, storage_bytes
-from megavit.bench.parking import Parking
+from megavit.bench.parking import CpuOffload
 from megavit.bench.profile import kind_of
 from megavit.bench.rows import ON_CPU, ROWS, overrides_of
 from megavit.bench.verb import bench, read_arguments
@@ -118,9 +118,9 @@ def test_the_verb_leaves_code_2_and_one_line_without_a_stack():
 
 def sabotaged() -> dict[str, bool]:
     """A peer whose work is not megavit's: another weight, another weight decay, no clipping; and one that is."""
-    from megavit.bench.stand import Stand
+    from megavit.bench.stand import CaseRunner
 
-    stand = Stand([*overrides_of(ROWS["vit_b16"], "fp32", 8), *SMALL])
+    stand = CaseRunner([*overrides_of(ROWS["vit_b16"], "fp32", 8), *SMALL])
     stand.build("megavit")
 
     def spoil_weight(peer) -> None:
@@ -136,18 +136,18 @@ def sabotaged() -> dict[str, bool]:
         judged = peer._judged
         peer._judged = lambda images, alike: (judged(images, alike)[0], judged(images, alike)[1] * 1.001)
 
-    def judge(name: str) -> list[Judgement]:
-        seen = [Judgement(*stand.judge(name))]
-        stand.practise(name, 2)
-        return [*seen, Judgement(*stand.judge(name))]
+    def outputs(name: str) -> list[StepOutput]:
+        seen = [StepOutput(*stand.outputs(name))]
+        stand.warm_up(name, 2)
+        return [*seen, StepOutput(*stand.outputs(name))]
 
-    reference = judge("megavit")
+    reference = outputs("megavit")
     admitted = {}
     spoils = {"none": lambda peer: None, "weight": spoil_weight, "rate": spoil_decay, "loss": spoil_loss}
     for spoil, how in spoils.items():
         stand.build("plain")
         how(stand._contestants["plain"])
-        apart = [difference(mine, theirs) for mine, theirs in zip(judge("plain"), reference, strict=True)]
+        apart = [difference(mine, theirs) for mine, theirs in zip(outputs("plain"), reference, strict=True)]
         admitted[spoil] = all(one is not None and one.is_small("fp32") for one in apart)
     return admitted
 
@@ -157,9 +157,9 @@ def test_who_does_other_work_is_not_timed():
 
 
 def test_what_is_not_a_number_or_of_another_shape_is_never_the_same_work():
-    right = Judgement(np.ones((2, 3)), 1.0)
-    assert difference(Judgement(np.ones((2, 4)), 1.0), right) is None
-    assert not difference(Judgement(np.full((2, 3), np.nan), 1.0), right).is_small("bf16")
+    right = StepOutput(np.ones((2, 3)), 1.0)
+    assert difference(StepOutput(np.ones((2, 4)), 1.0), right) is None
+    assert not difference(StepOutput(np.full((2, 3), np.nan), 1.0), right).is_small("bf16")
     assert not Difference(0.0, float("nan")).is_small("bf16")
     assert difference(right, right).is_small("fp32")
 
@@ -187,12 +187,12 @@ class Holder:
 
 
 def test_who_is_parked_holds_nothing_and_comes_back_to_the_bit():
-    parking, holder = Parking(torch.device("cuda")), Holder()
+    parking, holder = CpuOffload(torch.device("cuda")), Holder()
     before = [tensor.clone() for tensor in holder.tensors]
-    parking.park({"one": holder})
+    parking.offload({"one": holder})
     assert all(tensor.untyped_storage().nbytes() == 0 for tensor in holder.tensors)
-    parking.park({"one": holder})
-    parking.bring_back("one")
+    parking.offload({"one": holder})
+    parking.restore("one")
     assert all(torch.equal(tensor, value) for tensor, value in zip(holder.tensors, before, strict=True))
     holder.tensors[0][10] = 7.0
     assert holder.tensors[1][0] == 7.0
@@ -232,9 +232,9 @@ def test_settings_of_the_bench_are_read_beside_those_of_the_network():
 
 
 def test_a_process_that_is_gone_is_a_fault_of_its_contestants_and_no_stack():
-    from megavit.bench.world import Fault, World
+    from megavit.bench.world import Fault, WorkerPool
 
-    world = World([*overrides_of(ROWS["vit_b16"], "fp32", 8), *SMALL])
+    world = WorkerPool([*overrides_of(ROWS["vit_b16"], "fp32", 8), *SMALL])
     try:
         until = time.monotonic() + 60
         assert world.call("about", until=until)["device"] == "CPU"
@@ -286,9 +286,11 @@ class Pretended:
 @pytest.mark.parametrize(("ready_s", "step_s", "fewest"), [(5, 3, 3), (10, 3, 1), (5, 5, 1)])
 def test_on_a_slow_machine_rows_have_fewer_rounds_and_none_is_left_out(ready_s, step_s, fewest, tmp_path, monkeypatch):
     clock = [0.0]
-    for module in (megavit.bench.verb, megavit.bench.measure):
+    for module in (megavit.bench.run_command, megavit.bench.measure):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(megavit.bench.measure, "World", partial(Pretended, clock=clock, ready_s=ready_s, step_s=step_s))
+    monkeypatch.setattr(
+        megavit.bench.measure, "WorkerPool", partial(Pretended, clock=clock, ready_s=ready_s, step_s=step_s)
+    )
     assert bench([f"bench.dir={tmp_path}"]) == 0
     timed = [line for line in lines_in(tmp_path) if line["kind"] == "contestant"]
     assert {line["row"] for line in timed} == set(ON_CPU)

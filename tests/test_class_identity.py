@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megavit.compose import leaves
-from megavit.config import RunConfig
+from megavit.compose import flatten
+from megavit.config import ExperimentConfig
 from megavit.resume_rules import RULES
-from tests.trained import refusal, train, verb
+from tests.trained import refusal, run_command, train
 
 TWELVE = [str(number) for number in range(12)]
 KEYS = [
@@ -47,7 +47,7 @@ def numbered(tmp_path_factory):
 
 
 def metrics_of(root, *settings):
-    code, said, err = verb("evaluate", f"from={root}/run", *settings)
+    code, said, err = run_command("evaluate", f"from={root}/run", *settings)
     assert code == 0, err
     folder = said.rpartition("; ")[2].removesuffix(" has it all\n")
     return folder, json.loads((Path(folder) / "metrics.json").read_text())
@@ -126,7 +126,7 @@ def test_a_resume_refuses_another_normalisation(three):
 
 def test_a_run_in_epochs_goes_on_with_another_batch_until_its_images_are_consumed(three):
     # 18 training images, 4 epochs: 72 images, of which 4 steps of 6 took 24.
-    code, said, err = verb(*resumed(three, "train.global_batch=12"))
+    code, said, err = run_command(*resumed(three, "train.global_batch=12"))
     assert code == 0, err
     assert "complete: step 8 of 8" in said
     assert "train.epochs=4 of 18 images = 72, of which 48 are left for steps of 12" in said
@@ -136,11 +136,11 @@ def test_a_run_in_epochs_goes_on_with_another_batch_until_its_images_are_consume
 
 @pytest.mark.parametrize(("epochs", "images", "batch", "steps"), [(1.1, 50_000, 100, 550), (16.1, 1_000, 100, 161)])
 def test_a_fraction_of_epochs_is_what_was_typed(epochs, images, batch, steps):
-    config = RunConfig()
+    config = ExperimentConfig()
     config.train.steps, config.train.epochs, config.train.global_batch = None, epochs, batch
     config.optim.warmup_steps = 0
     assert config.num_steps(images) == steps
 
 
 def test_every_setting_says_whether_a_resume_may_change_it():
-    assert RULES.keys() == leaves(RunConfig()).keys()
+    assert RULES.keys() == flatten(ExperimentConfig()).keys()

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from megavit import __version__
 from megavit.__main__ import main
-from megavit.outcome import run_as_rank
+from megavit.outcome import run_rank
 from megavit.rank_log import RankLog
 from megavit.testing import run_ranks
 
@@ -53,7 +53,7 @@ def without_reader(run_dir: Path, through_rich: bool) -> tuple[int, str]:
         # A stream of this pipe: that of the process may know its former file as one that can be sought in.
         stream = open(1, "w", closefd=False)  # noqa: SIM115
         with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(io.StringIO()) as said:
-            code = run_as_rank(work, run_dir=lambda: run_dir, log=RankLog())
+            code = run_rank(work, run_dir=lambda: run_dir, log=RankLog())
     finally:
         os.dup2(kept, 1)
         os.close(kept)
@@ -73,7 +73,7 @@ def test_a_diverged_run_says_its_words_without_a_stack(tmp_path, capsys):
     def work() -> int:
         raise FloatingPointError("step 2: the gradient norm is nan. Lower optim.lr")
 
-    assert run_as_rank(work, run_dir=lambda: tmp_path) == 1
+    assert run_rank(work, run_dir=lambda: tmp_path) == 1
     assert capsys.readouterr().err == "megavit: step 2: the gradient norm is nan. Lower optim.lr\n"
     assert json.loads((tmp_path / "exit.json").read_text())["code"] == 1
 

@@ -4,7 +4,7 @@ import pytest
 
 from megavit import compose as composing
 from megavit.compose import compose, from_yaml, to_yaml
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.errors import ConfigError
 
 CHOICES = [(group, choice) for group in composing.groups() for choice in composing.choices(group)]
@@ -37,7 +37,7 @@ def test_other_data_leave_the_digits_recipe_away_unless_it_is_typed():
 
 
 def test_every_group_is_a_folder_and_a_field():
-    fields = set(RunConfig.__dataclass_fields__)
+    fields = set(ExperimentConfig.__dataclass_fields__)
     assert set(composing.groups()) - {"recipe"} == fields - {"run", "train", "init_from", "experimental"}
 
 
@@ -128,7 +128,7 @@ def test_what_other_trainers_call_a_setting_leads_to_one_that_exists():
 
 def test_one_number_is_both_sides_of_an_image():
     assert compose(["data.image_size=16"]).data.image_size == [16, 16]
-    assert composing.merge(RunConfig(), ["data.image_size=224"]).data.image_size == [224, 224]
+    assert composing.merge(ExperimentConfig(), ["data.image_size=224"]).data.image_size == [224, 224]
 
 
 def test_typing_epochs_clears_steps():

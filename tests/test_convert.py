@@ -57,7 +57,7 @@ def logits_at(run_dir: str, images: torch.Tensor) -> torch.Tensor | None:
     from dataclasses import replace
 
     from megavit.checkpoint.shards import load_weights
-    from megavit.network import build_network
+    from megavit.network import build_model
     from megavit.parallel.config import ParallelConfig
     from megavit.parallel.layout import ParallelLayout, world_size_from_environment
     from megavit.search import find_checkpoint
@@ -67,7 +67,7 @@ def logits_at(run_dir: str, images: torch.Tensor) -> torch.Tensor | None:
     config = replace(read_config(checkpoint), parallel=ParallelConfig(tp=world_size_from_environment()))
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
     classes = json.loads((checkpoint / "state.json").read_text())["classes"]
-    network = build_network(config, layout, num_classes=len(classes))
+    network = build_model(config, layout, num_classes=len(classes))
     load_weights(checkpoint, network.chunks)
     (chunk,) = network.chunks.values()
     with torch.no_grad():
@@ -343,7 +343,7 @@ def test_wrong_arguments_and_strange_files_are_refused_in_one_line(tmp_path):
         assert message in refused("convert", *arguments)
 
 
-def start_from(overrides: list[str]) -> dict:
+def load_pretrained(overrides: list[str]) -> dict:
     from megavit.compose import compose
     from megavit.parallel.layout import world_size_from_environment
     from megavit.trainer import Trainer
@@ -374,16 +374,16 @@ def test_a_run_starts_from_converted_weights_and_then_goes_on_from_its_own(ranks
         "run.preflight=false",
         f"run.dir={tmp_path / 'tuned'}", f"init_from={tmp_path / 'run'}", "optim.ema=0.9",
     ]  # fmt: skip
-    got = run_ranks(start_from, ranks, keys)[0]
+    got = run_ranks(load_pretrained, ranks, keys)[0]
     assert got["step"] == 3
-    origin = tmp_path / "run" / "checkpoints" / "step_00000000"
+    resume_point = tmp_path / "run" / "checkpoints" / "step_00000000"
     assert got["said"] == [
-        f"starts from the weights of {origin}; head.out.bias, head.out.weight drawn anew",
+        f"starts from the weights of {resume_point}; head.out.bias, head.out.weight drawn anew",
         "note: no file of these weights states data.mean, which is [0.305] here and often [0.5]",
         "note: no file of these weights states data.std, which is [0.376] here and often [0.5]",
     ]
     assert torch.equal(got["before"]["blocks.layers.1.norm2.bias"], theirs.blocks[1].norm2.bias.bfloat16())
-    again = run_ranks(start_from, ranks, [*keys, "train.steps=4"])[0]
+    again = run_ranks(load_pretrained, ranks, [*keys, "train.steps=4"])[0]
     assert (again["step"], again["said"]) == (4, [])
     assert "holds weights alone" in refused(
         "train", *keys, f"run.dir={tmp_path / 'run'}", "init_from=null", "run.ranks=1", "parallel.tp=1"

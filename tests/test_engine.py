@@ -183,7 +183,7 @@ def test_layer_compiles_as_one_graph_and_trains_alike(world, layout, tmp_path):
 def test_without_a_compiler_it_is_refused_with_the_way_out(monkeypatch):
     from torch._inductor import config
 
-    from megavit.network import build_network
+    from megavit.network import build_model
     from megavit.parallel.layout import ParallelLayout
 
     # As torch reads it when it is imported, which it is by now.
@@ -191,7 +191,7 @@ def test_without_a_compiler_it_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/g++"))
     layout = ParallelLayout.alone()
     with pytest.raises(ConfigError, match=r"train.compile=layer .* CXX=/nowhere/g\+\+ does not run; install one"):
-        build_network(compose([*SMALL, "train.compile=layer"]), layout, num_classes=10)
+        build_model(compose([*SMALL, "train.compile=layer"]), layout, num_classes=10)
 
 
 @pytest.mark.parametrize(

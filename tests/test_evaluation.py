@@ -5,7 +5,7 @@ import pytest
 from megavit.data.digits import Digits
 from megavit.testing import run_ranks
 from tests import ranks
-from tests.reference import SMALL, train_plain
+from tests.reference import SMALL, train_torch
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_evaluation_equals_plain_torch_over_the_whole_split(world, overrides, tm
 
     config, source = compose(settings), Digits("val")
     model = plain_model(config)
-    model.load_state_dict(train_plain(settings).weights)
+    model.load_state_dict(train_torch(settings).weights)
     images = torch.stack([source.image(i) for i in range(len(source))]).float() / 255
     labels = torch.tensor([source.label(i) for i in range(len(source))])
     with torch.no_grad():

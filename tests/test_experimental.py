@@ -10,12 +10,12 @@ import torch
 
 from megavit.compose import compose, to_yaml
 from megavit.errors import ConfigError
-from megavit.experimental import NOT_RUN, list_not_run
+from megavit.experimental import UNTESTED, list_untested
 from megavit.parallel import cpu
 from megavit.run_settings import RunSettings
 from megavit.testing import run_ranks
 from tests.reference import SMALL
-from tests.trained import refusal, verb
+from tests.trained import refusal, run_command
 
 # Each option in a run that it fits, and the ranks that this takes.
 BF16 = ["train.precision=bf16_o2"]
@@ -60,9 +60,11 @@ def settings_of(option: str) -> tuple[int, list[str]]:
 
 
 def test_every_option_of_the_list_is_tested_here():
-    listed = {f"{line.partition('=')[0]}={value}" for line in list_not_run() for value in line.split("=")[1].split("|")}
+    listed = {
+        f"{line.partition('=')[0]}={value}" for line in list_untested() for value in line.split("=")[1].split("|")
+    }
     assert listed == set(FITS)
-    refused = {f"{key}={value.value}" for key, option in NOT_RUN.items() for value in option.needs_cuda}
+    refused = {f"{key}={value.value}" for key, option in UNTESTED.items() for value in option.needs_cuda}
     assert set(CUDA_ALONE) == refused
 
 
@@ -175,23 +177,23 @@ def test_the_introduction_says_in_a_line_what_has_not_been_run():
 def _introduced(options: list[str]) -> dict[str, list[str]]:
     """What a run with these options would say on a device, from a network without the kernel that the CPU lacks."""
     from megavit.data.opening import open_splits
-    from megavit.introduce import introduction
-    from megavit.network import build_network
+    from megavit.introduce import describe_run
+    from megavit.network import build_model
     from megavit.parallel.layout import ParallelLayout
 
     config = compose([*SMALL, *options])
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
-    network = build_network(compose([*SMALL, *BF16]), layout, num_classes=10)
+    network = build_model(compose([*SMALL, *BF16]), layout, num_classes=10)
     places = {name: replace(layout, device=torch.device(name)) for name in ("cpu", "cuda")}
     training, validation = open_splits(config.data)
     sources = {"train": training, "val": validation}
     return {
-        name: list(introduction(config, place, network, sources=sources, from_scratch=True))[-2:]
+        name: list(describe_run(config, place, network, sources=sources, from_scratch=True))[-2:]
         for name, place in places.items()
     }
 
 
-@pytest.mark.parametrize("key", NOT_RUN)
+@pytest.mark.parametrize("key", UNTESTED)
 def test_its_docstring_says_that_it_has_not_been_run(key):
     group, _, name = key.partition(".")
     told = inspect.getdoc(type(getattr(RunSettings(), group)))
@@ -203,8 +205,8 @@ def test_its_docstring_says_that_it_has_not_been_run(key):
 
 
 def test_help_and_readme_list_them():
-    _, usage, _ = verb("--help")
+    _, usage, _ = run_command("--help")
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    for option in list_not_run():
+    for option in list_untested():
         assert f"  {option}\n" in usage
         assert f"`{option}`" in readme

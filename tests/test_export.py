@@ -16,13 +16,13 @@ from timm.data import create_transform, resolve_data_config
 
 import megavit
 from megavit.compose import compose
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.data.resize import center_box, eval_frame
 from megavit.errors import ConfigError
-from megavit.exchange.hf_folder import hf_preprocessor, refuse_unlike_hf
+from megavit.exchange.hf_folder import check_hf_compatible, hf_preprocessor
 from megavit.exchange.write import write_tensors
 from tests.test_convert import HF, SIZES, refused, shake
-from tests.trained import train, train_small, verb
+from tests.trained import run_command, train, train_small
 
 DATA = os.environ.get("MEGAVIT_TEST_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="MEGAVIT_TEST_DATA names no folder of real images")
@@ -30,7 +30,7 @@ needs_data = pytest.mark.skipif(DATA is None, reason="MEGAVIT_TEST_DATA names no
 
 def convert(*arguments: object) -> str:
     """What the command prints."""
-    code, out, err = verb("convert", *arguments)
+    code, out, err = run_command("convert", *arguments)
     assert code == 0, err
     return out
 
@@ -191,7 +191,7 @@ def empty(folder: Path) -> Path:
     return folder / "empty"
 
 
-def data_of(*overrides: str) -> RunConfig:
+def data_of(*overrides: str) -> ExperimentConfig:
     return compose(["recipe=null", "data=folder", "data.path=x", "model.patch_size=8", *overrides])
 
 
@@ -203,9 +203,9 @@ def test_hugging_faces_processor_crops_as_the_run_does_or_the_export_is_refused(
     assert written["do_convert_rgb"] is True
     squashed = hf_preprocessor(data_of("data.eval_crop=null", "data.image_size=[16,64]"))
     assert (squashed["size"], squashed["do_center_crop"]) == ({"height": 16, "width": 64}, False)
-    refuse_unlike_hf(data_of("data.eval_crop=null", "data.image_size=[16,64]"))
+    check_hf_compatible(data_of("data.eval_crop=null", "data.image_size=[16,64]"))
     with pytest.raises(ConfigError, match=r"image_size=\[16, 64\]: .* crops squares alone; to=timm: can say it"):
-        refuse_unlike_hf(data_of("data.image_size=[16,64]"))
+        check_hf_compatible(data_of("data.image_size=[16,64]"))
 
 
 def test_files_that_carry_no_normalisation_say_so_with_the_values(tmp_path):

@@ -170,12 +170,12 @@ def test_a_source_a_transform_and_a_task_of_ones_own_train(mine):
 def test_a_transforms_draws_are_functions_of_the_sample_and_torchvisions_objects_serve(mine):
     config = compose([*OWN, "data.transform=my_parts:randomly"]).data
     from megavit.data.order import SampleKey
-    from megavit.data.views import View
+    from megavit.data.views import ImageTransform
 
     def see(name: str, keys: list[SampleKey]) -> list[torch.Tensor]:
         from dataclasses import replace
 
-        view = View(replace(config, transform=name), augment=True)
+        view = ImageTransform(replace(config, transform=name), augment=True)
         return view([torch.arange(64, dtype=torch.uint8).view(1, 8, 8)] * len(keys), keys, seed=0)
 
     keys = [SampleKey(index, 0) for index in range(8)]

@@ -14,11 +14,11 @@ from megavit.compose import compose
 from megavit.data.digits import Digits
 from megavit.data.opening import open_source
 from megavit.model.config import Pool
-from megavit.model.plain import PlainViT
+from megavit.model.plain import TorchViT
 from megavit.testing import run_ranks
 from tests.reference import SMALL
 from tests.test_mae_parity import MAE
-from tests.trained import refusal, train_small, verb
+from tests.trained import refusal, run_command, train_small
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def autoencoder(tmp_path_factory):
 
 
 def extract(run, out, *arguments: str) -> dict[str, dict[str, torch.Tensor]]:
-    code, _, err = verb("features", f"from={run}", f"out={out}", *arguments)
+    code, _, err = run_command("features", f"from={run}", f"out={out}", *arguments)
     assert code == 0, err
     return {path.stem: load_file(path) for path in sorted(out.glob("*.safetensors"))}
 
@@ -139,7 +139,7 @@ def test_a_bad_image_stops_or_is_named_as_in_an_evaluation(trained, tmp_path):
     assert str(paths[3]) in refusal("features", f"from={trained}", f"out={tmp_path / 'stops'}", *other)
     assert not list((tmp_path / "stops").iterdir())
     skips = ["data.on_bad_sample=skip", "data.max_bad_fraction=1", f"out={tmp_path / 'skips'}"]
-    code, told, err = verb("features", f"from={trained}", *other, *skips)
+    code, told, err = run_command("features", f"from={trained}", *other, *skips)
     assert code == 0, err
     assert f"val: {paths[3]}" in told
     assert "takes its place" in told
@@ -173,7 +173,7 @@ def test_of_an_autoencoder_the_class_token_is_taken_or_the_patches_mean(autoenco
 def test_either_pool_is_normed_as_the_model_norms(own):
     config = compose([*SMALL, "model.class_tokens=2", f"model.pool={own.value}"])
     torch.manual_seed(0)
-    model = PlainViT(config.model, image_size=[8, 8], channels=1, num_classes=10)
+    model = TorchViT(config.model, image_size=[8, 8], channels=1, num_classes=10)
     norm = model.norm if own is Pool.cls else model.fc_norm
     with torch.no_grad():
         for weight in model.parameters():

@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from megavit.fewshot import draw_rows
-from tests.trained import refusal, train_small, verb
+from tests.trained import refusal, run_command, train_small
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +34,14 @@ def test_it_equals_scikit_learn_on_the_same_rows_and_again_for_the_same_seed(tra
     command = ["fewshot", f"from={trained}", "shots=2,6", "draws=3", "pool=mean"]
     told = {}
     for name, seed in (("first", 7), ("again", 7), ("other", 8)):
-        code, told[name], err = verb(*command, f"seed={seed}", f"out={tmp_path / name}.json")
+        code, told[name], err = run_command(*command, f"seed={seed}", f"out={tmp_path / name}.json")
         assert code == 0, err
     first, again, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in told)
     assert first == again
     assert first["results"] != other["results"]
     assert (first["C"], first["pool"], first["val_images"]) == (1.0, "mean", 360)
 
-    assert verb("features", f"from={trained}", f"out={tmp_path}", "pool=mean")[0] == 0
+    assert run_command("features", f"from={trained}", f"out={tmp_path}", "pool=mean")[0] == 0
     train, val = ({key: tensor.numpy() for key, tensor in load_file(tmp_path / f"{split}.safetensors").items()}
                   for split in ("train", "val"))  # fmt: skip
     for row in first["results"]:

@@ -16,7 +16,7 @@ from timm.models import save_for_hf
 
 from megavit.testing import run_ranks
 from tests.test_convert import shake
-from tests.trained import refusal, verb
+from tests.trained import refusal, run_command
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=4, num_classes=7)
 HF = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, image_size=32)
@@ -40,7 +40,7 @@ def scores(run: str, paths: list[Path], settings: list[str]) -> tuple[torch.Tens
 
 
 def convert(*arguments: object) -> str:
-    code, told, err = verb("convert", *arguments)
+    code, told, err = run_command("convert", *arguments)
     assert code == 0, err
     return told
 
@@ -110,7 +110,7 @@ def test_maes_classifier_is_seen_as_mae_does_and_other_pixels_can_be_typed(image
     assert_scores(tmp_path / "run", images, imagenet, "data.eval_crop=0.8")
     typed = ["data.mean=[0.1,0.2,0.3]", "data.std=[0.4,0.5,0.6]", "data.eval_crop=0.8"]
     assert_scores(tmp_path / "run", images, others, *typed)
-    code, _, err = verb(
+    code, _, err = run_command(
         "predict",
         f"from={tmp_path / 'run'}",
         f"images={images[0].parent}",

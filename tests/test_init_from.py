@@ -14,7 +14,7 @@ from megavit.testing import run_ranks
 from tests.reference import SMALL
 from tests.test_convert_nemo import nemo_weights
 from tests.test_mae_parity import MAE
-from tests.trained import refusal, train_small, verb
+from tests.trained import refusal, run_command, train_small
 
 # Twice the digits' size: 64 patches for 16.
 LARGER = ["data.source=synthetic", "data.num_classes=10", "data.num_samples=64", "data.image_size=[16,16]"]
@@ -23,7 +23,7 @@ LARGER = ["data.source=synthetic", "data.num_classes=10", "data.num_samples=64",
 def begin(overrides: list[str]) -> dict:
     """A run's whole weights by timm's names before its first step, on rank 0; what it says; its optimizer's copy."""
     from megavit.checkpoint.names import to_plain
-    from megavit.checkpoint.whole import gather_whole
+    from megavit.checkpoint.whole import gather_full_state_dict
     from megavit.compose import compose
     from megavit.parallel.layout import world_size_from_environment
     from megavit.trainer import Trainer
@@ -33,7 +33,7 @@ def begin(overrides: list[str]) -> dict:
     config.check(world_size_from_environment())
     trainer = Trainer(config)
     named = {name: param for param, name in trainer.network.parameters.items()}
-    whole = gather_whole(named, trainer.layout) or {}
+    whole = gather_full_state_dict(named, trainer.layout) or {}
     weights = {name: weight.detach().clone() for name, weight in to_plain(whole, dims_of(config)).items()}
     masters = [param for group in trainer.optimizer.param_groups for param in group["params"]]
     return {"weights": weights, "said": trainer.warnings, "masters": sum(float(it.abs().sum()) for it in masters)}
@@ -51,7 +51,7 @@ def former(tmp_path_factory):
     run = train_small(root / "run", "optim.ema=0.8")
     weights = {}
     for name, place in (("last", run), ("average", f"ema:{run}")):
-        code, _, err = verb("convert", f"from={place}", f"to=timm:{root / name}/model.safetensors")
+        code, _, err = run_command("convert", f"from={place}", f"to=timm:{root / name}/model.safetensors")
         assert code == 0, err
         weights[name] = load_file(root / name / "model.safetensors")
     return run, weights
@@ -97,12 +97,12 @@ def test_at_another_resolution_positions_are_resized_and_all_else_is_taken(ranks
 def test_the_optimizers_own_copy_follows(former, tmp_path):
     run, _ = former
     keys = ["train.precision=bf16_o2", "optim=sgd", "optim.lr=0.01"]
-    anew, taken = start(tmp_path / "a", *keys), start(tmp_path / "b", *keys, f"init_from={run}")
-    for got in (anew, taken):
+    reinitialised, taken = start(tmp_path / "a", *keys), start(tmp_path / "b", *keys, f"init_from={run}")
+    for got in (reinitialised, taken):
         # Of bf16 weights in fp32, added up in another order.
         whole = sum(float(weight.float().abs().sum()) for weight in got["weights"].values())
         assert got["masters"] == pytest.approx(whole, rel=1e-5)
-    assert anew["masters"] != pytest.approx(taken["masters"], rel=1e-4)
+    assert reinitialised["masters"] != pytest.approx(taken["masters"], rel=1e-4)
 
 
 def test_a_masked_autoencoders_fixed_positions_become_learned_ones_and_its_decoder_stays_behind(autoencoder, tmp_path):
@@ -126,7 +126,7 @@ def test_the_moving_average_is_taken_where_it_is_asked_for(former, tmp_path):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = next(row for row in reversed(rows) if row["split"] == "val")
     for place, prefix in ((run, ""), (f"ema:{run}", "ema_")):
-        code, told, err = verb("evaluate", f"from={place}")
+        code, told, err = run_command("evaluate", f"from={place}")
         assert code == 0, err
         assert f"loss {last[f'{prefix}loss']:.4f}  top1 {last[f'{prefix}top1']:.4f}" in told
     assert (run / "evaluation" / "step_00000020_ema" / "metrics.json").is_file()
@@ -165,7 +165,7 @@ def test_another_librarys_file_serves_as_it_is_in_any_layout(tmp_path):
 
 
 def test_an_encoder_alone_of_a_masked_autoencoder_has_its_fixed_positions(autoencoder, tmp_path):
-    assert verb("convert", f"from={autoencoder}", f"to=mae:{tmp_path / 'whole.pth'}")[0] == 0
+    assert run_command("convert", f"from={autoencoder}", f"to=mae:{tmp_path / 'whole.pth'}")[0] == 0
     whole = torch.load(tmp_path / "whole.pth", weights_only=True)["model"]
     alone = {name: weight for name, weight in whole.items() if not name.startswith(("decoder", "mask_token"))}
     torch.save({"model": alone}, tmp_path / "encoder.pth")
@@ -220,7 +220,7 @@ def test_python_loads_the_moving_average(former):
 @pytest.mark.slow
 def test_hugging_faces_folder_serves_as_it_is(former, tmp_path):
     run, weights = former
-    assert verb("convert", f"from={run}", f"to=hf:{tmp_path / 'folder'}")[0] == 0
+    assert run_command("convert", f"from={run}", f"to=hf:{tmp_path / 'folder'}")[0] == 0
     got = start(tmp_path, f"init_from=hf:{tmp_path / 'folder'}")
     for name, weight in weights["last"].items():
         assert torch.equal(got["weights"][name], weight), name

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from megavit.extract import Features
 from megavit.knn import count_right
 from tests.test_mae_parity import MAE
-from tests.trained import refusal, train_small, verb
+from tests.trained import refusal, run_command, train_small
 
 CPU = torch.device("cpu")
 
@@ -77,7 +77,7 @@ def test_votes_weigh_by_similarity_and_temperature():
 
 def test_the_verb_prints_a_line_for_each_k_and_leaves_json(trained, tmp_path):
     out = tmp_path / "made" / "knn.json"
-    code, told, err = verb("knn", f"from={trained}", "k=20,5", f"out={out}", "temperature=0.1", "data.workers=2")
+    code, told, err = run_command("knn", f"from={trained}", "k=20,5", f"out={out}", "temperature=0.1", "data.workers=2")
     assert code == 0, err
     found = json.loads(out.read_text())
     heading, *lines, last = told.splitlines()
@@ -88,7 +88,7 @@ def test_the_verb_prints_a_line_for_each_k_and_leaves_json(trained, tmp_path):
     )
     assert lines == [f"k={row['k']}  top1 {row['top1']:.4f}  top5 {row['top5']:.4f}" for row in found["results"]]
     assert (found["pool"], found["temperature"], found["train_images"], found["val_images"]) == ("cls", 0.1, 1437, 360)
-    assert verb("features", f"from={trained}", f"out={tmp_path}")[0] == 0
+    assert run_command("features", f"from={trained}", f"out={tmp_path}")[0] == 0
     splits = [load_file(tmp_path / f"{split}.safetensors") for split in ("train", "val")]
     features = [Features(split["features"], split["labels"], tuple("0123456789")) for split in splits]
     assert [row["k"] for row in found["results"]] == [20, 5]
@@ -103,7 +103,7 @@ def test_the_verb_prints_a_line_for_each_k_and_leaves_json(trained, tmp_path):
 
 def test_a_masked_autoencoder_has_neighbours_too(tmp_path):
     run = train_small(tmp_path / "run", *MAE)
-    code, told, err = verb("knn", f"from={run}", "pool=mean", "k=10")
+    code, told, err = run_command("knn", f"from={run}", "pool=mean", "k=10")
     assert code == 0, err
     assert "pool=mean" in told
     # Measured: 0.53; chance is 0.1.

@@ -22,7 +22,7 @@ def inject(overrides: list[str], plan: dict[int, tuple[int, str, float]]) -> dic
     from tests.ranks import no_evaluation
 
     trainer = Trainer(compose(overrides))
-    trainer.keeper.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
+    trainer.checkpointer.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
     (chunk,) = trainer.chunks.values()
     named = parameter_names(chunk)
     (model,) = trainer.model
@@ -36,14 +36,14 @@ def inject(overrides: list[str], plan: dict[int, tuple[int, str, float]]) -> dic
         before.update({name: parameter.detach().clone() for name, parameter in named.items()})
         add_up(**how)
 
-    def refused(reporter, norm, sums):
+    def refused(logger, norm, sums):
         unchanged.append(all(torch.equal(before[name], parameter) for name, parameter in named.items()))
-        said = reporter.say
-        reporter.say = messages.append
+        said = logger.say
+        logger.say = messages.append
         try:
-            refuse(reporter, norm, sums)
+            refuse(logger, norm, sums)
         finally:
-            reporter.say = said
+            logger.say = said
 
     model.finish_grad_sync, trainer._refuse_step = poisoned, refused
     error = None

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megavit.compose import choices, compose, from_yaml, groups, leaves, to_yaml
-from megavit.config import RunConfig
+from megavit.compose import choices, compose, flatten, from_yaml, groups, to_yaml
+from megavit.config import ExperimentConfig
 from megavit.errors import ConfigError
 
-KEYS = list(leaves(RunConfig()))
+KEYS = list(flatten(ExperimentConfig()))
 # What would run code, read the environment or reach into the configuration, if anything here let it.
 HOSTILE = [
     "{_target_: os.system, _args_: [id]}",
@@ -68,7 +68,7 @@ MEANT = st.one_of(
     st.sampled_from(
         [
             member.value
-            for setting in leaves(RunConfig()).values()
+            for setting in flatten(ExperimentConfig()).values()
             if isinstance(setting, Enum)
             for member in type(setting)
         ]

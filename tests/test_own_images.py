@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from megavit.compose import compose, from_yaml, to_yaml
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.data.opening import open_source
 from megavit.errors import ConfigError
 from megavit.testing import run_ranks
@@ -13,7 +13,7 @@ from tests import ranks
 OWN = ("folder", "csv", "images", "parquet", "tar", "arrow", "hub")
 
 
-def often(config: RunConfig, *, num_samples: int) -> tuple[int, int | None, int | None, int]:
+def often(config: ExperimentConfig, *, num_samples: int) -> tuple[int, int | None, int | None, int]:
     """Steps, steps between evaluations and saves, and of the warm-up."""
     steps = config.num_steps(num_samples)
     pace = config.pace(steps, num_samples=num_samples)

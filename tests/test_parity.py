@@ -6,7 +6,7 @@ import pytest
 
 from megavit.testing import run_ranks
 from tests import ranks
-from tests.reference import SMALL, Result, train_plain
+from tests.reference import SMALL, Result, train_torch
 
 EIGHT_TOKENS = ["model.class_tokens=8"]
 SP = ["parallel.tp=2", "parallel.sequence_parallel=true", *EIGHT_TOKENS]
@@ -37,7 +37,7 @@ LAYOUTS = {
 
 @cache
 def reference(overrides: tuple[str, ...]) -> Result:
-    return train_plain(list(overrides))
+    return train_torch(list(overrides))
 
 
 def train_both(ranks_needed: int, overrides: list[str], run_dir) -> tuple[dict, Result]:

@@ -27,11 +27,11 @@ LAYOUTS = {
 def test_a_rehearsed_run_is_the_same_to_the_bit(layout, tmp_path):
     ranks, overrides = LAYOUTS[layout]
     runs = {}
-    for rehearsed in ("true", "false"):
-        run_dir = tmp_path / rehearsed
-        keys = [*SMALL, *overrides, "train.steps=4", f"run.preflight={rehearsed}", f"run.dir={run_dir}"]
-        runs[rehearsed] = run_ranks(train_and_keep, ranks, keys)
-        assert ("preflight: a step" in (run_dir / "train.log").read_text()) is (rehearsed == "true")
+    for preflight_ran in ("true", "false"):
+        run_dir = tmp_path / preflight_ran
+        keys = [*SMALL, *overrides, "train.steps=4", f"run.preflight={preflight_ran}", f"run.dir={run_dir}"]
+        runs[preflight_ran] = run_ranks(train_and_keep, ranks, keys)
+        assert ("preflight: a step" in (run_dir / "train.log").read_text()) is (preflight_ran == "true")
         assert not (run_dir / ".preflight").exists()
     for one, other in zip(runs["true"], runs["false"], strict=True):
         assert one["losses"] == other["losses"]
@@ -61,11 +61,11 @@ def check_another_folder(run_dir: str) -> str:
 
     import torch.distributed as dist
 
-    from megavit.config import RunConfig
+    from megavit.config import ExperimentConfig
     from megavit.parallel.layout import ParallelLayout, rank_from_environment
     from megavit.preflight import check_folder
 
-    config = RunConfig()
+    config = ExperimentConfig()
     ParallelLayout.create(config.parallel, timeout_s=60)
     rank = rank_from_environment()
     try:
@@ -125,7 +125,7 @@ def test_images_that_the_memory_cannot_hold_are_refused_with_the_arithmetic(sett
     config = compose(["data=synthetic", "train.global_batch=10000", *settings])
     layout = SimpleNamespace(world_size=1, pp=1, tp_rank=0, device=torch.device("cpu"), holds_first_stage=True)
     monkeypatch.setattr(preflight, "available_bytes", lambda: 2_000_000_000)
-    monkeypatch.setattr(preflight, "agree_on_error", lambda told: found.append(told))
+    monkeypatch.setattr(preflight, "raise_on_all_ranks", lambda told: found.append(told))
     found: list[str | None] = []
     check_batch(config, layout, num_samples=10_000)
     if arithmetic is None:

@@ -10,9 +10,9 @@ from megavit.data.digits import Digits
 from megavit.model.embedding import patchify
 from megavit.testing import run_ranks
 from tests import ranks
-from tests.reference import SMALL, train_plain
+from tests.reference import SMALL, train_torch
 from tests.test_parity import largest_differences
-from tests.trained import refusal, train_small, verb
+from tests.trained import refusal, run_command, train_small
 
 PROBE = ["task=linear_probe", "optim=lars", "optim.lr=2", "optim.weight_decay=0"]
 # The statistics are those of a step's images together, whichever rank holds them.
@@ -26,7 +26,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", ["TP 2 × PP 2", "DP 2", pytest.param("TP 2", marks=pytest.mark.slow)])
 def test_a_probe_learns_as_in_plain_torch_and_its_encoder_stays_to_the_bit(layout, tmp_path, figure):
     world, own = LAYOUTS[layout]
-    want = train_plain([*SMALL, *PROBE])
+    want = train_torch([*SMALL, *PROBE])
     got = run_ranks(ranks.train, world, [*SMALL, *PROBE, *own, f"run.dir={tmp_path}"])[0]
     loss, norm = largest_differences(got, want)
     worst = max((got["weights"][name] - want.weights[name]).abs().max() for name in ("head.weight", "head.bias"))
@@ -37,7 +37,7 @@ def test_a_probe_learns_as_in_plain_torch_and_its_encoder_stays_to_the_bit(layou
     assert loss <= 2e-6
     assert norm <= 2e-6
     assert worst <= 2e-6
-    untouched = train_plain([*SMALL, "task=linear_probe", "optim.lr=0"])
+    untouched = train_torch([*SMALL, "task=linear_probe", "optim.lr=0"])
     for name, weight in untouched.weights.items():
         assert torch.equal(got["weights"][name], weight) is not name.startswith("head."), name
 
@@ -45,13 +45,13 @@ def test_a_probe_learns_as_in_plain_torch_and_its_encoder_stays_to_the_bit(layou
 def test_a_frozen_pipeline_stage_and_a_frozen_layer_stay_and_the_others_learn_as_in_plain_torch(tmp_path, figure):
     # The first of two stages, and the layer after it.
     frozen = "optim.freeze=[patch_embed.*,cls_token,pos_embed,blocks.0.*,blocks.1.*,blocks.2.mlp.*]"
-    want = train_plain([*SMALL, frozen])
+    want = train_torch([*SMALL, frozen])
     got = run_ranks(ranks.train, 2, [*SMALL, frozen, "parallel.pp=2", f"run.dir={tmp_path}"])[0]
     loss, norm = largest_differences(got, want)
     figure(f"frozen in part, PP 2: |Δloss| {loss:.1e}, |Δgrad norm| {norm:.1e}, against plain torch")
     assert loss <= 2e-6
     assert norm <= 2e-6
-    start = train_plain([*SMALL, "optim.lr=0"]).weights
+    start = train_torch([*SMALL, "optim.lr=0"]).weights
     stays = [name for name, weight in start.items() if torch.equal(got["weights"][name], weight)]
     expected = ("patch_embed.", "cls_token", "pos_embed", "blocks.0.", "blocks.1.", "blocks.2.mlp.")
     assert stays == [name for name in start if name.startswith(expected)]
@@ -68,7 +68,7 @@ def test_a_frozen_pipeline_stage_and_a_frozen_layer_stay_and_the_others_learn_as
 )
 def test_what_is_recomputed_above_a_frozen_embedding_learns_as_in_plain_torch(ways, world, tmp_path):
     frozen = [*SMALL, "model.class_tokens=8", "optim.freeze=[patch_embed.*,cls_token,pos_embed,blocks.0.*]"]
-    want = train_plain(frozen)
+    want = train_torch(frozen)
     got = run_ranks(ranks.train, world, [*frozen, *ways, f"run.dir={tmp_path}"])[0]
     loss, norm = largest_differences(got, want)
     # Measured: 4.8e-7 and 2e-7.
@@ -77,7 +77,7 @@ def test_what_is_recomputed_above_a_frozen_embedding_learns_as_in_plain_torch(wa
 
 
 def test_a_pattern_is_of_timms_names_alone(tmp_path):
-    start = train_plain([*SMALL, "optim.lr=0"]).weights
+    start = train_torch([*SMALL, "optim.lr=0"]).weights
     got = run_ranks(ranks.train, 1, [*SMALL, "optim.freeze=['blocks.*']", f"run.dir={tmp_path}"])[0]["weights"]
     stays = [name for name, weight in start.items() if torch.equal(got[name], weight)]
     assert stays == [name for name in start if name.startswith("blocks.")]
@@ -105,12 +105,12 @@ def test_a_batch_that_is_not_finite_does_not_stay_in_the_statistics():
 
 def test_a_run_does_not_go_on_with_other_weights_frozen_and_does_not_warn_once_it_goes_on(tmp_path):
     keys = [*SMALL, "train.steps=2", "optim.warmup_steps=1", "task=linear_probe", f"run.dir={tmp_path / 'probe'}"]
-    assert "frozen as it was drawn" in verb("train", *keys, "train.stop_at=1")[1]
-    code, told, err = verb("train", *keys)
+    assert "frozen as it was drawn" in run_command("train", *keys, "train.stop_at=1")[1]
+    code, told, err = run_command("train", *keys)
     assert code == 0, err
     assert "frozen as it was drawn" not in told
     other = [*SMALL, "train.steps=2", "optim.warmup_steps=1", f"run.dir={tmp_path / 'other'}"]
-    assert verb("train", *other, "train.stop_at=1")[0] == 75
+    assert run_command("train", *other, "train.stop_at=1")[0] == 75
     assert "optim.freeze null there, ['pos_embed'] here" in refusal("train", *other, "optim.freeze=[pos_embed]")
     assert "optim.layer_decay null there, 0.5 here" in refusal("train", *other, "optim.layer_decay=0.5")
 
@@ -166,10 +166,10 @@ def test_a_probe_leaves_as_an_ordinary_classifier(probed, tmp_path):
     logits = run_ranks(scores, 1, str(run))[0]
     labels = torch.tensor([Digits("val").label(index) for index in range(360)])
     assert (logits.argmax(dim=1) == labels).float().mean() == pytest.approx(last["top1"], abs=1e-6)
-    code, told, err = verb("evaluate", f"from={run}")
+    code, told, err = run_command("evaluate", f"from={run}")
     assert code == 0, err
     assert f"loss {last['loss']:.4f}  top1 {last['top1']:.4f}" in told
-    assert verb("convert", f"from={run}", f"to=timm:{tmp_path / 'probe.safetensors'}")[0] == 0
+    assert run_command("convert", f"from={run}", f"to=timm:{tmp_path / 'probe.safetensors'}")[0] == 0
     theirs = timm.models.VisionTransformer(
         img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2
     )

@@ -9,7 +9,7 @@ from megavit.compose import compose
 from megavit.errors import ConfigError
 from megavit.testing import run_ranks
 from tests import ranks
-from tests.reference import SMALL, train_plain
+from tests.reference import SMALL, train_torch
 
 STEPS = 6
 LAYOUTS = [
@@ -108,7 +108,7 @@ def test_a_resumed_run_is_the_unbroken_one_whatever_its_options(seed, tmp_path, 
             assert mine.keys() == whole.keys()
             assert all(torch.equal(mine[key], whole[key]) for key in whole), where
     if is_plain(settings):
-        plain = train_plain([text for text in settings if not text.startswith(("parallel.", "train.compile="))]).losses
+        plain = train_torch([text for text in settings if not text.startswith(("parallel.", "train.compile="))]).losses
         losses = [want["losses"][step] for step in range(1, STEPS + 1)]
         worst = max(abs(mine - theirs) for mine, theirs in zip(losses, plain, strict=True))
         figure(f"stopped after {stop} and resumed, {world} ranks, {drawn}: |Δloss| {worst:.1e} against plain torch")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from megavit.data.digits import Digits
-from tests.trained import verb
+from tests.trained import run_command
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,10 +53,10 @@ def test_your_images_from_a_folder_to_predictions_as_the_readme_says(tmp_path):
         # As many epochs and pixels as a test has time for; all else as it stands there.
         short = "train.epochs=2 train.global_batch=8 data.image_size=[64,64]"
         arguments = shlex.split(line.replace("train.epochs=10", short), comments=True)[1:]
-        code, _, err = verb(*arguments, folder=tmp_path)
+        code, _, err = run_command(*arguments, folder=tmp_path)
         assert code == 0, f"{line}\n{err}"
         assert "Traceback" not in err
-    code, told, err = verb(*shlex.split(look, comments=True)[1:], folder=tmp_path)
+    code, told, err = run_command(*shlex.split(look, comments=True)[1:], folder=tmp_path)
     assert code == 0, err
     assert told.startswith("runs/digits/pictures/data.png: the first 8 of 1,437 training images")
     rows = list(csv.DictReader((tmp_path / "guesses.csv").open()))
@@ -98,7 +98,7 @@ def test_unlabelled_images_become_a_classifier_as_the_readme_says(tmp_path, figu
             length = f"train.epochs=30 {decoder}" if "task=mae" in arguments else "train.epochs=10"
             short = [text for text in arguments if not text.startswith("train.epochs=")]
             arguments = [*short, *length.split(), *small.split()]
-        code, out, err = verb(name, *arguments, folder=tmp_path)
+        code, out, err = run_command(name, *arguments, folder=tmp_path)
         assert code == 0, f"{line}\n{err}"
         said[line.rpartition("run.name=")[2] if name == "train" else name] = out
     assert list(said) == ["pre", "knn", "fewshot", "probe", "tuned", "evaluate", "convert", "features"]

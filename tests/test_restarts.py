@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from megavit.restarts import told_to_cluster
+from megavit.restarts import cluster_exit_code
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def run_dir(tmp_path, monkeypatch):
 
 
 def told(code: int, run_dir: Path, node: str = "0") -> int:
-    return told_to_cluster(code, run_dir, node=node)
+    return cluster_exit_code(code, run_dir, node=node)
 
 
 @pytest.mark.parametrize(("code", "seen"), [(0, 0), (2, 2), (75, 203), (1, 129)])

@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from megavit import show_data as verb
+from megavit import show_data as run_command
 from megavit.compose import compose
 from megavit.data.device import DeviceTransforms
 from megavit.data.digits import Digits
 from megavit.data.loader import Loader
-from megavit.data.reading import Needs
+from megavit.data.reading import RequiredFields
 from megavit.errors import ConfigError
 from megavit.parallel.layout import ParallelLayout
 from megavit.task.masking import random_keep
@@ -24,7 +24,9 @@ MIXED = ["recipe=digits", "data.mixup=0.8", "data.cutmix=1.0", "data.erase=0.5"]
 def drawn(monkeypatch):
     """What would be drawn."""
     kept: dict = {}
-    monkeypatch.setattr(verb, "draw_samples", lambda rows, *, captions, path: kept.update(rows, captions=captions))
+    monkeypatch.setattr(
+        run_command, "draw_samples", lambda rows, *, captions, path: kept.update(rows, captions=captions)
+    )
     return kept
 
 
@@ -41,13 +43,13 @@ def test_it_draws_a_picture_and_prints_its_path(tmp_path, monkeypatch, capsys):
 
 
 def test_it_shows_the_first_training_images_as_any_micro_batch_has_them(drawn):
-    verb.show_data([*MIXED, "count=6"])
+    run_command.show_data([*MIXED, "count=6"])
     config = compose(MIXED)
     loader = Loader(
         Digits("train"),
         config.data,
         layout=ParallelLayout.alone(),
-        needs=Needs(images=True, labels=True),
+        needs=RequiredFields(images=True, labels=True),
         micro_batch=2,
         seed=config.run.seed,
         train=True,
@@ -69,7 +71,7 @@ def test_it_shows_the_first_training_images_as_any_micro_batch_has_them(drawn):
 
 
 def test_of_a_masked_autoencoder_it_shows_what_is_left(drawn):
-    verb.show_data(["recipe=digits_mae", "count=3"])
+    run_command.show_data(["recipe=digits_mae", "count=3"])
     assert not drawn["captions"]
     config = compose(["recipe=digits_mae"])
     ids = torch.tensor([_place(image) for image in drawn["original"]])
@@ -98,4 +100,4 @@ def _place(image: torch.Tensor) -> int:
 )
 def test_what_a_run_would_refuse_is_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        verb.show_data(arguments)
+        run_command.show_data(arguments)

@@ -14,9 +14,9 @@ from megavit.cluster.azureml_config import AzureMLConfig
 from megavit.cluster.config import LocalConfig, SlurmConfig
 from megavit.cluster.job import plan_job, split_sweep
 from megavit.cluster.kubernetes_config import KubernetesConfig
-from megavit.cluster.settings import open_cluster
-from megavit.compose import compose, from_yaml, leaves, merge, run_types, to_yaml
-from megavit.config import RunConfig
+from megavit.cluster.settings import get_backend
+from megavit.compose import compose, flatten, from_yaml, merge, run_types, to_yaml
+from megavit.config import ExperimentConfig
 from megavit.data.opening import open_source
 from megavit.errors import ConfigError
 from megavit.overrides import read_setting, read_text, types_of, write_text
@@ -52,8 +52,8 @@ def check_any_text(texts: list[str], items: list[str]) -> None:
         assert OverridesParser.create().parse_override(write_text("x", f"$ {text}")).value() == f"$ {text}"
         assert read_text(QuotedString(text, Quote.double).with_quotes()) == text
     composed = compose(in_a_rank(typed))
-    for config in (composed, from_yaml(to_yaml(composed)), merge(RunConfig(), typed)):
-        found = leaves(config)
+    for config in (composed, from_yaml(to_yaml(composed)), merge(ExperimentConfig(), typed)):
+        found = flatten(config)
         assert {key: found[key] for key in wanted} == wanted
 
 
@@ -82,7 +82,7 @@ def test_text_that_looks_like_something_else_needs_no_quotes(start):
     typed = [f"{key}={text}" for key, text in zip(TEXTS, texts, strict=True)]
     composed = compose(in_a_rank([*typed, *(f"{key}=[{', '.join(items)}]" for key in LISTS)]))
     for config in (composed, from_yaml(to_yaml(composed))):
-        found = leaves(config)
+        found = flatten(config)
         assert {key: found[key] for key in wanted} == wanted
 
 
@@ -196,7 +196,7 @@ def test_a_clusters_file_and_command_line_keep_text_as_written(tmp_path):
         "reservation: 2024-06-01\ntime: 1:30:00\nenv: {A: 01, B: on, C: '2'}\noptions: {mail-type: END, wait: }\n"
         "modules: [1.10, 'x']\n"
     )
-    config = open_cluster([f"cluster={file}", "cluster.constraint=1_1", "cluster.env.D=1.0", "cluster.mem=0"]).config
+    config = get_backend([f"cluster={file}", "cluster.constraint=1_1", "cluster.env.D=1.0", "cluster.mem=0"]).config
     assert isinstance(config, SlurmConfig)
     assert (config.nodes, config.gpus_per_node, config.exclusive) == (2, 0, True)
     assert (config.account, config.partition, config.qos, config.reservation) == ("0123", "1e3", None, "2024-06-01")
@@ -206,7 +206,7 @@ def test_a_clusters_file_and_command_line_keep_text_as_written(tmp_path):
     assert config.modules == ["1.10", "x"]
     file.write_text("kind: slurm\nnodes: two\n")
     with pytest.raises(ConfigError, match=r"cluster\.nodes: Value 'two'"):
-        open_cluster([f"cluster={file}"])
+        get_backend([f"cluster={file}"])
 
 
 def test_a_job_gets_the_home_directory_of_the_desk(monkeypatch):

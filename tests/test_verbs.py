@@ -15,7 +15,7 @@ from megavit.list_recipes import recipe_header
 from megavit.testing import run_ranks
 from tests.reference import SMALL
 from tests.test_launch import run
-from tests.trained import train, verb
+from tests.trained import run_command, train
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +61,16 @@ def test_predict_agrees_with_evaluate_image_by_image(trained, tmp_path):
     source = Digits("val")
     for index in range(len(source)):
         Image.fromarray(source.image(index)[0].numpy()).save(tmp_path / f"{index:03d}.png")
-    code, _, err = verb("predict", f"from={run_dir}", f"images={tmp_path}", f"out={tmp_path / 'all.jsonl'}", "top=3")
+    code, _, err = run_command(
+        "predict", f"from={run_dir}", f"images={tmp_path}", f"out={tmp_path / 'all.jsonl'}", "top=3"
+    )
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
     assert len(rows) == 360
     assert all(len(row["guesses"]) == 3 for row in rows)
     right = sum(row["guesses"][0]["class"] == str(source.label(index)) for index, row in enumerate(rows))
     assert right / 360 == pytest.approx(last["top1"], abs=1e-9)
-    _, told, _ = verb("predict", f"from={run_dir}", f"images={tmp_path / '000.png'}")
+    _, told, _ = run_command("predict", f"from={run_dir}", f"images={tmp_path / '000.png'}")
     lines = list(csv.reader(told.splitlines()))
     assert lines[0][:3] == ["image", "class_1", "probability_1"]
     assert lines[1][1] == rows[0]["guesses"][0]["class"]
@@ -81,7 +83,7 @@ def test_predict_names_what_it_cannot_read_goes_on_and_leaves_with_a_count(train
     (tmp_path / "1.png").write_bytes(b"no picture")
     os.rename(tmp_path / "2.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
     for out in (tmp_path / "out.csv", tmp_path / "out.jsonl"):
-        code, _, err = verb("predict", f"from={trained[0]}", f"images={tmp_path}", f"out={out}")
+        code, _, err = run_command("predict", f"from={trained[0]}", f"images={tmp_path}", f"out={out}")
         assert code == 2
         named, counted = err.splitlines()
         assert re.search(r"1\.png cannot be read as an image", named)
@@ -90,7 +92,7 @@ def test_predict_names_what_it_cannot_read_goes_on_and_leaves_with_a_count(train
         assert len(lines) == (3 if out.suffix == ".csv" else 2) and "caf\\" in lines[-1]
     for path in tmp_path.glob("*.png"):
         path.write_bytes(b"")
-    code, _, err = verb("predict", f"from={trained[0]}", f"images={tmp_path}", f"out={tmp_path / 'none.csv'}")
+    code, _, err = run_command("predict", f"from={trained[0]}", f"images={tmp_path}", f"out={tmp_path / 'none.csv'}")
     assert (code, err.splitlines()[-1]) == (2, "megavit: 3 of 3 images could not be read, see above")
     assert not (tmp_path / "none.csv").exists()
 
@@ -118,7 +120,7 @@ def test_classes_whose_names_are_no_utf8_are_evaluated_and_predicted(tmp_path):
         "inspect": [],
     }
     for command, arguments in commands.items():
-        code, out, err = verb(command, f"from={tmp_path / 'run'}", *arguments)
+        code, out, err = run_command(command, f"from={tmp_path / 'run'}", *arguments)
         assert code == 0, err
         (out + err).encode()
     (confusion,) = (tmp_path / "run" / "evaluation").rglob("confusion.csv")
@@ -134,14 +136,14 @@ def evaluate_in_process(arguments: list[str]) -> int:
 
 def load_and_look(run_dir: str, pictures: list[str]) -> dict:
     import megavit
-    from megavit.search import find_weights
+    from megavit.search import resolve_checkpoint
     from megavit.trained import open_run, read_config
 
     model = megavit.load(run_dir)
     images = model.read(*pictures)
     with torch.no_grad():
         logits, features = model(images), model.features(images)
-        weights = find_weights(run_dir)
+        weights = resolve_checkpoint(run_dir)
         engine = open_run(read_config(weights.checkpoint), weights, num_classes=10)
         (chunk,) = engine.network.chunks.values()
         by_engine, _ = engine.network.task.forward(engine.batch([Path(name) for name in pictures]), chunk)
@@ -165,7 +167,7 @@ def test_a_loaded_model_scores_as_the_engine_does(trained, tmp_path, figure):
 def load_and_compare_encoder(overrides: list[str]) -> float:
     import megavit
     from megavit.compose import compose
-    from megavit.model.plain_mae import PlainMae
+    from megavit.model.plain_mae import TorchMae
     from megavit.trainer import Trainer
     from tests.reference import dims_of
 
@@ -175,7 +177,7 @@ def load_and_compare_encoder(overrides: list[str]) -> float:
     model = megavit.load(config.run.dir)
     images = torch.stack([Digits("val").image(index) for index in range(8)])
     # Another way to the same: the plain autoencoder that is shown every patch, up to what its decoder would read.
-    plain = PlainMae(config.model, config.task.decoder(config.model), image_size=[8, 8], channels=1)
+    plain = TorchMae(config.model, config.task.decoder(config.model), image_size=[8, 8], channels=1)
     from megavit.checkpoint.names import to_plain
     from megavit.model.vit import parameter_names
 
@@ -261,7 +263,7 @@ def test_a_masked_autoencoder_is_evaluated_too(tmp_path):
 
     overrides = [*SMALL, *MAE, "train.steps=3", f"run.dir={tmp_path}"]
     last = run_ranks(train_and_evaluate_and_save, 1, overrides)[0]
-    code, _, err = verb("evaluate", f"from={tmp_path}")
+    code, _, err = run_command("evaluate", f"from={tmp_path}")
     assert code == 0, err
     found = json.loads((tmp_path / "evaluation" / "step_00000003" / "metrics.json").read_text())
     assert found["count"] == 360

@@ -31,7 +31,7 @@ def _train(overrides: list[str]) -> None:
     Trainer(config).run()
 
 
-def verb(*arguments: object, folder: Path | None = None) -> tuple[int, str, str]:
+def run_command(*arguments: object, folder: Path | None = None) -> tuple[int, str, str]:
     """A command line in a process of its own that the tests keep: exit code, output, errors.
 
     Args:
@@ -57,7 +57,7 @@ def _verb(arguments: list[str], folder: Path | None) -> tuple[int, str, str]:
 
 def refusal(*arguments: object) -> str:
     """What wrong input is told; it leaves with 2 and in one line."""
-    code, _, err = verb(*arguments)
+    code, _, err = run_command(*arguments)
     assert code == 2, err
     assert err.startswith("megavit: ")
     assert err.count("megavit: ") == err.count("\n") == 1, err

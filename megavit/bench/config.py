@@ -11,7 +11,7 @@ class BenchConfig:
 
     Attributes:
         rows: what is measured, by name (see `rows.py`); empty takes those of the device.
-        contestants: who takes part, megavit always does; empty takes all.
+        candidates: who takes part, megavit always does; empty takes all.
         batch: images per step; null takes each row's own.
         rounds: how often every contestant has its turn; null takes 3 on a CPU, where a turn is a few seconds, else 7.
             Fewer where the rows to come would not be reached.
@@ -21,7 +21,7 @@ class BenchConfig:
     """
 
     rows: list[str] = field(default_factory=list)
-    contestants: list[str] = field(default_factory=list)
+    candidates: list[str] = field(default_factory=list)
     batch: int | None = None
     rounds: int | None = None
     block_s: float = 0.5

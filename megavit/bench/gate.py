@@ -11,7 +11,7 @@ STEPS = 2
 
 
 @dataclass(frozen=True)
-class Judgement:
+class StepOutput:
     """What a network makes of the batch.
 
     Attributes:
@@ -44,7 +44,7 @@ class Difference:
         return f"output apart by {self.output:.1e} of its largest value, loss by {self.loss:.1e}"
 
 
-def difference(found: Judgement, reference: Judgement) -> Difference | None:
+def difference(found: StepOutput, reference: StepOutput) -> Difference | None:
     """How far a contestant is from another; None where their outputs have other shapes."""
     if found.output.shape != reference.output.shape:
         return None

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megavit.bench.config import BenchConfig
-from megavit.bench.gate import STEPS, Difference, Judgement, difference
-from megavit.bench.rows import ON_TWO, ROWS, TP2, Row, overrides_of
-from megavit.bench.world import Fault, World
+from megavit.bench.gate import STEPS, Difference, StepOutput, difference
+from megavit.bench.rows import ON_TWO, ROWS, TP2, BenchmarkCase, overrides_of
+from megavit.bench.world import Fault, WorkerPool
 
 # What has been begun may take so much longer than the deadline, so that its figure is not lost.
 _GRACE_S = 20.0
@@ -48,7 +48,7 @@ class Measured:
     Attributes:
         name, precision, batch: which work.
         about: of the device.
-        contestants: by name.
+        candidates: by name.
         rates: the device's own, once before the turns and once after each round.
         reference: the contestant that the others are compared with.
     """
@@ -57,14 +57,14 @@ class Measured:
     precision: str
     batch: int
     about: dict[str, Any] = field(default_factory=dict)
-    contestants: dict[str, Figures] = field(default_factory=dict)
+    candidates: dict[str, Figures] = field(default_factory=dict)
     rates: list[dict[str, float]] = field(default_factory=list)
     reference: str = "megavit"
 
     @property
     def timed(self) -> dict[str, Figures]:
         """The contestants with figures."""
-        return {name: one for name, one in self.contestants.items() if one.seconds}
+        return {name: one for name, one in self.candidates.items() if one.seconds}
 
     @property
     def leader(self) -> str:
@@ -82,7 +82,7 @@ class Measured:
 
     def ratios(self, name: str, to: str) -> list[float]:
         """A contestant's time over another's, round by round."""
-        mine, theirs = self.contestants[name].seconds, self.contestants[to].seconds
+        mine, theirs = self.candidates[name].seconds, self.candidates[to].seconds
         return [one / other for one, other in zip(mine, theirs, strict=False)]
 
     def rate(self, name: str) -> float:
@@ -110,11 +110,11 @@ def taking_part(label: str, config: BenchConfig, *, device: str) -> list[str]:
         device: cpu or cuda.
     """
     name, precision = label.split(":")
-    wanted, (reference, *_) = config.contestants, ROWS[name].contestants
+    wanted, (reference, *_) = config.candidates, ROWS[name].candidates
     onednn_fits = device == "cpu" and precision == "fp32"
     return [
         one
-        for one in ROWS[name].contestants
+        for one in ROWS[name].candidates
         if (onednn_fits or "onednn" not in one) and (not wanted or one in wanted or one == reference)
     ]
 
@@ -169,15 +169,15 @@ class RowMeasurement:
         keep: Keep,
     ) -> None:
         name, precision = label.split(":")
-        self.row: Row = ROWS[name]
+        self.row: BenchmarkCase = ROWS[name]
         batch = config.batch or (self.row.gpu_batch if device == "cuda" else self.row.cpu_batch)
-        self.measured = Measured(name, precision, batch, reference=self.row.contestants[0])
+        self.measured = Measured(name, precision, batch, reference=self.row.candidates[0])
         self._overrides = [*overrides_of(self.row, precision, batch), *overrides]
         self._config, self._until, self._say, self._keep = config, until, say, keep
         self._started, self._to_come = time.monotonic(), to_come
         self._rounds = config.rounds or (_CPU_ROUNDS if device == "cpu" else _GPU_ROUNDS)
         self._device, self._label, self._run_dir = device, label, f"{config.dir}/loop"
-        self._worlds: dict[str, World] = {}
+        self._worlds: dict[str, WorkerPool] = {}
 
     def run(self) -> Measured:
         """Measure; what is not reached before the deadline is left out, and says so."""
@@ -190,24 +190,24 @@ class RowMeasurement:
         finally:
             for world in {id(world): world for world in self._worlds.values()}.values():
                 world.close()
-        for figures in self.measured.contestants.values():
+        for figures in self.measured.candidates.values():
             if not figures.seconds and figures.without is None:
                 figures.without = "not reached before bench.deadline_s"
         return self.measured
 
     def _measure(self) -> None:
         names = taking_part(self._label, self._config, device=self._device)
-        self.measured.contestants = {name: Figures() for name in names}
-        main = World(self._overrides)
+        self.measured.candidates = {name: Figures() for name in names}
+        main = WorkerPool(self._overrides)
         self._worlds = dict.fromkeys(names, main)
         split = [name for name in names if name.endswith(ON_TWO)]
         if split:
-            self._worlds |= dict.fromkeys(split, World([*self._overrides, TP2], ranks=2))
+            self._worlds |= dict.fromkeys(split, WorkerPool([*self._overrides, TP2], ranks=2))
         self.measured.about = self._call(self._worlds[names[0]], "about")
         if "trainer" in names:
             self._measure_loop(main)
             return
-        reference: tuple[Judgement, Judgement] | None = None
+        reference: tuple[StepOutput, StepOutput] | None = None
         for name in names:
             reference = self._admit(name, reference)
         self._take_turns()
@@ -215,19 +215,21 @@ class RowMeasurement:
         # system for some spends a fifth of its time in what looks like copies.
         for name in self.measured.leaders:
             kinds = self._call(self._worlds[name], "profile", self._there(name))
-            self.measured.contestants[name].kinds = kinds
+            self.measured.candidates[name].kinds = kinds
         for name, figures in self.measured.timed.items():
             figures.memory = self._call(self._worlds[name], "memory", self._there(name))
 
-    def _admit(self, name: str, reference: tuple[Judgement, Judgement] | None) -> tuple[Judgement, Judgement] | None:
+    def _admit(
+        self, name: str, reference: tuple[StepOutput, StepOutput] | None
+    ) -> tuple[StepOutput, StepOutput] | None:
         """Build a contestant and see whether it does megavit's work; who does not, or cannot, is not timed."""
-        world, there, figures = self._worlds[name], self._there(name), self.measured.contestants[name]
+        world, there, figures = self._worlds[name], self._there(name), self.measured.candidates[name]
         try:
             start = time.monotonic()
             self._call(world, "build", there)
-            before = Judgement(*self._call(world, "judge", there))
+            before = StepOutput(*self._call(world, "judge", there))
             seconds = self._call(world, "practise", there, STEPS)
-            after = Judgement(*self._call(world, "judge", there))
+            after = StepOutput(*self._call(world, "judge", there))
             took = time.monotonic() - start
         except Fault as error:
             figures.without = str(error)
@@ -250,7 +252,7 @@ class RowMeasurement:
         return reference
 
     def _take_turns(self) -> None:
-        names = [name for name, figures in self.measured.contestants.items() if figures.without is None]
+        names = [name for name, figures in self.measured.candidates.items() if figures.without is None]
         machine = self._worlds[names[0]]
         self.measured.rates.append(self._call(machine, "rates"))
         with_one_round = 0.0
@@ -260,12 +262,12 @@ class RowMeasurement:
             turn = number % len(names)
             round_s = {}
             for name in names[turn:] + names[:turn]:
-                figures = self.measured.contestants[name]
+                figures = self.measured.candidates[name]
                 spent = self._call(self._worlds[name], "run", self._there(name), figures.steps)
                 round_s[name] = spent / figures.steps
             # Whole rounds alone: what is compared was done side by side.
             for name, seconds in round_s.items():
-                self.measured.contestants[name].seconds.append(seconds)
+                self.measured.candidates[name].seconds.append(seconds)
             self.measured.rates.append(self._call(machine, "rates"))
             self._keep({"kind": "round", "row": self._label, "seconds": round_s, **self.measured.rates[-1]})
             now = time.monotonic()
@@ -277,7 +279,7 @@ class RowMeasurement:
                 self._say(f"{self._label}: {number + 1} of {self._rounds} rounds, so that every row has one")
                 return
 
-    def _measure_loop(self, world: World) -> None:
+    def _measure_loop(self, world: WorkerPool) -> None:
         self._call(world, "build", "megavit")
         seconds = self._call(world, "practise", "megavit", STEPS)
         self.measured.rates.append(self._call(world, "rates"))
@@ -285,13 +287,13 @@ class RowMeasurement:
         found = self._call(world, "loop", self._run_dir, self._rounds, steps, self._until)
         self.measured.rates.append(self._call(world, "rates"))
         for name, spent in found.items():
-            self.measured.contestants[name] = Figures(steps, [one / steps for one in spent])
+            self.measured.candidates[name] = Figures(steps, [one / steps for one in spent])
 
     def _there(self, name: str) -> str:
         """A contestant's name in its own world."""
         return name.removesuffix(ON_TWO)
 
-    def _call(self, world: World, name: str, *arguments: Any) -> Any:
+    def _call(self, world: WorkerPool, name: str, *arguments: Any) -> Any:
         if time.monotonic() > self._until:
             raise TimeoutError
         return world.call(name, *arguments, until=self._until, patience_s=_GRACE_S)

@@ -11,10 +11,10 @@ from torch import Tensor
 from megavit.bench.machine import synchronize
 from megavit.bench.work import Work
 from megavit.checkpoint.names import Dims, to_plain
-from megavit.checkpoint.whole import gather_whole
-from megavit.config import RunConfig
+from megavit.checkpoint.whole import gather_full_state_dict
+from megavit.config import ExperimentConfig
 from megavit.engine import Engine, wrap_network
-from megavit.network import build_network
+from megavit.network import build_model
 from megavit.optim.optimizer import build_optimizer, build_schedule
 from megavit.parallel.layout import ParallelLayout
 
@@ -28,16 +28,16 @@ class Megavit:
         layout: this rank's place.
     """
 
-    def __init__(self, work: Work, config: RunConfig, layout: ParallelLayout) -> None:
+    def __init__(self, work: Work, config: ExperimentConfig, layout: ParallelLayout) -> None:
         self._work, self._layout, self._config = work, layout, config
-        self._network = network = build_network(config, layout, num_classes=config.data.num_classes or 0)
+        self._network = network = build_model(config, layout, num_classes=config.data.num_classes or 0)
         self._task = network.task
         self._model = wrap_network(network, config)
         self._engine = Engine(network, self._model, layout=layout, micro_batch=config.train.global_batch)
         self._task.prepare(iter([work.batch]))
         peak_lr = config.optim.peak_lr(config.train.global_batch)
         self._optimizer = build_optimizer(
-            self._model, network.block, config.optim, names=network.parameters, peak_lr=peak_lr
+            self._model, network.mcore_config, config.optim, names=network.parameters, peak_lr=peak_lr
         )
         # It writes the weight decay of each group.
         build_schedule(self._optimizer, config.optim, peak_lr=peak_lr, warmup_steps=0, num_steps=1_000_000).step(1)
@@ -47,7 +47,7 @@ class Megavit:
         _, _, updated = self._engine.train_step(self._batches, 1, self._optimizer)
         assert updated
 
-    def judge(self) -> tuple[Tensor, float]:
+    def outputs(self) -> tuple[Tensor, float]:
         with torch.no_grad():
             output, loss = self._task.forward(self._work.batch, self._model[0])
             return output.float().cpu(), float(loss(output)[0])
@@ -69,7 +69,7 @@ class Megavit:
     def plain_weights(self) -> dict[str, Tensor] | None:
         """The whole network's weights in the plain model's names, fp32, on rank 0."""
         names = {name: parameter for parameter, name in self._network.parameters.items()}
-        whole = gather_whole(names, self._layout)
+        whole = gather_full_state_dict(names, self._layout)
         if whole is None:
             return None
         model, task = self._config.model, self._config.task
@@ -77,7 +77,9 @@ class Megavit:
         return {name: weight.float() for name, weight in to_plain(whole, dims).items()}
 
 
-def time_loop(config: RunConfig, bare: Megavit, *, rounds: int, steps: int, until: float) -> dict[str, list[float]]:
+def time_loop(
+    config: ExperimentConfig, bare: Megavit, *, rounds: int, steps: int, until: float
+) -> dict[str, list[float]]:
     """Seconds of so many steps of the whole trainer, data and log included, and of as many bare ones, by turns.
 
     Args:

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import torch
 
-from megavit.bench.work import Contestant
+from megavit.bench.work import Candidate
 
 
-class Parking:
+class CpuOffload:
     """What a contestant holds, moved to the host's memory and back to the same tensors. On a CPU nothing moves.
 
     Args:
@@ -18,13 +18,13 @@ class Parking:
         self._moves = device.type == "cuda"
         self._parked: dict[str, list[tuple[torch.UntypedStorage, torch.UntypedStorage]]] = {}
 
-    def park(self, contestants: Mapping[str, Contestant]) -> None:
+    def offload(self, candidates: Mapping[str, Candidate]) -> None:
         """Move those that are not parked yet."""
         if not self._moves:
             return
-        for name, contestant in contestants.items():
+        for name, candidate in candidates.items():
             if name not in self._parked:
-                storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in contestant.held()}
+                storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in candidate.held()}
                 self._parked[name] = [
                     (storage, torch.UntypedStorage(storage.nbytes()).copy_(storage)) for storage in storages.values()
                 ]
@@ -36,7 +36,7 @@ class Parking:
         """Let go of what is kept of a contestant."""
         self._parked.pop(name, None)
 
-    def bring_back(self, name: str) -> None:
+    def restore(self, name: str) -> None:
         """Fill a contestant's tensors again, if it was parked."""
         for storage, kept in self._parked.pop(name, []):
             storage.resize_(kept.nbytes())

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from megavit.bench.work import Work
 from megavit.checkpoint.foreign import split_prefix, to_hf
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.errors import ConfigError
-from megavit.exchange.hf_folder import hf_config, refuse_unlike_hf
+from megavit.exchange.hf_folder import check_hf_compatible, hf_config
 from megavit.model.config import Pool, Positions
 from megavit.model.embedding import patchify
-from megavit.model.plain import PlainViT
-from megavit.model.plain_mae import PlainMae
+from megavit.model.plain import TorchViT
+from megavit.model.plain_mae import TorchMae
 from megavit.task.config import TaskName
 from megavit.task.mae import patch_statistics
 from megavit.task.masking import hidden_mask, random_keep
@@ -28,7 +28,7 @@ from megavit.task.masking import hidden_mask, random_keep
 Judged = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 
 
-class Peer:
+class Baseline:
     """A training step as it is written in plain torch: fp32 copies of the weights where they are bf16, AdamW in one
     fused launch, the norm clipped.
 
@@ -80,7 +80,7 @@ class Peer:
         for weight in self._weights:
             weight.grad = None
 
-    def judge(self) -> tuple[Tensor, float]:
+    def outputs(self) -> tuple[Tensor, float]:
         with torch.no_grad():
             output, loss = self._judged(self._images(), True)
             return output.float().cpu(), float(loss)
@@ -99,7 +99,7 @@ class Peer:
         return self._work.normalize(images).to(self._work.dtype)
 
 
-def build_peer(name: str, work: Work, plain_weights: dict[str, Tensor]) -> Peer:
+def build_peer(name: str, work: Work, plain_weights: dict[str, Tensor]) -> Baseline:
     """A contestant by its name.
 
     Args:
@@ -117,7 +117,7 @@ def build_peer(name: str, work: Work, plain_weights: dict[str, Tensor]) -> Peer:
     if how:
         for layer in layers:
             layer.compile(fullgraph=True)
-    return Peer(work, model, judged)
+    return Baseline(work, model, judged)
 
 
 def _decays(name: str, weight: Tensor) -> bool:
@@ -164,7 +164,7 @@ def _hugging_face(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Modu
         raise ConfigError("transformers is not installed: pip install transformers") from error
     logging.disable_progress_bar()
     config = work.config
-    refuse_unlike_hf(config)
+    check_hf_compatible(config)
     mae = config.task.name is TaskName.mae
     classes = tuple(map(str, range(config.data.num_classes or 0)))
     about = hf_config(config, classes, "fp32")
@@ -180,8 +180,8 @@ def _hugging_face(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Modu
         if name.endswith(("pos_embed", "position_embeddings")):
             # It trains its sine-cosine positions, which are fixed in the paper (transformers 5.23).
             parameter.requires_grad_(False)
-    keep_BK, patches = _everyones_masks(work), config.num_patches
-    noise = torch.full((len(keep_BK), patches), 2.0, device=work.device).scatter(1, keep_BK, 1.0)
+    ids_keep_BK, patches = _everyones_masks(work), config.num_patches
+    noise = torch.full((len(ids_keep_BK), patches), 2.0, device=work.device).scatter(1, ids_keep_BK, 1.0)
     # Kept patches in their order: the noise is sorted.
     noise += torch.linspace(0, 0.5, patches, device=work.device)
 
@@ -196,22 +196,22 @@ def _plain(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Module, Any
     config = work.config
     shape: dict[str, Any] = {"image_size": config.data.image_size, "channels": config.data.channels}
     if config.task.name is not TaskName.mae:
-        model = PlainViT(config.model, **shape, num_classes=config.data.num_classes or 0)
+        model = TorchViT(config.model, **shape, num_classes=config.data.num_classes or 0)
         model.load_state_dict(weights)
         return model, model.blocks, _cross_entropy(model, work)
-    autoencoder = PlainMae(config.model, config.task.decoder(config.model), **shape)
+    autoencoder = TorchMae(config.model, config.task.decoder(config.model), **shape)
     autoencoder.load_state_dict(weights)
     patch, channels = config.model.patch_size, config.data.channels
 
     def judged(images_BCYX: Tensor, _: bool) -> tuple[Tensor, Tensor]:
-        keep_BK = _everyones_masks(work)
-        pixels_BPV = autoencoder(images_BCYX, keep_BK).float()
+        ids_keep_BK = _everyones_masks(work)
+        pixels_BPV = autoencoder(images_BCYX, ids_keep_BK).float()
         target_BPV = _channels_last(patchify(images_BCYX.float(), patch), channels)
         if config.task.norm_pix:
             mean, deviation = patch_statistics(target_BPV)
             target_BPV = (target_BPV - mean) / deviation
         errors_BP = (pixels_BPV - target_BPV).square().mean(dim=2)
-        hidden_BP = hidden_mask(keep_BK, config.num_patches)
+        hidden_BP = hidden_mask(ids_keep_BK, config.num_patches)
         return _channels_first(pixels_BPV, channels), (errors_BP * hidden_BP).sum() / hidden_BP.sum()
 
     return autoencoder, [*autoencoder.blocks, *autoencoder.decoder_blocks], judged
@@ -226,7 +226,7 @@ def _channels_first(patches_BPV: Tensor, channels: int) -> Tensor:
     return patches_BPV.unflatten(2, (-1, channels)).transpose(2, 3).flatten(2)
 
 
-def _fixed_positions(config: RunConfig) -> dict[str, Tensor]:
+def _fixed_positions(config: ExperimentConfig) -> dict[str, Tensor]:
     """Sine-cosine positions of encoder and decoder, which are no weights of ours and are of Hugging Face's."""
     from megavit.model.embedding import sincos_positions
 

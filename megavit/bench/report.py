@@ -23,7 +23,7 @@ _KINDS_SHOWN = 6
 def lines_of(row: Measured, flops: int) -> list[dict[str, Any]]:
     """A JSON line for each contestant: medians with their spread, rates, memory, and why somebody was not timed."""
     lines = []
-    for name, figures in row.contestants.items():
+    for name, figures in row.candidates.items():
         line: dict[str, Any] = {
             "kind": "contestant",
             "row": f"{row.name}:{row.precision}",
@@ -78,11 +78,11 @@ def print_table(rows: list[Measured], flops: dict[int, int], console: Console) -
         table.add_column("", no_wrap=True)
         for column in ("step", "images/s", "mfu_matmul", "GiB", f"{fastest}\n÷ it"):
             table.add_column(column, justify="right")
-        for name, figures in row.contestants.items():
+        for name, figures in row.candidates.items():
             if figures.without is None:
                 table.add_row(name, *_cells(row, figures, flops[id(row)]), _ratio(row, fastest, name))
         console.print(table)
-        for name, figures in row.contestants.items():
+        for name, figures in row.candidates.items():
             if figures.without is not None:
                 console.print(f"{name} not timed: {figures.without}", highlight=False)
         if row.rates:
@@ -94,8 +94,8 @@ def print_table(rows: list[Measured], flops: dict[int, int], console: Console) -
                 highlight=False,
             )
         for name in row.leaders:
-            if row.contestants[name].kinds:
-                console.print(f"{name}: {_kinds(row.contestants[name].kinds)}", highlight=False)
+            if row.candidates[name].kinds:
+                console.print(f"{name}: {_kinds(row.candidates[name].kinds)}", highlight=False)
         console.print()
 
 
@@ -145,8 +145,8 @@ def draw(rows: list[Measured], picture: Path) -> None:
         return
     figure = Figure(figsize=(9, 0.6 + sum(0.55 + 0.28 * len(row.timed) for row in rows)), layout="constrained")
     heights = [1 + len(row.timed) for row in rows]
-    panels = figure.subplots(len(rows), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    for axes, row in zip(panels, rows, strict=True):
+    image_grid = figure.subplots(len(rows), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, row in zip(image_grid, rows, strict=True):
         names = list(row.timed)[::-1]
         spreads = [_spread(row.ratios(name, row.reference)) for name in names]
         middles = [spread["median"] for spread in spreads]

@@ -40,28 +40,28 @@ AUTOENCODERS = (*OWN, "hf", "hf+compile", "plain")
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkCase:
     """One piece of work.
 
     Attributes:
         overrides: settings of the run that megavit would train.
         cpu_batch: images per step on a CPU.
         gpu_batch: images per step on a GPU of 80 GB.
-        contestants: who can do it; the first is who the others are compared with.
+        candidates: who can do it; the first is who the others are compared with.
     """
 
     overrides: tuple[str, ...]
     cpu_batch: int
     gpu_batch: int
-    contestants: tuple[str, ...]
+    candidates: tuple[str, ...]
 
 
-def _classifier(model: str, gpu_batch: int, *more: str) -> Row:
-    return Row((f"model={model}", *_CLASSIFY, *more), 8, gpu_batch, CLASSIFIERS)
+def _classifier(model: str, gpu_batch: int, *more: str) -> BenchmarkCase:
+    return BenchmarkCase((f"model={model}", *_CLASSIFY, *more), 8, gpu_batch, CLASSIFIERS)
 
 
-def _autoencoder(model: str, gpu_batch: int) -> Row:
-    return Row((f"model={model}", *_MAE), 8, gpu_batch, AUTOENCODERS)
+def _autoencoder(model: str, gpu_batch: int) -> BenchmarkCase:
+    return BenchmarkCase((f"model={model}", *_MAE), 8, gpu_batch, AUTOENCODERS)
 
 
 ROWS = {
@@ -75,11 +75,11 @@ ROWS = {
     "mae_l16": _autoencoder("vit_l16", 192),
     "mae_h14": _autoencoder("vit_h14", 96),
     # Two processes of one thread each against one of two.
-    "tp2": Row(
+    "tp2": BenchmarkCase(
         ("model=vit_b16", *_CLASSIFY), 8, 256, ("megavit", "megavit tp2", "megavit+onednn", "megavit+onednn tp2")
     ),
     # What the trainer's loop adds to its steps: to the shorter ones of bf16 it shows more.
-    "loop": Row(("model=vit_b16", *_CLASSIFY), 8, 256, ("megavit", "trainer")),
+    "loop": BenchmarkCase(("model=vit_b16", *_CLASSIFY), 8, 256, ("megavit", "trainer")),
 }
 ON_CPU = ("vit_b16:fp32", "vit_b16:bf16", "mae_b16:fp32", "mae_b16:bf16", "tp2:fp32", "loop:bf16")
 ON_GPU = tuple(f"{name}:bf16" for name in ROWS if name != "tp2")
@@ -89,7 +89,7 @@ ON_TWO = " tp2"
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16_o2"}
 
 
-def overrides_of(row: Row, precision: str, batch: int) -> list[str]:
+def overrides_of(row: BenchmarkCase, precision: str, batch: int) -> list[str]:
     """The settings of a row as a run's overrides."""
     return [
         *_COMMON,

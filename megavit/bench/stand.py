@@ -11,17 +11,17 @@ from torch import Tensor
 from megavit.bench.machine import Machine
 from megavit.bench.memory import saved_bytes, storage_bytes
 from megavit.bench.own import Megavit, time_loop, timed
-from megavit.bench.parking import Parking
+from megavit.bench.parking import CpuOffload
 from megavit.bench.peers import build_peer
 from megavit.bench.profile import profile
 from megavit.bench.rows import OWN
-from megavit.bench.work import Contestant, prepare_work
+from megavit.bench.work import Candidate, prepare_work
 from megavit.compose import compose
-from megavit.experimental import not_run
+from megavit.experimental import untested
 from megavit.parallel.layout import ParallelLayout, world_size_from_environment
 
 
-class Stand:
+class CaseRunner:
     """One process's contestants on one row's work.
 
     Args:
@@ -33,9 +33,9 @@ class Stand:
         config.check(world_size_from_environment())
         self._layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
         self._work = prepare_work(config, self._layout.device)
-        self._contestants: dict[str, Contestant] = {}
+        self._contestants: dict[str, Candidate] = {}
         self._plain_weights: dict[str, Tensor] | None = None
-        self._parking = Parking(self._layout.device)
+        self._parking = CpuOffload(self._layout.device)
 
     def about(self) -> dict[str, Any]:
         """The device in words, and how many threads work."""
@@ -45,7 +45,7 @@ class Stand:
 
     def build(self, name: str) -> None:
         """Let a contestant take its place, with megavit's weights."""
-        self._parking.park(self._contestants)
+        self._parking.offload(self._contestants)
         if not name.startswith("megavit"):
             assert self._plain_weights is not None, "megavit comes first"
             # Copies: some libraries take what they are given for their own.
@@ -54,7 +54,7 @@ class Stand:
             return
         config = compose([*self._overrides, *OWN[name]])
         # Who names such a contestant asks for what it tries.
-        asks = bool(not_run(config, device=self._layout.device.type))
+        asks = bool(untested(config, device=self._layout.device.type))
         config = replace(config, experimental=config.experimental or asks)
         config.check(self._layout.world_size)
         own = Megavit(self._work, config, self._layout)
@@ -63,12 +63,12 @@ class Stand:
             # For the peers, who train in one process.
             self._plain_weights = own.plain_weights()
 
-    def judge(self, name: str) -> tuple[Any, float]:
+    def outputs(self, name: str) -> tuple[Any, float]:
         """The network's output, as a NumPy array, and its loss."""
-        output, loss = self._ready(name).judge()
+        output, loss = self._ready(name).outputs()
         return output.numpy(), loss
 
-    def practise(self, name: str, steps: int) -> float:
+    def warm_up(self, name: str, steps: int) -> float:
         """Seconds of the last of so many steps that are the same for everyone."""
         step = self._ready(name).step
         seconds = [timed(lambda: step(alike=True), 1, self._layout.device) for _ in range(steps)]
@@ -80,13 +80,13 @@ class Stand:
 
     def memory(self, name: str) -> dict[str, int]:
         """On a GPU the most that a step holds; elsewhere what is held between steps, and kept for the backward pass."""
-        contestant, device = self._ready(name), self._layout.device
+        candidate, device = self._ready(name), self._layout.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            contestant.step()
+            candidate.step()
             return {"peak_bytes": torch.cuda.max_memory_allocated(device)}
-        held = contestant.held()
-        return {"held_bytes": storage_bytes(held), "saved_bytes": saved_bytes(contestant.forward, held)}
+        held = candidate.held()
+        return {"held_bytes": storage_bytes(held), "saved_bytes": saved_bytes(candidate.forward, held)}
 
     def profile(self, name: str) -> dict[str, float]:
         """Seconds of one step by kind of kernel."""
@@ -95,7 +95,7 @@ class Stand:
     def rates(self) -> dict[str, float]:
         """The device's own matmul and copy rate, now."""
         # Made anew each time: its matrices would count among what a contestant holds.
-        self._parking.park(self._contestants)
+        self._parking.offload(self._contestants)
         return Machine(self._layout.device, self._work.dtype).rates()
 
     def loop(self, run_dir: str, rounds: int, steps: int, until: float) -> dict[str, list[float]]:
@@ -119,8 +119,8 @@ class Stand:
         if self._layout.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _ready(self, name: str) -> Contestant:
-        contestant = self._contestants[name]
-        self._parking.park({other: one for other, one in self._contestants.items() if other != name})
-        self._parking.bring_back(name)
-        return contestant
+    def _ready(self, name: str) -> Candidate:
+        candidate = self._contestants[name]
+        self._parking.offload({other: one for other, one in self._contestants.items() if other != name})
+        self._parking.restore(name)
+        return candidate

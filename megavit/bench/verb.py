@@ -37,8 +37,8 @@ def bench(arguments: list[str]) -> int:
     rows = config.rows or list(ON_CPU if device == "cpu" else ON_GPU)
     for label in rows:
         _check_row(label, overrides)
-    known = list(dict.fromkeys(name for row in ROWS.values() for name in row.contestants))
-    for name in config.contestants:
+    known = list(dict.fromkeys(name for row in ROWS.values() for name in row.candidates))
+    for name in config.candidates:
         if name not in known:
             raise ConfigError(f"bench.contestants: nobody is called {name}; known: {', '.join(known)}")
     folder = Path(config.dir)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.data.loader import Batch
 from megavit.data.order import SampleKey
 from megavit.data.transforms import Normalize
@@ -27,21 +27,21 @@ class Work:
         dtype: of weights and activations; the optimizer's weights are fp32.
     """
 
-    config: RunConfig
+    config: ExperimentConfig
     batch: Batch
     normalize: Normalize
     device: torch.device
     dtype: torch.dtype
 
 
-class Contestant(Protocol):
+class Candidate(Protocol):
     """Someone who trains."""
 
     def step(self, *, alike: bool = False) -> None:
         """One step: gradients of the batch, clipped, into the weights; on everyone's masks where it is to be alike."""
         ...
 
-    def judge(self) -> tuple[Tensor, float]:
+    def outputs(self) -> tuple[Tensor, float]:
         """What the network makes of the batch now, and the loss; on masks that are everyone's, where there are any."""
         ...
 
@@ -54,7 +54,7 @@ class Contestant(Protocol):
         ...
 
 
-def draw_batch(config: RunConfig, device: torch.device) -> Batch:
+def draw_batch(config: ExperimentConfig, device: torch.device) -> Batch:
     """Noise of the configured shape, with labels; the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     count, data = config.train.global_batch, config.data
@@ -68,7 +68,7 @@ def draw_batch(config: RunConfig, device: torch.device) -> Batch:
     )
 
 
-def prepare_work(config: RunConfig, device: torch.device) -> Work:
+def prepare_work(config: ExperimentConfig, device: torch.device) -> Work:
     """Draw the batch of a row."""
     dtype = torch.bfloat16 if config.train.precision.value == "bf16_o2" else torch.float32
     normalize = Normalize(config.data.mean, config.data.std).to(device)

@@ -27,7 +27,7 @@ class Fault(Exception):
     """A contestant failed; the text says how."""
 
 
-class World:
+class WorkerPool:
     """So many processes that share a row's contestants.
 
     Args:
@@ -107,9 +107,9 @@ def _serve(pipe: Connection, overrides: list[str], rank: int, ranks: int, port: 
         # The profiler's own log, with an error where there is no GPU.
         KINETO_LOG_LEVEL="99",
     )
-    from megavit.importing import quieten_imports, uncollected
+    from megavit.importing import gc_paused, silence_import_warnings
 
-    quieten_imports()
+    silence_import_warnings()
     stand: Any = None
     while True:
         try:
@@ -118,10 +118,10 @@ def _serve(pipe: Connection, overrides: list[str], rank: int, ranks: int, port: 
             return
         try:
             if stand is None:
-                with uncollected():
-                    from megavit.bench.stand import Stand
+                with gc_paused():
+                    from megavit.bench.stand import CaseRunner
 
-                stand = Stand(overrides)
+                stand = CaseRunner(overrides)
             answer = (True, getattr(stand, name)(*arguments))
         except ConfigError as error:
             answer = (False, str(error))

@@ -85,8 +85,8 @@ def hf_spelling(name: str) -> str:
     """Hugging Face's name as its files on the hub spell it, with the `vit.` that a bare ViTModel leaves away."""
     if name.startswith(("embeddings.", "encoder.", "layers.", "layernorm.")):
         name = f"vit.{name}"
-    for pattern, spelling in _HF_SPELLINGS:
-        name = re.sub(pattern, spelling, name)
+    for pattern, mapping in _HF_SPELLINGS:
+        name = re.sub(pattern, mapping, name)
     return name
 
 
@@ -167,7 +167,7 @@ def split_prefix(plain: dict[str, Tensor], *, pools_class_token: bool, learned: 
     return split
 
 
-class Spelling(Protocol):
+class NameMapping(Protocol):
     """How one library's files spell plain weights."""
 
     def names(self, plain: str) -> tuple[str, ...]:
@@ -181,7 +181,7 @@ class Spelling(Protocol):
         """
 
 
-class PlainSpelling:
+class TimmMapping:
     """timm's and facebookresearch/mae's.
 
     Args:
@@ -194,33 +194,33 @@ class PlainSpelling:
         self._read, self._there, self._num_patches = read, set(there), num_patches
 
     def names(self, plain: str) -> tuple[str, ...]:
-        """See `Spelling`."""
+        """See `NameMapping`."""
         return ("cls_token", "reg_token") if plain == "cls_token" else (plain,)
 
     def weight(self, plain: str) -> Tensor:
-        """See `Spelling`."""
+        """See `NameMapping`."""
         if plain in ("cls_token", "pos_embed"):
             return join_prefix(self._read, self._there, num_patches=self._num_patches)[plain]
         return self._read(plain)
 
 
-class HfSpelling:
-    """Hugging Face's (see `PlainSpelling`)."""
+class HfMapping:
+    """Hugging Face's (see `TimmMapping`)."""
 
     def __init__(self, read: Read, there: Iterable[str]) -> None:
         self._read, self._aliases = read, {hf_spelling(name): name for name in there}
 
     def names(self, plain: str) -> tuple[str, ...]:
-        """See `Spelling`."""
+        """See `NameMapping`."""
         return tuple(self._aliases.get(name, name) for name in hf_names(plain))
 
     def weight(self, plain: str) -> Tensor:
-        """See `Spelling`."""
+        """See `NameMapping`."""
         return from_hf(lambda name: self._read(self._aliases[name]), plain)
 
 
-class NemoSpelling:
-    """NVIDIA NeMo's (see `PlainSpelling`).
+class NemoMapping:
+    """NVIDIA NeMo's (see `TimmMapping`).
 
     Args:
         read: a weight by its name in the files.
@@ -234,7 +234,7 @@ class NemoSpelling:
         self._aliases: Mapping[str, str] = {bare(name): name for name in there}
 
     def names(self, plain: str) -> tuple[str, ...]:
-        """See `Spelling`."""
+        """See `NameMapping`."""
         try:
             _, name = nemo_row(plain, two_matrices=self._two_matrices)
         except KeyError:
@@ -242,6 +242,6 @@ class NemoSpelling:
         return (self._aliases.get(name, name),)
 
     def weight(self, plain: str) -> Tensor:
-        """See `Spelling`."""
+        """See `NameMapping`."""
         row, name = nemo_row(plain, two_matrices=self._two_matrices)
         return row.to_plain(self._read(self._aliases[name]), self._dims)

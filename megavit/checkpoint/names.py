@@ -71,7 +71,7 @@ Transform = Callable[[Tensor, Dims], Tensor]
 
 
 @dataclass(frozen=True)
-class Row:
+class ParamMapping:
     """One line of a table: a name there and the plain one; `#` stands for the layer's number, from 0 over the model."""
 
     name: str
@@ -80,7 +80,7 @@ class Row:
     from_plain: Transform = _same
 
 
-def _layers(ours: str, plain: str, from_heads: Transform, to_heads: Transform) -> list[Row]:
+def _layers(ours: str, plain: str, from_heads: Transform, to_heads: Transform) -> list[ParamMapping]:
     """The rows of a block of layers."""
     alike = (
         ("norm1", "norm1"),
@@ -93,23 +93,25 @@ def _layers(ours: str, plain: str, from_heads: Transform, to_heads: Transform) -
     )
     rows = []
     for leaf in ("weight", "bias"):
-        rows += [Row(f"{ours}.layers.#.{one}.{leaf}", f"{plain}.#.{other}.{leaf}") for one, other in alike]
-        rows.append(Row(f"{ours}.layers.#.attn.qkv.{leaf}", f"{plain}.#.attn.qkv.{leaf}", from_heads, to_heads))
+        rows += [ParamMapping(f"{ours}.layers.#.{one}.{leaf}", f"{plain}.#.{other}.{leaf}") for one, other in alike]
+        rows.append(
+            ParamMapping(f"{ours}.layers.#.attn.qkv.{leaf}", f"{plain}.#.attn.qkv.{leaf}", from_heads, to_heads)
+        )
     return rows
 
 
 TABLE = (
-    Row("embed.proj.weight", "patch_embed.proj.weight", _flat_to_patch, _patch_to_flat),
-    Row("embed.proj.bias", "patch_embed.proj.bias"),
-    Row("embed.cls_token", "cls_token", _swap_first_two, _swap_first_two),
-    Row("embed.pos_embed", "pos_embed", _swap_first_two, _swap_first_two),
+    ParamMapping("embed.proj.weight", "patch_embed.proj.weight", _flat_to_patch, _patch_to_flat),
+    ParamMapping("embed.proj.bias", "patch_embed.proj.bias"),
+    ParamMapping("embed.cls_token", "cls_token", _swap_first_two, _swap_first_two),
+    ParamMapping("embed.pos_embed", "pos_embed", _swap_first_two, _swap_first_two),
     *_layers("blocks", "blocks", heads_to_parts, parts_to_heads),
     *_layers("mae_decoder.blocks", "decoder_blocks", _decoder_heads_to_parts, _decoder_parts_to_heads),
-    Row("mae_decoder.mask_token", "mask_token"),
-    Row("blocks.layers.#.residual1.gamma", "blocks.#.ls1.gamma"),
-    Row("blocks.layers.#.residual2.gamma", "blocks.#.ls2.gamma"),
+    ParamMapping("mae_decoder.mask_token", "mask_token"),
+    ParamMapping("blocks.layers.#.residual1.gamma", "blocks.#.ls1.gamma"),
+    ParamMapping("blocks.layers.#.residual2.gamma", "blocks.#.ls2.gamma"),
     *(
-        Row(f"{ours}.{leaf}", f"{plain}.{leaf}")
+        ParamMapping(f"{ours}.{leaf}", f"{plain}.{leaf}")
         for leaf in ("weight", "bias")
         for ours, plain in (
             ("blocks.final_layernorm", "norm"),
@@ -121,7 +123,7 @@ TABLE = (
         )
     ),
     *(
-        Row(f"mae_decoder.pred.{leaf}", f"decoder_pred.{leaf}", _channels_last, _channels_first)
+        ParamMapping(f"mae_decoder.pred.{leaf}", f"decoder_pred.{leaf}", _channels_last, _channels_first)
         for leaf in ("weight", "bias")
     ),
 )
@@ -161,7 +163,7 @@ def from_plain(weights: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
     return renamed
 
 
-def find_row(table: dict[str, Row], name: str) -> tuple[Row, str]:
+def find_row(table: dict[str, ParamMapping], name: str) -> tuple[ParamMapping, str]:
     """The row of a name, and the layer's number where it has one.
 
     Raises:

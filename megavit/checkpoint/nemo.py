@@ -9,7 +9,7 @@ import re
 
 from torch import Tensor
 
-from megavit.checkpoint.names import Dims, Row, find_row, heads_to_parts, parts_to_heads
+from megavit.checkpoint.names import Dims, ParamMapping, find_row, heads_to_parts, parts_to_heads
 
 # Before every name, in a model that O2 had wrapped too.
 PREFIX = "model."
@@ -36,12 +36,12 @@ def _drop_batch(weight_1NH: Tensor, dims: Dims) -> Tensor:
 _LAYER, _PLAIN_LAYER = "backbone.transformer.layers.#", "blocks.#"
 
 TABLE = (
-    Row("backbone.cls_token", "cls_token"),
-    Row("backbone.position_embeddings.weight", "pos_embed", _add_batch, _drop_batch),
-    Row("backbone.linear_encoder.weight", "patch_embed.proj.weight", _to_patch, _from_patch),
-    Row("backbone.linear_encoder.bias", "patch_embed.proj.bias"),
+    ParamMapping("backbone.cls_token", "cls_token"),
+    ParamMapping("backbone.position_embeddings.weight", "pos_embed", _add_batch, _drop_batch),
+    ParamMapping("backbone.linear_encoder.weight", "patch_embed.proj.weight", _to_patch, _from_patch),
+    ParamMapping("backbone.linear_encoder.bias", "patch_embed.proj.bias"),
     *(
-        Row(f"{theirs}.{leaf}", f"{plain}.{leaf}")
+        ParamMapping(f"{theirs}.{leaf}", f"{plain}.{leaf}")
         for leaf in ("weight", "bias")
         for theirs, plain in (
             (f"{_LAYER}.input_layernorm", f"{_PLAIN_LAYER}.norm1"),
@@ -53,7 +53,7 @@ TABLE = (
         )
     ),
     *(
-        Row(
+        ParamMapping(
             f"{_LAYER}.self_attention.query_key_value.{leaf}",
             f"{_PLAIN_LAYER}.attn.qkv.{leaf}",
             heads_to_parts,
@@ -68,10 +68,10 @@ _TWO_MATRICES = (("head.dense_in", "pre_logits.0"), ("head.dense_out", "head"))
 _ONE_MATRIX = (("head", "head"),)
 
 
-def table(*, two_matrices: bool) -> tuple[Row, ...]:
+def table(*, two_matrices: bool) -> tuple[ParamMapping, ...]:
     """The rows of a model with one head or the other."""
     heads = _TWO_MATRICES if two_matrices else _ONE_MATRIX
-    return (*TABLE, *(Row(f"{a}.{leaf}", f"{b}.{leaf}") for leaf in ("weight", "bias") for a, b in heads))
+    return (*TABLE, *(ParamMapping(f"{a}.{leaf}", f"{b}.{leaf}") for leaf in ("weight", "bias") for a, b in heads))
 
 
 def bare(name: str) -> str:
@@ -79,7 +79,7 @@ def bare(name: str) -> str:
     return _PREFIXES.sub("", name)
 
 
-def nemo_row(plain: str, *, two_matrices: bool) -> tuple[Row, str]:
+def nemo_row(plain: str, *, two_matrices: bool) -> tuple[ParamMapping, str]:
     """The row of a plain name, and theirs.
 
     Raises:

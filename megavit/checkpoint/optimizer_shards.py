@@ -26,7 +26,7 @@ _PREFIX = "optimizer.state"
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
-def share_out(optimizer: MegatronOptimizer) -> None:
+def use_per_rank_shards(optimizer: MegatronOptimizer) -> None:
     """Have the distributed ones among Megatron-Core's optimizers save and load as this module says."""
     for part in optimizer.chained_optimizers:
         if isinstance(part, DistributedOptimizer):

@@ -65,7 +65,7 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to something outside")
 
 
-def refuse_code(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+def check_pickles(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Refuse a checkpoint whose files would run code when they are read.
 
     Returns:

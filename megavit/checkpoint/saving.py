@@ -15,7 +15,7 @@ from megavit.checkpoint.manifest import describe, write_manifest
 from megavit.checkpoint.state import TrainingState, write_state
 from megavit.checkpoint.writer import ShardWriter, Written
 from megavit.errors import ConfigError
-from megavit.parallel.agree import agree_on_error, gather_objects
+from megavit.parallel.agree import gather_objects, raise_on_all_ranks
 
 _NAME = re.compile(r"step_(\d{8,})")
 
@@ -25,7 +25,7 @@ def name_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def is_name(name: str) -> bool:
+def is_checkpoint_name(name: str) -> bool:
     """Whether it is that of a complete checkpoint."""
     return _NAME.fullmatch(name) is not None
 
@@ -44,7 +44,7 @@ def point_to(checkpoint: Path, *, by: str) -> None:
     os.replace(new, checkpoint.with_name(by))
 
 
-class Save:
+class PendingSave:
     """A checkpoint that is being written in the background; every rank makes one together.
 
     Args:
@@ -52,14 +52,14 @@ class Save:
         shards: of this rank.
         state: where the run stands.
         run_yaml: the resolved configuration.
-        lasting: whether the shards' tensors will change before it is finished.
+        copy_to_host: whether the shards' tensors will change before it is finished.
 
     Raises:
         ConfigError: on every rank, if there is no room for it.
     """
 
     def __init__(
-        self, final: Path, shards: dict[str, Any], state: TrainingState, *, run_yaml: str, lasting: bool
+        self, final: Path, shards: dict[str, Any], state: TrainingState, *, run_yaml: str, copy_to_host: bool
     ) -> None:
         self.final, self.state, self.num_bytes = final, state, 0
         self._run_yaml, self._temporary = run_yaml, final.with_name(f".{final.name}.tmp")
@@ -71,7 +71,7 @@ class Save:
 
         with self._told():
             _together(make_room if self._speaks else None)
-        self._writer = ShardWriter(shards, self._temporary, lasting=lasting)
+        self._writer = ShardWriter(shards, self._temporary, copy_to_host=copy_to_host)
         self._written = self._writer.start()
 
     @property
@@ -121,7 +121,7 @@ class Save:
         except ConfigError as error:
             if self._speaks:
                 shutil.rmtree(self._temporary, ignore_errors=True)
-            beside = sorted(path.name for path in self.final.parent.glob("step_*") if is_name(path.name))
+            beside = sorted(path.name for path in self.final.parent.glob("step_*") if is_checkpoint_name(path.name))
             kept = f"{beside[-1]} is whole, run again to go on from it" if beside else "none was there yet"
             raise ConfigError(f"the checkpoint {self.final} cannot be written: {error}; {kept}") from error
 
@@ -133,7 +133,7 @@ def _together(part: Callable[[], Any] | None) -> Any:
         done = part() if part is not None else None
     except OSError as error:
         refused = f"{error.strerror} on {socket.gethostname()}"
-    agree_on_error(refused)
+    raise_on_all_ranks(refused)
     return done
 
 

@@ -14,8 +14,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
-from megavit.checkpoint.optimizer_shards import share_out
-from megavit.checkpoint.safety import refuse_code
+from megavit.checkpoint.optimizer_shards import use_per_rank_shards
+from megavit.checkpoint.safety import check_pickles
 from megavit.errors import ConfigError
 
 # Of Megatron-Core's forms of the distributed optimizer's state, the one that loads in every layout (0.16.1).
@@ -62,7 +62,7 @@ def load(
     settings = [
         {key: value for key, value in group.items() if key not in _FROM_CHECKPOINT} for group in optimizer.param_groups
     ]
-    refuse_code(checkpoint)
+    check_pickles(checkpoint)
     loaded: dict[str, Any] = dist_checkpointing.load(
         sharded_state(chunks, optimizer, averages, is_loading=True), str(checkpoint)
     )
@@ -95,7 +95,7 @@ def load_weights(checkpoint: Path, chunks: Mapping[str, MegatronModule], *, aver
     Raises:
         ConfigError: if it would run code, or holds no average.
     """
-    there = refuse_code(checkpoint)
+    there = check_pickles(checkpoint)
     state = {name: _as_saved(_sharded_weights(chunk), there, averaged=averaged) for name, chunk in chunks.items()}
     if averaged:
         _refuse_without_average(checkpoint, there)
@@ -139,7 +139,7 @@ def shapes_of(
     Raises:
         ConfigError: if it would run code, or holds no average.
     """
-    there = refuse_code(checkpoint)
+    there = check_pickles(checkpoint)
     if averaged:
         _refuse_without_average(checkpoint, there)
         there = {key.removeprefix(_AVERAGES): shape for key, shape in there.items() if key.startswith(_AVERAGES)}
@@ -169,7 +169,7 @@ def load_some_weights(
     Returns:
         The weights of `whole`, in fp32.
     """
-    there = refuse_code(checkpoint)
+    there = check_pickles(checkpoint)
     state: dict[str, dict[str, Any]] = {}
     for name, chunk in chunks.items():
         wanted = {own: shard for own, shard in _sharded_weights(chunk).items() if shard.key in names}
@@ -197,7 +197,7 @@ def sharded_state(
     if not is_loading:
         state = {name: _spread(shards) for name, shards in state.items()}
     if optimizer is not None:
-        share_out(optimizer)
+        use_per_rank_shards(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(_SHARDING))
         if not any(group["params"] for group in optimizer.param_groups):
             # Empty lists of the first rank would be kept, and be merged with another layout's that are not (0.16.1).

@@ -15,13 +15,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import MegatronModule
 
 from megavit.checkpoint.manifest import find_fault
-from megavit.checkpoint.saving import Save, is_name, name_of, point_to, step_of
+from megavit.checkpoint.saving import PendingSave, is_checkpoint_name, name_of, point_to, step_of
 from megavit.checkpoint.shards import Averages, sharded_state
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.errors import ConfigError
 
 
-class CheckpointStore:
+class CheckpointManager:
     """The checkpoints of one run.
 
     Args:
@@ -34,9 +34,9 @@ class CheckpointStore:
     def all(self) -> list[Path]:
         """Every checkpoint, whole or not, the newest first."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted((path for path in found if is_name(path.name)), key=step_of, reverse=True)
+        return sorted((path for path in found if is_checkpoint_name(path.name)), key=step_of, reverse=True)
 
-    def clear_up(self) -> None:
+    def remove_partial(self) -> None:
         """Put in order what a killed run has left: half of a save, half of a removal.
 
         The one rank calls this whose run it is, before anything else.
@@ -50,7 +50,7 @@ class CheckpointStore:
             for rest in self.folder.glob(pattern):
                 shutil.rmtree(rest, ignore_errors=True)
 
-    def newest_whole(self) -> tuple[Path | None, list[str]]:
+    def latest_valid(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint of which every byte is as it was written, and a warning for each thing that is not.
 
         One rank calls this.
@@ -70,7 +70,7 @@ class CheckpointStore:
         """The checkpoint that `best` names, None where there is none."""
         file = self.folder / "best"
         best = self.folder / file.read_text(errors="replace").strip() if file.exists() else None
-        return best if best is not None and is_name(best.name) and best.is_dir() else None
+        return best if best is not None and is_checkpoint_name(best.name) and best.is_dir() else None
 
     def best_metrics(self) -> dict[str, float]:
         """The evaluation of the best checkpoint, empty where there is none."""
@@ -126,7 +126,7 @@ class CheckpointStore:
                     f"choose another run.name or run.dir, or move that folder away"
                 )
             return None, []
-        found, warnings = self.newest_whole()
+        found, warnings = self.latest_valid()
         if found is None and self.all():
             raise ConfigError(
                 f"no checkpoint in {self.folder} is whole: {'; '.join(warnings)}. Move the folder away to start anew"
@@ -136,7 +136,7 @@ class CheckpointStore:
         path = Path(resume)
         named: Path | None = path
         if (path / "checkpoints").is_dir():
-            named, warnings = CheckpointStore(path / "checkpoints").newest_whole()
+            named, warnings = CheckpointManager(path / "checkpoints").latest_valid()
         fault = find_fault(named) if named is not None and named.is_dir() else None
         if named is None or not named.is_dir() or (fault is not None and fault.file.name == "metadata.json"):
             raise ConfigError(
@@ -155,8 +155,8 @@ class CheckpointStore:
         *,
         run_yaml: str,
         averages: Averages | None = None,
-        lasting: bool = True,
-    ) -> Save:
+        copy_to_host: bool = True,
+    ) -> PendingSave:
         """Begin a checkpoint: what it holds is fixed when this returns, and written in the background.
 
         Every rank calls this, and then `finish` of what it returns.
@@ -167,17 +167,17 @@ class CheckpointStore:
             state: where the run stands.
             run_yaml: the resolved configuration.
             averages: the weights' averages by chunk and name, if any.
-            lasting: whether weights or optimizer will change before it is finished.
+            copy_to_host: whether weights or optimizer will change before it is finished.
 
         Raises:
             ConfigError: on every rank, if the disk refuses; what was there is whole.
         """
-        return Save(
+        return PendingSave(
             self.folder / name_of(state.step),
             sharded_state(chunks, optimizer, averages, is_loading=False),
             state,
             run_yaml=run_yaml,
-            lasting=lasting,
+            copy_to_host=copy_to_host,
         )
 
     def save(
@@ -197,7 +197,7 @@ class CheckpointStore:
         Raises:
             ConfigError: on every rank, if the disk of any of them is full or refuses; what was there is whole.
         """
-        return self.begin(chunks, optimizer, state, run_yaml=run_yaml, averages=averages, lasting=False).finish()
+        return self.begin(chunks, optimizer, state, run_yaml=run_yaml, averages=averages, copy_to_host=False).finish()
 
 
 def _is_due(checkpoint: Path) -> bool:

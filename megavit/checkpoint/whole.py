@@ -7,7 +7,9 @@ from torch import Tensor
 from megavit.parallel.layout import ParallelLayout
 
 
-def gather_whole(parameters: dict[str, torch.nn.Parameter], layout: ParallelLayout) -> dict[str, Tensor] | None:
+def gather_full_state_dict(
+    parameters: dict[str, torch.nn.Parameter], layout: ParallelLayout
+) -> dict[str, Tensor] | None:
     """Bring the whole weights to the first rank, on the CPU; every rank calls this.
 
     Args:

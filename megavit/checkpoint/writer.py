@@ -54,14 +54,14 @@ class ShardWriter:
     Args:
         state: from `shards.sharded_state`.
         folder: where to; exists and is empty.
-        lasting: copy what the training would change before it is written.
+        copy_to_host: copy what the training would change before it is written.
     """
 
-    def __init__(self, state: dict[str, Any], folder: Path, *, lasting: bool) -> None:
+    def __init__(self, state: dict[str, Any], folder: Path, *, copy_to_host: bool) -> None:
         self.folder = folder
         # Else a process would be started to hold one.
         filesystem_async._results_queue = queue.Queue()
-        live = _memory(state) if lasting else set()
+        live = _memory(state) if copy_to_host else set()
         shards, common = save_preprocess(state)
         self._plan, self._metadata = _Planning(_BACKEND, _VERSION).async_save(shards, folder)
         self._common = _pickled(common) if dist.get_rank() == 0 else None

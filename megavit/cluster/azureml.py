@@ -11,7 +11,7 @@ from megavit.cluster.azureml_config import AzureMLConfig
 from megavit.cluster.backend import Submitted
 from megavit.cluster.config import ClusterConfig
 from megavit.cluster.job import Job
-from megavit.cluster.places import RUNS, own_data_path, own_donor, with_settings
+from megavit.cluster.places import RUNS, local_init_from, own_data_path, with_settings
 from megavit.cluster.render import render_yaml
 from megavit.errors import ConfigError
 
@@ -103,8 +103,8 @@ class AzureML:
             )
         else:
             changed["data.path"] = _DATA if PurePosixPath(path) == PurePosixPath(".") else f"{_DATA}/{path}"
-        if (donor := own_donor(job)) is not None:
-            before, place = donor
+        if (weight_source := local_init_from(job)) is not None:
+            before, place = weight_source
             inside = place.removeprefix(RUNS)
             if inside == place or not _is_within(inside):
                 raise ConfigError(

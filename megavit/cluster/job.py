@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megavit.cluster.config import ClusterConfig, Kind
 from megavit.compose import AUTO_MODEL, compose, run_types
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.data.remote import bare, is_url
 from megavit.errors import ConfigError
 from megavit.overrides import key_of, sweep, write_home_out, write_text
@@ -26,7 +26,7 @@ class Job:
     """
 
     overrides: list[str]
-    config: RunConfig
+    config: ExperimentConfig
     nodes: int
     gpus_per_node: int
     ranks_per_node: int

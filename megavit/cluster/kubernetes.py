@@ -12,7 +12,7 @@ from megavit.cluster.backend import Submitted
 from megavit.cluster.config import ClusterConfig
 from megavit.cluster.job import Job
 from megavit.cluster.kubernetes_config import Api, KubernetesConfig
-from megavit.cluster.places import RUNS, own_data_path, own_donor, with_settings
+from megavit.cluster.places import RUNS, local_init_from, own_data_path, with_settings
 from megavit.cluster.render import render_yaml
 from megavit.errors import ConfigError
 
@@ -78,8 +78,8 @@ class Kubernetes:
         self._require_volume("run.dir", changed["run.dir"], setting="cluster.runs", writable=True)
         if (path := own_data_path(job)) is not None:
             self._require_volume("data.path", path, setting="data.path")
-        if (donor := own_donor(job)) is not None:
-            before, place = donor
+        if (weight_source := local_init_from(job)) is not None:
+            before, place = weight_source
             if place.startswith(RUNS):
                 place = f"{runs}/{place.removeprefix(RUNS)}"
             self._require_volume("init_from", place, setting="init_from")

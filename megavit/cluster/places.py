@@ -19,12 +19,12 @@ def own_data_path(job: Job) -> str | None:
     return None if data.path is None or data.source == "hub" or is_url(data.path) else data.path
 
 
-def own_donor(job: Job) -> tuple[str, str] | None:
+def local_init_from(job: Job) -> tuple[str, str] | None:
     """What init_from names on a disk: what stands before it, and the path; None for another library's id or a URL."""
-    donor = job.config.init_from
-    if donor is None or donor.startswith(_FROM_A_HUB) or is_url(donor):
+    weight_source = job.config.init_from
+    if weight_source is None or weight_source.startswith(_FROM_A_HUB) or is_url(weight_source):
         return None
-    match = _DONOR.fullmatch(donor)
+    match = _DONOR.fullmatch(weight_source)
     assert match is not None
     return match[1] or "", match[2]
 

@@ -14,7 +14,7 @@ from megavit.cluster.config import ClusterConfig, Kind
 from megavit.cluster.kubernetes import Kubernetes
 from megavit.cluster.local import Local
 from megavit.cluster.slurm import Slurm
-from megavit.compose import choices, config_dir, leaves
+from megavit.compose import choices, config_dir, flatten
 from megavit.errors import ConfigError
 from megavit.overrides import key_of, read_setting, read_text, types_of
 
@@ -32,7 +32,7 @@ def split_cluster(arguments: list[str]) -> tuple[list[str], list[str]]:
     return own, [text for text in arguments if text not in own]
 
 
-def open_cluster(arguments: list[str]) -> Backend:
+def get_backend(arguments: list[str]) -> Backend:
     """The cluster that `cluster=…` names, with the settings typed beside it, checked.
 
     Args:
@@ -79,7 +79,7 @@ def open_cluster(arguments: list[str]) -> Backend:
     except OmegaConfBaseException as error:
         raise ConfigError(f"cluster.{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, ClusterConfig)
-    _refuse_control_characters(leaves(config))
+    _refuse_control_characters(flatten(config))
     config.check()
     return backend(config)
 

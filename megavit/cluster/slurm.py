@@ -11,7 +11,7 @@ from typing import ClassVar
 from megavit.cluster.backend import Submitted
 from megavit.cluster.config import ClusterConfig, Container, SlurmConfig
 from megavit.cluster.job import Job
-from megavit.cluster.places import own_data_path, own_donor
+from megavit.cluster.places import local_init_from, own_data_path
 from megavit.cluster.render import render_shell
 from megavit.errors import ConfigError
 
@@ -81,11 +81,11 @@ class Slurm:
             raise ConfigError(f"the folder {workdir} cannot be mounted: , and : divide mounts; submit from another")
         mounts = [f"{workdir}:{workdir}", *slurm.mounts]
         seen = [Path(mount.split(":")[1]) for mount in mounts]
-        donor = own_donor(job)
+        weight_source = local_init_from(job)
         for key, path in (
             ("data.path", own_data_path(job)),
             ("run.dir", str(job.run_dir)),
-            ("init_from", donor and donor[1]),
+            ("init_from", weight_source and weight_source[1]),
         ):
             if path is None:
                 continue

@@ -6,8 +6,8 @@ from pathlib import Path
 from megavit.cluster.backend import Backend, Submitted
 from megavit.cluster.job import Job, plan_job, split_sweep
 from megavit.cluster.render import refuse_secret_names, refuse_secrets
-from megavit.cluster.settings import open_cluster, split_cluster
-from megavit.compose import leaves
+from megavit.cluster.settings import get_backend, split_cluster
+from megavit.compose import flatten
 from megavit.errors import ConfigError
 
 _FOLDER = "launch"
@@ -23,13 +23,13 @@ def submit(arguments: list[str]) -> int:
         ConfigError: for a setting that is wrong, or a cluster that takes no such job.
     """
     own, overrides = split_cluster([text for text in arguments if text not in ("--multirun", "-m")])
-    backend = open_cluster(own)
+    backend = get_backend(own)
     refuse_secret_names(backend.config.env)
     runs = split_sweep(overrides) if len(own) + len(overrides) < len(arguments) else [overrides]
     jobs = [plan_job(run, backend.config) for run in runs]
     _refuse_shared_folders(jobs)
     # Before the quoting, which would hide a secret that holds a quote.
-    refuse_secrets("\n".join([*arguments, *map(str, leaves(backend.config).values())]))
+    refuse_secrets("\n".join([*arguments, *map(str, flatten(backend.config).values())]))
     texts = [backend.render(job) for job in jobs]
     for text in texts:
         refuse_secrets(text)

@@ -1,6 +1,6 @@
 """Colours and shapes of a training image changed at random: operations of torchvision's, on uint8.
 
-All they draw comes from torch's default generator, which `View` seeds for each image.
+All they draw comes from torch's default generator, which `ImageTransform` seeds for each image.
 """
 
 from collections.abc import Callable

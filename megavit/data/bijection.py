@@ -17,7 +17,7 @@ _ROUNDS = 6
 _LISTED = 4096
 
 
-class Bijection:
+class FeistelPermutation:
     """A random permutation of 0 to n − 1 that takes no memory: a Feistel network, walked until it falls among the n.
 
     Args:

@@ -7,7 +7,7 @@ from enum import Enum
 from megavit.checks import require_number, shown
 from megavit.data.augment_config import AugmentConfig
 from megavit.errors import ConfigError
-from megavit.extension import check_name, is_name
+from megavit.extension import check_name, is_plugin
 
 
 class Interpolation(Enum):
@@ -109,7 +109,7 @@ class DataConfig(AugmentConfig):
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
         known = ("digits", "synthetic", *_BY_PATH)
-        if is_name(self.source):
+        if is_plugin(self.source):
             check_name(self.source, "data.source")
         elif self.source not in known:
             near = difflib.get_close_matches(self.source, known, n=1)
@@ -138,7 +138,7 @@ class DataConfig(AugmentConfig):
         if not 0 <= self.shift < min(self.image_size):
             raise ConfigError(f"data.shift={self.shift} must be in [0, {min(self.image_size)}), the image's side")
         for key in ("num_classes", "num_samples"):
-            if (getattr(self, key) is None) == (self.source == "synthetic") and not is_name(self.source):
+            if (getattr(self, key) is None) == (self.source == "synthetic") and not is_plugin(self.source):
                 raise ConfigError(
                     f"data.{key}={getattr(self, key)} with data.source={self.source}: the synthetic source needs it, "
                     f"every other knows its own"
@@ -169,7 +169,7 @@ class DataConfig(AugmentConfig):
             )
         require_number("data", self, "val_fraction", at_least=0, below=1)
         for key in ("path", "val_fraction"):
-            if not by_path and not is_name(self.source) and getattr(self, key) is not None:
+            if not by_path and not is_plugin(self.source) and getattr(self, key) is not None:
                 raise ConfigError(
                     f"data.{key}={getattr(self, key)} would be ignored by data.source={self.source}; set it to null, "
                     f"or choose data=folder"
@@ -203,7 +203,7 @@ class DataConfig(AugmentConfig):
     def _check_multi_label(self) -> None:
         if not self.multi_label:
             return
-        if self.source not in _SEVERAL_LABELS and not is_name(self.source):
+        if self.source not in _SEVERAL_LABELS and not is_plugin(self.source):
             raise ConfigError(
                 f"data.multi_label=true needs a data.source of {', '.join(_SEVERAL_LABELS)}, or one of your own; "
                 f"{self.source} has one label for each image"

@@ -9,7 +9,7 @@ from torch import Tensor
 from megavit.data.config import DataConfig
 from megavit.data.erasing import Erasing
 from megavit.data.loader import Batch
-from megavit.data.mixing import Mix, Mixing
+from megavit.data.mixing import MixParams, MixupCutmix
 from megavit.data.transforms import Normalize
 
 
@@ -25,7 +25,7 @@ class DeviceTransforms:
     def __init__(self, config: DataConfig, *, seed: int, device: torch.device) -> None:
         self.normalize = Normalize(config.mean, config.std).to(device)
         self._erasing = Erasing(config, seed=seed) if config.erase else None
-        self._mixing = Mixing(config, seed=seed) if config.mixes else None
+        self._mixing = MixupCutmix(config, seed=seed) if config.mixes else None
 
     def __call__(self, batch: Batch) -> Tensor:
         """The images as the network sees them, float32 images_BCYX."""
@@ -36,6 +36,6 @@ class DeviceTransforms:
         mix = self.mix(batch)
         return images_BCYX if mix is None else mix.images(images_BCYX)
 
-    def mix(self, batch: Batch) -> Mix | None:
+    def mix(self, batch: Batch) -> MixParams | None:
         """How the batch is mixed, known on every rank; None where it is not."""
         return self._mixing.draw(batch) if self._mixing is not None and batch.augmented else None

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from megavit.data import remote
 from megavit.data.decode import Jpeg, decode_image, open_image
-from megavit.data.walk import SUFFIXES, walk_images
+from megavit.data.walk import SUFFIXES, list_images
 from megavit.errors import ConfigError
 from megavit.output import printable
 
 
-class ImageFiles:
+class ImageFileSource:
     """Image files and their labels.
 
     Args:
@@ -109,7 +109,7 @@ def find_images(path: Path, *, setting: str = "images") -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ConfigError(f"{setting}={path} is neither an image nor a folder")
-    found = sorted(path / walked.path / name for walked in walk_images(path) for name in walked.images)
+    found = sorted(path / walked.path / name for walked in list_images(path) for name in walked.images)
     if not found:
         raise ConfigError(f"{setting}={path} holds no image ({', '.join(SUFFIXES)})")
     return found

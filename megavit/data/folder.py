@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from megavit.data.config import DataConfig
-from megavit.data.files import ImageFiles, as_bytes
-from megavit.data.index import Index, kept_or_built, settled
+from megavit.data.files import ImageFileSource, as_bytes
+from megavit.data.index import Index, load_or_build, settled
 from megavit.data.split import SPLIT_WORDS, find_splits, split_indices
-from megavit.data.walk import SUFFIXES, places_in_order, walk_images
+from megavit.data.walk import SUFFIXES, list_images, places_in_order
 from megavit.errors import ConfigError
 from megavit.output import printable
 
@@ -21,7 +21,7 @@ from megavit.output import printable
 _THREADS = 16
 
 
-def open_folder(config: DataConfig, split: str, index: Path | None = None) -> ImageFiles:
+def open_folder(config: DataConfig, split: str, index: Path | None = None) -> ImageFileSource:
     """One split of a folder: PATH/train/CLASS/… and PATH/val/CLASS/…, or PATH/CLASS/… with a share to validate on.
 
     The two folders may have other words for names, Training and Validation for example. Within a class's folder images
@@ -47,7 +47,7 @@ def open_folder(config: DataConfig, split: str, index: Path | None = None) -> Im
     return _open(folder, classes, config, split if halves else None, split=split, index=index)
 
 
-def open_images(config: DataConfig, split: str, index: Path | None = None) -> ImageFiles:
+def open_images(config: DataConfig, split: str, index: Path | None = None) -> ImageFileSource:
     """One split of images without labels: those under PATH/train and PATH/val, or a share of those under PATH.
 
     Args:
@@ -64,10 +64,10 @@ def open_images(config: DataConfig, split: str, index: Path | None = None) -> Im
 
 def _open(
     folder: Path, classes: tuple[str, ...], config: DataConfig, half: str | None, *, split: str, index: Path | None
-) -> ImageFiles:
+) -> ImageFileSource:
     """The images of a folder, or, where it holds one set for both splits, this split's share."""
     about = {"source": config.source, "folder": os.path.abspath(folder), "classes": list(classes)}
-    listing = kept_or_built(
+    listing = load_or_build(
         index,
         half or "all",
         fits=lambda kept: _is_of(kept, about) and _is_unchanged(folder, kept["changed_ns"]),
@@ -75,7 +75,7 @@ def _open(
     )
     names, labels = listing.arrays["names"], listing.arrays["labels"]
     part = None if half else split_indices(labels, config.val_fraction, split, where=str(folder))
-    return ImageFiles(
+    return ImageFileSource(
         names,
         labels,
         classes=tuple(map(printable, classes)),
@@ -92,7 +92,7 @@ def _list(folder: Path, classes: tuple[str, ...], about: dict[str, Any], half: s
     changed_ns: dict[str, int | None] = {}
     places = {name: place for place, name in enumerate(classes)}
     there = [name for name in classes if (folder / name).is_dir()]
-    for walked in walk_images(folder, start=there if classes else ("",)):
+    for walked in list_images(folder, start=there if classes else ("",)):
         within = f"{walked.path}/" if walked.path else ""
         paths += [within + name for name in walked.images]
         labels += [places[walked.path.partition("/")[0]] if classes else 0] * len(walked.images)

@@ -37,7 +37,7 @@ class Index:
     arrays: dict[str, np.ndarray]
 
 
-def kept_or_built(
+def load_or_build(
     folder: Path | None, name: str, *, fits: Callable[[dict[str, Any]], bool], build: Callable[[], Index]
 ) -> Index:
     """Take a listing from its file, or make it and keep it there.

@@ -9,14 +9,14 @@ import numpy as np
 
 from megavit.data import remote
 from megavit.data.config import DataConfig
-from megavit.data.files import ImageFiles, as_bytes
+from megavit.data.files import ImageFileSource, as_bytes
 from megavit.data.split import split_indices
 from megavit.errors import ConfigError
 
 _COLUMNS = ("path", "label")
 
 
-def open_listed(config: DataConfig, split: str) -> ImageFiles:
+def open_csv(config: DataConfig, split: str) -> ImageFileSource:
     """One split of a list: PATH/train.csv and PATH/val.csv, or the file PATH with a share to validate on.
 
     The first line names the columns; `path` is relative to the CSV's folder, or a URL; `label` is a class's name, with
@@ -51,7 +51,7 @@ def open_listed(config: DataConfig, split: str) -> ImageFiles:
     label_sets = [[places[label] for label in labels] for _, labels in rows]
     # Of several labels none is the one by which a share could be taken of each class.
     labels = np.zeros(len(rows), dtype=int) if several else np.array([label for (label,) in label_sets])
-    return ImageFiles(
+    return ImageFileSource(
         as_bytes([name for name, _ in rows]),
         labels,
         classes=classes,

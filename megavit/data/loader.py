@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megavit.data.config import DataConfig
-from megavit.data.order import SampleKey, SampleOrder
-from megavit.data.reading import BadSample, Micro, Needs, Samples, read_ahead
+from megavit.data.order import DeterministicSampler, SampleKey
+from megavit.data.reading import BadSample, MicroBatch, RequiredFields, SampleDataset, prefetch
 from megavit.data.source import Source, all_labels
 from megavit.errors import ConfigError
 from megavit.parallel.layout import ParallelLayout
@@ -61,7 +61,7 @@ class Loader:
         config: DataConfig,
         *,
         layout: ParallelLayout,
-        needs: Needs,
+        needs: RequiredFields,
         micro_batch: int,
         seed: int,
         train: bool,
@@ -72,7 +72,7 @@ class Loader:
         self.micro_batch = micro_batch
         self.order = _training_order(source, config, seed=seed) if train else None
         self._evaluated = range(len(source)) if only is None else only
-        self._samples = Samples(source, config, needs, seed=seed, augment=train)
+        self._samples = SampleDataset(source, config, needs, seed=seed, augment=train)
         self._bad: list[BadSample] = []
         self._reads = layout.tp_rank == 0 and (needs.images or needs.labels)
 
@@ -136,14 +136,14 @@ class Loader:
                 yield row
 
         on_gpu = self.layout.device.type == "cuda"
-        reads = read_ahead(self._samples, remember(), pins=on_gpu)
+        reads = prefetch(self._samples, remember(), pins=on_gpu)
         for read in _copy_ahead(reads, self.layout.device) if on_gpu else reads:
             row = due.pop(0)
             self._bad += read.bad
             images, labels = self._share(read.images, read.labels)
             yield Batch(images, labels, counted(row), row, self._samples.augment)
 
-    def take_bad(self) -> list[BadSample]:
+    def pop_bad_samples(self) -> list[BadSample]:
         """What was replaced on this rank since the last call."""
         bad, self._bad = self._bad, []
         return bad
@@ -173,19 +173,19 @@ class Loader:
         return shared[0], shared[1]
 
 
-def _training_order(source: Source, config: DataConfig, *, seed: int) -> SampleOrder:
+def _training_order(source: Source, config: DataConfig, *, seed: int) -> DeterministicSampler:
     if config.class_balanced and not source.classes:
         raise ConfigError(
             f"data.class_balanced=true needs classes, and data.source={config.source} has none; set it to false"
         )
     labels = all_labels(source) if config.class_balanced else None
-    return SampleOrder(len(source), seed=seed, repeats=config.repeats, labels=labels)
+    return DeterministicSampler(len(source), seed=seed, repeats=config.repeats, labels=labels)
 
 
-def _copy_ahead(reads: Iterator[Micro], device: torch.device) -> Iterator[Micro]:
+def _copy_ahead(reads: Iterator[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
     """Copy micro batches to a GPU, each while the one before it is computed."""
     stream = torch.cuda.Stream(device)
-    ahead: tuple[Micro, torch.cuda.Event] | None = None
+    ahead: tuple[MicroBatch, torch.cuda.Event] | None = None
     for read in reads:
         with torch.cuda.stream(stream):
             images, labels = (
@@ -200,7 +200,7 @@ def _copy_ahead(reads: Iterator[Micro], device: torch.device) -> Iterator[Micro]
         yield _arrived(*ahead)
 
 
-def _arrived(read: Micro, copied: torch.cuda.Event) -> Micro:
+def _arrived(read: MicroBatch, copied: torch.cuda.Event) -> MicroBatch:
     computing = torch.cuda.current_stream()
     computing.wait_event(copied)
     for tensor in (read.images, read.labels):

@@ -19,7 +19,7 @@ _WHETHER, _WHICH, _SHARE, _DOWN, _ACROSS = 10, 11, 12, 13, 14
 _QUANTILES = 2**16
 
 
-class Mix(NamedTuple):
+class MixParams(NamedTuple):
     """How a batch is mixed, on the CPU.
 
     Attributes:
@@ -47,7 +47,7 @@ class Mix(NamedTuple):
         return targets_BK * share_B1 + neighbours(targets_BK) * (1 - share_B1)
 
 
-class Mixing:
+class MixupCutmix:
     """Mix each image with the other one of its pair: the two at positions 2i and 2i + 1 of the training order.
 
     Micro batches are of even size and start at even positions, so a pair is never divided, and what an image is mixed
@@ -72,7 +72,7 @@ class Mixing:
             None if alpha is None else beta_quantiles(alpha) for alpha in (config.mixup, config.cutmix)
         )
 
-    def draw(self, batch: Batch) -> Mix:
+    def draw(self, batch: Batch) -> MixParams:
         """How this batch is mixed."""
         ids, epochs, occurrences = (column.unsqueeze(1) for column in batch.key_columns())
         purposes = torch.tensor([_WHETHER, _WHICH, _SHARE, _DOWN, _ACROSS])
@@ -88,7 +88,7 @@ class Mixing:
         area_B = (boxes.bottom - boxes.top) * (boxes.right - boxes.left)
         # At the edge a part of the box is lost; the labels' shares are those of the pixels that are left.
         left_B = 1 - area_B / (self.height * self.width)
-        return Mix(left_B.where(cut_B, own_B), boxes, cut_B)
+        return MixParams(left_B.where(cut_B, own_B), boxes, cut_B)
 
     def _boxes(self, own_B: Tensor, down_B: Tensor, across_B: Tensor) -> Boxes:
         """Boxes of the image's proportions and the neighbour's share of its area, their centres anywhere."""

@@ -6,19 +6,19 @@ from pathlib import Path
 from megavit.data.config import DataConfig
 from megavit.data.digits import Digits
 from megavit.data.folder import open_folder, open_images
-from megavit.data.listed import open_listed
+from megavit.data.listed import open_csv
 from megavit.data.rows import open_arrow, open_hub, open_parquet
 from megavit.data.source import Source
 from megavit.data.subset import choose
 from megavit.data.synthetic import Synthetic
 from megavit.data.tars import open_tars
 from megavit.errors import ConfigError
-from megavit.extension import by_name, is_name
+from megavit.extension import import_plugin, is_plugin
 
 _SOURCES: dict[str, Callable[[DataConfig, str], Source]] = {
     "digits": lambda config, split: Digits(split),
     "synthetic": Synthetic,
-    "csv": open_listed,
+    "csv": open_csv,
     "parquet": open_parquet,
     "arrow": open_arrow,
     "hub": open_hub,
@@ -46,7 +46,7 @@ def open_source(config: DataConfig, split: str, *, index: Path | None = None) ->
     if config.source in _INDEXED:
         source = _INDEXED[config.source](config, split, index)
     else:
-        source = _own(config, split) if is_name(config.source) else _SOURCES[config.source](config, split)
+        source = _own(config, split) if is_plugin(config.source) else _SOURCES[config.source](config, split)
     if source.image_shape is not None:
         _refuse_other_images(source.image_shape, config)
     return choose(source, config, split)
@@ -81,7 +81,7 @@ def prepare_index(config: DataConfig, index: Path) -> None:
 
 def _own(config: DataConfig, split: str) -> Source:
     """A user's source, held to what `Source` asks for."""
-    source = by_name(config.source, "data.source")(config, split)
+    source = import_plugin(config.source, "data.source")(config, split)
     label = "labels" if config.multi_label else "label"
     missing = [name for name in ("classes", "image_shape", "__len__", "image", label) if not hasattr(source, name)]
     if missing:

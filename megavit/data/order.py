@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megavit.data.bijection import Bijection
+from megavit.data.bijection import FeistelPermutation
 from megavit.parallel.rng import hash_int64
 
 # Positions looked up at once.
@@ -27,7 +27,7 @@ class SampleKey:
     occurrence: int = 0
 
 
-class SampleOrder:
+class DeterministicSampler:
     """The endless sequence of training samples: one permutation per epoch, end to end.
 
     Position q is the (q mod n)-th of epoch q div n, whatever the batch size, the number of ranks or of workers; so
@@ -81,7 +81,7 @@ class SampleOrder:
         epochs, within = np.divmod(positions, self.epoch_length)
         for epoch in np.unique(epochs).tolist():
             places, repeat = self._take_turns(within[epochs == epoch])
-            chosen = Bijection(self._num_chosen, key=(self.seed, epoch))(places)
+            chosen = FeistelPermutation(self._num_chosen, key=(self.seed, epoch))(places)
             sample_ids, occurrence = self._balance(chosen, epoch)
             occurrences = occurrence * self.repeats + repeat
             views = zip(sample_ids.tolist(), occurrences.tolist(), strict=True)

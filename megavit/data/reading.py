@@ -18,7 +18,7 @@ from megavit.data.order import SampleKey
 from megavit.data.resize import named_if_too_large
 from megavit.data.source import Source, all_labels, label_set, name_of, open_sample
 from megavit.data.transforms import draw_shifts, shift_image
-from megavit.data.views import View
+from megavit.data.views import ImageTransform
 from megavit.errors import ConfigError
 from megavit.parallel.rng import hash_int64
 
@@ -34,7 +34,7 @@ _TIMED_OUT, _DIED = "DataLoader timed out", "DataLoader worker (pid"
 
 
 @dataclass(frozen=True)
-class Needs:
+class RequiredFields:
     """What this rank's pipeline stage reads of a batch."""
 
     images: bool
@@ -57,7 +57,7 @@ class BadSample:
 
 
 @dataclass(frozen=True)
-class Micro:
+class MicroBatch:
     """A micro batch as it was read.
 
     Attributes:
@@ -70,13 +70,13 @@ class Micro:
     labels: Tensor | None
     bad: list[BadSample]
 
-    def pin_memory(self) -> "Micro":
+    def pin_memory(self) -> "MicroBatch":
         """The same in memory that a GPU copies from by itself; DataLoader asks for it."""
         images, labels = (None if tensor is None else tensor.pin_memory() for tensor in (self.images, self.labels))
         return replace(self, images=images, labels=labels)
 
 
-class Samples(Dataset[Micro]):
+class SampleDataset(Dataset[MicroBatch]):
     """What DataLoader asks for micro batches.
 
     Args:
@@ -87,14 +87,14 @@ class Samples(Dataset[Micro]):
         augment: look at them at random, or alike always.
     """
 
-    def __init__(self, source: Source, config: DataConfig, needs: Needs, *, seed: int, augment: bool) -> None:
+    def __init__(self, source: Source, config: DataConfig, needs: RequiredFields, *, seed: int, augment: bool) -> None:
         self.source, self.config, self.needs, self.seed, self.augment = source, config, needs, seed, augment
-        self.view = View(config, augment=augment)
+        self.view = ImageTransform(config, augment=augment)
         self._labels: np.ndarray | None = None
         # Which sample each worker is at, for whoever asks after its end; −1 for none.
         self.at = torch.full((max(1, config.workers),), -1, dtype=torch.int64).share_memory_()
 
-    def __getitems__(self, keys: list[SampleKey]) -> Micro | ConfigError:
+    def __getitems__(self, keys: list[SampleKey]) -> MicroBatch | ConfigError:
         """Read a micro batch, called by DataLoader.
 
         A user's error comes back as a value: raised in a worker, DataLoader would bury its message in a traceback.
@@ -104,12 +104,12 @@ class Samples(Dataset[Micro]):
         except ConfigError as error:
             return error
 
-    def _read(self, keys: list[SampleKey]) -> Micro:
+    def _read(self, keys: list[SampleKey]) -> MicroBatch:
         labels = None
         if self.needs.labels:
             labels = self._labels_of(keys)
         if not self.needs.images:
-            return Micro(None, labels, [])
+            return MicroBatch(None, labels, [])
         bad: list[BadSample] = []
         # Draws are made for all of the micro batch at once. Images are read one by one: as they were taken, the memory
         # may not hold them together.
@@ -120,7 +120,7 @@ class Samples(Dataset[Micro]):
             shifts = draw_shifts(keys, pixels=self.config.shift, seed=self.seed)
             images = [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]
         # Not torch.stack: in a worker this writes into memory that is shared, which else is one more copy.
-        return Micro(default_collate(images), labels, bad)
+        return MicroBatch(default_collate(images), labels, bad)
 
     def _labels_of(self, keys: list[SampleKey]) -> Tensor:
         """int64 labels_B; or uint8 labels_BK, 1 for each of an image's labels, where it may have several."""
@@ -192,7 +192,7 @@ class Samples(Dataset[Micro]):
         return image.ndim == 3 and image.shape[0] == self.config.channels and image.dtype == torch.uint8
 
 
-def read_ahead(samples: Samples, batches: Iterator[list[SampleKey]], *, pins: bool) -> Iterator[Micro]:
+def prefetch(samples: SampleDataset, batches: Iterator[list[SampleKey]], *, pins: bool) -> Iterator[MicroBatch]:
     """Read micro batches in order, in `data.workers` processes beside this one.
 
     Args:
@@ -231,7 +231,7 @@ def read_ahead(samples: Samples, batches: Iterator[list[SampleKey]], *, pins: bo
         yield read
 
 
-def _next(reads: Iterator[Micro | ConfigError], samples: Samples) -> Micro | ConfigError:
+def _next(reads: Iterator[MicroBatch | ConfigError], samples: SampleDataset) -> MicroBatch | ConfigError:
     """Wait for the next micro batch, looking now and then whether all workers live."""
     started = time.monotonic()
     while True:
@@ -252,7 +252,7 @@ def _next(reads: Iterator[Micro | ConfigError], samples: Samples) -> Micro | Con
             ) from error
 
 
-def _tells_of_a_dead_worker(error: Exception, samples: Samples) -> bool:
+def _tells_of_a_dead_worker(error: Exception, samples: SampleDataset) -> bool:
     if _DIED in str(error):
         return True
     # What it had read before lies in its memory, and cannot be fetched any more. An error of the source in a worker
@@ -260,5 +260,5 @@ def _tells_of_a_dead_worker(error: Exception, samples: Samples) -> bool:
     return samples.config.workers > 0 and not isinstance(error, RuntimeError) and "Caught " not in str(error)
 
 
-def _as_it_is(read: Micro | ConfigError) -> Micro | ConfigError:
+def _as_it_is(read: MicroBatch | ConfigError) -> MicroBatch | ConfigError:
     return read

@@ -18,7 +18,7 @@ from megavit.errors import ConfigError
 from megavit.output import DISK_ERRORS
 
 
-class Rows:
+class HfDatasetSource:
     """One split of tables with a column of images and, unless nothing is labelled, one of labels.
 
     Args:
@@ -106,7 +106,7 @@ class Rows:
         return f"{self._where}, row {self._part[index]}"
 
 
-def open_parquet(config: DataConfig, split: str) -> Rows:
+def open_parquet(config: DataConfig, split: str) -> HfDatasetSource:
     """One split of a folder of parquet files, told by their names, or of one file with a share to validate on.
 
     Raises:
@@ -114,10 +114,10 @@ def open_parquet(config: DataConfig, split: str) -> Rows:
     """
     assert config.path is not None
     files = _files_by_split(Path(config.path))
-    return Rows({part: _read_parquet(some) for part, some in files.items()}, config, split)
+    return HfDatasetSource({part: _read_parquet(some) for part, some in files.items()}, config, split)
 
 
-def open_arrow(config: DataConfig, split: str) -> Rows:
+def open_arrow(config: DataConfig, split: str) -> HfDatasetSource:
     """One split of a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` has left.
 
     Raises:
@@ -132,10 +132,10 @@ def open_arrow(config: DataConfig, split: str) -> Rows:
         raise ConfigError(
             f"data.path={config.path} cannot be read as a folder left by datasets' save_to_disk: {error}"
         ) from error
-    return Rows(_by_part(loaded, str(config.path)), config, split)
+    return HfDatasetSource(_by_part(loaded, str(config.path)), config, split)
 
 
-def open_hub(config: DataConfig, split: str) -> Rows:
+def open_hub(config: DataConfig, split: str) -> HfDatasetSource:
     """One split of a dataset of the Hugging Face hub, by its id; downloaded once, then read from the hub's cache.
 
     Raises:
@@ -154,7 +154,7 @@ def open_hub(config: DataConfig, split: str) -> Rows:
             f"data.path={config.path} cannot be had from the Hugging Face hub: {first}. data=hub takes an id "
             f"such as ORG/NAME; files on this machine are data=parquet or arrow"
         ) from error
-    return Rows(_by_part(loaded, str(config.path)), config, split)
+    return HfDatasetSource(_by_part(loaded, str(config.path)), config, split)
 
 
 def _by_part(loaded: Any, where: str) -> dict[str, Any]:

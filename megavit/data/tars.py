@@ -12,7 +12,7 @@ from megavit.data import remote
 from megavit.data.config import DataConfig
 from megavit.data.decode import Jpeg, decode_image, open_image
 from megavit.data.files import as_bytes
-from megavit.data.index import Index, kept_or_built
+from megavit.data.index import Index, load_or_build
 from megavit.data.shards import Shard, ShardReader, beside, find_shards, look_at, open_shard
 from megavit.data.split import split_indices
 from megavit.data.tar_index import Placed, read_headers
@@ -26,7 +26,7 @@ _CLASSES_FILE = "classes.txt"
 _THREADS = 16
 
 
-class TarImages:
+class WebDatasetSource:
     """Some of the images in tar shards.
 
     Args:
@@ -84,7 +84,7 @@ class TarImages:
         return f"{printable(shard.path)}, {printable(bytes(self._columns['names'][place]))}"
 
 
-def open_tars(config: DataConfig, split: str, index: Path | None = None) -> TarImages:
+def open_tars(config: DataConfig, split: str, index: Path | None = None) -> WebDatasetSource:
     """One split of tar shards: those in PATH/train/ and PATH/val/, or told by their names, or one set with a share to
     validate on. PATH is a folder, a tar or a text file with a tar a line, each also as a URL.
 
@@ -123,14 +123,14 @@ def open_tars(config: DataConfig, split: str, index: Path | None = None) -> TarI
         raise ConfigError(f"{config.path}: the {part} set {told}, and there are {len(names)} classes")
     share = split_indices(labels.clip(0), config.val_fraction, split, where=config.path) if own == "all" else None
     shards, listing = opened[own]
-    return TarImages(shards, listing, classes=names, channels=config.channels, part=share)
+    return WebDatasetSource(shards, listing, classes=names, channels=config.channels, part=share)
 
 
 def _open_part(paths: list[str], name: str, folder: Path | None) -> tuple[list[Shard], Index]:
     shards = look_at(paths)
     about = {"source": "tar", "shards": [list(astuple(shard)) for shard in shards]}
     is_settled = all(shard.version is not None for shard in shards)
-    return shards, kept_or_built(
+    return shards, load_or_build(
         folder,
         name,
         fits=lambda kept: is_settled and kept == about,

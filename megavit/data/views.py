@@ -15,14 +15,14 @@ from megavit.data.decode import Box, Jpeg
 from megavit.data.order import SampleKey
 from megavit.data.resize import center_box, eval_frame, named_if_too_large, resize, resize_part
 from megavit.errors import ConfigError
-from megavit.extension import by_name
+from megavit.extension import import_plugin
 from megavit.parallel.rng import hash_int64
 
 # What the draws are for (see transforms.py).
 _VIEW = 3
 
 
-class View:
+class ImageTransform:
     """An image as the network sees it, uint8.
 
     Args:
@@ -129,7 +129,7 @@ class _Own:
     """A user's transform, held to what it promises."""
 
     def __init__(self, name: str) -> None:
-        self._name, self._transform = name, by_name(name, "data.transform")
+        self._name, self._transform = name, import_plugin(name, "data.transform")
         if isinstance(self._transform, type):
             self._transform = self._transform()
         if not callable(self._transform):

@@ -19,7 +19,7 @@ _THREADS = 16
 
 
 @dataclass(frozen=True)
-class Walked:
+class DirListing:
     """One folder, as it was found.
 
     Attributes:
@@ -33,7 +33,7 @@ class Walked:
     images: list[str]
 
 
-def walk_images(root: Path, *, start: Sequence[str] = ("",)) -> Iterator[Walked]:
+def list_images(root: Path, *, start: Sequence[str] = ("",)) -> Iterator[DirListing]:
     """List folders and the folders within, hidden ones left away, in no order.
 
     Links are followed, but for one that leads back to a folder it lies in.
@@ -58,7 +58,7 @@ def walk_images(root: Path, *, start: Sequence[str] = ("",)) -> Iterator[Walked]
 
 def _list_folder(
     root: Path, path: str, above: frozenset[str]
-) -> tuple[Walked | None, list[tuple[str, frozenset[str]]]]:
+) -> tuple[DirListing | None, list[tuple[str, frozenset[str]]]]:
     """One folder, and the folders in it with the true paths of those that they lie in."""
     folder = os.path.join(root, path)
     images, within = [], []
@@ -78,7 +78,7 @@ def _list_folder(
                     images.append(name)
     except OSError as error:
         raise ConfigError(f"{printable(folder)} cannot be read: {error.strerror}") from error
-    return Walked(path, changed_ns, images), within
+    return DirListing(path, changed_ns, images), within
 
 
 def places_in_order(paths: Sequence[str]) -> list[int]:

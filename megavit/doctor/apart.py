@@ -49,7 +49,7 @@ def run_check(name: str) -> list[Finding]:
         return [Finding(section, name, otherwise, in_a_line(error))]
 
 
-def run_apart(names: list[str], *, patience_s: float = _PATIENCE_S) -> Iterator[Finding]:
+def run_in_subprocess(names: list[str], *, patience_s: float = _PATIENCE_S) -> Iterator[Finding]:
     """Checks in another process, which is started again for those that are left where one of them ended it.
 
     Args:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megavit.checks import whole_number
+from megavit.checks import parse_int
 from megavit.errors import ConfigError
 from megavit.verb_arguments import parse_arguments
 
@@ -57,8 +57,8 @@ def read_arguments(arguments: list[str], *, under_launcher: bool = False) -> Ask
         raise ConfigError(f"run.name={name!r} must be a word without a slash; run.dir takes a path")
     default = _RUNS / name if name is not None else _RUNS
     return Asked(
-        ranks=whole_number("run.ranks", given["run.ranks"]) if "run.ranks" in given else None,
+        ranks=parse_int("run.ranks", given["run.ranks"]) if "run.ranks" in given else None,
         run_dir=Path(given["run.dir"]) if "run.dir" in given else default,
         out=given.get("out"),
-        timeout_s=whole_number("run.timeout_s", given["run.timeout_s"]) if "run.timeout_s" in given else _TIMEOUT_S,
+        timeout_s=parse_int("run.timeout_s", given["run.timeout_s"]) if "run.timeout_s" in given else _TIMEOUT_S,
     )

@@ -20,8 +20,8 @@ from megavit.doctor.arguments import Asked, read_arguments
 from megavit.doctor.disk import check_shared_folder
 from megavit.doctor.finding import Finding, State, in_a_line
 from megavit.errors import ConfigError
-from megavit.importing import quieten_imports
-from megavit.outcome import run_as_rank, shared_store
+from megavit.importing import silence_import_warnings
+from megavit.outcome import run_rank, shared_store
 from megavit.parallel.layout import rank_from_environment, world_size_from_environment
 from megavit.signals import StopRequest
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     """Measure as one of the ranks that a launcher has started; the first prints what was found."""
     stop = StopRequest()
     stop.listen()
-    quieten_imports()
+    silence_import_warnings()
 
     wanted = os.environ.get(FINDINGS)
     asked: Asked | None = None
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
 
         return examine(asked, network=lambda _: findings)
 
-    return run_as_rank(work, check=check, run_dir=lambda: None)
+    return run_rank(work, check=check, run_dir=lambda: None)
 
 
 class _Rank:

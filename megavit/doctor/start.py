@@ -54,7 +54,7 @@ def _across(ranks: int, timeout_s: float) -> list[Finding]:
         file = Path(folder) / "findings.json"
         os.environ[_FINDINGS] = str(file)
         until_s = timeout_s + _BESIDES_S
-        threading.Thread(target=_end_those_left, args=(file, until_s, done), daemon=True).start()
+        threading.Thread(target=_kill_stragglers, args=(file, until_s, done), daemon=True).start()
         code = start_ranks([f"run.timeout_s={timeout_s:g}"], ranks=ranks, module=_RANK)
         done.set()
         found = json.loads(file.read_text()) if file.exists() else []
@@ -72,7 +72,7 @@ def _across(ranks: int, timeout_s: float) -> list[Finding]:
     return [Finding("network", "all-reduce", State.broken, told)]
 
 
-def _end_those_left(file: Path, until_s: float, done: threading.Event) -> None:
+def _kill_stragglers(file: Path, until_s: float, done: threading.Event) -> None:
     """End the ranks that are still there when one has told its findings, or when nobody has in so many seconds."""
     import psutil
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from megavit.doctor.apart import CHECKS, run_apart
+from megavit.doctor.apart import CHECKS, run_in_subprocess
 from megavit.doctor.arguments import Asked, read_arguments
 from megavit.doctor.disk import check_disk
 from megavit.doctor.finding import Finding, State, in_a_line
@@ -50,7 +50,7 @@ def examine(asked: Asked, *, network: Network) -> int:
     file = _open(asked.out)
     report = Report(None if asked.out == "-" else _printer())
     report.add(_guarded("versions", check_versions))
-    for _, findings in itertools.groupby(run_apart(list(CHECKS)), key=lambda finding: finding.section):
+    for _, findings in itertools.groupby(run_in_subprocess(list(CHECKS)), key=lambda finding: finding.section):
         report.add(list(findings))
     report.add(_guarded("disk", lambda: check_disk(asked.run_dir)))
     report.add([*_guarded("settings", check_settings), *_guarded("launchers", check_tools)])

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megavit.checkpoint.foreign import Spelling
+from megavit.checkpoint.foreign import NameMapping
 from megavit.checkpoint.names import TABLE
 from megavit.checks import shown
 from megavit.errors import ConfigError
@@ -22,7 +22,7 @@ _UNUSED = ("pooler.dense.weight", "pooler.dense.bias", "vit.pooler.dense.weight"
 
 
 @dataclass
-class ForeignModel:
+class ExternalModel:
     """A model of another library.
 
     Attributes:
@@ -31,7 +31,7 @@ class ForeignModel:
         channels: of an image.
         classes: names, in the order of the scores; empty of a masked autoencoder or a model without a head.
         files: with its weights.
-        spelling: of the names there.
+        mapping: of the names there.
         pixels: how it sees an image.
         assumed: settings of the model group that its files do not state, each with what was taken, in words.
         notes: for the user, a line each.
@@ -44,7 +44,7 @@ class ForeignModel:
     channels: int
     classes: list[str]
     files: TensorFiles
-    spelling: Spelling
+    mapping: NameMapping
     pixels: Pixels
     assumed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -73,7 +73,7 @@ class ForeignModel:
             ConfigError: if it is not there.
         """
         try:
-            return self.spelling.weight(plain)
+            return self.mapping.weight(plain)
         except KeyError as error:
             raise ConfigError(f"the model has no weight {error}, which {plain} is made of") from error
 
@@ -82,7 +82,7 @@ class ForeignModel:
         fixed = ["decoder_pos_embed"] if self.decoder else []
         if self.model.positions is Positions.sincos:
             fixed.append("pos_embed")
-        used = {name for plain in (*wanted, *fixed) for name in self.spelling.names(plain)}
+        used = {name for plain in (*wanted, *fixed) for name in self.mapping.names(plain)}
         return sorted(name for name in self.files if name not in used and name not in _UNUSED)
 
     def unknown(self) -> list[str]:
@@ -92,11 +92,11 @@ class ForeignModel:
         for row in TABLE:
             count = 1 if "#" not in row.plain else decoder if row.plain.startswith("decoder_") else layers
             known += [row.plain.replace("#", str(layer)) for layer in range(count)]
-        return self.unread(plain for plain in known if self._is_spelled(plain))
+        return self.unread(plain for plain in known if self._is_mapped(plain))
 
-    def _is_spelled(self, plain: str) -> bool:
+    def _is_mapped(self, plain: str) -> bool:
         try:
-            return bool(self.spelling.names(plain))
+            return bool(self.mapping.names(plain))
         except ConfigError:
             # Theirs has no such part at all.
             return False

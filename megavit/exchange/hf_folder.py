@@ -5,13 +5,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.errors import ConfigError
 from megavit.model.config import Head, Pool
 from megavit.task.config import TaskName
 
 
-def refuse_unlike_hf(config: RunConfig) -> None:
+def check_hf_compatible(config: ExperimentConfig) -> None:
     """Raise ConfigError, naming the setting, where Hugging Face's ViT or ViTMAE has no such part."""
     model, mae = config.model, config.task.name is TaskName.mae
     reasons = {
@@ -33,7 +33,7 @@ def refuse_unlike_hf(config: RunConfig) -> None:
         )
 
 
-def hf_config(config: RunConfig, classes: tuple[str, ...], dtype: str) -> dict[str, Any]:
+def hf_config(config: ExperimentConfig, classes: tuple[str, ...], dtype: str) -> dict[str, Any]:
     """The content of `config.json`.
 
     Args:
@@ -79,7 +79,7 @@ def hf_config(config: RunConfig, classes: tuple[str, ...], dtype: str) -> dict[s
     }
 
 
-def hf_preprocessor(config: RunConfig) -> dict[str, Any]:
+def hf_preprocessor(config: ExperimentConfig) -> dict[str, Any]:
     """The content of `preprocessor_config.json`: images as the run evaluated them."""
     data = config.data
     whole = {"height": data.image_size[0], "width": data.image_size[1]}
@@ -102,7 +102,7 @@ def hf_preprocessor(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def model_card(config: RunConfig, checkpoint: Path) -> str:
+def model_card(config: ExperimentConfig, checkpoint: Path) -> str:
     """The content of the folder's `README.md`."""
     state = json.loads((checkpoint / "state.json").read_text())
     results = "\n".join(f"- {name}: {value}" for name, value in state["metrics"].items()) or "- none"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from megavit.errors import ConfigError
-from megavit.exchange.foreign_model import ForeignModel
+from megavit.exchange.foreign_model import ExternalModel
 from megavit.model.config import Positions
 from megavit.model.embedding import sincos_positions
 
@@ -18,12 +18,12 @@ def are_sincos(positions_NH: Tensor, grid: tuple[int, int], *, class_tokens: int
     return torch.allclose(positions_NH.float(), ours_NH, atol=1e-5)
 
 
-def choose_positions(foreign: ForeignModel) -> None:
+def choose_positions(external: ExternalModel) -> None:
     """A masked autoencoder's positions are sine and cosine, or learned; its decoder's must be sine and cosine."""
-    grid, tokens = foreign.model.patch_grid(foreign.image_size), foreign.model.class_tokens
-    if are_sincos(foreign.weight("pos_embed")[0], grid, class_tokens=tokens):
-        foreign.model.positions = Positions.sincos
-    if not are_sincos(foreign.weight("decoder_pos_embed")[0], grid, class_tokens=tokens):
+    grid, tokens = external.model.patch_grid(external.image_size), external.model.class_tokens
+    if are_sincos(external.weight("pos_embed")[0], grid, class_tokens=tokens):
+        external.model.positions = Positions.sincos
+    if not are_sincos(external.weight("decoder_pos_embed")[0], grid, class_tokens=tokens):
         raise ConfigError(
             "the decoder's positions are no sine and cosine of the patches' places, which ours always are"
         )

@@ -5,10 +5,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megavit.checkpoint.foreign import PlainSpelling
+from megavit.checkpoint.foreign import TimmMapping
 from megavit.data.config import Interpolation
 from megavit.errors import ConfigError
-from megavit.exchange.foreign_model import ForeignModel, network_words, usual_heads
+from megavit.exchange.foreign_model import ExternalModel, network_words, usual_heads
 from megavit.exchange.other_architectures import refuse_other_architectures
 from megavit.exchange.pixels import assumed_pixels, imagenet_pixels
 from megavit.exchange.positions import choose_positions
@@ -23,7 +23,7 @@ KINDS = ("hf", "timm", "mae", "nemo")
 _HUB_FILES = ["*.json", "*.safetensors"]
 
 
-def read_foreign(kind: str, path: Path, *, num_heads: int | None, typed: Collection[str] = ()) -> ForeignModel:
+def read_foreign(kind: str, path: Path, *, num_heads: int | None, typed: Collection[str] = ()) -> ExternalModel:
     """Read a model of another library.
 
     Args:
@@ -46,17 +46,17 @@ def read_foreign(kind: str, path: Path, *, num_heads: int | None, typed: Collect
     if kind == "nemo":
         return read_nemo(path, files, num_heads=num_heads)
     stated = read_timm_config(path) if kind == "timm" else None
-    foreign = _read_plain(path, files, num_heads=num_heads, stated=stated)
-    if foreign.decoder or kind == "mae":
+    external = _read_plain(path, files, num_heads=num_heads, stated=stated)
+    if external.decoder or kind == "mae":
         # facebookresearch/mae, util/datasets.py: larger images are not cropped.
-        crop = 0.875 if max(foreign.image_size) <= 224 else 1.0
-        foreign.pixels = imagenet_pixels(foreign.channels, eval_crop=crop)
+        crop = 0.875 if max(external.image_size) <= 224 else 1.0
+        external.pixels = imagenet_pixels(external.channels, eval_crop=crop)
     elif stated is not None:
-        foreign.pixels = stated.pixels(foreign.channels, typed=typed)
-    return foreign
+        external.pixels = stated.pixels(external.channels, typed=typed)
+    return external
 
 
-def _read_plain(path: Path, files: TensorFiles, *, num_heads: int | None, stated: TimmConfig | None) -> ForeignModel:
+def _read_plain(path: Path, files: TensorFiles, *, num_heads: int | None, stated: TimmConfig | None) -> ExternalModel:
     if stated is not None and stated.other_encoder is not None:
         raise ConfigError(
             f"{stated.file}: architecture={stated.architecture} has {stated.other_encoder}, which megavit's network "
@@ -92,30 +92,30 @@ def _read_plain(path: Path, files: TensorFiles, *, num_heads: int | None, stated
         layer_scale=float(scale.flatten()[0].abs().clamp(min=1e-12)) if scale is not None else None,
         norm_eps=stated.norm_eps if stated is not None else 1e-6,
     )
-    foreign = ForeignModel(
+    external = ExternalModel(
         model,
         image_size,
         channels,
         _class_names(path, files, stated),
         files,
-        PlainSpelling(files.read, files, num_patches=num_patches),
+        TimmMapping(files.read, files, num_patches=num_patches),
         assumed_pixels(channels, eval_crop=0.9, interpolation=Interpolation.bicubic),
     )
     if stated is not None:
         words = ", ".join(network_words(model).values())
-        foreign.notes.append(f"{stated.file} states: {stated.architecture}, {words}")
-        foreign.other_pooling = stated.other_pooling
+        external.notes.append(f"{stated.file} states: {stated.architecture}, {words}")
+        external.other_pooling = stated.other_pooling
     else:
-        foreign.assumed = network_words(model)
+        external.assumed = network_words(model)
         if "fc_norm.weight" in files or "decoder_embed.weight" in files:
-            del foreign.assumed["model.pool"]
+            del external.assumed["model.pool"]
         if not prefix and "fc_norm.weight" not in files:
-            foreign.other_pooling = "no class token and no fc_norm"
+            external.other_pooling = "no class token and no fc_norm"
     if "decoder_embed.weight" in files:
-        foreign.decoder, foreign.classes = _decoder(files), []
-        foreign.assumed["task.decoder_num_heads"] = f"{foreign.decoder['decoder_num_heads']} heads in the decoder"
-        choose_positions(foreign)
-    return foreign
+        external.decoder, external.classes = _decoder(files), []
+        external.assumed["task.decoder_num_heads"] = f"{external.decoder['decoder_num_heads']} heads in the decoder"
+        choose_positions(external)
+    return external
 
 
 def _image_size(path: Path, positions: int, *, prefix: int, patch: int, stated: TimmConfig | None) -> list[int]:

@@ -4,9 +4,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megavit.checkpoint.foreign import HfSpelling
+from megavit.checkpoint.foreign import HfMapping
 from megavit.errors import ConfigError
-from megavit.exchange.foreign_model import ForeignModel
+from megavit.exchange.foreign_model import ExternalModel
 from megavit.exchange.hf_processor import read_processor
 from megavit.exchange.json_files import height_width, positive, read_object, square_patch
 from megavit.exchange.positions import choose_positions
@@ -34,7 +34,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def read_hf(path: Path, *, typed: Collection[str]) -> ForeignModel:
+def read_hf(path: Path, *, typed: Collection[str]) -> ExternalModel:
     """See `read_foreign`."""
     if not (path / "config.json").is_file():
         raise ConfigError(f"hf:{path} needs a folder with config.json")
@@ -54,7 +54,7 @@ def read_hf(path: Path, *, typed: Collection[str]) -> ForeignModel:
         raise ConfigError(f"{name}layer_norm_eps={eps!r} must be a number")
     image_size, channels = list(height_width(config["image_size"], f"{name}image_size")), size("num_channels")
     pixels, notes = read_processor(path, image_size=image_size, channels=channels, typed=typed)
-    foreign = ForeignModel(
+    external = ExternalModel(
         ModelConfig(
             hidden_size=size("hidden_size"),
             ffn_size=size("intermediate_size"),
@@ -67,12 +67,12 @@ def read_hf(path: Path, *, typed: Collection[str]) -> ForeignModel:
         channels,
         [],
         files,
-        HfSpelling(files.read, files),
+        HfMapping(files.read, files),
         pixels,
         notes=notes,
     )
     if config["model_type"] == "vit_mae":
-        foreign.decoder = {
+        external.decoder = {
             "decoder_hidden_size": size("decoder_hidden_size"),
             "decoder_ffn_size": size("decoder_intermediate_size"),
             "decoder_num_heads": size("decoder_num_attention_heads"),
@@ -80,10 +80,10 @@ def read_hf(path: Path, *, typed: Collection[str]) -> ForeignModel:
             "mask_ratio": config["mask_ratio"],
             "norm_pix": config["norm_pix_loss"],
         }
-        choose_positions(foreign)
+        choose_positions(external)
     elif "classifier.weight" in files:
-        foreign.classes = _class_names(config.get("id2label"), files.shape("classifier.weight")[0])
-    return foreign
+        external.classes = _class_names(config.get("id2label"), files.shape("classifier.weight")[0])
+    return external
 
 
 def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:

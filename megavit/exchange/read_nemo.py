@@ -3,17 +3,17 @@
 import math
 from pathlib import Path
 
-from megavit.checkpoint.foreign import NemoSpelling
+from megavit.checkpoint.foreign import NemoMapping
 from megavit.checkpoint.names import Dims
 from megavit.checkpoint.nemo import bare
 from megavit.errors import ConfigError
-from megavit.exchange.foreign_model import ForeignModel, usual_heads
+from megavit.exchange.foreign_model import ExternalModel, usual_heads
 from megavit.exchange.pixels import imagenet_pixels
 from megavit.exchange.tensor_files import TensorFiles
 from megavit.model.config import Head, ModelConfig
 
 
-def read_nemo(path: Path, files: TensorFiles, *, num_heads: int | None) -> ForeignModel:
+def read_nemo(path: Path, files: TensorFiles, *, num_heads: int | None) -> ExternalModel:
     """See `read_foreign`."""
     shapes = {bare(name): files.shape(name) for name in files}
     try:
@@ -43,15 +43,15 @@ def read_nemo(path: Path, files: TensorFiles, *, num_heads: int | None) -> Forei
         head=Head.tanh_mlp if two_matrices else Head.linear,
         norm_eps=1e-5,
     )
-    spelling = NemoSpelling(files.read, files, Dims(model.num_heads, patch), two_matrices=two_matrices)
+    mapping = NemoMapping(files.read, files, Dims(model.num_heads, patch), two_matrices=two_matrices)
     scores = shapes.get("head.dense_out.weight" if two_matrices else "head.weight", (0,))[0]
-    return ForeignModel(
+    return ExternalModel(
         model,
         [side * patch] * 2,
         3,
         [str(index) for index in range(scores)],
         files,
-        spelling,
+        mapping,
         imagenet_pixels(3, eval_crop=None),
         assumed={"model.num_heads": f"{model.num_heads} heads"},
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 
 # Width, layers, heads: timm's name, and the patches that it has in this size. `vit_base_patch16_224` takes any other
 # size as arguments.
@@ -22,7 +22,7 @@ _NAMES = {
 TIMM_NORM_EPS = 1e-6
 
 
-def timm_config(config: RunConfig, classes: tuple[str, ...], weights: dict[str, Tensor]) -> dict[str, Any]:
+def timm_config(config: ExperimentConfig, classes: tuple[str, ...], weights: dict[str, Tensor]) -> dict[str, Any]:
     """The content of `config.json`: the network, and images as the run evaluated them.
 
     Args:
@@ -75,7 +75,7 @@ def timm_config(config: RunConfig, classes: tuple[str, ...], weights: dict[str, 
     }
 
 
-def _name(config: RunConfig) -> str:
+def _name(config: ExperimentConfig) -> str:
     model = config.model
     name, patches = _NAMES.get((model.hidden_size, model.num_layers, model.num_heads), ("", ()))
     return f"vit_{name}_patch{model.patch_size}_224" if model.patch_size in patches else "vit_base_patch16_224"

@@ -12,7 +12,7 @@ from torch import Tensor
 from megavit.checkpoint.foreign import split_prefix, to_hf
 from megavit.checkpoint.names import Dims
 from megavit.checkpoint.nemo import PREFIX, nemo_row
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.errors import ConfigError
 from megavit.exchange.timm_config import timm_config
 from megavit.model.config import Pool, Positions
@@ -30,7 +30,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     path.chmod(mode)
 
 
-def write_timm(path: Path, plain: dict[str, Tensor], config: RunConfig, classes: tuple[str, ...]) -> None:
+def write_timm(path: Path, plain: dict[str, Tensor], config: ExperimentConfig, classes: tuple[str, ...]) -> None:
     """Write one .safetensors file that `timm.create_model(…, checkpoint_path=…)` reads, and timm's config.json beside.
 
     Args:

@@ -98,11 +98,11 @@ def _leave_the_start_out(axes: "Axes", points: list[tuple[int, float]]) -> None:
     axes.set_ylim(low - margin, high + margin)
 
 
-def draw_panels(panels: Tensor, *, titles: tuple[str, ...], path: Path) -> np.ndarray:
+def plot_image_grid(image_grid: Tensor, *, titles: tuple[str, ...], path: Path) -> np.ndarray:
     """Draw a titled row per panel and a column per image into a PNG.
 
     Args:
-        panels: uint8 [image, panel, channel, row, column]; images of other than 3 channels show their first, in grey.
+        image_grid: uint8 [image, panel, channel, row, column]; unless there are 3 channels, the first is shown in grey.
         titles: of the rows.
         path: where to write.
 
@@ -112,12 +112,12 @@ def draw_panels(panels: Tensor, *, titles: tuple[str, ...], path: Path) -> np.nd
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns, rows, channels, height, width = panels.shape
+    columns, rows, channels, height, width = image_grid.shape
     side = 1.15
     figure = Figure(figsize=(side * columns + 0.3, side * rows * height / width), layout="constrained", dpi=110)
     canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False)
-    images = panels.permute(0, 1, 3, 4, 2).cpu().numpy()
+    images = image_grid.permute(0, 1, 3, 4, 2).cpu().numpy()
     for row in range(rows):
         for column in range(columns):
             image, axes = images[column, row], grid[row][column]

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 from megavit.metrics.config import MetricsConfig
-from megavit.metrics.pictures import draw_panels
+from megavit.metrics.pictures import plot_image_grid
 from megavit.metrics.wandb import WandbRun
 
 _SHOWN = {
@@ -59,13 +59,13 @@ class _Clock:
         return f"{hours}:{minutes:02}:{seconds:02} left"
 
 
-class Reporter:
+class MetricLogger:
     """Console and files of one run; on every rank but 0 it is silent.
 
     Args:
         config: the metrics group.
         run_dir: the run's folder.
-        speaks: whether this rank is the one that does.
+        is_main: whether this rank is the one that does.
         name: of the run.
         settings: the resolved configuration, for services that keep it.
         first_step: steps done before this process.
@@ -77,13 +77,13 @@ class Reporter:
         config: MetricsConfig,
         run_dir: Path,
         *,
-        speaks: bool,
+        is_main: bool,
         name: str,
         settings: dict[str, Any],
         first_step: int,
         num_steps: int,
     ) -> None:
-        self._speaks, self._run_dir = speaks, run_dir
+        self._speaks, self._run_dir = is_main, run_dir
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._clock = _Clock(first_step, num_steps)
@@ -91,7 +91,7 @@ class Reporter:
         self._wandb: WandbRun | None = None
         self._lines: TextIO | None = None
         self._log: TextIO | None = None
-        if not speaks:
+        if not is_main:
             return
         self.console = Console(soft_wrap=True, highlight=False)
         self._lines = _append_to(run_dir / "metrics.jsonl")
@@ -114,7 +114,7 @@ class Reporter:
             )
             self._task = self._progress.add_task("", completed=first_step, total=num_steps, left="")
 
-    def __enter__(self) -> "Reporter":
+    def __enter__(self) -> "MetricLogger":
         if self._progress is not None:
             self._progress.start()
         return self
@@ -175,19 +175,19 @@ class Reporter:
         else:
             self.say(f"step {step}  {_CALLED[split]}{shown}")
 
-    def show(self, step: int, split: str, panels: Tensor, *, titles: tuple[str, ...]) -> None:
+    def show(self, step: int, split: str, image_grid: Tensor, *, titles: tuple[str, ...]) -> None:
         """Write a picture into `pictures/` and TensorBoard.
 
         Args:
             step: optimizer steps done.
             split: `train` or `val`.
-            panels: uint8 [image, panel, channel, row, column].
+            image_grid: uint8 [image, panel, channel, row, column].
             titles: of the panels.
         """
         if not self._speaks:
             return
         path = self._run_dir / "pictures" / f"{split}_{step:08d}.png"
-        picture = draw_panels(panels, titles=titles, path=path)
+        picture = plot_image_grid(image_grid, titles=titles, path=path)
         if self._tensorboard is not None:
             self._tensorboard.add_image(f"{split}/pictures", picture, step, dataformats="HWC")
         if self._wandb is not None:

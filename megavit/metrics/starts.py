@@ -13,7 +13,7 @@ from typing import Any
 _PACKAGES = ("megavit", "torch", "megatron-core", "torchvision", "numpy", "flash-attn", "transformer-engine", "apex")
 
 
-def record_start(run_dir: Path, *, layout: str, step: int) -> None:
+def record_launch(run_dir: Path, *, layout: str, step: int) -> None:
     """Add a line; one rank calls this.
 
     Args:

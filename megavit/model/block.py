@@ -75,7 +75,7 @@ def transformer_config(
 
 def encoder_block(
     config: ModelConfig,
-    block: TransformerConfig,
+    mcore_config: TransformerConfig,
     layout: ParallelLayout,
     *,
     num_layers: int,
@@ -89,7 +89,7 @@ def encoder_block(
 
     Args:
         config: the model group, or one like it for a decoder.
-        block: from `transformer_config`, of the same sizes.
+        mcore_config: from `transformer_config`, of the same sizes.
         layout: this rank's place.
         num_layers: layers of this stage.
         recompute: what the backward pass computes again.
@@ -99,7 +99,7 @@ def encoder_block(
         vp_stage: virtual pipeline stage.
     """
     column, row = parallel_linears(config.linears, device=layout.device)
-    kernel = attention_kernel(config.attention, block, layout.groups, device=layout.device)
+    kernel = attention_kernel(config.attention, mcore_config, layout.groups, device=layout.device)
     spec = encoder_layer_spec(
         EncoderLayerSubmodules(column=column, row=row, kernel=kernel),
         drop_path=config.drop_path,
@@ -107,7 +107,7 @@ def encoder_block(
         recompute_selectively=recompute is Recompute.selective,
     )
     return TransformerBlock(
-        block,
+        mcore_config,
         TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=LayerNorm),
         post_layer_norm=final_norm,
         pre_process=pre_process,

@@ -69,14 +69,14 @@ def resize_positions(
     return torch.cat([tokens, resized.permute(2, 3, 0, 1).flatten(0, 1)])
 
 
-def not_decayed(value: Tensor) -> torch.nn.Parameter:
+def no_weight_decay(value: Tensor) -> torch.nn.Parameter:
     """A parameter that weight decay leaves alone, though it is no vector."""
     parameter = torch.nn.Parameter(value)
     parameter.no_decay = True  # type: ignore[attr-defined]
     return parameter
 
 
-class PatchEmbedding(torch.nn.Module):
+class PatchEmbed(torch.nn.Module):
     """Patches through one matrix, class tokens in front, positions added; whole on every tensor-parallel rank.
 
     Args:
@@ -97,32 +97,32 @@ class PatchEmbedding(torch.nn.Module):
         self.proj = torch.nn.Linear(patch_values, hidden, bias=config.patch_bias, dtype=dtype)
         self.cls_token: torch.nn.Parameter | None = None
         if config.class_tokens:
-            self.cls_token = not_decayed(torch.zeros(config.class_tokens, 1, hidden, dtype=dtype))
+            self.cls_token = no_weight_decay(torch.zeros(config.class_tokens, 1, hidden, dtype=dtype))
         num_tokens = config.num_tokens(image_size)
         if config.positions is Positions.learned:
-            self.pos_embed = not_decayed(torch.zeros(num_tokens, 1, hidden, dtype=dtype))
+            self.pos_embed = no_weight_decay(torch.zeros(num_tokens, 1, hidden, dtype=dtype))
         else:
             fixed = sincos_positions(config.patch_grid(image_size), hidden, class_tokens=config.class_tokens)
             self.register_buffer("pos_embed", fixed.unsqueeze(1).to(dtype), persistent=False)
 
-    def forward(self, patches_BPV: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+    def forward(self, patches_BPV: Tensor, ids_keep_BK: Tensor | None = None) -> Tensor:
         """Map normalised images to tokens_BNH.
 
         Args:
             patches_BPV: the images, as `patchify` cuts them.
-            keep_BK: int64, the patches to embed, in the order of their tokens; None for all.
+            ids_keep_BK: int64, the patches to embed, in the order of their tokens; None for all.
         """
-        if keep_BK is not None:
-            patches_BPV = patches_BPV.take_along_dim(keep_BK.unsqueeze(2), dim=1)
-        positions_BNH = self.pos_embed.transpose(0, 1) if keep_BK is None else self._positions_of(keep_BK)
+        if ids_keep_BK is not None:
+            patches_BPV = patches_BPV.take_along_dim(ids_keep_BK.unsqueeze(2), dim=1)
+        positions_BNH = self.pos_embed.transpose(0, 1) if ids_keep_BK is None else self._positions_of(ids_keep_BK)
         tokens_BNH = self.proj(patches_BPV.to(self.proj.weight.dtype))
         if self.cls_token is not None:
             classes = self.cls_token.transpose(0, 1).expand(tokens_BNH.shape[0], -1, -1)
             tokens_BNH = torch.cat([classes, tokens_BNH], dim=1)
         return F.dropout(tokens_BNH + positions_BNH, self.dropout, training=self.training)
 
-    def _positions_of(self, keep_BK: Tensor) -> Tensor:
+    def _positions_of(self, ids_keep_BK: Tensor) -> Tensor:
         """The positions_BNH of the class tokens and of each image's kept patches."""
-        patches = self.pos_embed[self.class_tokens :, 0][keep_BK]
+        patches = self.pos_embed[self.class_tokens :, 0][ids_keep_BK]
         classes = self.pos_embed[: self.class_tokens].transpose(0, 1).expand(patches.shape[0], -1, -1)
         return torch.cat([classes, patches], dim=1)

@@ -72,7 +72,7 @@ class ClassifierHead(torch.nn.Module):
 
     Args:
         config: the model group.
-        block: Megatron-Core's configuration, for dtype and epsilon.
+        mcore_config: Megatron-Core's configuration, for dtype and epsilon.
         num_classes: K.
         feature_norm: what features pass before the last matrix, if anything.
     """
@@ -81,16 +81,16 @@ class ClassifierHead(torch.nn.Module):
         self,
         config: ModelConfig,
         *,
-        block: TransformerConfig,
+        mcore_config: TransformerConfig,
         num_classes: int,
         feature_norm: FeatureNorm | None = None,
     ) -> None:
         super().__init__()
         self.class_tokens = config.class_tokens
-        hidden, dtype = config.hidden_size, block.params_dtype
+        hidden, dtype = config.hidden_size, mcore_config.params_dtype
         self.fc_norm: LayerNorm | None = None
         if config.pool is Pool.mean:
-            self.fc_norm = LayerNorm(block, hidden, config.norm_eps, splits_tokens=False)
+            self.fc_norm = LayerNorm(mcore_config, hidden, config.norm_eps, splits_tokens=False)
         self.pre: torch.nn.Linear | None = None
         if config.head is Head.tanh_mlp:
             self.pre = torch.nn.Linear(hidden, hidden, dtype=dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megavit.model.block import encoder_block, transformer_config
 from megavit.model.config import ModelConfig
-from megavit.model.embedding import not_decayed, sincos_positions
+from megavit.model.embedding import no_weight_decay, sincos_positions
 from megavit.model.vit import EncoderStage, Stage
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
@@ -24,7 +24,7 @@ class MaskedAutoencoder(EncoderStage):
     Args:
         config: the model group.
         decoder: one like it, with the decoder's sizes.
-        block: Megatron-Core's configuration of the encoder.
+        mcore_config: Megatron-Core's configuration of the encoder.
         layout: this rank's place.
         parallel: the parallel group, for the decoder's recompute.
         stage: which part of the encoder.
@@ -37,17 +37,22 @@ class MaskedAutoencoder(EncoderStage):
         config: ModelConfig,
         decoder: ModelConfig,
         *,
-        block: TransformerConfig,
+        mcore_config: TransformerConfig,
         layout: ParallelLayout,
         parallel: ParallelConfig,
         stage: Stage,
     ) -> None:
-        super().__init__(config, block=block, layout=layout, stage=stage, final_norm=True)
+        super().__init__(config, mcore_config=mcore_config, layout=layout, stage=stage, final_norm=True)
         # Not `decoder`: Megatron-Core takes a chunk's attribute of that name for its own TransformerBlock (0.16.1).
         self.mae_decoder: Decoder | None = None
         if self.post_process:
             self.mae_decoder = Decoder(
-                decoder, layout=layout, parallel=parallel, stage=stage, entering=config.hidden_size, block=block
+                decoder,
+                layout=layout,
+                parallel=parallel,
+                stage=stage,
+                entering=config.hidden_size,
+                mcore_config=mcore_config,
             )
 
     def compile_layers(self) -> None:
@@ -57,22 +62,22 @@ class MaskedAutoencoder(EncoderStage):
             for layer in self.mae_decoder.blocks.layers:
                 layer.compile_layer()
 
-    def forward(self, patches_BPV: Tensor | None, keep_BK: Tensor | None) -> Tensor:
+    def forward(self, patches_BPV: Tensor | None, ids_keep_BK: Tensor | None) -> Tensor:
         """Map normalised images to the pixels the decoder believes in.
 
         Args:
             patches_BPV: the images, as `patchify` cuts them, on the first stage; other stages read what
                 `set_input_tensor` got.
-            keep_BK: int64, ascending, the patches the encoder sees; on the first and on the last stage.
+            ids_keep_BK: int64, ascending, the patches the encoder sees; on the first and on the last stage.
 
         Returns:
             pixels_BPV of every patch, in the target's space, on the last stage; tokens_BNH elsewhere.
         """
-        tokens_BMH = self.encode(patches_BPV, keep_BK)
+        tokens_BMH = self.encode(patches_BPV, ids_keep_BK)
         if self.mae_decoder is None:
             return tokens_BMH
-        assert keep_BK is not None
-        return self.mae_decoder(tokens_BMH, keep_BK)
+        assert ids_keep_BK is not None
+        return self.mae_decoder(tokens_BMH, ids_keep_BK)
 
 
 class Decoder(MegatronModule):
@@ -87,7 +92,7 @@ class Decoder(MegatronModule):
         parallel: the parallel group.
         stage: for the images' size.
         entering: width of the encoder's tokens.
-        block: Megatron-Core's configuration of the encoder, for its number format.
+        mcore_config: Megatron-Core's configuration of the encoder, for its number format.
     """
 
     def __init__(
@@ -98,17 +103,17 @@ class Decoder(MegatronModule):
         parallel: ParallelConfig,
         stage: Stage,
         entering: int,
-        block: TransformerConfig,
+        mcore_config: TransformerConfig,
     ) -> None:
         own_layout = layout.on_one_stage()
         own_parallel = replace(parallel, recompute_method=None, recompute_layers=None, pp=1, vpp=1, overlap_p2p=False)
         own_block = transformer_config(
-            config, own_parallel, own_layout, stages=[config.num_layers], dtype=block.params_dtype
+            config, own_parallel, own_layout, stages=[config.num_layers], dtype=mcore_config.params_dtype
         )
         super().__init__(own_block)
-        hidden, dtype, self.class_tokens = config.hidden_size, block.params_dtype, config.class_tokens
+        hidden, dtype, self.class_tokens = config.hidden_size, mcore_config.params_dtype, config.class_tokens
         self.embed = torch.nn.Linear(entering, hidden, dtype=dtype)
-        self.mask_token = not_decayed(torch.zeros(1, 1, hidden, dtype=dtype))
+        self.mask_token = no_weight_decay(torch.zeros(1, 1, hidden, dtype=dtype))
         positions = sincos_positions(config.patch_grid(stage.image_size), hidden, class_tokens=config.class_tokens)
         self.register_buffer("pos_embed", positions.unsqueeze(0).to(dtype), persistent=False)
         self.blocks = encoder_block(
@@ -121,12 +126,12 @@ class Decoder(MegatronModule):
         )
         self.pred = torch.nn.Linear(hidden, stage.channels * config.patch_size**2, dtype=dtype)
 
-    def forward(self, tokens_BMH: Tensor, keep_BK: Tensor) -> Tensor:
+    def forward(self, tokens_BMH: Tensor, ids_keep_BK: Tensor) -> Tensor:
         """Predict pixels_BPV, in fp32, of every patch from the encoder's tokens of the kept ones."""
         narrow_BMD = self.embed(tokens_BMH)
         b, (_, n, d) = len(narrow_BMD), self.pos_embed.shape
-        classes = torch.arange(self.class_tokens, device=keep_BK.device).expand(b, -1)
-        places_BM = torch.cat([classes, keep_BK + self.class_tokens], dim=1)
+        classes = torch.arange(self.class_tokens, device=ids_keep_BK.device).expand(b, -1)
+        places_BM = torch.cat([classes, ids_keep_BK + self.class_tokens], dim=1)
         seen_BMD = narrow_BMD + self.pos_embed[0, places_BM]
         # Written once: a mask token everywhere, over which the seen ones go.
         tokens_BND = self.mask_token.expand(b, n, d) + self.pos_embed

@@ -12,7 +12,7 @@ from megavit.model.config import Head, ModelConfig, Pool, Positions
 from megavit.model.embedding import sincos_positions
 
 
-class PlainAttention(nn.Module):
+class TorchAttention(nn.Module):
     """Multi-head self-attention; the rows of `qkv` are all queries, then all keys, then all values."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -42,7 +42,7 @@ class LayerScale(nn.Module):
         return tokens_BNH * self.gamma
 
 
-class PlainMlp(nn.Module):
+class TorchMlp(nn.Module):
     """fc2(gelu(fc1(x)))."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -54,17 +54,17 @@ class PlainMlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(tokens_BNH)))
 
 
-class PlainBlock(nn.Module):
+class TorchBlock(nn.Module):
     """x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden, scale = config.hidden_size, config.layer_scale
         self.norm1 = nn.LayerNorm(hidden, eps=config.norm_eps)
-        self.attn = PlainAttention(config)
+        self.attn = TorchAttention(config)
         self.ls1 = nn.Identity() if scale is None else LayerScale(hidden, scale)
         self.norm2 = nn.LayerNorm(hidden, eps=config.norm_eps)
-        self.mlp = PlainMlp(config)
+        self.mlp = TorchMlp(config)
         self.ls2 = nn.Identity() if scale is None else LayerScale(hidden, scale)
 
     def forward(self, tokens_BNH: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class PlainBlock(nn.Module):
         return tokens_BNH + self.ls2(self.mlp(self.norm2(tokens_BNH)))
 
 
-class PlainPatchEmbed(nn.Module):
+class TorchPatchEmbed(nn.Module):
     """Patches as a strided convolution."""
 
     def __init__(self, config: ModelConfig, channels: int) -> None:
@@ -84,7 +84,7 @@ class PlainPatchEmbed(nn.Module):
         return self.proj(images_BCYX).flatten(2).transpose(1, 2)
 
 
-class PlainViT(nn.Module):
+class TorchViT(nn.Module):
     """The classifier on one device; dropout and drop path are left out, it evaluates.
 
     Args:
@@ -97,7 +97,7 @@ class PlainViT(nn.Module):
     def __init__(self, config: ModelConfig, *, image_size: list[int], channels: int, num_classes: int) -> None:
         super().__init__()
         hidden, self.class_tokens = config.hidden_size, config.class_tokens
-        self.patch_embed = PlainPatchEmbed(config, channels)
+        self.patch_embed = TorchPatchEmbed(config, channels)
         if config.class_tokens:
             self.cls_token = nn.Parameter(torch.zeros(1, config.class_tokens, hidden))
         if config.positions is Positions.learned:
@@ -106,7 +106,7 @@ class PlainViT(nn.Module):
             grid = config.patch_grid(image_size)
             fixed = sincos_positions(grid, hidden, class_tokens=config.class_tokens)
             self.register_buffer("pos_embed", fixed.unsqueeze(0), persistent=False)
-        self.blocks = nn.ModuleList([PlainBlock(config) for _ in range(config.num_layers)])
+        self.blocks = nn.ModuleList([TorchBlock(config) for _ in range(config.num_layers)])
         self.pool, norms_last = config.pool, config.pool is Pool.mean
         self.norm = nn.Identity() if norms_last else nn.LayerNorm(hidden, eps=config.norm_eps)
         self.fc_norm = nn.LayerNorm(hidden, eps=config.norm_eps) if norms_last else nn.Identity()

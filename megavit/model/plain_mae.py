@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from megavit.model.config import ModelConfig, Positions
 from megavit.model.embedding import sincos_positions
-from megavit.model.plain import PlainBlock, PlainPatchEmbed
+from megavit.model.plain import TorchBlock, TorchPatchEmbed
 
 
-class PlainMae(nn.Module):
+class TorchMae(nn.Module):
     """Encoder on the kept patches, decoder on all; dropout and drop path are left out.
 
     Args:
@@ -30,7 +30,7 @@ class PlainMae(nn.Module):
         super().__init__()
         hidden, narrow, self.class_tokens = config.hidden_size, decoder.hidden_size, config.class_tokens
         self.patch_size, grid = config.patch_size, config.patch_grid(image_size)
-        self.patch_embed = PlainPatchEmbed(config, channels)
+        self.patch_embed = TorchPatchEmbed(config, channels)
         if config.class_tokens:
             self.cls_token = nn.Parameter(torch.zeros(1, config.class_tokens, hidden))
         positions = sincos_positions(grid, hidden, class_tokens=config.class_tokens).unsqueeze(0)
@@ -38,20 +38,20 @@ class PlainMae(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros_like(positions))
         else:
             self.register_buffer("pos_embed", positions, persistent=False)
-        self.blocks = nn.ModuleList([PlainBlock(config) for _ in range(config.num_layers)])
+        self.blocks = nn.ModuleList([TorchBlock(config) for _ in range(config.num_layers)])
         self.norm = nn.LayerNorm(hidden, eps=config.norm_eps)
         self.decoder_embed = nn.Linear(hidden, narrow)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, narrow))
         positions = sincos_positions(grid, narrow, class_tokens=config.class_tokens).unsqueeze(0)
         self.register_buffer("decoder_pos_embed", positions, persistent=False)
-        self.decoder_blocks = nn.ModuleList([PlainBlock(decoder) for _ in range(decoder.num_layers)])
+        self.decoder_blocks = nn.ModuleList([TorchBlock(decoder) for _ in range(decoder.num_layers)])
         self.decoder_norm = nn.LayerNorm(narrow, eps=config.norm_eps)
         self.decoder_pred = nn.Linear(narrow, channels * config.patch_size**2)
 
-    def forward(self, images_BCYX: Tensor, keep_BK: Tensor) -> Tensor:
+    def forward(self, images_BCYX: Tensor, ids_keep_BK: Tensor) -> Tensor:
         """Predict pixels_BPV of every patch, a patch's values ordered row, column, channel."""
         patches_BPH = self.patch_embed(images_BCYX) + self.pos_embed[:, self.class_tokens :]
-        tokens_BNH = patches_BPH.take_along_dim(keep_BK.unsqueeze(2), dim=1)
+        tokens_BNH = patches_BPH.take_along_dim(ids_keep_BK.unsqueeze(2), dim=1)
         if self.class_tokens:
             classes = (self.cls_token + self.pos_embed[:, : self.class_tokens]).expand(len(tokens_BNH), -1, -1)
             tokens_BNH = torch.cat([classes, tokens_BNH], dim=1)
@@ -60,7 +60,7 @@ class PlainMae(nn.Module):
         narrow_BND = self.decoder_embed(self.norm(tokens_BNH))
         classes, visible_BKD = narrow_BND.tensor_split([self.class_tokens], dim=1)
         b, _, d = visible_BKD.shape
-        places_BKD = keep_BK.unsqueeze(2).expand(-1, -1, d)
+        places_BKD = ids_keep_BK.unsqueeze(2).expand(-1, -1, d)
         patches_BPD = self.mask_token.expand(b, patches_BPH.shape[1], d).scatter(1, places_BKD, visible_BKD)
         tokens_BND = torch.cat([classes, patches_BPD], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:

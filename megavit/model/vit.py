@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megavit.model.block import encoder_block
 from megavit.model.config import ModelConfig, Pool
-from megavit.model.embedding import PatchEmbedding, patchify
+from megavit.model.embedding import PatchEmbed, patchify
 from megavit.model.heads import ClassifierHead, FeatureNorm
 from megavit.parallel.config import Recompute
 from megavit.parallel.layout import ParallelLayout
@@ -50,7 +50,7 @@ class EncoderStage(MegatronModule):
 
     Args:
         config: the model group.
-        block: Megatron-Core's configuration (`model/block.py`).
+        mcore_config: Megatron-Core's configuration (`model/mcore_config.py`).
         layout: this rank's place.
         stage: which part.
         final_norm: whether the last stage norms its tokens.
@@ -62,12 +62,12 @@ class EncoderStage(MegatronModule):
         self,
         config: ModelConfig,
         *,
-        block: TransformerConfig,
+        mcore_config: TransformerConfig,
         layout: ParallelLayout,
         stage: Stage,
         final_norm: bool,
     ) -> None:
-        super().__init__(block)
+        super().__init__(mcore_config)
         # Read by Megatron-Core's schedules and by finalize_model_grads.
         self.pre_process = layout.is_first_stage(stage.virtual_stage)
         self.post_process = layout.is_last_stage(stage.virtual_stage)
@@ -79,14 +79,14 @@ class EncoderStage(MegatronModule):
         self.is_frozen = False
         self.recomputes = stage.recompute is not Recompute.none
 
-        self.embed: PatchEmbedding | None = None
+        self.embed: PatchEmbed | None = None
         if self.pre_process:
-            self.embed = PatchEmbedding(
-                config, image_size=stage.image_size, channels=stage.channels, dtype=block.params_dtype
+            self.embed = PatchEmbed(
+                config, image_size=stage.image_size, channels=stage.channels, dtype=mcore_config.params_dtype
             )
         self.blocks = encoder_block(
             config,
-            block,
+            mcore_config,
             layout,
             num_layers=stage.num_layers,
             recompute=stage.recompute,
@@ -105,29 +105,29 @@ class EncoderStage(MegatronModule):
         """Take what the previous stage sent; called by Megatron-Core's schedules."""
         self.blocks.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def encode(self, patches_BPV: Tensor | None, keep_BK: Tensor | None = None) -> Tensor:
+    def encode(self, patches_BPV: Tensor | None, ids_keep_BK: Tensor | None = None) -> Tensor:
         """Map normalised images, or what `set_input_tensor` got, to tokens_BNH.
 
         Args:
             patches_BPV: the images, as `patchify` cuts them, on the first stage.
-            keep_BK: int64, the patches to see; None for all of them.
+            ids_keep_BK: int64, the patches to see; None for all of them.
 
         Returns:
             The tokens for the next stage; after the last stage tokens_BNH, whatever sequence parallelism has split.
         """
         if not (self.is_frozen and torch.is_grad_enabled()):
-            return self._encode(patches_BPV, keep_BK)
+            return self._encode(patches_BPV, ids_keep_BK)
         received_BNH = self.blocks.input_tensor
         if received_BNH is None:
             with torch.no_grad():
-                return self._encode(patches_BPV, keep_BK)
+                return self._encode(patches_BPV, ids_keep_BK)
         return _WithoutGradient.apply(received_BNH, self._encode)
 
-    def _encode(self, patches_BPV: Tensor | None = None, keep_BK: Tensor | None = None) -> Tensor:
+    def _encode(self, patches_BPV: Tensor | None = None, ids_keep_BK: Tensor | None = None) -> Tensor:
         tokens_BNH: Tensor | None = None
         if self.embed is not None:
             assert patches_BPV is not None
-            tokens_BNH = self.embed(patches_BPV, keep_BK)
+            tokens_BNH = self.embed(patches_BPV, ids_keep_BK)
             if self.config.sequence_parallel:
                 in_order = tokens_BNH.transpose(0, 1).contiguous()
                 tokens_BNH = scatter_to_sequence_parallel_region(in_order, group=self.tp_group)
@@ -172,18 +172,22 @@ class VisionTransformer(EncoderStage):
         self,
         config: ModelConfig,
         *,
-        block: TransformerConfig,
+        mcore_config: TransformerConfig,
         layout: ParallelLayout,
         stage: Stage,
         num_classes: int,
         norms_features: bool = False,
     ) -> None:
-        super().__init__(config, block=block, layout=layout, stage=stage, final_norm=config.pool is Pool.cls)
+        super().__init__(
+            config, mcore_config=mcore_config, layout=layout, stage=stage, final_norm=config.pool is Pool.cls
+        )
         self.patch_size = config.patch_size
         self.head: ClassifierHead | None = None
         if self.post_process:
             feature_norm = FeatureNorm(config.hidden_size, group=layout.groups.dp) if norms_features else None
-            self.head = ClassifierHead(config, block=block, num_classes=num_classes, feature_norm=feature_norm)
+            self.head = ClassifierHead(
+                config, mcore_config=mcore_config, num_classes=num_classes, feature_norm=feature_norm
+            )
 
     def forward(self, images_BCYX: Tensor | None) -> Tensor:
         """Map normalised images to class scores.

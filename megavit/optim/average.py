@@ -8,7 +8,7 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
 
-class WeightAverage:
+class ModelEma:
     """Every chunk's partner: its weights averaged over the steps, in fp32, 4 bytes per weight on each rank.
 
     Under BF16 O2 it follows the bf16 weights: their rounding averages out, and the fp32 masters are spread over ranks.

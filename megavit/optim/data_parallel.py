@@ -82,7 +82,7 @@ class GradientBuffers(DistributedDataParallel):
 
 def wrap_for_data_parallel(
     chunks: list[MegatronModule],
-    block: TransformerConfig,
+    mcore_config: TransformerConfig,
     config: OptimConfig,
     parallel: ParallelConfig,
     *,
@@ -93,7 +93,7 @@ def wrap_for_data_parallel(
 
     Args:
         chunks: this rank's stages, on their device.
-        block: Megatron-Core's configuration; gets the hooks with which the schedules overlap communication.
+        mcore_config: Megatron-Core's configuration; gets the hooks with which the schedules overlap communication.
         config: the optim group; Adam's gradients are reduced and scattered, others' all-reduced.
         parallel: the parallel group, for what is overlapped.
         bf16_reduce: accumulate and reduce in bf16 instead of fp32.
@@ -110,20 +110,20 @@ def wrap_for_data_parallel(
         bucket_size=parallel.bucket_size,
     )
     # Megatron-Core's kernels that add to the gradients would add to the last step's.
-    assert not block.gradient_accumulation_fusion
-    stages = [Float16Module(block, chunk) for chunk in chunks] if block.bf16 else chunks
+    assert not mcore_config.gradient_accumulation_fusion
+    stages = [Float16Module(mcore_config, chunk) for chunk in chunks] if mcore_config.bf16 else chunks
     # Only the first stage's reduction is on the critical path, so only that is cut into buckets.
     model: list[DistributedDataParallel] = [
-        GradientBuffers(block, ddp, stage, disable_bucketing=index > 0) for index, stage in enumerate(stages)
+        GradientBuffers(mcore_config, ddp, stage, disable_bucketing=index > 0) for index, stage in enumerate(stages)
     ]
     if fused_accumulation:
         for chunk in model:
             for param in chunk.params_with_grad:
                 _let_accumulate(param)
     if parallel.overlap_grad_reduce:
-        block.no_sync_func = _one_or_all([chunk.no_sync for chunk in model])
+        mcore_config.no_sync_func = _one_or_all([chunk.no_sync for chunk in model])
     if parallel.overlap_param_gather:
-        block.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in model])
+        mcore_config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in model])
     return model
 
 

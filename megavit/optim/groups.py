@@ -21,11 +21,11 @@ def group_overrides(
         peak_lr: learning rate after warm-up.
         num_layers: encoder layers of the whole model.
     """
-    not_decayed: dict[str, Any] = {"wd_mult": 0.0}
+    no_weight_decay: dict[str, Any] = {"wd_mult": 0.0}
     if config.name is Optimizer.lars:
         # What does not decay is not adapted either, but learns as with SGD (arXiv 1708.03888 leaves biases out).
-        not_decayed["always_adapt"] = False
-    overrides = {_those("not decayed", [param for param in names if _is_not_decayed(param)]): not_decayed}
+        no_weight_decay["always_adapt"] = False
+    overrides = {_those("not decayed", [param for param in names if _is_not_decayed(param)]): no_weight_decay}
     if config.layer_decay is None:
         return overrides
     for depth in range(num_layers + 2):

@@ -18,7 +18,7 @@ from megavit.optim.groups import group_overrides
 
 def build_optimizer(
     model: list[DistributedDataParallel],
-    block: TransformerConfig,
+    mcore_config: TransformerConfig,
     config: OptimConfig,
     *,
     names: Mapping[torch.nn.Parameter, str],
@@ -28,7 +28,7 @@ def build_optimizer(
 
     Args:
         model: from `data_parallel.wrap_for_data_parallel`.
-        block: gets the hooks that the schedules call at the end of a step.
+        mcore_config: gets the hooks that the schedules call at the end of a step.
         config: the optim group.
         names: of this rank's parameters, in the whole model.
         peak_lr: learning rate after warm-up.
@@ -51,21 +51,21 @@ def build_optimizer(
             weight_decay=config.weight_decay,
             # Also where nothing is clipped: the norm is logged, and a norm that is not finite stops the run.
             clip_grad=config.clip or float("inf"),
-            bf16=block.bf16,
-            params_dtype=block.params_dtype,
+            bf16=mcore_config.bf16,
+            params_dtype=mcore_config.params_dtype,
             use_distributed_optimizer=adam,
             **numbers,
         ),
         model,
-        config_overrides=group_overrides(names, config, peak_lr=peak_lr, num_layers=block.num_layers),
+        config_overrides=group_overrides(names, config, peak_lr=peak_lr, num_layers=mcore_config.num_layers),
     )
     if not adam:
         # Before a load, state must exist to be filled; for these Megatron-Core knows no way to make it (0.16.1).
         (inner,) = optimizer.chained_optimizers
         inner.init_state_fn = _make_momentum
     grad_norm.offer_to_megatron()
-    block.grad_scale_func = optimizer.scale_loss
-    block.finalize_model_grads_func = finalize_model_grads
+    mcore_config.grad_scale_func = optimizer.scale_loss
+    mcore_config.finalize_model_grads_func = finalize_model_grads
     return optimizer
 
 

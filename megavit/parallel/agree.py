@@ -15,7 +15,7 @@ T = TypeVar("T")
 _WORD_EVERY_S = 20.0
 
 
-def from_rank_zero(look: Callable[[], T]) -> T:
+def broadcast_from_rank0(look: Callable[[], T]) -> T:
     """Ask rank 0 and give its answer to every rank; every rank calls this.
 
     A shared file system may show the nodes different states of one folder: what decides where a run goes on must be
@@ -50,7 +50,7 @@ def wait_for_rank_zero(work: Callable[[], None]) -> None:
     """
     with ThreadPoolExecutor(1) as pool:
         doing = pool.submit(work) if dist.get_rank() == 0 else None
-        while not from_rank_zero(lambda: doing is not None and _is_done(doing)):
+        while not broadcast_from_rank0(lambda: doing is not None and _is_done(doing)):
             pass
 
 
@@ -62,7 +62,7 @@ def _is_done(doing: Future[None]) -> bool:
     return True
 
 
-def agree_on_error(own: str | None) -> None:
+def raise_on_all_ranks(own: str | None) -> None:
     """Raise on every rank what any of them has found; every rank calls this.
 
     Args:

@@ -25,7 +25,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class BoundarySpec:
+class ActivationSpec:
     """The tensors that every stage hands to the next, in order.
 
     Attributes:
@@ -40,7 +40,7 @@ class BoundarySpec:
         return [(spec.shape[0] // split, *spec.shape[1:]) for spec in self.tensors]
 
 
-def tokens_boundary(num_tokens: int, micro_batch: int, block: "TransformerConfig") -> BoundarySpec:
+def tokens_boundary(num_tokens: int, micro_batch: int, mcore_config: "TransformerConfig") -> ActivationSpec:
     """The boundary of an encoder: its tokens, in the order in which its layers hold them, and nothing else."""
-    order = (num_tokens, micro_batch) if block.sequence_parallel else (micro_batch, num_tokens)
-    return BoundarySpec((TensorSpec((*order, block.hidden_size), block.pipeline_dtype),))
+    order = (num_tokens, micro_batch) if mcore_config.sequence_parallel else (micro_batch, num_tokens)
+    return ActivationSpec((TensorSpec((*order, mcore_config.hidden_size), mcore_config.pipeline_dtype),))

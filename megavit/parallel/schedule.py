@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megavit.parallel.boundary import BoundarySpec
+from megavit.parallel.boundary import ActivationSpec
 from megavit.parallel.layout import ParallelLayout
 
 # A batch and the model to the model's output, and a function of that output to (loss, metric sums).
@@ -22,7 +22,7 @@ def run_microbatches(
     batches: Iterator[Any],
     *,
     num_microbatches: int,
-    boundary: BoundarySpec,
+    boundary: ActivationSpec,
     layout: ParallelLayout,
     forward_only: bool,
 ) -> list[dict[str, Tensor]]:

@@ -81,7 +81,7 @@ class Split:
         dp: data-parallel size.
         sequence_parallel: whether the tensor-parallel ranks split the tokens between the matrices.
         recomputes_layers: whether the backward pass computes layers again as a whole (full recompute).
-        recomputed_layers: with it, how many of each stage's encoder layers (the method `block`); None for all.
+        recomputed_layers: with it, how many of each stage's encoder layers (the method `mcore_config`); None for all.
         recomputes_widened: whether it computes the MLP's wide half again (selective recompute).
     """
 

@@ -7,7 +7,7 @@ from megavit.model.vit import EncoderStage, Stage
 from megavit.parallel.config import ParallelConfig
 
 
-def name_stages(
+def build_model_chunks(
     build: Callable[[Stage], EncoderStage], *, parallel: ParallelConfig, data: DataConfig, stage_layers: list[int]
 ) -> dict[str, EncoderStage]:
     """Build each of this rank's stages.

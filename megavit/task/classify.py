@@ -14,19 +14,19 @@ from torch import Tensor
 from megavit.data.config import DataConfig
 from megavit.data.device import DeviceTransforms
 from megavit.data.loader import Batch
-from megavit.data.reading import Needs
+from megavit.data.reading import RequiredFields
 from megavit.errors import ConfigError
 from megavit.model.config import ModelConfig
 from megavit.model.vit import EncoderStage, VisionTransformer
-from megavit.parallel.boundary import BoundarySpec, tokens_boundary
+from megavit.parallel.boundary import ActivationSpec, tokens_boundary
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
-from megavit.task.chunks import name_stages
+from megavit.task.chunks import build_model_chunks
 from megavit.task.config import Loss, TaskConfig
-from megavit.task.goal import Goal
+from megavit.task.goal import MonitoredMetric
 
 
-class Classify:
+class ClassificationTask:
     """Cross-entropy of the head's scores, of all classes at once or of each by itself, and how many of them are right.
 
     Args:
@@ -43,8 +43,8 @@ class Classify:
 
     sums: tuple[str, ...]
     baseline_samples = 0
-    goal: Goal
-    panels: tuple[str, ...] = ()
+    goal: MonitoredMetric
+    image_grid: tuple[str, ...] = ()
     # Whether the classifier sees features by their statistics, as it may where no gradient flows through them.
     norms_features = False
 
@@ -65,20 +65,20 @@ class Classify:
         self.see = DeviceTransforms(data, seed=seed, device=layout.device)
         # Of an image with several labels: whether the best guess, or one of the best five, is among them.
         self.hits = ("hit1", "hit5") if data.multi_label else ("top1", "top5")
-        self.sums, self.goal = ("loss", self.hits[0], "count"), Goal(self.hits[0], higher=True)
-        self.score_shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(("loss", *self.hits, "count"), ())
+        self.sums, self.goal = ("loss", self.hits[0], "count"), MonitoredMetric(self.hits[0], higher=True)
+        self.metric_shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(("loss", *self.hits, "count"), ())
         if not data.multi_label:
-            self.score_shapes = {**self.score_shapes, "confusion": (num_classes, num_classes)}
-        self.needs = Needs(images=layout.holds_first_stage, labels=layout.holds_last_stage)
+            self.metric_shapes = {**self.metric_shapes, "confusion": (num_classes, num_classes)}
+        self.needs = RequiredFields(images=layout.holds_first_stage, labels=layout.holds_last_stage)
 
     def build_chunks(
-        self, block: TransformerConfig, *, parallel: ParallelConfig, stage_layers: list[int]
+        self, mcore_config: TransformerConfig, *, parallel: ParallelConfig, stage_layers: list[int]
     ) -> dict[str, EncoderStage]:
         """Build this rank's stages of the classifier (see `Task`)."""
-        return name_stages(
+        return build_model_chunks(
             lambda stage: VisionTransformer(
                 self.model,
-                block=block,
+                mcore_config=mcore_config,
                 layout=self.layout,
                 stage=stage,
                 num_classes=self.num_classes,
@@ -89,10 +89,10 @@ class Classify:
             stage_layers=stage_layers,
         )
 
-    def boundary(self, micro_batch: int, block: TransformerConfig) -> BoundarySpec:
+    def boundary(self, micro_batch: int, mcore_config: TransformerConfig) -> ActivationSpec:
         """All tokens cross."""
         tokens = self.model.num_tokens(self.data.image_size)
-        return tokens_boundary(tokens, micro_batch, block)
+        return tokens_boundary(tokens, micro_batch, mcore_config)
 
     def prepare(self, batches: Iterator[Batch]) -> None:
         """Nothing to compare with."""
@@ -183,7 +183,7 @@ class Classify:
         name = "best guess right" if self.data.multi_label else "top-1"
         return f"validation {name} {validation[self.hits[0]]:.4f}"
 
-    def paint(self, batch: Batch | None, model: torch.nn.Module) -> NoReturn:
+    def visualize(self, batch: Batch | None, model: torch.nn.Module) -> NoReturn:
         """A classifier has no panels."""
         raise AssertionError("a classifier paints nothing")
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Goal:
+class MonitoredMetric:
     """A metric, and where it should go.
 
     Attributes:

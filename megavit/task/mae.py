@@ -13,22 +13,22 @@ from torch import Tensor
 
 from megavit.data.config import DataConfig
 from megavit.data.loader import Batch
-from megavit.data.reading import Needs
+from megavit.data.reading import RequiredFields
 from megavit.data.transforms import Normalize
 from megavit.model.config import ModelConfig
 from megavit.model.embedding import patchify, unpatchify
 from megavit.model.mae import MaskedAutoencoder
 from megavit.model.vit import EncoderStage
-from megavit.parallel.boundary import BoundarySpec, tokens_boundary
+from megavit.parallel.boundary import ActivationSpec, tokens_boundary
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
-from megavit.task.chunks import name_stages
+from megavit.task.chunks import build_model_chunks
 from megavit.task.config import TaskConfig
-from megavit.task.goal import Goal
+from megavit.task.goal import MonitoredMetric
 from megavit.task.masking import hidden_mask, random_keep
 
 
-class Mae:
+class MaeTask:
     """Squared error of the hidden patches' pixels, beside that of the best constant guess.
 
     The constant guess is the training images' mean at each position, in the target's own space; a ratio of 1 means
@@ -45,8 +45,8 @@ class Mae:
     """
 
     sums: tuple[str, ...] = ("loss", "baseline", "count")
-    goal = Goal("loss_ratio", higher=False)
-    panels: tuple[str, ...] = ("original", "masked", "reconstruction", "with visible")
+    goal = MonitoredMetric("loss_ratio", higher=False)
+    image_grid: tuple[str, ...] = ("original", "masked", "reconstruction", "with visible")
 
     def __init__(
         self, config: TaskConfig, *, model: ModelConfig, data: DataConfig, layout: ParallelLayout, seed: int
@@ -60,27 +60,27 @@ class Mae:
         self.num_kept = config.kept_patches(self.num_patches)
         self.normalize = Normalize(data.mean, data.std).to(layout.device)
         # The last stage compares with the images.
-        self.needs = Needs(images=layout.holds_first_stage or layout.holds_last_stage, labels=False)
+        self.needs = RequiredFields(images=layout.holds_first_stage or layout.holds_last_stage, labels=False)
         self.mean_PV: Tensor | None = None
-        self.score_shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(self.sums, ())
+        self.metric_shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(self.sums, ())
 
     def build_chunks(
-        self, block: TransformerConfig, *, parallel: ParallelConfig, stage_layers: list[int]
+        self, mcore_config: TransformerConfig, *, parallel: ParallelConfig, stage_layers: list[int]
     ) -> dict[str, EncoderStage]:
         """Build this rank's stages of the autoencoder (see `Task`)."""
-        return name_stages(
+        return build_model_chunks(
             lambda stage: MaskedAutoencoder(
-                self.model, self.decoder, block=block, layout=self.layout, parallel=parallel, stage=stage
+                self.model, self.decoder, mcore_config=mcore_config, layout=self.layout, parallel=parallel, stage=stage
             ),
             parallel=parallel,
             data=self.data,
             stage_layers=stage_layers,
         )
 
-    def boundary(self, micro_batch: int, block: TransformerConfig) -> BoundarySpec:
+    def boundary(self, micro_batch: int, mcore_config: TransformerConfig) -> ActivationSpec:
         """The kept patches' tokens cross, and the class tokens'."""
         tokens = self.num_kept + self.model.class_tokens
-        return tokens_boundary(tokens, micro_batch, block)
+        return tokens_boundary(tokens, micro_batch, mcore_config)
 
     def prepare(self, batches: Iterator[Batch]) -> None:
         """Measure the mean target at each position, where the loss is computed."""
@@ -116,9 +116,9 @@ class Mae:
         """Visible patches on the first stage to every patch's pixels on the last."""
         if batch is None or batch.images_BCYX is None:
             return model(None, None), _no_loss
-        patches_BPV, keep_BK = self._patches(batch.images_BCYX), self.keep(batch)
-        return model(patches_BPV, keep_BK), lambda pixels_BPV: self.loss(
-            pixels_BPV, patches_BPV, keep_BK, batch.counted_B
+        patches_BPV, ids_keep_BK = self._patches(batch.images_BCYX), self.keep(batch)
+        return model(patches_BPV, ids_keep_BK), lambda pixels_BPV: self.loss(
+            pixels_BPV, patches_BPV, ids_keep_BK, batch.counted_B
         )
 
     def score(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
@@ -126,11 +126,11 @@ class Mae:
         return self.forward(batch, model)
 
     def loss(
-        self, pixels_BPV: Tensor, patches_BPV: Tensor, keep_BK: Tensor, counted_B: Tensor
+        self, pixels_BPV: Tensor, patches_BPV: Tensor, ids_keep_BK: Tensor, counted_B: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error over the hidden patches, and sums `loss`, `baseline` (the mean image's) and `count`."""
         target_BPV = self.target(patches_BPV)
-        hidden_BP = hidden_mask(keep_BK, self.num_patches)
+        hidden_BP = hidden_mask(ids_keep_BK, self.num_patches)
         losses_B = _hidden_error(pixels_BPV, target_BPV, hidden_BP)
         assert self.mean_PV is not None, "prepare comes first"
         with torch.no_grad():
@@ -151,37 +151,37 @@ class Mae:
         """The ratio to the mean image."""
         return f"validation loss {validation['loss_ratio']:.3f} of the mean image's"
 
-    def paint(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
-        """Forward, and the pictures of each image for `panels`."""
+    def visualize(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+        """Forward, and the pictures of each image for `image_grid`."""
         output, loss = self.forward(batch, model)
         if loss is _no_loss:
             return output, loss
         assert batch is not None and batch.images_BCYX is not None
-        images_BCYX, keep_BK = batch.images_BCYX, self.keep(batch)
+        images_BCYX, ids_keep_BK = batch.images_BCYX, self.keep(batch)
         return output, lambda pixels_BPV: (
             pixels_BPV.mean(),
-            {"panels": self.pictures(pixels_BPV, images_BCYX, keep_BK)},
+            {"panels": self.pictures(pixels_BPV, images_BCYX, ids_keep_BK)},
         )
 
-    def pictures(self, pixels_BPV: Tensor, images_BCYX: Tensor, keep_BK: Tensor) -> Tensor:
-        """What a person looks at: uint8 [image, panel, channel, row, column], panels as named in `panels`.
+    def pictures(self, pixels_BPV: Tensor, images_BCYX: Tensor, ids_keep_BK: Tensor) -> Tensor:
+        """What a person looks at: uint8 [image, panel, channel, row, column], panels as named in `image_grid`.
 
         Args:
             pixels_BPV: the decoder's output. With normalised targets it knows a patch's contrast and brightness only
                 relative to the patch's own, which are put back from the original.
             images_BCYX: the originals, uint8.
-            keep_BK: what the encoder saw.
+            ids_keep_BK: what the encoder saw.
         """
         if self.norm_pix:
             mean, deviation = patch_statistics(self._patches(images_BCYX))
             pixels_BPV = pixels_BPV * deviation + mean
         guessed = unpatchify(pixels_BPV, self.grid, self.model.patch_size)
         guessed = (self.normalize.undo(guessed).clamp(0, 1) * 255).round().to(torch.uint8)
-        hidden_BP1 = hidden_mask(keep_BK, self.num_patches).unsqueeze(2).expand(-1, -1, pixels_BPV.shape[2])
+        hidden_BP1 = hidden_mask(ids_keep_BK, self.num_patches).unsqueeze(2).expand(-1, -1, pixels_BPV.shape[2])
         hidden = unpatchify(hidden_BP1, self.grid, self.model.patch_size)
         grey = torch.full_like(images_BCYX, 127)
-        panels = [images_BCYX, grey.where(hidden, images_BCYX), guessed, guessed.where(hidden, images_BCYX)]
-        return torch.stack(panels, dim=1)
+        image_grid = [images_BCYX, grey.where(hidden, images_BCYX), guessed, guessed.where(hidden, images_BCYX)]
+        return torch.stack(image_grid, dim=1)
 
     def _patches(self, images_BCYX: Tensor) -> Tensor:
         """Of uint8 images, normalised."""

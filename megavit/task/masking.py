@@ -29,7 +29,7 @@ def random_keep(
         seed: `run.seed`.
 
     Returns:
-        keep_BK: int64 indices of the kept patches, ascending.
+        ids_keep_BK: int64 indices of the kept patches, ascending.
 
     Source: arXiv 2111.06377, section 3.
     """
@@ -39,7 +39,7 @@ def random_keep(
     return draws_BP.argsort(dim=1, stable=True)[:, :num_kept].sort(dim=1).values
 
 
-def hidden_mask(keep_BK: Tensor, num_patches: int) -> Tensor:
+def hidden_mask(ids_keep_BK: Tensor, num_patches: int) -> Tensor:
     """The other side of `random_keep`: hidden_BP, bool, True where a patch is hidden and so is scored."""
-    everything = torch.ones(keep_BK.shape[0], num_patches, dtype=torch.bool, device=keep_BK.device)
-    return everything.scatter(1, keep_BK, False)
+    everything = torch.ones(ids_keep_BK.shape[0], num_patches, dtype=torch.bool, device=ids_keep_BK.device)
+    return everything.scatter(1, ids_keep_BK, False)

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from megavit.data.config import DataConfig
 from megavit.data.loader import Batch
-from megavit.data.reading import Needs
+from megavit.data.reading import RequiredFields
 from megavit.errors import ConfigError
-from megavit.extension import by_name
+from megavit.extension import import_plugin
 from megavit.model.config import ModelConfig
 from megavit.model.vit import EncoderStage
-from megavit.parallel.boundary import BoundarySpec
+from megavit.parallel.boundary import ActivationSpec
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
-from megavit.task.classify import Classify
+from megavit.task.classify import ClassificationTask
 from megavit.task.config import TaskConfig, TaskName
-from megavit.task.goal import Goal
+from megavit.task.goal import MonitoredMetric
 from megavit.task.linear_probe import LinearProbe
-from megavit.task.mae import Mae
+from megavit.task.mae import MaeTask
 
 # A micro batch's output to its mean loss, for the gradient, and sums over its counted images, for the metrics.
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -33,32 +33,32 @@ class Task(Protocol):
     Attributes:
         needs: what this rank's stage reads of a batch.
         sums: what the loss function adds up; `count`, the counted images, is among them.
-        score_shapes: what `score` adds up, and in what shapes; `sums` are among them.
+        metric_shapes: what `score` adds up, and in what shapes; `sums` are among them.
         baseline_samples: training images that `prepare` is to be shown; 0 for none.
         goal: the metric that tells the best checkpoint.
-        panels: titles of the pictures that `paint` makes of an image; empty where there is nothing to see.
+        image_grid: titles of the pictures that `visualize` makes of an image; empty where there is nothing to see.
     """
 
-    needs: Needs
+    needs: RequiredFields
     sums: tuple[str, ...]
-    score_shapes: Mapping[str, tuple[int, ...]]
+    metric_shapes: Mapping[str, tuple[int, ...]]
     baseline_samples: int
-    goal: Goal
-    panels: tuple[str, ...]
+    goal: MonitoredMetric
+    image_grid: tuple[str, ...]
 
     def build_chunks(
-        self, block: TransformerConfig, *, parallel: ParallelConfig, stage_layers: list[int]
+        self, mcore_config: TransformerConfig, *, parallel: ParallelConfig, stage_layers: list[int]
     ) -> dict[str, EncoderStage]:
         """Build this rank's stages of the network by name, on the CPU, their weights not drawn yet.
 
         Args:
-            block: Megatron-Core's configuration of the encoder.
+            mcore_config: Megatron-Core's configuration of the encoder.
             parallel: the parallel group.
             stage_layers: encoder layers of each of this rank's stages.
         """
         ...
 
-    def boundary(self, micro_batch: int, block: TransformerConfig) -> BoundarySpec:
+    def boundary(self, micro_batch: int, mcore_config: TransformerConfig) -> ActivationSpec:
         """What crosses from stage to stage for a micro batch of so many images."""
         ...
 
@@ -79,15 +79,15 @@ class Task(Protocol):
         ...
 
     def score(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        """Like `forward`, but the sums are those of `score_shapes`: what an evaluation counts beside."""
+        """Like `forward`, but the sums are those of `metric_shapes`: what an evaluation counts beside."""
         ...
 
-    def paint(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        """Like `forward`, but the sums are one entry: `panels`, uint8 pictures [image, panel, channel, row, column]."""
+    def visualize(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+        """Like `forward`, but with one sum: `image_grid`, uint8 [image, panel, channel, row, column]."""
         ...
 
 
-def open_task(
+def build_task(
     config: TaskConfig, *, model: ModelConfig, data: DataConfig, num_classes: int, layout: ParallelLayout, seed: int
 ) -> Task:
     """The task that the configuration names.
@@ -109,12 +109,12 @@ def open_task(
             f"data.path={data.path}; task=mae learns without"
         )
     own: dict[TaskName, Callable[..., Task]] = {
-        TaskName.classify: Classify,
+        TaskName.classify: ClassificationTask,
         TaskName.linear_probe: LinearProbe,
-        TaskName.mae: Mae,
+        TaskName.mae: MaeTask,
     }
     make = own[config.name]
     if config.implementation is not None:
-        make = by_name(config.implementation, "task.implementation")
+        make = import_plugin(config.implementation, "task.implementation")
     depends_on = {"num_classes": num_classes} if config.name.classifies else {}
     return make(config, model=model, data=data, layout=layout, seed=seed, **depends_on)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megavit.importing import uncollected
+from megavit.importing import gc_paused
 from megavit.testing import run_ranks
 
 RANKS = 2
@@ -27,7 +27,7 @@ SETTINGS = ["recipe=null", "model=vit_b16", "data=synthetic", "train.steps=1", "
 def measure(overrides: list[str], folder: str, rounds: int) -> dict[str, Any]:
     """On every rank: each contestant in turn, round after round."""
     # As a run does.
-    with uncollected():
+    with gc_paused():
         import torch
         import torch.distributed as dist
         import torch.distributed.checkpoint as dcp
@@ -43,7 +43,7 @@ def measure(overrides: list[str], folder: str, rounds: int) -> dict[str, Any]:
         config.check(RANKS)
         trainer = Trainer(config)
     trainer.evaluate = lambda: {"loss": 0.0, "top1": 0.0}  # type: ignore[method-assign]
-    trainer.keeper.save = lambda *_, **__: None  # type: ignore[method-assign]
+    trainer.checkpointer.save = lambda *_, **__: None  # type: ignore[method-assign]
     trainer.run()
     rank, root = dist.get_rank(), Path(folder)
     saves = iter(range(1, 10**6))
@@ -58,13 +58,15 @@ def measure(overrides: list[str], folder: str, rounds: int) -> dict[str, Any]:
     num_bytes = [0] * RANKS
     dist.all_gather_object(num_bytes, sum(tensor.nbytes for tensor in flat.values()))
 
-    def begin(*, lasting: bool) -> Any:
+    def begin(*, copy_to_host: bool) -> Any:
         state = TrainingState(next(saves), 0, {})
-        return trainer.store.begin(trainer.chunks, trainer.optimizer, state, run_yaml=trainer_yaml, lasting=lasting)
+        return trainer.store.begin(
+            trainer.chunks, trainer.optimizer, state, run_yaml=trainer_yaml, copy_to_host=copy_to_host
+        )
 
     def save_in_background() -> float:
         start = time.perf_counter()
-        save = begin(lasting=True)
+        save = begin(copy_to_host=True)
         stalled = time.perf_counter() - start
         # What the training would do meanwhile is somebody else's processor.
         while not save.is_written:
@@ -93,8 +95,8 @@ def measure(overrides: list[str], folder: str, rounds: int) -> dict[str, Any]:
             os.fsync(file.fileno())
 
     trainer_yaml = to_yaml(config)
-    contestants: dict[str, Callable[[], Any]] = {
-        "megavit save": lambda: begin(lasting=False).finish() and None,
+    candidates: dict[str, Callable[[], Any]] = {
+        "megavit save": lambda: begin(copy_to_host=False).finish() and None,
         "megavit load": load,
         "megavit async stall": save_in_background,
         "dcp save": lambda: dcp.save(dict(flat), checkpoint_id=str(root / "dcp")) and None,
@@ -103,15 +105,15 @@ def measure(overrides: list[str], folder: str, rounds: int) -> dict[str, Any]:
         "torch save": torch_save,
         "torch load": lambda: torch.load(root / f"rank_{rank}.pt", weights_only=True) and None,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     families = ["megavit", "dcp", "torch"]
     for number in range(rounds):
         # Each in turn is first: what another has written before costs the next one.
         turn = number % len(families)
         for name in [
-            name for family in families[turn:] + families[:turn] for name in contestants if name.split()[0] == family
+            name for family in families[turn:] + families[:turn] for name in candidates if name.split()[0] == family
         ]:
-            contestant = contestants[name]
+            candidate = candidates[name]
             if rank == 0:
                 trainer.store.prune(keep_last=1, keep_every=None)
                 if name in ("dcp save", "dcp async stall"):
@@ -120,7 +122,7 @@ def measure(overrides: list[str], folder: str, rounds: int) -> dict[str, Any]:
                 os.sync()
             dist.barrier()
             start = time.perf_counter()
-            own_measure = contestant()
+            own_measure = candidate()
             if not isinstance(own_measure, float):
                 dist.barrier()
                 own_measure = time.perf_counter() - start

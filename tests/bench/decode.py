@@ -34,13 +34,13 @@ from torchvision.transforms import InterpolationMode, v2
 from megavit.compose import compose
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source
-from megavit.data.reading import Needs
+from megavit.data.reading import RequiredFields
 from megavit.data.source import Source
 from megavit.metrics.starts import provenance
 
 MICRO_BATCH, SIZE, SCALE, BICUBIC = 50, 224, (0.08, 1.0), InterpolationMode.BICUBIC
 # From a folder with the photographs in train/, their paths in the order due, and workers, to what is loaded.
-Contestant = Callable[[Path, list[str], int], Iterator[Any]]
+Candidate = Callable[[Path, list[str], int], Iterator[Any]]
 crop_and_flip = v2.Compose(
     [v2.RandomResizedCrop(SIZE, scale=SCALE, interpolation=BICUBIC, antialias=True), v2.RandomHorizontalFlip()]
 )
@@ -78,12 +78,12 @@ class Files(Dataset):
         return self.read(self.paths[index]), index
 
 
-def plainly(read: Callable[[str], torch.Tensor]) -> Contestant:
+def plainly(read: Callable[[str], torch.Tensor]) -> Candidate:
     """A function in torch's DataLoader."""
     return lambda _, paths, workers: iter(DataLoader(Files(paths, read), MICRO_BATCH, num_workers=workers))
 
 
-def by_megavit(**changes: Any) -> Contestant:
+def by_megavit(**changes: Any) -> Candidate:
     """megavit's own loader."""
     config = compose(["data=imagenet1k", "data.source=images", "recipe=null"]).data
     layout = SimpleNamespace(tp=1, tp_rank=0, pp=1, vpp=1, dp=1, dp_rank=0, device=torch.device("cpu"), groups=None)
@@ -99,7 +99,7 @@ def by_megavit(**changes: Any) -> Contestant:
             opened(folder),
             here,
             layout=layout,
-            needs=Needs(images=True, labels=False),
+            needs=RequiredFields(images=True, labels=False),
             micro_batch=MICRO_BATCH,
             seed=0,
             train=True,

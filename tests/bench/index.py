@@ -65,7 +65,7 @@ def start(source: str, path: str, index: str) -> dict[str, float]:
     import torch
 
     from megavit.compose import compose
-    from megavit.data.loader import Loader, Needs
+    from megavit.data.loader import Loader, RequiredFields
     from megavit.data.opening import open_source
 
     config = compose([f"data={source}", f"data.path={path}", "data.workers=0"]).data
@@ -73,7 +73,7 @@ def start(source: str, path: str, index: str) -> dict[str, float]:
     begun, worked = time.perf_counter(), time.process_time()
     train, _ = (open_source(config, split, index=Path(index)) for split in ("train", "val"))
     opened = time.perf_counter()
-    needs = Needs(images=True, labels=True)
+    needs = RequiredFields(images=True, labels=True)
     loader = Loader(train, config, layout=layout, needs=needs, micro_batch=BATCH, seed=0, train=True)
     next(loader.train_batches(0, num_steps=1, global_batch=BATCH))
     return {

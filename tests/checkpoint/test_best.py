@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from megavit.task.goal import Goal
+from megavit.task.goal import MonitoredMetric
 from megavit.testing import run_ranks
 from tests.reference import SMALL
 
-TOP1, RATIO = Goal("top1", higher=True), Goal("loss_ratio", higher=False)
+TOP1, RATIO = MonitoredMetric("top1", higher=True), MonitoredMetric("loss_ratio", higher=False)
 
 
 @pytest.mark.parametrize(

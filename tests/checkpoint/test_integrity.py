@@ -9,7 +9,7 @@ import pytest
 
 from megavit.checkpoint.manifest import FILE, find_fault, find_faults
 from megavit.checkpoint.state import read_state
-from megavit.checkpoint.store import CheckpointStore
+from megavit.checkpoint.store import CheckpointManager
 from megavit.errors import ConfigError
 from megavit.testing import run_ranks
 from tests import ranks
@@ -132,18 +132,18 @@ def test_a_resumed_run_falls_back_to_the_newest_whole_one_and_warns_once(saved, 
     assert "goes on from " in log
     assert "step_00000002 at step 2 of 5" in log
     # Written anew, it is whole, and the older ones too.
-    assert all(find_fault(path) is None for path in CheckpointStore(run_dir / "checkpoints").all())
+    assert all(find_fault(path) is None for path in CheckpointManager(run_dir / "checkpoints").all())
 
 
 def test_where_none_is_whole_nothing_starts_and_nothing_is_lost(saved, tmp_path):
     run_dir = Path(shutil.copytree(saved, tmp_path / "run"))
-    for path in CheckpointStore(run_dir / "checkpoints").all():
+    for path in CheckpointManager(run_dir / "checkpoints").all():
         (path / "run.yaml").write_text("")
     code, told = run_ranks(main_here, 1, ["train", *RUN, f"run.dir={run_dir}"])[0]
     assert code == 2
     assert "no checkpoint in" in told
     assert told.count("run.yaml has 0 bytes") == 3
-    assert len(CheckpointStore(run_dir / "checkpoints").all()) == 3
+    assert len(CheckpointManager(run_dir / "checkpoints").all()) == 3
 
 
 def test_a_broken_checkpoint_is_not_loaded_by_name_either(saved, tmp_path):
@@ -178,7 +178,7 @@ def test_verify_says_of_each_checkpoint_what_is_broken(saved, tmp_path):
 
 def test_prune_keeps_the_newest_the_best_those_spared_and_the_last_whole_one(saved, tmp_path):
     run_dir = Path(shutil.copytree(saved, tmp_path / "run"))
-    store = CheckpointStore(run_dir / "checkpoints")
+    store = CheckpointManager(run_dir / "checkpoints")
 
     def steps() -> list[int]:
         return sorted(int(path.name[-8:]) for path in store.all())
@@ -198,7 +198,7 @@ def test_prune_keeps_the_newest_the_best_those_spared_and_the_last_whole_one(sav
 def test_a_run_keeps_as_many_as_it_is_told(tmp_path):
     keys = [*SMALL, "train.steps=9", "checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=4"]
     run_ranks(ranks.train_and_keep, 1, [*keys, f"run.dir={tmp_path}"])
-    assert sorted(path.name[-8:] for path in CheckpointStore(tmp_path / "checkpoints").all()) == [
+    assert sorted(path.name[-8:] for path in CheckpointManager(tmp_path / "checkpoints").all()) == [
         "00000004",
         "00000008",
         "00000009",
@@ -213,9 +213,9 @@ def test_what_a_killed_run_has_left_is_put_in_order_by_the_run_itself_alone(save
     (folder / "step_00000003").rename(folder / ".step_00000003.old")
     shutil.copytree(folder / "step_00000001", folder / ".step_00000004.tmp")
     shutil.copytree(folder / "step_00000001", folder / ".step_00000000.gone")
-    store = CheckpointStore(folder)
-    assert store.newest_whole() == (folder / "step_00000002", [])
+    store = CheckpointManager(folder)
+    assert store.latest_valid() == (folder / "step_00000002", [])
     assert len(list(folder.glob(".step_*"))) == 3
-    store.clear_up()
-    assert store.newest_whole() == (folder / "step_00000003", [])
+    store.remove_partial()
+    assert store.latest_valid() == (folder / "step_00000003", [])
     assert not list(folder.glob(".step_*"))

@@ -164,24 +164,26 @@ def assert_loads(setting, pairs: list[tuple[str, str]], root: Path) -> float:
     """Take each (from, to) of the pairs; the largest relative difference of the next loss."""
     root.mkdir()
     saved, losses = {}, {}
-    for origin in dict.fromkeys(origin for origin, _ in pairs):
-        run_dir = folder(root, "from", origin)
-        settings = [*overrides(setting, origin, run_dir), f"train.stop_at={SAVED + 1}"]
-        losses[origin] = run_ranks(ranks.train_and_keep, LAYOUTS[origin][0], settings)[0]["losses"][SAVED + 1]
-        saved[origin] = run_dir / "checkpoints" / f"step_{SAVED:08d}"
+    for resume_point in dict.fromkeys(resume_point for resume_point, _ in pairs):
+        run_dir = folder(root, "from", resume_point)
+        settings = [*overrides(setting, resume_point, run_dir), f"train.stop_at={SAVED + 1}"]
+        losses[resume_point] = run_ranks(ranks.train_and_keep, LAYOUTS[resume_point][0], settings)[0]["losses"][
+            SAVED + 1
+        ]
+        saved[resume_point] = run_dir / "checkpoints" / f"step_{SAVED:08d}"
     largest = 0.0
     for target in dict.fromkeys(target for _, target in pairs):
-        origins = [origin for origin, to in pairs if to == target]
+        origins = [resume_point for resume_point, to in pairs if to == target]
         run_dir = folder(root, "to", target)
-        arguments = [str(saved[origin]) for origin in origins], overrides(setting, target, run_dir)
+        arguments = [str(saved[resume_point]) for resume_point in origins], overrides(setting, target, run_dir)
         found = run_ranks(load_each, LAYOUTS[target][0], *arguments)[0]
-        for number, (origin, loss) in enumerate(zip(origins, found, strict=True)):
-            before, after = whole(saved[origin]), whole(run_dir / "checkpoints" / f"step_{number:08d}")
-            assert before.keys() == after.keys(), f"{setting}: {origin} → {target}"
+        for number, (resume_point, loss) in enumerate(zip(origins, found, strict=True)):
+            before, after = whole(saved[resume_point]), whole(run_dir / "checkpoints" / f"step_{number:08d}")
+            assert before.keys() == after.keys(), f"{setting}: {resume_point} → {target}"
             for key, value in before.items():
-                assert torch.equal(value, after[key]), f"{setting}: {origin} → {target}: {key}"
-            difference = abs(loss / losses[origin] - 1)
-            assert difference <= LOSS_BOUND[setting[:2]], f"{setting}: {origin} → {target}"
+                assert torch.equal(value, after[key]), f"{setting}: {resume_point} → {target}: {key}"
+            difference = abs(loss / losses[resume_point] - 1)
+            assert difference <= LOSS_BOUND[setting[:2]], f"{setting}: {resume_point} → {target}"
             largest = max(largest, difference)
     return largest
 
@@ -197,10 +199,10 @@ def sizes_of(layout: str) -> dict[str, int]:
     return {**sizes, "dp": num_ranks // (sizes["tp"] * sizes["pp"])}
 
 
-def factors(setting, origin: str, target: str) -> dict[str, str | int]:
+def factors(setting, resume_point: str, target: str) -> dict[str, str | int]:
     """What is varied, by name: sizes on either end, and the setting."""
     values: dict[str, str | int] = dict(zip(("precision", "task", "optimizer"), setting, strict=True))
-    for end, layout in (("from", origin), ("to", target)):
+    for end, layout in (("from", resume_point), ("to", target)):
         values.update({f"{end} {name}": size for name, size in sizes_of(layout).items()})
     return values
 
@@ -243,11 +245,11 @@ def test_the_whole_matrix(tmp_path, setting, figure):
 def save_as_megatron_does(settings: list[str]) -> dict:
     from megavit.checkpoint import shards
 
-    ours, shards.share_out = shards.share_out, lambda _: None
+    ours, shards.use_per_rank_shards = shards.use_per_rank_shards, lambda _: None
     try:
         return ranks.train_and_keep(settings)
     finally:
-        shards.share_out = ours
+        shards.use_per_rank_shards = ours
 
 
 def test_what_megatron_core_gathers_and_what_we_share_out_is_the_same(tmp_path):

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesSto
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from megavit.checkpoint.manifest import FILE, describe, find_fault, write_manifest
-from megavit.checkpoint.safety import refuse_code
+from megavit.checkpoint.safety import check_pickles
 from megavit.errors import ConfigError
 from megavit.testing import run_ranks
 from tests import ranks
@@ -108,7 +108,7 @@ def assert_nothing_ran(run_dir: Path) -> None:
 
 
 def test_an_ordinary_checkpoint_is_let_through(run_dir):
-    refuse_code(run_dir / "checkpoints" / "step_00000002")
+    check_pickles(run_dir / "checkpoints" / "step_00000002")
 
 
 def test_a_checkpoint_that_python_3_11_2_wrote_is_let_through(run_dir, monkeypatch):
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_python_3_11_2_wrote_is_let_through(run_dir, monkeypat
     metadata = pickle.loads((run_dir / "checkpoints" / "step_00000002" / ".metadata").read_bytes())
     written = pickle.dumps(metadata)
     assert b"getattr" in written
-    refuse_code(tamper(run_dir, ".metadata", written))
+    check_pickles(tamper(run_dir, ".metadata", written))
 
 
 @pytest.mark.parametrize("attack", METADATA)
@@ -128,7 +128,7 @@ def test_metadata_that_names_what_is_not_allowed_is_refused_by_that_name(attack,
     content, named = METADATA[attack]
     checkpoint = tamper(run_dir, ".metadata", content)
     with pytest.raises(ConfigError, match=r"\.metadata is refused: ") as refused:
-        refuse_code(checkpoint)
+        check_pickles(checkpoint)
     assert named in str(refused.value)
     assert_nothing_ran(run_dir)
 
@@ -145,7 +145,7 @@ def test_a_weight_that_is_declared_an_object_is_refused(run_dir):
     metadata.state_dict_metadata["head.out.weight"] = BytesStorageMetadata()
     checkpoint = tamper(run_dir, ".metadata", pickle.dumps(metadata))
     with pytest.raises(ConfigError, match=r"it declares head\.out.weight an object, which could be code"):
-        refuse_code(checkpoint)
+        check_pickles(checkpoint)
 
 
 def test_our_own_checkpoints_hold_no_objects(run_dir):
@@ -159,19 +159,19 @@ def test_a_common_file_that_would_run_code_is_refused(run_dir):
     torch.save({"optimizer": touch()}, file)
     checkpoint = tamper(run_dir, "common.pt", file.getvalue())
     with pytest.raises(ConfigError, match=r"common\.pt is refused: "):
-        refuse_code(checkpoint)
+        check_pickles(checkpoint)
     assert_nothing_ran(run_dir)
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "predict"])
-def test_every_verb_that_loads_refuses_it_with_one_message(verb, run_dir):
+def test_every_verb_that_loads_refuses_it_with_one_message(run_command, run_dir):
     tamper(run_dir, ".metadata", METADATA["os.system"][0])
     arguments = {
         "train": [*SMALL, "train.steps=4", "optim.warmup_steps=1", f"run.dir={run_dir}"],
         "evaluate": [f"from={run_dir}"],
         "predict": [f"from={run_dir}", f"images={Path(__file__).parent.parent.parent / 'docs' / 'pictures'}"],
-    }[verb]
-    code, told = run_ranks(main_here, 1, [verb, *arguments])[0]
+    }[run_command]
+    code, told = run_ranks(main_here, 1, [run_command, *arguments])[0]
     assert code == 2, told
     assert "it names posix.system; a checkpoint of megavit does not do that" in told
     assert told.count("megavit: ") == 1

@@ -81,9 +81,9 @@ def save_until_it_fits(disk: str, room: int) -> list[str]:
     trainer = Trainer(
         compose([*SMALL, "train.stop_at=1", "run.preflight=false", "parallel.tp=2", f"run.dir={disk}/run"])
     )
-    trainer.keeper.save = lambda *_, **__: None
+    trainer.checkpointer.save = lambda *_, **__: None
     trainer.run()
-    speaks = dist.get_rank() == 0
+    is_main = dist.get_rank() == 0
 
     def save(step: int) -> str:
         try:
@@ -93,7 +93,7 @@ def save_until_it_fits(disk: str, room: int) -> list[str]:
         return ""
 
     def leave(room: int | None) -> None:
-        if speaks:
+        if is_main:
             ballast = Path(disk) / "ballast"
             ballast.unlink(missing_ok=True)
             if room is not None:
@@ -112,12 +112,12 @@ def save_until_it_fits(disk: str, room: int) -> list[str]:
         dist.barrier()
         assert not list(Path(disk).rglob("*.tmp"))
     leave(None)
-    if speaks:
+    if is_main:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     dist.barrier()
     told.append(save(50))
     dist.barrier()
-    if speaks:
+    if is_main:
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     dist.barrier()
     told.append(save(51))

@@ -6,7 +6,7 @@ import yaml
 
 from megavit.cluster.backend import Backend
 from megavit.cluster.job import Job, plan_job
-from megavit.cluster.settings import open_cluster, split_cluster
+from megavit.cluster.settings import get_backend, split_cluster
 from megavit.compose import choices, compose
 
 # Everything that a shell, YAML or Kubernetes would take for more than a letter, but for line breaks.
@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def planned(*arguments: str) -> tuple[Backend, Job]:
     own, overrides = split_cluster(list(arguments))
-    backend = open_cluster(own)
+    backend = get_backend(own)
     return backend, plan_job(overrides, backend.config)
 
 

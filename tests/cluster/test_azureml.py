@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megavit.cluster.azureml_config import AzureMLConfig
-from megavit.cluster.settings import open_cluster
-from megavit.compose import leaves
-from megavit.config import RunConfig
+from megavit.cluster.settings import get_backend
+from megavit.compose import flatten
+from megavit.config import ExperimentConfig
 from megavit.errors import ConfigError
 from tests.cluster.manifest import (
     EVIL,
@@ -119,8 +119,10 @@ def test_every_recipe_renders(recipe, tmp_path):
 
 
 def test_any_value_of_any_setting_of_the_run_is_one_word(digits_job, tmp_path):
-    settings = [typed(key, EVIL) for key in leaves(RunConfig()) if key not in ("run.dir", "data.path", "init_from")]
-    job = parsed(open_cluster(BASE).render(dataclasses.replace(digits_job, overrides=settings)))
+    settings = [
+        typed(key, EVIL) for key in flatten(ExperimentConfig()) if key not in ("run.dir", "data.path", "init_from")
+    ]
+    job = parsed(get_backend(BASE).render(dataclasses.replace(digits_job, overrides=settings)))
     assert argv(job["command"], tmp_path) == ["-m", "megavit.train", *settings, 'run.dir="/mnt/OUTPUT_runs/digits"']
 
 
@@ -145,16 +147,16 @@ def test_what_azure_would_replace_is_refused(key, digits_job):
         rendered(*BASE, typed(key, "${{inputs.x}}"))
     replaced = dataclasses.replace(digits_job, overrides=[typed(key, "${{inputs.x}}")])
     with pytest.raises(ConfigError, match="Azure ML would put another value there"):
-        open_cluster(BASE).render(replaced)
+        get_backend(BASE).render(replaced)
 
 
-@pytest.mark.parametrize("key", sorted(set(leaves(AzureMLConfig())) - {"kind"}))
+@pytest.mark.parametrize("key", sorted(set(flatten(AzureMLConfig())) - {"kind"}))
 def test_a_setting_of_the_cluster_is_a_value_or_refused(key, digits_job, tmp_path):
-    plain = parsed(open_cluster(BASE).render(digits_job))
+    plain = parsed(get_backend(BASE).render(digits_job))
     for value in EVILS:
         given = [word for word in BASE if not word.startswith(f"cluster.{key}=")]
         try:
-            job = parsed(open_cluster([*given, setting_of(AzureMLConfig, key, value)]).render(digits_job))
+            job = parsed(get_backend([*given, setting_of(AzureMLConfig, key, value)]).render(digits_job))
         except ConfigError:
             continue
         # Only these take any text; a compute of another kind is no word of the command.

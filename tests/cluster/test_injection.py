@@ -12,10 +12,10 @@ import yaml
 from megavit.cluster.config import ClusterConfig, LocalConfig, SlurmConfig
 from megavit.cluster.job import plan_job
 from megavit.cluster.render import refuse_secrets
-from megavit.cluster.settings import open_cluster
+from megavit.cluster.settings import get_backend
 from megavit.cluster.submit import submit
-from megavit.compose import leaves
-from megavit.config import RunConfig
+from megavit.compose import flatten
+from megavit.config import ExperimentConfig
 from megavit.errors import ConfigError
 from tests.cluster.stage import Stage
 
@@ -69,11 +69,11 @@ def test_no_key_of_a_cluster_lets_a_command_through(nasty, tmp_path, monkeypatch
     stage = Stage(tmp_path / "stage", "srun", "scontrol", "module", "python")
     scripts = []
     for config, plain in ((SlurmConfig, PLAIN), (LocalConfig, {"kind": "local"})):
-        base = open_cluster([cluster_file(tmp_path, plain)])
+        base = get_backend([cluster_file(tmp_path, plain)])
         directives = len(re.findall("^#SBATCH", base.render(plan_job([], base.config)), re.M))
         for values in places(config, nasty):
             try:
-                backend = open_cluster([cluster_file(tmp_path, {**plain, **values})])
+                backend = get_backend([cluster_file(tmp_path, {**plain, **values})])
                 text = backend.render(plan_job([], backend.config))
             except ConfigError:
                 continue
@@ -101,11 +101,11 @@ def test_every_setting_of_a_run_arrives_as_the_word_that_was_typed(cluster, tmp_
     folder.mkdir()
     monkeypatch.chdir(folder)
     stage = Stage(tmp_path / "stage", "srun", "scontrol", "python")
-    backend = open_cluster(
+    backend = get_backend(
         [f"cluster={cluster}", f"cluster.python={tmp_path}/stage/bin/python"]
         + (["cluster.gpus_per_node=0"] if cluster == "slurm" else [])
     )
-    typed = [f"{key}={nasty}" for key in leaves(RunConfig()) for nasty in NASTY]
+    typed = [f"{key}={nasty}" for key in flatten(ExperimentConfig()) for nasty in NASTY]
     text = backend.render(replace(plan_job([], backend.config), overrides=typed))
     played = stage.play(text, folder=tmp_path, environment=JOB, srun="exit 0", scontrol=SCONTROL)
     (words,) = played.of("srun" if cluster == "slurm" else "python")
@@ -114,7 +114,7 @@ def test_every_setting_of_a_run_arrives_as_the_word_that_was_typed(cluster, tmp_
 
 
 def test_a_line_break_in_a_setting_is_refused():
-    backend = open_cluster(["cluster=local"])
+    backend = get_backend(["cluster=local"])
     with pytest.raises(ConfigError, match="line break"):
         plan_job(['run.name="a\nb"'], backend.config)
 

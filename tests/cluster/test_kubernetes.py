@@ -8,9 +8,9 @@ import pytest
 
 from megavit.cluster.kubernetes import job_name
 from megavit.cluster.kubernetes_config import KubernetesConfig
-from megavit.cluster.settings import open_cluster
-from megavit.compose import leaves
-from megavit.config import RunConfig
+from megavit.cluster.settings import get_backend
+from megavit.compose import flatten
+from megavit.config import ExperimentConfig
 from megavit.errors import ConfigError
 from tests.cluster.manifest import (
     EVIL,
@@ -101,7 +101,7 @@ def test_every_recipe_renders(recipe):
     path = ["data.path=/data/images"] if needs_path(recipe) else []
     _, job = planned(*BASE, f"recipe={recipe}", *path)
     for api in APIS:
-        backend = open_cluster([*BASE, f"cluster.api={api}"])
+        backend = get_backend([*BASE, f"cluster.api={api}"])
         pod = container(parsed(backend.render(job)))
         assert pod["args"] == [f"recipe={recipe}", *path, f"run.dir=/runs/{recipe}"]
         assert pod["command"] == ["python", "-m", "megavit.torchrun", "-m", "megavit.train"]
@@ -123,7 +123,9 @@ def test_a_node_is_a_pod(nodes):
 @pytest.mark.parametrize("api", APIS)
 def test_any_value_of_any_setting_of_the_run_is_one_word(api):
     backend, job = planned(*BASE, f"cluster.api={api}")
-    settings = [typed(key, EVIL) for key in leaves(RunConfig()) if key not in ("run.dir", "data.path", "init_from")]
+    settings = [
+        typed(key, EVIL) for key in flatten(ExperimentConfig()) if key not in ("run.dir", "data.path", "init_from")
+    ]
     manifest = parsed(backend.render(dataclasses.replace(job, overrides=settings)))
     seen = container(manifest)["args"]
     environment = {variable["name"]: variable.get("value", "") for variable in container(manifest)["env"]}
@@ -145,12 +147,12 @@ def test_a_runs_name_and_its_paths_are_words(api):
     assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", manifest["metadata"]["name"])
 
 
-@pytest.mark.parametrize("key", sorted(set(leaves(KubernetesConfig())) - {"kind", "context"}))
+@pytest.mark.parametrize("key", sorted(set(flatten(KubernetesConfig())) - {"kind", "context"}))
 def test_a_setting_of_the_cluster_is_a_value_or_refused(key, digits_job):
-    plain = parsed(open_cluster(BASE).render(digits_job))
+    plain = parsed(get_backend(BASE).render(digits_job))
     for value in [*EVILS, "plain"]:
         try:
-            backend = open_cluster([*BASE, setting_of(KubernetesConfig, key, value)])
+            backend = get_backend([*BASE, setting_of(KubernetesConfig, key, value)])
             manifest = parsed(backend.render(digits_job))
         except ConfigError:
             assert value != "plain" or key not in ("python", "env", "namespace")

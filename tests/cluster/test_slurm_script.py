@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megavit.cluster.job import plan_job
-from megavit.cluster.settings import open_cluster
+from megavit.cluster.settings import get_backend
 from megavit.errors import ConfigError
 from tests.cluster.stage import Played, Stage
 
@@ -20,7 +20,7 @@ RUNNING = 'case "$*" in *hostnames*) echo node1; echo node2;; *"show job"*) echo
 
 def script(*arguments: str) -> str:
     own = [text for text in arguments if text.startswith("cluster")]
-    backend = open_cluster(own)
+    backend = get_backend(own)
     return backend.render(plan_job([text for text in arguments if text not in own], backend.config))
 
 
@@ -30,10 +30,10 @@ def play(tmp_path, monkeypatch):
     stage = Stage(tmp_path / "stage", "srun", "scontrol", "module")
 
     def play(
-        text: str, *, leaves: str | None = None, status: int = 0, scontrol: str = RUNNING, srun: str | None = None
+        text: str, *, flatten: str | None = None, status: int = 0, scontrol: str = RUNNING, srun: str | None = None
     ) -> Played:
         """Run the script, with an srun that leaves this exit.json and this exit code."""
-        writes = f"echo '{leaves}' > runs/digits/exit.json; " if leaves is not None else ""
+        writes = f"echo '{flatten}' > runs/digits/exit.json; " if flatten is not None else ""
         srun = srun or f"{writes}exit {status}"
         return stage.play(text, folder=tmp_path, environment=JOB, srun=srun, scontrol=scontrol)
 
@@ -45,7 +45,7 @@ def requeues(played: Played) -> int:
 
 
 def test_one_torchrun_on_each_node_meets_on_the_first(play):
-    played = play(script(*CPU, "cluster.nodes=2", "cluster.ranks_per_node=2", "parallel.tp=2"), leaves='{"code": 0, ')
+    played = play(script(*CPU, "cluster.nodes=2", "cluster.ranks_per_node=2", "parallel.tp=2"), flatten='{"code": 0, ')
     (srun,) = played.of("srun")
     assert srun[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=2"]
     assert srun[srun.index("megavit.torchrun") :] == [
@@ -63,31 +63,31 @@ def test_one_torchrun_on_each_node_meets_on_the_first(play):
 
 
 def test_a_finished_run_is_not_queued_again(play):
-    played = play(script(*CPU), leaves='{"code": 0, "error": null}')
+    played = play(script(*CPU), flatten='{"code": 0, "error": null}')
     assert (played.code, requeues(played)) == (0, 0)
 
 
 def test_a_stopped_run_is_queued_again_though_torchrun_says_1(play):
-    played = play(script(*CPU), leaves='{"code": 75, "error": null}', status=1)
+    played = play(script(*CPU), flatten='{"code": 75, "error": null}', status=1)
     assert (played.code, requeues(played)) == (75, 1)
     assert played.of("scontrol")[-1] == ["requeue", "41"]
 
 
 def test_a_stopped_run_is_not_queued_again_where_that_was_not_wanted(play):
-    played = play(script(*CPU, "cluster.requeue=false"), leaves='{"code": 75, "error": null}', status=1)
+    played = play(script(*CPU, "cluster.requeue=false"), flatten='{"code": 75, "error": null}', status=1)
     assert (played.code, requeues(played)) == (75, 0)
     assert "#SBATCH --no-requeue" in script(*CPU, "cluster.requeue=false")
 
 
 def test_a_cancelled_job_is_not_queued_again(play):
     cancelled = RUNNING.replace("JobState=RUNNING", "JobState=CANCELLED")
-    played = play(script(*CPU), leaves='{"code": 75, "error": null}', status=1, scontrol=cancelled)
+    played = play(script(*CPU), flatten='{"code": 75, "error": null}', status=1, scontrol=cancelled)
     assert (played.code, requeues(played)) == (75, 0)
     assert "the job is CANCELLED, and not queued again" in played.output
 
 
 def test_a_wrong_setting_is_never_queued_again(play):
-    played = play(script(*CPU), leaves='{"code": 2, "error": "megavit: wrong"}', status=1)
+    played = play(script(*CPU), flatten='{"code": 2, "error": "megavit: wrong"}', status=1)
     assert (played.code, requeues(played)) == (2, 0)
 
 
@@ -99,14 +99,14 @@ def test_a_run_that_could_not_have_its_folder_is_not_queued_again(play):
 def test_a_crashing_job_stops_after_its_restarts_and_says_why(play, tmp_path):
     text = script(*CPU, "cluster.max_restarts=2")
     error = json.dumps({"code": 1, "error": 'Traceback …\n  File "x.py"\nRuntimeError: the "disk" is gone\n'})
-    ends = [play(text, leaves=error, status=1) for _ in range(3)]
+    ends = [play(text, flatten=error, status=1) for _ in range(3)]
     assert [requeues(end) for end in ends] == [1, 1, 0]
     assert [end.code for end in ends] == [1, 1, 1]
     assert "crashed 3 times in a row (cluster.max_restarts=2), not queued again: RuntimeError" in ends[2].output
     # A checkpoint in between, and the count begins anew.
     (tmp_path / "runs/digits/checkpoints").mkdir()
     (tmp_path / "runs/digits/checkpoints/latest").write_text("step_00000010\n")
-    assert requeues(play(text, leaves=error, status=1)) == 1
+    assert requeues(play(text, flatten=error, status=1)) == 1
 
 
 def test_ranks_that_end_without_a_word_are_a_crash_whatever_the_last_start_left(play, tmp_path):
@@ -115,7 +115,7 @@ def test_ranks_that_end_without_a_word_are_a_crash_whatever_the_last_start_left(
     played = play(script(*CPU), status=137)
     assert (played.code, requeues(played)) == (1, 1)
     assert "the ranks ended without a word, srun with code 137" in played.output
-    null = play(script(*CPU), leaves='{"code": null, "error": null}', status=1)
+    null = play(script(*CPU), flatten='{"code": null, "error": null}', status=1)
     assert (null.code, requeues(null)) == (1, 1)
 
 

@@ -13,7 +13,7 @@ from megavit.cluster.azureml_config import AzureMLConfig
 from megavit.cluster.config import SlurmConfig
 from megavit.cluster.job import plan_job, split_sweep
 from megavit.cluster.kubernetes_config import KubernetesConfig
-from megavit.cluster.settings import open_cluster
+from megavit.cluster.settings import get_backend
 from megavit.cluster.submit import submit
 from megavit.compose import choices
 from megavit.errors import ConfigError
@@ -182,7 +182,7 @@ def test_each_combination_of_a_sweep_is_a_run_with_a_name():
 def test_every_recipe_renders_for_slurm_and_for_this_machine(recipe):
     own = [] if recipe.startswith("digits") else ["data.path=/data"]
     for cluster in ("slurm", "local"):
-        backend = open_cluster([f"cluster={cluster}", "cluster.gpus_per_node=8"])
+        backend = get_backend([f"cluster={cluster}", "cluster.gpus_per_node=8"])
         job = plan_job([f"recipe={recipe}", *own], backend.config)
         assert f"recipe={recipe}\n" in backend.render(job)
         assert (job.world_size, job.device) == (8, "cuda")
@@ -192,7 +192,7 @@ def test_a_cluster_of_ones_own_is_a_file(tmp_path):
     (tmp_path / "mine.yaml").write_text(
         "kind: slurm\ngpus_per_node: 4\npartition: gpu\nenv: {NCCL_SOCKET_IFNAME: ib0}\n"
     )
-    config = open_cluster(["cluster=mine.yaml", "cluster.nodes=3"]).config
+    config = get_backend(["cluster=mine.yaml", "cluster.nodes=3"]).config
     assert (config.nodes, config.gpus_per_node, config.partition, config.env) == (
         3,
         4,

@@ -4,10 +4,10 @@ import hashlib
 import os
 from pathlib import Path
 
-from megavit.task.classify import Classify
+from megavit.task.classify import ClassificationTask
 
 
-class Hashing(Classify):
+class Hashing(ClassificationTask):
     """Appends a line for each image: which it is, and its hash, to a file of this process in the folder HASHES."""
 
     def __init__(self, *arguments, **named) -> None:

@@ -15,7 +15,7 @@ from megavit.data.augment import RandAugment, colour_transforms
 from megavit.data.augment_config import AutoAugment
 from megavit.data.config import DataConfig
 from megavit.data.order import SampleKey
-from megavit.data.views import View
+from megavit.data.views import ImageTransform
 from megavit.errors import ConfigError
 
 DATA = os.environ.get("MEGAVIT_TEST_DATA")
@@ -45,7 +45,7 @@ def test_each_kind_changes_pictures_by_their_keys_alone(kind):
     config = colour(**KINDS[kind], crop_scale=None, flip=False, eval_crop=None)
     config.check()
     (image, *_), keys = pictures(), [SampleKey(number, 0) for number in range(40)]
-    view = View(config, augment=True)
+    view = ImageTransform(config, augment=True)
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     seen = view([image] * 40, keys, seed=0)
     # Nothing else is drawn from, and torch's own generator is left as it was.
@@ -54,11 +54,11 @@ def test_each_kind_changes_pictures_by_their_keys_alone(kind):
     assert torch.equal(torch.get_rng_state(), states[2])
     random.seed(1)
     np.random.seed(1)
-    again = View(config, augment=True)([image] * 40, keys[::-1], seed=0)[::-1]
+    again = ImageTransform(config, augment=True)([image] * 40, keys[::-1], seed=0)[::-1]
     assert all(torch.equal(one, other) for one, other in zip(seen, again, strict=True))
     assert all(one.shape == image.shape and one.dtype == torch.uint8 for one in seen)
     assert len({one.numpy().tobytes() for one in seen}) > 10
-    assert torch.equal(View(config, augment=False)([image], keys[:1], seed=0)[0], image)
+    assert torch.equal(ImageTransform(config, augment=False)([image], keys[:1], seed=0)[0], image)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,9 +70,9 @@ def test_views_do_not_depend_on_the_number_of_threads(kind, threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = View(config, augment=True)(images, keys, seed=0)
+        alone = ImageTransform(config, augment=True)(images, keys, seed=0)
         torch.set_num_threads(threads)
-        together = View(config, augment=True)(images, keys, seed=0)
+        together = ImageTransform(config, augment=True)(images, keys, seed=0)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -202,7 +202,7 @@ def test_what_cannot_work_or_would_be_ignored_is_refused(changes, message):
 def test_grey_digits_can_be_augmented(kind):
     config = compose(["recipe=digits", f"data.auto_augment={kind}", "data.color_jitter=[0.4,0.4,0,0]"]).data
     config.check()
-    seen = View(config, augment=True)(
+    seen = ImageTransform(config, augment=True)(
         [torch.arange(64, dtype=torch.uint8).view(1, 8, 8)] * 50, [SampleKey(i, 0) for i in range(50)], seed=0
     )
     assert len({one.numpy().tobytes() for one in seen}) > 10

@@ -15,7 +15,7 @@ from megavit.data import reading, resize
 from megavit.data.config import DataConfig, OnBadSample
 from megavit.data.digits import Digits
 from megavit.data.loader import Loader
-from megavit.data.reading import Needs
+from megavit.data.reading import RequiredFields
 from megavit.errors import ConfigError
 from megavit.testing import RankFailed, run_ranks
 from tests import ranks
@@ -44,7 +44,7 @@ def make_loader(source, *, dp=1, dp_rank=0, micro_batch=8, needs=None, **setting
     layout = SimpleNamespace(
         tp=1, tp_rank=0, pp=1, vpp=1, dp=dp, dp_rank=dp_rank, device=torch.device("cpu"), groups=None
     )
-    needs = needs or Needs(images=True, labels=True)
+    needs = needs or RequiredFields(images=True, labels=True)
     config = DataConfig(shift=1, **settings)
     return Loader(source, config, layout=layout, needs=needs, micro_batch=micro_batch, seed=3, train=True)
 
@@ -57,7 +57,7 @@ def read(loaders, num_steps=4):
             labels = [None] * len(batch.keys) if batch.labels_B is None else batch.labels_B.tolist()
             images = [None] * len(batch.keys) if batch.images_BCYX is None else batch.images_BCYX
             seen |= dict(zip(batch.keys, zip(images, labels, strict=True), strict=True))
-        replaced |= {bad.sample_id: bad.replaced_by for bad in loader.take_bad()}
+        replaced |= {bad.sample_id: bad.replaced_by for bad in loader.pop_bad_samples()}
     return seen, replaced
 
 
@@ -83,7 +83,7 @@ def test_the_same_image_takes_a_bad_ones_place_in_any_division(dp, micro_batch, 
 def test_a_stage_that_reads_labels_alone_has_those_of_the_images_in_place():
     source = Broken(set(due(64)[::7]))
     whole, _ = read([make_loader(source, **SKIP)])
-    labels, replaced = read([make_loader(source, needs=Needs(images=False, labels=True), **SKIP)])
+    labels, replaced = read([make_loader(source, needs=RequiredFields(images=False, labels=True), **SKIP)])
     assert {key: label for key, (_, label) in whole.items()} == {key: label for key, (_, label) in labels.items()}
     assert replaced == {}
 

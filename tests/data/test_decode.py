@@ -24,8 +24,8 @@ from megavit.data.decode import Box, Jpeg, decode_image, open_image
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source
 from megavit.data.order import SampleKey
-from megavit.data.reading import Needs
-from megavit.data.views import View
+from megavit.data.reading import RequiredFields
+from megavit.data.views import ImageTransform
 from megavit.errors import ConfigError
 
 DATA = os.environ.get("MEGAVIT_TEST_DATA")
@@ -193,7 +193,7 @@ def test_a_reduced_view_shows_the_same_part_as_one_in_full():
     encoded = photographs(8)
     jpegs = [open_image(encoded[key.sample_id], channels=3, name="x") for key in KEYS]
     views = [
-        View(config(image_size=[32, 32], reduced_decode=reduced), augment=True)(jpegs, KEYS, seed=0)
+        ImageTransform(config(image_size=[32, 32], reduced_decode=reduced), augment=True)(jpegs, KEYS, seed=0)
         for reduced in (True, False)
     ]
     off = [float((one.int() - other.int()).abs().float().mean()) for one, other in zip(*views, strict=True)]
@@ -207,7 +207,7 @@ def test_a_view_less_than_four_times_as_large_is_cut_from_the_image_in_full():
     encoded = photographs(8)
     jpegs = [open_image(encoded[key.sample_id], channels=3, name="x") for key in KEYS]
     images = [decode_image(encoded[key.sample_id], channels=3, name="x") for key in KEYS]
-    view = View(config(image_size=[224, 224]), augment=True)
+    view = ImageTransform(config(image_size=[224, 224]), augment=True)
     for one, other in zip(view(jpegs, KEYS, seed=0), view(images, KEYS, seed=0), strict=True):
         assert torch.equal(one, other)
         assert one.is_contiguous()
@@ -217,7 +217,7 @@ def test_evaluation_decodes_in_full(monkeypatch):
     monkeypatch.setattr(Jpeg, "resized", None)  # a call would fail
     jpeg = open_image(encode(drawing(640, 480)), channels=3, name="x")
     for eval_crop in (None, 0.875):
-        View(config(image_size=[32, 32], eval_crop=eval_crop), augment=False)([jpeg], KEYS[:1], seed=0)
+        ImageTransform(config(image_size=[32, 32], eval_crop=eval_crop), augment=False)([jpeg], KEYS[:1], seed=0)
 
 
 def test_a_broken_jpeg_is_named_also_when_it_is_decoded_reduced():
@@ -251,7 +251,7 @@ class Counted:
 
 def load(source, micro_batch: int, **changes) -> Loader:
     layout = SimpleNamespace(tp=1, tp_rank=0, pp=1, vpp=1, dp=1, dp_rank=0, device=torch.device("cpu"), groups=None)
-    needs = Needs(images=True, labels=False)
+    needs = RequiredFields(images=True, labels=False)
     data = config(**{"image_size": [32, 32], "workers": 0, **changes})
     return Loader(source, data, layout=layout, needs=needs, micro_batch=micro_batch, seed=0, train=True)
 

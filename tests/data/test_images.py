@@ -20,8 +20,8 @@ from megavit.data.files import find_images
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source
 from megavit.data.order import SampleKey
-from megavit.data.reading import Needs
-from megavit.data.views import View
+from megavit.data.reading import RequiredFields
+from megavit.data.views import ImageTransform
 from megavit.errors import ConfigError
 
 DATA = os.environ.get("MEGAVIT_TEST_DATA")
@@ -279,7 +279,7 @@ def noise(height: int, width: int) -> torch.Tensor:
 
 
 def test_a_training_view_is_a_function_of_its_key_and_leaves_the_generator_alone(tmp_path):
-    view, image = View(folder_config(tmp_path, image_size=[16, 24]), augment=True), noise(40, 60)
+    view, image = ImageTransform(folder_config(tmp_path, image_size=[16, 24]), augment=True), noise(40, 60)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     seen = view([image] * 4, KEYS, seed=0)
@@ -296,13 +296,13 @@ def test_a_training_view_seeds_no_device(tmp_path, monkeypatch):
     # On a GPU the dropout draws from CUDA's generators, which nothing would put back; no GPU is needed to see the call.
     seeded = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
-    View(folder_config(tmp_path, image_size=[16, 24]), augment=True)([noise(40, 60)] * 4, KEYS, seed=0)
+    ImageTransform(folder_config(tmp_path, image_size=[16, 24]), augment=True)([noise(40, 60)] * 4, KEYS, seed=0)
     assert not seeded
 
 
 def test_half_of_the_images_are_mirrored(tmp_path):
     view, image = (
-        View(folder_config(tmp_path, crop_scale=None, image_size=[8, 8], eval_crop=None), augment=True),
+        ImageTransform(folder_config(tmp_path, crop_scale=None, image_size=[8, 8], eval_crop=None), augment=True),
         noise(8, 8),
     )
     seen = view([image] * 1000, [SampleKey(i, 0) for i in range(1000)], seed=0)
@@ -313,7 +313,7 @@ def test_half_of_the_images_are_mirrored(tmp_path):
 
 @pytest.mark.parametrize("shape", [(40, 60), (300, 20), (16, 24), (7, 5)])
 def test_an_evaluation_view_covers_the_frame_and_is_always_alike(shape, tmp_path):
-    view = View(folder_config(tmp_path, image_size=[16, 24]), augment=False)
+    view = ImageTransform(folder_config(tmp_path, image_size=[16, 24]), augment=False)
     first, second = (view([noise(*shape)], [key], seed=seed)[0] for key, seed in ((KEYS[0], 0), (KEYS[1], 1)))
     assert first.shape == (3, 16, 24)
     assert torch.equal(first, second)
@@ -322,7 +322,7 @@ def test_an_evaluation_view_covers_the_frame_and_is_always_alike(shape, tmp_path
 def test_the_centre_of_a_larger_frame_is_evaluated(tmp_path):
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     image[:, 16:48, 16:48] = 255
-    view = View(folder_config(tmp_path, image_size=[32, 32], eval_crop=0.5), augment=False)
+    view = ImageTransform(folder_config(tmp_path, image_size=[32, 32], eval_crop=0.5), augment=False)
     assert (view([image], KEYS[:1], seed=0)[0] == 255).all()
 
 
@@ -368,7 +368,7 @@ def load(path: Path, *, train: bool, workers: int, micro_batch: int = 4) -> Load
         open_source(config, "train" if train else "val"),
         config,
         layout=layout,
-        needs=Needs(images=True, labels=True),
+        needs=RequiredFields(images=True, labels=True),
         micro_batch=micro_batch,
         seed=0,
         train=train,

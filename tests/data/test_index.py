@@ -12,7 +12,7 @@ import pytest
 from megavit.data import folder as folder_module
 from megavit.data import tars as tars_module
 from megavit.data.folder import open_folder
-from megavit.data.index import Index, kept_or_built, settled
+from megavit.data.index import Index, load_or_build, settled
 from megavit.data.opening import open_source, prepare_index
 from megavit.data.walk import in_order
 from megavit.errors import ConfigError
@@ -183,13 +183,13 @@ def test_columns_are_mapped_from_the_file_and_come_back_whole(tmp_path):
             "none": np.zeros(0, dtype=np.int32),
         },
     )
-    kept = kept_or_built(tmp_path, "x", fits=lambda about: True, build=lambda: made)
+    kept = load_or_build(tmp_path, "x", fits=lambda about: True, build=lambda: made)
     assert kept.about == made.about
     for name, column in made.arrays.items():
         assert kept.arrays[name].dtype == column.dtype
         assert kept.arrays[name].tolist() == column.tolist()
     assert not kept.arrays["numbers"].flags.writeable
-    assert kept_or_built(tmp_path, "x", fits=lambda about: about == made.about, build=None).about == made.about
+    assert load_or_build(tmp_path, "x", fits=lambda about: about == made.about, build=None).about == made.about
 
 
 def test_names_that_are_no_text_survive_the_listing(tmp_path):

@@ -9,7 +9,7 @@ from megavit.data.config import DataConfig
 from megavit.data.digits import Digits
 from megavit.data.loader import Loader
 from megavit.data.order import SampleKey
-from megavit.data.reading import Needs
+from megavit.data.reading import RequiredFields
 from megavit.data.transforms import Normalize, draw_shifts, shift_image
 from megavit.errors import ConfigError
 
@@ -22,7 +22,7 @@ def make_loader(*, dp=1, dp_rank=0, micro_batch=4, train=True, workers=0, shift=
         Digits("train"),
         DataConfig(shift=shift, workers=workers),
         layout=layout,
-        needs=needs or Needs(images=True, labels=True),
+        needs=needs or RequiredFields(images=True, labels=True),
         micro_batch=micro_batch,
         seed=3,
         train=train,
@@ -81,7 +81,7 @@ def test_evaluation_covers_every_sample_once(dp):
 
 
 def test_a_stage_that_needs_labels_alone_decodes_no_image():
-    loader = make_loader(needs=Needs(images=False, labels=True))
+    loader = make_loader(needs=RequiredFields(images=False, labels=True))
     loader.source.image = None  # a call would fail
     batch = next(loader.train_batches(consumed_samples=0, num_steps=1, global_batch=4))
     assert batch.images_BCYX is None

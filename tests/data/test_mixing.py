@@ -14,9 +14,9 @@ from megavit.data.device import DeviceTransforms
 from megavit.data.digits import Digits
 from megavit.data.erasing import Boxes, Erasing
 from megavit.data.loader import Batch, Loader
-from megavit.data.mixing import Mix, Mixing, beta_quantiles, neighbours
+from megavit.data.mixing import MixParams, MixupCutmix, beta_quantiles, neighbours
 from megavit.data.order import SampleKey
-from megavit.data.reading import Needs
+from megavit.data.reading import RequiredFields
 from megavit.errors import ConfigError
 from megavit.trained import read_config
 
@@ -44,7 +44,7 @@ def see_digits(*, dp=1, micro_batch=16, workers=0) -> dict[SampleKey, tuple[byte
     seen = {}
     for dp_rank in range(dp):
         layout = SimpleNamespace(tp=1, tp_rank=0, pp=1, vpp=1, dp=dp, dp_rank=dp_rank, device=CPU, groups=None)
-        needs = Needs(images=True, labels=True)
+        needs = RequiredFields(images=True, labels=True)
         loader = Loader(
             Digits("train"), config, layout=layout, needs=needs, micro_batch=micro_batch, seed=3, train=True
         )
@@ -92,7 +92,7 @@ def test_images_and_labels_are_mixed_as_computed_by_hand():
     # The first of each pair takes a quarter of its neighbour; the second a box of 2 of 4 pixels; the others stay.
     none = torch.zeros(4, dtype=torch.long)
     boxes = Boxes(none, none, torch.tensor([0, 1, 0, 0]), torch.tensor([0, 2, 0, 0]))
-    mix = Mix(
+    mix = MixParams(
         torch.tensor([0.75, 0.5, 1.0, 1.0], dtype=torch.float64), boxes, torch.tensor([False, True, False, False])
     )
     images = torch.tensor([4.0, 8.0, 1.0, 2.0]).view(4, 1, 1, 1).expand(-1, 1, 2, 2)
@@ -106,10 +106,10 @@ def test_images_and_labels_are_mixed_as_computed_by_hand():
     assert mix.targets(one_hot).tolist() == [[0.75, 0.25, 0], [0.5, 0.5, 0], [0, 0, 1], [1, 0, 0]]
 
 
-def draw(count: int = 20_000, size: int = 32, **changes) -> Mix:
+def draw(count: int = 20_000, size: int = 32, **changes) -> MixParams:
     config = DataConfig(image_size=[size, size], **changes)
     config.check()
-    return Mixing(config, seed=0).draw(batch_of(keys(count)))
+    return MixupCutmix(config, seed=0).draw(batch_of(keys(count)))
 
 
 def test_images_are_mixed_as_often_as_stated():
@@ -163,9 +163,9 @@ def test_cutmix_cuts_the_area_that_it_takes_from_the_label():
 
 def test_another_epoch_seed_or_occurrence_mixes_otherwise():
     config = DataConfig(mixup=1.0)
-    base = Mixing(config, seed=0).draw(batch_of(keys(4))).share_B
+    base = MixupCutmix(config, seed=0).draw(batch_of(keys(4))).share_B
     for seed, some in ((1, keys(4)), (0, keys(4, epoch=1)), (0, [SampleKey(i, 0, 1) for i in range(4)])):
-        assert not (Mixing(config, seed=seed).draw(batch_of(some)).share_B == base).any()
+        assert not (MixupCutmix(config, seed=seed).draw(batch_of(some)).share_B == base).any()
 
 
 def test_another_epoch_seed_or_occurrence_erases_with_other_noise():

@@ -129,7 +129,7 @@ def test_losses_and_counts_are_the_same_in_every_layout_and_the_colours_are_lear
 def test_the_loss_of_several_labels_is_the_mean_of_each_classs_own():
     from types import SimpleNamespace
 
-    from megavit.task.classify import Classify
+    from megavit.task.classify import ClassificationTask
 
     data = replace(DataConfig(), multi_label=True)
     task = SimpleNamespace(
@@ -141,12 +141,12 @@ def test_the_loss_of_several_labels_is_the_mean_of_each_classs_own():
         hits=("hit1", "hit5"),
         see=SimpleNamespace(mix=lambda _: None),
     )
-    task._losses = lambda *arguments, **named: Classify._losses(task, *arguments, **named)
-    task._are_right = lambda *arguments, **named: Classify._are_right(task, *arguments, **named)
+    task._losses = lambda *arguments, **named: ClassificationTask._losses(task, *arguments, **named)
+    task._are_right = lambda *arguments, **named: ClassificationTask._are_right(task, *arguments, **named)
     logits = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0]])
     labels = torch.tensor([[1, 0, 1], [0, 0, 0]], dtype=torch.uint8)
     batch = SimpleNamespace(labels_B=labels, counted_B=torch.ones(2, dtype=torch.bool), augmented=True)
-    loss, sums = Classify.loss(task, logits, batch)
+    loss, sums = ClassificationTask.loss(task, logits, batch)
     chances = logits.sigmoid()
     each = -(labels * chances.log() + (1 - labels.float()) * (1 - chances).log())
     torch.testing.assert_close(loss, each.mean())

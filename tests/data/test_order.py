@@ -7,12 +7,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megavit.data.bijection import Bijection
-from megavit.data.order import SampleOrder
+from megavit.data.bijection import FeistelPermutation
+from megavit.data.order import DeterministicSampler
 
 
 def test_every_epoch_is_a_permutation_and_no_two_are_alike():
-    order = SampleOrder(97, seed=5)
+    order = DeterministicSampler(97, seed=5)
     epochs = [[order.at(epoch * 97 + i) for i in range(97)] for epoch in range(3)]
     for number, keys in enumerate(epochs):
         assert sorted(key.sample_id for key in keys) == list(range(97))
@@ -22,21 +22,21 @@ def test_every_epoch_is_a_permutation_and_no_two_are_alike():
 
 
 def test_order_depends_on_the_seed_and_on_nothing_before():
-    straight = SampleOrder(50, seed=1)
+    straight = DeterministicSampler(50, seed=1)
     walked = [straight.at(i) for i in range(120)]
-    assert SampleOrder(50, seed=1).at(119) == walked[119]
-    assert [SampleOrder(50, seed=2).at(i) for i in range(50)] != walked[:50]
+    assert DeterministicSampler(50, seed=1).at(119) == walked[119]
+    assert [DeterministicSampler(50, seed=2).at(i) for i in range(50)] != walked[:50]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 97, 4096, 4097, 5000, 65_536, 65_537, 300_001])
 def test_a_bijection_takes_every_number_to_another_place(size):
-    places = Bijection(size, key=(3, size))(np.arange(size))
+    places = FeistelPermutation(size, key=(3, size))(np.arange(size))
     assert np.array_equal(np.sort(places), np.arange(size))
 
 
 def test_ten_to_the_ninth_samples_take_no_memory_and_none_comes_twice():
     tracemalloc.start()
-    order = SampleOrder(10**9, seed=0)
+    order = DeterministicSampler(10**9, seed=0)
     ids = [order.at(position).sample_id for position in range(10**9 - 30_000, 10**9)]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -52,7 +52,7 @@ def test_neighbours_and_fixed_points_are_as_rare_as_in_a_random_permutation():
     size, trials = 5000, 200
     neighbours = fixed = 0
     for trial in range(trials):
-        places = Bijection(size, key=(1, trial))(np.arange(size))
+        places = FeistelPermutation(size, key=(1, trial))(np.arange(size))
         neighbours += int((np.abs(np.diff(places)) == 1).sum())
         fixed += int((places == np.arange(size)).sum())
     # Poisson, 2 and 1 expected a trial: standard deviations of the means 0.1 and 0.07.
@@ -62,7 +62,7 @@ def test_neighbours_and_fixed_points_are_as_rare_as_in_a_random_permutation():
 
 @pytest.mark.parametrize("num_samples", [10, 11])
 def test_repeats_show_each_sample_so_often_and_no_view_beside_its_like(num_samples):
-    order = SampleOrder(num_samples, seed=0, repeats=3)
+    order = DeterministicSampler(num_samples, seed=0, repeats=3)
     assert order.epoch_length == 3 * num_samples
     keys = [order.at(position) for position in range(3 * num_samples)]
     assert sorted((key.sample_id, key.occurrence) for key in keys) == [
@@ -76,7 +76,7 @@ def test_repeats_show_each_sample_so_often_and_no_view_beside_its_like(num_sampl
 
 def test_balanced_classes_come_alike_often_and_every_sample_at_least_once():
     labels = np.array([0] * 7 + [2] * 20 + [5] * 3)
-    order = SampleOrder(30, seed=0, labels=labels)
+    order = DeterministicSampler(30, seed=0, labels=labels)
     assert order.epoch_length == 60
     for epoch in range(2):
         keys = [order.at(epoch * 60 + i) for i in range(60)]
@@ -92,7 +92,7 @@ def test_balanced_classes_come_alike_often_and_every_sample_at_least_once():
 
 def test_balance_and_repeats_together_keep_every_view_apart():
     labels = np.array([0] * 3 + [1] * 8)
-    order = SampleOrder(11, seed=4, repeats=2, labels=labels)
+    order = DeterministicSampler(11, seed=4, repeats=2, labels=labels)
     keys = [order.at(position) for position in range(order.epoch_length)]
     assert len(set(keys)) == order.epoch_length == 32
     assert Counter(labels[key.sample_id].item() for key in keys) == {0: 16, 1: 16}

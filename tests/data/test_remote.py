@@ -11,7 +11,7 @@ import torch
 from megavit.data import remote
 from megavit.data.loader import Loader
 from megavit.data.opening import open_source
-from megavit.data.reading import Needs
+from megavit.data.reading import RequiredFields
 from megavit.errors import ConfigError
 from tests.data.tars import labelled, png, shard
 from tests.data.test_sources import config, pairs
@@ -84,7 +84,7 @@ def test_loading_processes_read_over_http_after_the_training_process_has(workers
         source = open_source(data, "train")
         source.image(0)
         layout = SimpleNamespace(tp=1, tp_rank=0, pp=1, vpp=1, dp=1, dp_rank=0, device=torch.device("cpu"), groups=None)
-        needs = Needs(images=True, labels=True)
+        needs = RequiredFields(images=True, labels=True)
         loader = Loader(source, data, layout=layout, needs=needs, micro_batch=3, seed=0, train=False)
         batches = list(loader.evaluation_batches())
         assert [int(image[0, 0, 0]) for batch in batches for image in batch.images_BCYX] == list(range(9))

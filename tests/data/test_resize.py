@@ -16,7 +16,7 @@ from megavit.data import resize
 from megavit.data.config import DataConfig, Interpolation
 from megavit.data.decode import decode_image
 from megavit.data.order import SampleKey
-from megavit.data.views import View
+from megavit.data.views import ImageTransform
 from megavit.errors import ConfigError
 
 DATA = os.environ.get("MEGAVIT_TEST_DATA")
@@ -55,7 +55,9 @@ def test_a_long_image_is_seen_as_if_it_were_resized_whole(shape, mode):
     frame = resize.eval_frame(shape, size, 0.875)
     assert max(frame) > resize._LONG * 24
     whole = functional.resize(image, frame, InterpolationMode(mode.value), antialias=True)
-    seen = View(config(image_size=size, eval_crop=0.875, interpolation=mode), augment=False).cut(image, draw=0)
+    seen = ImageTransform(config(image_size=size, eval_crop=0.875, interpolation=mode), augment=False).cut(
+        image, draw=0
+    )
     assert torch.equal(seen, functional.center_crop(whole, size))
 
 
@@ -69,14 +71,14 @@ def test_a_line_of_an_image_makes_no_frame_of_millions_of_pixels(shape, monkeypa
 
     monkeypatch.setattr(functional, "resize", small)
     for eval_crop in (0.875, None):
-        view = View(config(image_size=[224, 224], eval_crop=eval_crop), augment=False)
+        view = ImageTransform(config(image_size=[224, 224], eval_crop=eval_crop), augment=False)
         (seen,) = view([torch.full((3, *shape), 7, dtype=torch.uint8)], [SampleKey(0, 0)], seed=0)
         assert (seen == 7).all()
 
 
 def test_an_image_that_is_too_large_to_be_resized_is_named(monkeypatch):
     monkeypatch.setattr(resize, "_MAX_PIXELS", 10_000)
-    view = View(config(image_size=[8, 8]), augment=False)
+    view = ImageTransform(config(image_size=[8, 8]), augment=False)
     with pytest.raises(ConfigError, match=r"^tower\.png cannot be resized: of its 1 × 2,000 pixels 8 × 2,000 would be"):
         view.see(torch.zeros(3, 2000, 1, dtype=torch.uint8), name="tower.png")
 
@@ -106,7 +108,7 @@ def test_frame_and_centre_are_those_of_timm():
 @pytest.mark.parametrize("eval_crop", [0.875, None])
 def test_photographs_are_seen_as_by_timms_transform_but_for_pillows_rounding(size, eval_crop, figure):
     paths = sorted(path for path in (Path(DATA) / "imagenet_sample").rglob("*") if path.is_file())[:25]
-    view = View(config(image_size=size, eval_crop=eval_crop), augment=False)
+    view = ImageTransform(config(image_size=size, eval_crop=eval_crop), augment=False)
     mode = "center" if eval_crop else "squash"
     theirs = transforms_imagenet_eval(tuple(size), eval_crop or 1.0, mode, interpolation="bicubic", normalize=False)
     off = torch.stack(

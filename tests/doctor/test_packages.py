@@ -3,7 +3,7 @@
 import pytest
 
 from megavit.doctor import versions
-from megavit.doctor.apart import CHECKS, run_apart
+from megavit.doctor.apart import CHECKS, run_in_subprocess
 from megavit.doctor.finding import State
 from megavit.doctor.versions import check_versions
 from tests.doctor.machines import only, pretend
@@ -71,7 +71,7 @@ WITHOUT_CUDA = {"apex/__init__.py": "", "apex/optimizers/__init__.py": "class Fu
 def test_the_apex_of_the_package_index_is_told_from_nvidias(files, told, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(pretend(tmp_path, "apex", "0.9.10", files)), prepend=":")
     monkeypatch.setenv("MEGAVIT_DEVICE", "cpu")
-    (found,) = run_apart(["apex"])
+    (found,) = run_in_subprocess(["apex"])
     assert found.state is State.missing
     assert "0.9.10" in found.text
     assert told in found.text
@@ -84,7 +84,7 @@ def test_a_package_that_crashes_or_hangs_in_its_import_is_told_and_the_others_ar
     pretend(tmp_path, "apex", "0.1", {"apex/__init__.py": "import time; print('noise'); time.sleep(60)"})
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
     monkeypatch.setenv("MEGAVIT_DEVICE", "cpu")
-    findings = list(run_apart(["flash-attn", "apex", "processor"], patience_s=5))
+    findings = list(run_in_subprocess(["flash-attn", "apex", "processor"], patience_s=5))
     assert only(findings, "flash-attn").text.startswith("its process ended by SIGSEGV")
     assert only(findings, "apex").text == "no answer in 5 s: its process was ended"
     assert {only(findings, name).state for name in ("flash-attn", "apex")} == {State.missing}
@@ -93,7 +93,7 @@ def test_a_package_that_crashes_or_hangs_in_its_import_is_told_and_the_others_ar
 
 def test_every_kernel_of_torch_is_told_and_sdpa_runs(monkeypatch):
     monkeypatch.setenv("MEGAVIT_DEVICE", "cpu")
-    findings = list(run_apart(["torch", "attention"]))
+    findings = list(run_in_subprocess(["torch", "attention"]))
     names = [finding.name for finding in findings]
     assert names == [
         "torch", "sdpa", "sdpa_flash", "flash_attn", "te",
@@ -110,7 +110,7 @@ def test_every_kernel_of_torch_is_told_and_sdpa_runs(monkeypatch):
 def test_a_torch_that_cannot_be_imported_breaks_each_check_that_needs_it(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cuda.so: undefined symbol')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    findings = list(run_apart(list(CHECKS)))
+    findings = list(run_in_subprocess(list(CHECKS)))
     for name in ("torch", "megavit.trainer", "training on", "attention"):
         assert only(findings, name).state is State.broken
         assert "libtorch_cuda.so: undefined symbol" in only(findings, name).text

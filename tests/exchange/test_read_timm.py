@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 
 from megavit.data.config import Interpolation
 from megavit.errors import ConfigError
-from megavit.exchange.foreign_model import ForeignModel
+from megavit.exchange.foreign_model import ExternalModel
 from megavit.exchange.read import read_foreign
 from megavit.model.config import Pool
 
@@ -26,7 +26,7 @@ def save(folder: Path, architecture: str = "vit_tiny_patch16_224", **changed) ->
     return model
 
 
-def read(folder: Path, *, num_heads: int | None = None) -> ForeignModel:
+def read(folder: Path, *, num_heads: int | None = None) -> ExternalModel:
     return read_foreign("timm", folder, num_heads=num_heads)
 
 
@@ -38,14 +38,14 @@ def test_a_folder_of_save_for_hf_states_heads_pooling_and_pixels(tmp_path):
     config["label_names"] = list("abcdefg")
     (tmp_path / "config.json").write_text(json.dumps(config))
     for place in (tmp_path, tmp_path / "model.safetensors"):
-        foreign = read(place)
-        assert (foreign.model.num_heads, foreign.model.norm_eps, foreign.model.pool) == (4, 1e-6, Pool.mean)
-        assert foreign.classes == list("abcdefg")
-        pixels = foreign.pixels
+        external = read(place)
+        assert (external.model.num_heads, external.model.norm_eps, external.model.pool) == (4, 1e-6, Pool.mean)
+        assert external.classes == list("abcdefg")
+        pixels = external.pixels
         assert (pixels.mean, pixels.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
         assert (pixels.eval_crop, pixels.interpolation) == (0.95, Interpolation.bilinear)
-        assert foreign.assumptions() == []
-        assert "states: vit_tiny_patch16_224, 4 heads, GELU, eps 1e-6, mean of the patches" in foreign.notes[0]
+        assert external.assumptions() == []
+        assert "states: vit_tiny_patch16_224, 4 heads, GELU, eps 1e-6, mean of the patches" in external.notes[0]
 
 
 def test_what_is_read_is_what_timms_own_transform_does(tmp_path):
@@ -62,8 +62,8 @@ def test_an_earlier_form_with_all_keys_in_one_is_read(tmp_path):
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=3).state_dict(), tmp_path / "model.safetensors")
     flat = {"architecture": "vit_tiny_patch16_224", "num_classes": 3, "mean": [0.1] * 3, "labels": ["a", "b", "c"]}
     (tmp_path / "config.json").write_text(json.dumps(flat))
-    foreign = read(tmp_path)
-    assert (foreign.pixels.mean, foreign.classes, foreign.model.num_heads) == ([0.1] * 3, ["a", "b", "c"], 3)
+    external = read(tmp_path)
+    assert (external.pixels.mean, external.classes, external.model.num_heads) == ([0.1] * 3, ["a", "b", "c"], 3)
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,10 @@ def test_a_config_of_another_network_is_refused_and_of_another_head_is_not(chang
 
 def test_other_than_square_images_are_told_by_the_config(tmp_path):
     save(tmp_path, img_size=(32, 48), no_embed_class=True)
-    foreign = read(tmp_path)
-    assert foreign.image_size == [32, 48]
-    assert foreign.weight("pos_embed").shape == (1, 25, 128)
-    assert not foreign.weight("pos_embed")[:, 0].any()
+    external = read(tmp_path)
+    assert external.image_size == [32, 48]
+    assert external.weight("pos_embed").shape == (1, 25, 128)
+    assert not external.weight("pos_embed")[:, 0].any()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.reference import SMALL, train_plain
+from tests.reference import SMALL, train_torch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +42,7 @@ def losses_of(output: str) -> list[float]:
 
 def test_ten_steps_on_the_gpu_equal_plain_torch_on_the_cpu(tmp_path, figure):
     got = losses_of(on_gpu("ten_steps", *SMALL, f"run.dir={tmp_path}"))
-    worst = max(abs(a - b) for a, b in zip(got, train_plain(SMALL).losses, strict=True))
+    worst = max(abs(a - b) for a, b in zip(got, train_torch(SMALL).losses, strict=True))
     figure(f"one GPU, fp32: largest |Δloss| {worst:.1e} against plain torch on the CPU, 10 steps")
     assert worst <= 1e-5
 
@@ -75,8 +75,8 @@ def compare_kernel(overrides: list[str]) -> None:
     config = compose(overrides)
     config.check(1)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
-    block = transformer_config(config.model, config.parallel, layout, stages=[4], dtype=torch.bfloat16)
-    kernel = attention_kernel(config.model.attention, block, layout.groups, device=layout.device)
+    mcore_config = transformer_config(config.model, config.parallel, layout, stages=[4], dtype=torch.bfloat16)
+    kernel = attention_kernel(config.model.attention, mcore_config, layout.groups, device=layout.device)
     q, k, v = (torch.randn(8, 16, 197, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     scores = (q.float() @ k.float().transpose(-1, -2) / 8).softmax(-1)
     # bf16 keeps 8 bits: values of order 1 differ by 4e-3.
@@ -115,7 +115,7 @@ def count_synchronisations(overrides: list[str]) -> None:
     from megavit.trainer import Trainer
 
     trainer = Trainer(compose(overrides))
-    trainer.keeper.save, trainer.evaluate = lambda *_, **__: None, lambda: {"loss": 0.0, "top1": 0.0}
+    trainer.checkpointer.save, trainer.evaluate = lambda *_, **__: None, lambda: {"loss": 0.0, "top1": 0.0}
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -147,10 +147,10 @@ def peak_memory(overrides: list[str]) -> None:
     config = compose(overrides)
     config.check(1)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
-    block = transformer_config(config.model, config.parallel, layout, stages=[4], dtype=torch.bfloat16)
+    mcore_config = transformer_config(config.model, config.parallel, layout, stages=[4], dtype=torch.bfloat16)
     chunk = VisionTransformer(
         config.model,
-        block=block,
+        mcore_config=mcore_config,
         layout=layout,
         stage=Stage(4, 0, config.parallel.recompute, [8, 8], 1),
         num_classes=10,

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from megavit.metrics.config import MetricsConfig
 from megavit.metrics.pictures import draw_curves
-from megavit.metrics.reporter import Reporter
+from megavit.metrics.reporter import MetricLogger
 
 
 @pytest.fixture
@@ -68,13 +68,13 @@ def test_of_a_crashed_run_the_curve_goes_on_from_the_step_that_it_went_on_from(a
 
 def report(run_dir: Path, steps: range, *, loss: float) -> None:
     """A process's lines of the steps it did."""
-    reporter = Reporter(
-        MetricsConfig(), run_dir, speaks=True, name="run", settings={}, first_step=steps.start - 1, num_steps=20
+    logger = MetricLogger(
+        MetricsConfig(), run_dir, is_main=True, name="run", settings={}, first_step=steps.start - 1, num_steps=20
     )
-    with reporter:
+    with logger:
         for step in steps:
-            reporter.advance(step)
-            reporter.record(step, "train", {"loss": loss})
+            logger.advance(step)
+            logger.record(step, "train", {"loss": loss})
 
 
 def test_of_a_crashed_run_tensorboard_shows_each_step_once(tmp_path):
@@ -90,10 +90,10 @@ def test_of_a_crashed_run_tensorboard_shows_each_step_once(tmp_path):
 
 
 def test_the_progress_bar_estimates_from_the_first_step_and_then_without_it(monkeypatch):
-    from megavit.metrics import reporter
+    from megavit.metrics import logger
 
     seconds = iter([100.0, 130.0, 132.0, 136.0])
-    monkeypatch.setattr(reporter.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(logger.time, "monotonic", lambda: next(seconds))
     # Goes on at step 1,000 of 5,000. The first step takes 30 s, each of the next three 2 s.
-    clock = reporter._Clock(1000, 5000)
+    clock = logger._Clock(1000, 5000)
     assert [clock.left_at(step) for step in (1001, 1002, 1004)] == ["33:19:30 left", "2:13:16 left", "2:13:12 left"]

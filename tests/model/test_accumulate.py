@@ -71,7 +71,7 @@ def writers_of_a_step(overrides: list[str]) -> tuple[set[str], bool]:
 
     trainer.engine.accumulate = accumulate
     trainer.evaluate = lambda: {"loss": 0.0, "top1": 0.0, "count": 0.0}
-    trainer.keeper.save = lambda *_, **__: None
+    trainer.checkpointer.save = lambda *_, **__: None
     trainer.run()
     return written.found, all(watched)
 

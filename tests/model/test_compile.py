@@ -36,7 +36,7 @@ def step_of(overrides: list[str], evaluates: bool = False) -> dict:
 
     from megavit.compose import compose
     from megavit.freezing import freeze
-    from megavit.network import build_network
+    from megavit.network import build_model
     from megavit.parallel.layout import ParallelLayout
     from megavit.parallel.rng import seed_step
 
@@ -45,7 +45,7 @@ def step_of(overrides: list[str], evaluates: bool = False) -> dict:
     config = compose(overrides)
     config.check(1)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
-    chunks = build_network(config, layout, num_classes=10).chunks
+    chunks = build_model(config, layout, num_classes=10).chunks
     if config.frozen:
         freeze(chunks, config.frozen, layout=layout)
     (chunk,) = chunks.values()

@@ -78,14 +78,14 @@ SIZES = ["model.hidden_size=64", "model.ffn_size=256", "model.num_layers=1", TOK
 
 def mlp_of(overrides: list[str]) -> dict[str, torch.Tensor] | None:
     """What one MLP makes of tokens, and its gradients, those of its weights put together."""
-    from megavit.checkpoint.whole import gather_whole
+    from megavit.checkpoint.whole import gather_full_state_dict
     from megavit.model.vit import parameter_names
-    from megavit.network import build_network
+    from megavit.network import build_model
     from megavit.parallel.layout import ParallelLayout
 
     config = compose(overrides)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
-    (chunk,) = build_network(config, layout, num_classes=10).chunks.values()
+    (chunk,) = build_model(config, layout, num_classes=10).chunks.values()
     (layer,) = chunk.blocks.layers
     torch.manual_seed(0)
     # As large as after a norm, and with small ones among them.
@@ -99,7 +99,7 @@ def mlp_of(overrides: list[str]) -> dict[str, torch.Tensor] | None:
     names = {name: value for name, value in parameter_names(chunk).items() if "mlp" in name and "weight" in name}
     for value in names.values():
         value.data.copy_(value.grad)
-    return {"output": output.detach(), "tokens": x.grad, **(gather_whole(names, layout) or {})}
+    return {"output": output.detach(), "tokens": x.grad, **(gather_full_state_dict(names, layout) or {})}
 
 
 @pytest.mark.parametrize("splits_tokens", [False, True], ids=["TP 2", "TP 2 + SP"])

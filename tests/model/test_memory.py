@@ -28,10 +28,10 @@ def saved_bytes(overrides: list[str]) -> tuple[int, int]:
 
     config = compose(overrides)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
-    block = transformer_config(config.model, config.parallel, layout, stages=[3], dtype=torch.bfloat16)
+    mcore_config = transformer_config(config.model, config.parallel, layout, stages=[3], dtype=torch.bfloat16)
     chunk = VisionTransformer(
         config.model,
-        block=block,
+        mcore_config=mcore_config,
         layout=layout,
         stage=Stage(3, 0, config.parallel.recompute, [8, 8], 1),
         num_classes=10,

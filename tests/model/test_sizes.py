@@ -61,11 +61,11 @@ def parameters_per_rank(overrides: list[str], tp: int, pp: int) -> list[int]:
         dist.init_process_group("fake", store=FakeStore(), rank=pp_rank * tp, world_size=tp * pp)
         layout = ParallelLayout.create(config.parallel, timeout_s=60)
         stages = plan_stages(config.parallel, config.network_shape(num_classes=1000))
-        block = transformer_config(config.model, config.parallel, layout, stages=stages, dtype=torch.bfloat16)
+        mcore_config = transformer_config(config.model, config.parallel, layout, stages=stages, dtype=torch.bfloat16)
         with torch.device("meta"):
             chunk = VisionTransformer(
                 config.model,
-                block=block,
+                mcore_config=mcore_config,
                 layout=layout,
                 stage=Stage(
                     rank_stages(stages, config.parallel, pp_rank)[0],

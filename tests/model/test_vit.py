@@ -6,7 +6,7 @@ import torch
 from megavit.checkpoint.names import from_plain, to_plain
 from megavit.compose import compose
 from megavit.model.embedding import patchify
-from megavit.model.plain import PlainViT
+from megavit.model.plain import TorchViT
 from megavit.testing import run_ranks
 from tests.reference import SMALL, dims_of
 
@@ -23,11 +23,11 @@ def build_chunk(overrides: list[str]):
     config = compose(overrides)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
     stages = plan_stages(config.parallel, config.network_shape(num_classes=10))
-    block = transformer_config(config.model, config.parallel, layout, stages=stages, dtype=torch.float32)
+    mcore_config = transformer_config(config.model, config.parallel, layout, stages=stages, dtype=torch.float32)
     (num_layers,) = rank_stages(stages, config.parallel, layout.pp_rank)
     chunk = VisionTransformer(
         config.model,
-        block=block,
+        mcore_config=mcore_config,
         layout=layout,
         stage=Stage(num_layers, 0, config.parallel.recompute, config.data.image_size, config.data.channels),
         num_classes=10,
@@ -57,7 +57,7 @@ def test_timm_vit_b16_gives_the_same_logits(figure):
     settings = ["model=vit_b16", "model.drop_path=0", "data.image_size=[224,224]", "data.channels=3"]
     settings += ["data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]"]
     config = compose(settings)
-    plain = PlainViT(config.model, image_size=[224, 224], channels=3, num_classes=1000).eval()
+    plain = TorchViT(config.model, image_size=[224, 224], channels=3, num_classes=1000).eval()
     plain.load_state_dict(reference.state_dict())
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_weight_names_go_to_the_plain_model_and_back():
     extras = ["model.layer_scale=0.1", "model.qk_norm=true", "model.head=tanh_mlp", "model.class_tokens=8"]
     for pool in ("cls", "mean"):
         config = compose([*SMALL, *extras, f"model.pool={pool}"])
-        plain = PlainViT(config.model, image_size=[8, 8], channels=1, num_classes=10)
+        plain = TorchViT(config.model, image_size=[8, 8], channels=1, num_classes=10)
         weights = {name: torch.randn_like(weight) for name, weight in plain.state_dict().items()}
         dims = dims_of(config)
         back = to_plain(from_plain(weights, dims), dims)

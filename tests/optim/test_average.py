@@ -44,11 +44,13 @@ def test_average_goes_on_in_another_layout_and_is_evaluated_beside_the_weights(t
 
 def test_an_average_that_was_not_saved_is_refused_and_so_is_one_of_weights_under_way(tmp_path):
     run_ranks(ranks.train_and_keep, 1, [*SMALL, "train.steps=4", "train.stop_at=2", f"run.dir={tmp_path}"])
-    from megavit.checkpoint.store import CheckpointStore
-    from megavit.restore import find_origin
+    from megavit.checkpoint.store import CheckpointManager
+    from megavit.restore import find_resume_point
 
     with pytest.raises(ConfigError, match="holds no average of the weights"):
-        find_origin(CheckpointStore(tmp_path / "checkpoints"), compose([*SMALL, "train.steps=4", "optim.ema=0.9"]))
+        find_resume_point(
+            CheckpointManager(tmp_path / "checkpoints"), compose([*SMALL, "train.steps=4", "optim.ema=0.9"])
+        )
     overlapped = [*SMALL, "optim.ema=0.9", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
     with pytest.raises(ConfigError, match=r"optim\.ema=0\.9 averages the weights after each step"):
         compose(overlapped).check(2)

@@ -12,7 +12,7 @@ def gradients_of_two_steps(overrides: list[str]) -> dict:
     from megavit.trainer import Trainer
 
     trainer = Trainer(compose(overrides))
-    trainer.keeper.save = lambda *_, **__: None
+    trainer.checkpointer.save = lambda *_, **__: None
     (chunk,) = trainer.chunks.values()
     unused, used = chunk.head.out.bias, chunk.head.out.weight
     found = {"held": []}

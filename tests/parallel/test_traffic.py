@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megavit.compose import compose
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.optim.config import Optimizer
 from megavit.parallel.config import Recompute, RecomputeMethod
 from megavit.plan.flops import NetworkShape
@@ -81,12 +81,12 @@ class Seen:
     shape: NetworkShape
 
 
-def record_runs(runs: list[tuple[RunConfig, bool]]) -> list[Seen]:
+def record_runs(runs: list[tuple[ExperimentConfig, bool]]) -> list[Seen]:
     """Train each run on this rank; with True gloo counts too."""
     return [record_run(config, profiles=profiles) for config, profiles in runs]
 
 
-def record_run(config: RunConfig, *, profiles: bool) -> Seen:
+def record_run(config: ExperimentConfig, *, profiles: bool) -> Seen:
     import torch.distributed as dist
 
     from megavit.parallel.layout import world_size_from_environment
@@ -96,7 +96,7 @@ def record_run(config: RunConfig, *, profiles: bool) -> Seen:
 
     config.check(world_size_from_environment())
     trainer = Trainer(config)
-    trainer.keeper.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
+    trainer.checkpointer.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
     loop, calls, by_gloo = trainer._train, [], Counter()
 
     def train(*arguments) -> None:
@@ -130,7 +130,7 @@ def record_run(config: RunConfig, *, profiles: bool) -> Seen:
     return Seen(Counter(calls), by_gloo, expected, ranks, share, trainer.network.shape)
 
 
-def _summed(config: RunConfig, layout, stages: list[int]) -> int:
+def _summed(config: ExperimentConfig, layout, stages: list[int]) -> int:
     model, mae = config.model, config.task.name is TaskName.mae
     count = summed_values(
         model.hidden_size,
@@ -148,7 +148,7 @@ def _summed(config: RunConfig, layout, stages: list[int]) -> int:
 
 
 @cache
-def settings(name: str) -> RunConfig:
+def settings(name: str) -> ExperimentConfig:
     return compose([*SMALL, *TWO_STEPS, *RUNS[name][1]])
 
 
@@ -182,7 +182,9 @@ def expected_calls(name: str, seen: Seen) -> Counter:
         dp=parallel.data_parallel_size(world),
         sequence_parallel=parallel.sequence_parallel,
         recomputes_layers=parallel.recompute is Recompute.full,
-        recomputed_layers=parallel.recompute_layers if parallel.recompute_method is RecomputeMethod.block else None,
+        recomputed_layers=parallel.recompute_layers
+        if parallel.recompute_method is RecomputeMethod.mcore_config
+        else None,
         recomputes_widened=parallel.recompute is Recompute.selective,
     )
     work = Work(

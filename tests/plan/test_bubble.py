@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from megavit.compose import compose
-from megavit.config import RunConfig
+from megavit.config import ExperimentConfig
 from megavit.plan.bubble import (
     Pass,
     StageCost,
@@ -39,7 +39,7 @@ def odd_costs(num_stages: int) -> list[StageCost]:
     return [StageCost(2 + stage % 3, 5 + stage % 2) for stage in range(num_stages)]
 
 
-def log_steps(runs: list[RunConfig]) -> list[tuple[Log, NetworkShape, list[int]]]:
+def log_steps(runs: list[ExperimentConfig]) -> list[tuple[Log, NetworkShape, list[int]]]:
     """Train a step of each run; what this rank's schedule did, and the network and its stages."""
     from megavit.parallel.layout import world_size_from_environment
     from megavit.trainer import Trainer
@@ -49,7 +49,7 @@ def log_steps(runs: list[RunConfig]) -> list[tuple[Log, NetworkShape, list[int]]
     for config in runs:
         config.check(world_size_from_environment())
         trainer = Trainer(config)
-        trainer.keeper.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
+        trainer.checkpointer.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
         log = Log()
         with logged(log, pp=trainer.layout.pp, pp_rank=trainer.layout.pp_rank):
             trainer.run()

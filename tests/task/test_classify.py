@@ -10,7 +10,7 @@ from megavit.compose import compose
 from megavit.data.loader import Batch
 from megavit.data.order import SampleKey
 from megavit.errors import ConfigError
-from megavit.task.task import open_task
+from megavit.task.task import build_task
 from megavit.testing import run_ranks
 from tests import ranks
 from tests.reference import SMALL
@@ -25,7 +25,7 @@ def open_classifier(*overrides: str):
     config = compose(["recipe=digits", *overrides])
     config.check(1)
     layout = SimpleNamespace(device=torch.device("cpu"), holds_first_stage=True, holds_last_stage=True)
-    return open_task(config.task, model=config.model, data=config.data, num_classes=10, layout=layout, seed=0)
+    return build_task(config.task, model=config.model, data=config.data, num_classes=10, layout=layout, seed=0)
 
 
 def batch_of(*, augmented: bool) -> Batch:

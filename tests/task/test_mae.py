@@ -15,7 +15,7 @@ from megavit.testing import run_ranks
 from tests import ranks
 from tests.reference import SMALL
 from tests.test_mae_parity import GRID, MAE
-from tests.trained import train, verb
+from tests.trained import run_command, train
 
 SIZES = [
     *MAE,
@@ -42,9 +42,9 @@ SHAPES = {
 def compare(overrides: list[str]) -> dict[str, float]:
     """Loss and gradients of our engine beside Hugging Face's: the largest relative differences."""
     from megavit.checkpoint.names import from_plain, to_plain
-    from megavit.model.plain_mae import PlainMae
+    from megavit.model.plain_mae import TorchMae
     from megavit.model.vit import parameter_names
-    from megavit.network import build_network
+    from megavit.network import build_model
     from megavit.parallel.layout import ParallelLayout
     from tests import huggingface
     from tests.reference import dims_of
@@ -52,9 +52,9 @@ def compare(overrides: list[str]) -> dict[str, float]:
     config = compose(overrides)
     config.check(1)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
-    network = build_network(config, layout, num_classes=10)
+    network = build_model(config, layout, num_classes=10)
     ours = network.chunks["model"]
-    plain = PlainMae(
+    plain = TorchMae(
         config.model,
         config.task.decoder(config.model),
         image_size=config.data.image_size,
@@ -81,7 +81,7 @@ def compare(overrides: list[str]) -> dict[str, float]:
     ids = torch.arange(6)
     from megavit.task.masking import random_keep
 
-    keep = random_keep(ids, ids, ids, config.num_patches, num_kept=config.seen_patches, seed=3)
+    keep = random_keep(ids, ids, ids, config.num_patches, num_kept=config.visible_patches, seed=3)
     network.task.mean_PV = torch.zeros(())
     patches = patchify(images, config.model.patch_size)
     our_loss, _ = network.task.loss(ours(patches, keep), patches, keep, torch.ones(6, dtype=torch.bool))
@@ -290,7 +290,7 @@ def test_a_run_paints_and_its_checkpoint_reconstructs_pictures_of_ones_own(tmp_p
     images.mkdir()
     for index in range(3):
         Image.fromarray(Digits("val").image(index)[0].numpy()).save(images / f"{index}.png")
-    code, told, err = verb("reconstruct", f"from={run_dir}", f"images={images}", "count=2")
+    code, told, err = run_command("reconstruct", f"from={run_dir}", f"images={images}", "count=2")
     assert code == 0, err
     assert "2 of 3 images" in told
     assert np.asarray(Image.open(run_dir / "pictures" / "reconstruct.png")).std() > 10
