@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megavit.checkpoint.store import CheckpointManager
-from megavit.checks import parse_int, shown
+from megavit.checks import format_value, parse_int
 from megavit.compose import AUTO_MODEL, compose, from_yaml
 from megavit.config import ExperimentConfig
 from megavit.donor import open_foreign
@@ -52,9 +52,9 @@ def resolve_auto(overrides: list[str]) -> tuple[list[str], str | None]:
         return overrides, None
     rest = [text for text in overrides if text != AUTO_MODEL]
     config = compose(rest)
-    own = _own_checkpoint(config)
-    if own is not None:
-        place, found = str(own), _of_run(own, config)
+    own_checkpoint = _own_checkpoint(config)
+    if own_checkpoint is not None:
+        place, found = str(own_checkpoint), _of_run(own_checkpoint, config)
     elif config.init_from is None:
         raise ConfigError("model=auto takes the network of the weights that init_from names; type init_from=RUN too")
     else:
@@ -75,7 +75,7 @@ def _of_run(checkpoint: Path, config: ExperimentConfig) -> dict[str, Any]:
     """Of a checkpoint of the run itself: every setting of its network that `config` need not repeat."""
     saved = from_yaml((checkpoint / "run.yaml").read_text())
     found = _settings(saved.model, vars(saved.task) if config.task.name is TaskName.mae else {})
-    return found | {f"model.{key}": shown(getattr(saved.model, key)) for key in ("positions", "pool", "head")}
+    return found | {f"model.{key}": format_value(getattr(saved.model, key)) for key in ("positions", "pool", "head")}
 
 
 def _of_weights(config: ExperimentConfig, typed: list[str]) -> dict[str, Any]:
@@ -94,11 +94,11 @@ def _of_weights(config: ExperimentConfig, typed: list[str]) -> dict[str, Any]:
     found = _settings(model, decoder if trains_decoder else {})
     if trains_decoder or model.positions is Positions.learned:
         # A classifier may learn positions that its weights have as fixed ones.
-        found["model.positions"] = shown(model.positions)
+        found["model.positions"] = format_value(model.positions)
     if classifies and config.task.name is TaskName.classify:
-        found |= {"model.pool": shown(model.pool), "model.head": shown(model.head)}
+        found |= {"model.pool": format_value(model.pool), "model.head": format_value(model.head)}
     if not model.class_tokens:
-        found["model.pool"] = shown(Pool.mean)
+        found["model.pool"] = format_value(Pool.mean)
     return found
 
 

@@ -51,18 +51,18 @@ def prune(arguments: list[str]) -> int:
     Raises:
         ConfigError: if no checkpoint is whole, or the run is under way.
     """
-    given = parse_arguments("prune", arguments, needed=("from", "keep_last"), optional=("keep_every",))
-    run_dir = Path(given["from"])
+    args = parse_arguments("prune", arguments, needed=("from", "keep_last"), optional=("keep_every",))
+    run_dir = Path(args["from"])
     if not (run_dir / "checkpoints").is_dir():
         raise ConfigError(f"from={run_dir} is no run's folder: it has no checkpoints/")
-    keep_every = parse_int("keep_every", given["keep_every"]) if "keep_every" in given else None
+    keep_every = parse_int("keep_every", args["keep_every"]) if "keep_every" in args else None
     store = CheckpointManager(run_dir / "checkpoints")
     with lock_folder(run_dir):
         newest, warnings = store.latest_valid()
         if newest is None:
             told = f": {'; '.join(warnings)}" if warnings else ""
             raise ConfigError(f"from={run_dir} holds no whole checkpoint{told}; nothing is removed")
-        keep_last = parse_int("keep_last", given["keep_last"])
+        keep_last = parse_int("keep_last", args["keep_last"])
         gone = store.prune(keep_last=keep_last, keep_every=keep_every, spare=newest)
     for path in gone:
         print(f"removed {path}")

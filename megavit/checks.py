@@ -65,7 +65,7 @@ def require_steps(group: str, config: Any, *keys: str, at_least: int) -> None:
         require_number(group, config, key, at_least=at_least)
 
 
-def shown(value: Any) -> Any:
+def format_value(value: Any) -> Any:
     """A setting's value as a user writes it."""
     if value is None:
         return "null"

@@ -119,18 +119,18 @@ def compose(overrides: list[str]) -> ExperimentConfig:
         if winner in typed and loser not in typed
     ]
     # Hydra deletes a group's choice with a tilde; to a user, null says the same.
-    given = ["~recipe" if setting.hydra == "recipe=null" else setting.hydra for setting in settings]
+    typed_overrides = ["~recipe" if setting.hydra == "recipe=null" else setting.hydra for setting in settings]
     if "recipe" not in typed and any(_is_other_data(setting) for setting in settings):
-        given.append("~recipe")
+        typed_overrides.append("~recipe")
         if "data" not in typed:
             # Else the digits' one channel, mean and deviation would stay.
-            given.append("data=folder")
+            typed_overrides.append("data=folder")
     if "optim.warmup_steps" in typed and "optim.shorten_warmup" not in typed:
-        given.append("optim.shorten_warmup=false")
+        typed_overrides.append("optim.shorten_warmup=false")
     _register()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = hydra_compose("train", overrides=[*given, *cleared])
+            composed = hydra_compose("train", overrides=[*typed_overrides, *cleared])
         OmegaConf.resolve(composed)
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megavit.checks import require_number, require_steps, shown
+from megavit.checks import format_value, require_number, require_steps
 from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
 from megavit.experimental import check_experimental
@@ -57,7 +57,7 @@ class ExperimentConfig(RunSettings):
     def _check_train(self) -> None:
         train = self.train
         if (train.steps is None) == (train.epochs is None):
-            both = f"train.steps={shown(train.steps)} and train.epochs={shown(train.epochs)}"
+            both = f"train.steps={format_value(train.steps)} and train.epochs={format_value(train.epochs)}"
             raise ConfigError(
                 "say how long to train: train.epochs=10 or train.steps=1000, for example"
                 if train.steps is None
@@ -209,14 +209,14 @@ class ExperimentConfig(RunSettings):
             if getattr(self.data, key):
                 raise ConfigError(
                     f"data.{key}={getattr(self.data, key)} would be ignored by task.name=mae, which sees its images "
-                    f"whole and without labels; set it to {shown(getattr(DataConfig(), key))}"
+                    f"whole and without labels; set it to {format_value(getattr(DataConfig(), key))}"
                 )
         used = ModelConfig(pool=Pool.cls if self.model.class_tokens else Pool.mean)
         for key in ("pool", "head", "head_bias", "head_std"):
             if getattr(self.model, key) != getattr(used, key):
                 raise ConfigError(
-                    f"model.{key}={shown(getattr(self.model, key))} would be ignored by task.name=mae, which has no "
-                    f"classifier; leave it at {shown(getattr(used, key))}"
+                    f"model.{key}={format_value(getattr(self.model, key))} would be ignored by task.name=mae, which "
+                    f"has no classifier; leave it at {format_value(getattr(used, key))}"
                 )
 
     def _check_probe(self) -> None:
@@ -236,8 +236,8 @@ class ExperimentConfig(RunSettings):
                 value, wanted = getattr(getattr(self, group), key), getattr(used, key)
                 if value != wanted:
                     raise ConfigError(
-                        f"{group}.{key}={shown(value)} does not go with task.name=linear_probe, {why}; set it to "
-                        f"{shown(wanted)}"
+                        f"{group}.{key}={format_value(value)} does not go with task.name=linear_probe, {why}; set "
+                        f"it to {format_value(wanted)}"
                     )
 
     def _check_tensor_parallel(self) -> None:

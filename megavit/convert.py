@@ -12,7 +12,7 @@ from torch import Tensor
 from megavit.checkpoint.names import Dims, from_plain, plain_name, to_plain
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.checkpoint.store import CheckpointManager
-from megavit.checks import parse_int, shown
+from megavit.checks import format_value, parse_int
 from megavit.compose import compose, to_yaml
 from megavit.config import ExperimentConfig
 from megavit.data.config import PIXEL_SETTINGS
@@ -51,32 +51,32 @@ def convert(arguments: list[str]) -> int:
         ConfigError: if one of them cannot be read, or the other has no place for what it holds.
     """
     _return_freed_memory()
-    pixels, own = split_settings(arguments)
-    given = parse_arguments("convert", own, needed=("from", "to"), optional=("dtype", "num_heads", "push"))
-    kinds = {key: given[key].partition(":")[0] for key in ("from", "to") if given[key].partition(":")[0] in KINDS}
+    pixels, rest = split_settings(arguments)
+    args = parse_arguments("convert", rest, needed=("from", "to"), optional=("dtype", "num_heads", "push"))
+    kinds = {key: args[key].partition(":")[0] for key in ("from", "to") if args[key].partition(":")[0] in KINDS}
     if len(kinds) != 1:
         raise ConfigError(
             f"megavit convert takes one run and one of {', '.join(f'{kind}:PATH' for kind in KINDS)}, not "
-            f"from={given['from']} to={given['to']}"
+            f"from={args['from']} to={args['to']}"
         )
     if "from" in kinds:
-        if "dtype" in given:
-            raise ConfigError(f"dtype={given['dtype']} would be ignored: a run's weights are fp32")
-        heads = parse_int("num_heads", given["num_heads"]) if "num_heads" in given else None
-        place = given["from"].partition(":")[2]
-        return _into_run(kinds["from"], place, Path(given["to"]), num_heads=heads, pixels=pixels)
-    repository = given.get("push")
+        if "dtype" in args:
+            raise ConfigError(f"dtype={args['dtype']} would be ignored: a run's weights are fp32")
+        heads = parse_int("num_heads", args["num_heads"]) if "num_heads" in args else None
+        place = args["from"].partition(":")[2]
+        return _into_run(kinds["from"], place, Path(args["to"]), num_heads=heads, pixels=pixels)
+    repository = args.get("push")
     if repository is not None and (kinds["to"] != "hf" or repository.count("/") != 1):
         raise ConfigError(f"push={repository} takes ORG/NAME, where to=hf:FOLDER goes on the Hugging Face hub")
-    if "num_heads" in given:
-        raise ConfigError(f"num_heads={given['num_heads']} would be ignored: a run knows its heads")
+    if "num_heads" in args:
+        raise ConfigError(f"num_heads={args['num_heads']} would be ignored: a run knows its heads")
     if pixels:
         raise ConfigError(f"{pixels[0]} would be ignored: a run knows how it sees an image")
-    dtype = given.get("dtype", "fp32")
+    dtype = args.get("dtype", "fp32")
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype} is not known; known: {', '.join(_DTYPES)}")
-    target = Path(given["to"].partition(":")[2])
-    _out_of_run(given["from"], kinds["to"], target, dtype=dtype)
+    target = Path(args["to"].partition(":")[2])
+    _out_of_run(args["from"], kinds["to"], target, dtype=dtype)
     if repository is not None:
         push(target, repository)
     return FINISHED
@@ -236,7 +236,7 @@ def _unsaid(kind: str, config: ExperimentConfig) -> list[str]:
     lines = []
     if kind in ("mae", "nemo"):
         values = {key: getattr(data, key) for key in ("mean", "std", "image_size", "eval_crop")}
-        settings = " ".join(f"data.{key}={shown(value)}".replace(" ", "") for key, value in values.items())
+        settings = " ".join(f"data.{key}={format_value(value)}".replace(" ", "") for key, value in values.items())
         lines.append(
             f"{kind}: files carry no mean, std or crop; this run has {settings} "
             f"data.interpolation={data.interpolation.value}"

@@ -71,7 +71,7 @@ class WeightSource(Protocol):
         """The whole shapes of the donor's weights, as far as this rank may want them, and of this rank's own."""
         ...
 
-    def give(
+    def load_into(
         self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, whole: Shapes
     ) -> Mapping[str, Tensor]:
         """Fill this rank's part of the named weights, and give those of `whole` as they are; every rank calls this."""
@@ -107,7 +107,7 @@ class RunWeights:
         """See `WeightSource`."""
         return shards.shapes_of(self._weights.checkpoint, chunks, averaged=self._weights.averaged)
 
-    def give(
+    def load_into(
         self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, whole: Shapes
     ) -> Mapping[str, Tensor]:
         """See `WeightSource`."""
@@ -162,15 +162,15 @@ class ExternalWeights:
 
     def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
         """See `WeightSource`."""
-        own = {name: param for chunk in chunks.values() for name, param in parameter_names(chunk).items()}
+        params = {name: param for chunk in chunks.values() for name, param in parameter_names(chunk).items()}
         there = {}
-        for name in own:
+        for name in params:
             weight = self._weight(name)
             if weight is not None:
                 there[name] = tuple(weight.shape)
-        return there, {name: tuple(whole_shape(param, layout)) for name, param in own.items()}
+        return there, {name: tuple(whole_shape(param, layout)) for name, param in params.items()}
 
-    def give(
+    def load_into(
         self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, whole: Shapes
     ) -> Mapping[str, Tensor]:
         """See `WeightSource`."""

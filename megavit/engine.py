@@ -70,12 +70,12 @@ class Engine:
 
     def totals(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Sums over all ranks, each image counted once."""
-        totals = sum_over_world(sums, dict.fromkeys(self.task.sums, ()), self.layout)
+        totals = sum_over_world(sums, dict.fromkeys(self.task.metric_sums, ()), self.layout)
         return {name: float(total) for name, total in totals.items()}
 
-    def score(self, loader: Loader) -> dict[str, Tensor]:
+    def evaluate_sums(self, loader: Loader) -> dict[str, Tensor]:
         """All that the task can count over the loader's whole source, each image once, in any layout."""
-        outputs = self._evaluating(self.task.score, loader, loader.num_evaluation_batches)
+        outputs = self._evaluating(self.task.evaluate_sums, loader, loader.num_evaluation_batches)
         return sum_over_world(add_microbatches(outputs), self.task.metric_shapes, self.layout)
 
     def visualize(self, loader: Loader) -> Tensor:
@@ -147,4 +147,4 @@ def prepare_task(task: Task, loader: Callable[..., Loader], source: Source, *, s
         seed: `run.seed`; the images are the first of its order, a random choice that is the same in every layout.
     """
     shown = DeterministicSampler(len(source), seed=seed).first(task.baseline_samples)
-    task.prepare(loader(source, train=False, only=shown).evaluation_batches())
+    task.prepare(loader(source, train=False, indices=shown).evaluation_batches())

@@ -59,7 +59,7 @@ def evaluate(arguments: list[str]) -> int:
         Loader,
         config=config.data,
         layout=layout,
-        needs=task.needs,
+        fields=task.fields,
         micro_batch=micro_batch,
         seed=config.run.seed,
     )
@@ -67,7 +67,7 @@ def evaluate(arguments: list[str]) -> int:
         prepare_task(task, loader, open_source(config.data, "train"), seed=config.run.seed)
     engine = Engine(network, list(network.chunks.values()), layout=layout, micro_batch=micro_batch)
     val_loader = loader(source, train=False)
-    totals = engine.score(val_loader)
+    totals = engine.evaluate_sums(val_loader)
     bad_samples = BadSampleTracker(val_loader, "val", run_dir=weights.checkpoint.parent.parent)
     told = [*notes, *bad_samples.collect(0)]
     if layout.rank == 0:
@@ -75,7 +75,7 @@ def evaluate(arguments: list[str]) -> int:
     if bad_samples.too_many is not None:
         raise ConfigError(bad_samples.too_many)
     if layout.rank == 0:
-        metrics = {**task.metrics({name: float(totals[name]) for name in task.sums}), **bad_samples.metrics}
+        metrics = {**task.metrics({name: float(totals[name]) for name in task.metric_sums}), **bad_samples.metrics}
         _report(totals, metrics, source.classes, weights, data=config.data, present=present)
     return 0
 

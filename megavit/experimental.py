@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import reduce
 
-from megavit.checks import shown
+from megavit.checks import format_value
 from megavit.errors import ConfigError
 from megavit.model.config import Attention, Linears
 from megavit.optim.config import Implementation
@@ -117,4 +117,4 @@ def _typed(key: str, value: Enum | bool) -> str:
 
 
 def _text(value: Enum | bool) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(shown(value))
+    return str(value).lower() if isinstance(value, bool) else str(format_value(value))

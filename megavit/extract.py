@@ -29,17 +29,17 @@ from megavit.verb_arguments import split_own
 
 
 @dataclass(frozen=True)
-class Asked:
+class FeatureArgs:
     """What one of the verbs is to do.
 
     Attributes:
-        own: the verb's own arguments but `pool`, as typed.
+        options: the verb's own arguments but `pool`, as typed.
         config: the run's, with what is typed on top.
         weights: whose features.
         pool: as typed; None for the features that the head reads.
     """
 
-    own: dict[str, str]
+    options: dict[str, str]
     config: ExperimentConfig
     weights: CheckpointRef
     pool: Pool | None
@@ -64,7 +64,7 @@ class Extractor:
     """A run's encoder, on the GPU where there is one, and its way of looking at images.
 
     Args:
-        asked: from `read_arguments`.
+        args: from `read_arguments`.
 
     Attributes:
         device: the encoder's.
@@ -72,15 +72,15 @@ class Extractor:
         about: what whoever finds results must know of the features.
     """
 
-    def __init__(self, asked: Asked) -> None:
-        self._config, self._run_dir = asked.config, asked.weights.checkpoint.parent.parent
-        encoder, self._layout = open_encoder(asked.config, asked.weights)
+    def __init__(self, args: FeatureArgs) -> None:
+        self._config, self._run_dir = args.config, args.weights.checkpoint.parent.parent
+        encoder, self._layout = open_encoder(args.config, args.weights)
         self.device = self._layout.device
         self._encoder = encoder.to(self.device)
-        self.pool = asked.pool or encoder.pool
-        data = asked.config.data
+        self.pool = args.pool or encoder.pool
+        data = args.config.data
         self.about: dict[str, Any] = {
-            "checkpoint": str(asked.weights),
+            "checkpoint": str(args.weights),
             "data.source": data.source,
             "data.path": data.path if data.path is None else printable(data.path),
             "pool": self.pool.value,
@@ -103,7 +103,7 @@ class Extractor:
             source,
             config.data,
             layout=self._layout,
-            needs=RequiredFields(images=True, labels=labelled),
+            fields=RequiredFields(images=True, labels=labelled),
             micro_batch=size,
             seed=config.run.seed,
             train=False,
@@ -129,18 +129,18 @@ class Extractor:
         return Features(features_IH, all_labels.bool() if config.data.multi_label else all_labels, source.classes)
 
 
-def read_arguments(command: str, arguments: list[str], *, own: Iterable[str]) -> Asked:
+def read_arguments(command: str, arguments: list[str], *, options: Iterable[str]) -> FeatureArgs:
     """What is typed, and the run's own configuration under it.
 
     Args:
         command: for the messages.
         arguments: `from=RUN`, the verb's own arguments, `pool=cls|mean` and settings.
-        own: keys that are the verb's own, beside `pool`.
+        options: keys that are the verb's own, beside `pool`.
 
     Raises:
         ConfigError: if there is no checkpoint, or an argument does not fit.
     """
-    given, settings = split_own(command, arguments, own=[*own, "pool"])
+    typed, settings = split_own(command, arguments, options=[*options, "pool"])
     for setting in settings:
         if setting.startswith(("parallel.", "run.ranks=")):
             raise ConfigError(
@@ -148,26 +148,26 @@ def read_arguments(command: str, arguments: list[str], *, own: Iterable[str]) ->
             )
     if world_size_from_environment() > 1:
         raise ConfigError(f"megavit {command} runs in one process; start it once, without torchrun")
-    named = given.pop("pool", None)
+    named = typed.pop("pool", None)
     if named is not None and named not in Pool.__members__:
         raise ConfigError(f"pool={named} must be one of {', '.join(Pool.__members__)}")
     pool = Pool[named] if named is not None else None
     config, weights = prepare(command, settings, world_size=1)
     check_pool(pool, config.model)
-    return Asked(given, config, weights, pool)
+    return FeatureArgs(typed, config, weights, pool)
 
 
-def open_labelled(asked: Asked, *, why: str) -> tuple[Source, Source]:
+def open_labelled(args: FeatureArgs, *, why: str) -> tuple[Source, Source]:
     """The training and the validation split, each image of which has one label.
 
     Args:
-        asked: from `read_arguments`.
+        args: from `read_arguments`.
         why: what labels are needed for, for the error.
 
     Raises:
         ConfigError: if the data are not there, or not so.
     """
-    data = asked.config.data
+    data = args.config.data
     if data.multi_label:
         raise ConfigError(
             f"data.multi_label=true: {why} one label of each image; choose data with one and data.multi_label=false, "
@@ -187,15 +187,15 @@ def open_labelled(asked: Asked, *, why: str) -> tuple[Source, Source]:
     return training, validation
 
 
-def results_file(asked: Asked) -> Path | None:
+def results_file(args: FeatureArgs) -> Path | None:
     """Where `out=FILE.json` wants the results, None without it; its folder is made.
 
     Raises:
         ConfigError: if the name does not end so, or the file cannot be written.
     """
-    if "out" not in asked.own:
+    if "out" not in args.options:
         return None
-    out = Path(asked.own["out"])
+    out = Path(args.options["out"])
     if out.suffix != ".json":
         raise ConfigError(f"out={out} must end in .json")
     check_writable(out)

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megavit.checks import shown
+from megavit.checks import format_value
 from megavit.data.opening import open_source
 from megavit.data.source import name_of
 from megavit.errors import ConfigError
 from megavit.exchange.write import write_tensors
-from megavit.extract import Asked, Extractor, Features, make_folder, read_arguments
+from megavit.extract import Extractor, FeatureArgs, Features, make_folder, read_arguments
 from megavit.output import complete_file
 
 _SPLITS = ("train", "val")
@@ -29,10 +29,10 @@ def features(arguments: list[str]) -> int:
     Raises:
         ConfigError: if there is no checkpoint, an argument does not fit, or a file is there already.
     """
-    asked = read_arguments("features", arguments, own=("out", "splits"))
-    files = _files(asked)
-    sources = {split: open_source(asked.config.data, split) for split in files}
-    extractor = Extractor(asked)
+    args = read_arguments("features", arguments, options=("out", "splits"))
+    files = _files(args)
+    sources = {split: open_source(args.config.data, split) for split in files}
+    extractor = Extractor(args)
     for split, file in files.items():
         found = extractor.extract(sources[split], split)
         names = (name_of(sources[split], index) for index in range(len(sources[split])))
@@ -41,21 +41,21 @@ def features(arguments: list[str]) -> int:
             temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         _write(found, file, {**extractor.about, "split": split})
         count, width = found.features_IH.shape
-        print(f"{file}: {count:,} images × {width}, pool={extractor.pool.value}, by {asked.weights}")
+        print(f"{file}: {count:,} images × {width}, pool={extractor.pool.value}, by {args.weights}")
     return 0
 
 
-def _files(asked: Asked) -> dict[str, Path]:
+def _files(args: FeatureArgs) -> dict[str, Path]:
     """The file of each split, none of which is there."""
-    splits = list(dict.fromkeys(asked.own.get("splits", ",".join(_SPLITS)).split(",")))
+    splits = list(dict.fromkeys(args.options.get("splits", ",".join(_SPLITS)).split(",")))
     for split in splits:
         if split not in _SPLITS:
             raise ConfigError(
-                f"splits={asked.own['splits']}: there is no split '{split}'; give train, val or train,val"
+                f"splits={args.options['splits']}: there is no split '{split}'; give train, val or train,val"
             )
-    if "out" not in asked.own:
+    if "out" not in args.options:
         raise ConfigError("megavit features needs out=FOLDER, where the features are to lie")
-    folder = Path(asked.own["out"])
+    folder = Path(args.options["out"])
     make_folder(folder)
     files = {split: folder / f"{split}.safetensors" for split in splits}
     for file in files.values():
@@ -68,6 +68,6 @@ def _write(found: Features, file: Path, about: dict[str, Any]) -> None:
     tensors = {"features": found.features_IH}
     if found.labels is not None:
         tensors["labels"] = found.labels
-    texts = {key: str(shown(value)) for key, value in about.items()}
+    texts = {key: str(format_value(value)) for key, value in about.items()}
     with complete_file(file) as temporary:
         write_tensors(temporary, tensors, {**texts, "classes": json.dumps(found.classes)})

@@ -7,7 +7,7 @@ import numpy as np
 from megavit.checks import parse_int, parse_ints
 from megavit.data.source import all_labels
 from megavit.errors import ConfigError
-from megavit.extract import Asked, Extractor, Features, open_labelled, read_arguments, results_file, write_results
+from megavit.extract import Extractor, FeatureArgs, Features, open_labelled, read_arguments, results_file, write_results
 
 # Of scikit-learn's LogisticRegression: the inverse strength of its L2 penalty, its own default.
 _C = 1.0
@@ -24,18 +24,18 @@ def fewshot(arguments: list[str]) -> int:
     Raises:
         ConfigError: if there is no checkpoint, an argument does not fit, or a class has too few images.
     """
-    asked = read_arguments("fewshot", arguments, own=("shots", "draws", "seed", "out"))
-    shots = parse_ints("shots", asked.own.get("shots", "1,5,10"))
-    draws = parse_int("draws", asked.own.get("draws", "5"))
-    seed = parse_int("seed", asked.own.get("seed", "0"), at_least=0)
-    out = results_file(asked)
-    training, validation = open_labelled(asked, why="a classifier learns from")
+    args = read_arguments("fewshot", arguments, options=("shots", "draws", "seed", "out"))
+    shots = parse_ints("shots", args.options.get("shots", "1,5,10"))
+    draws = parse_int("draws", args.options.get("draws", "5"))
+    seed = parse_int("seed", args.options.get("seed", "0"), at_least=0)
+    out = results_file(args)
+    training, validation = open_labelled(args, why="a classifier learns from")
     labels = all_labels(training)
-    _refuse_too_many(max(shots), labels, training.classes, asked)
-    extractor = Extractor(asked)
+    _refuse_too_many(max(shots), labels, training.classes, args)
+    extractor = Extractor(args)
     train, val = extractor.extract(training, "train"), extractor.extract(validation, "val")
     print(
-        f"{asked.weights}: {len(training.classes)} classes, {len(validation):,} validation images, "
+        f"{args.weights}: {len(training.classes)} classes, {len(validation):,} validation images, "
         f"pool={extractor.pool.value} draws={draws} seed={seed}, logistic regression with C={_C:g}"
     )
     results = []
@@ -88,8 +88,8 @@ def learn(train: Features, val: Features, rows: np.ndarray) -> float:
     return float((classifier.predict(val.features_IH.numpy()) == val.labels.numpy()).mean())
 
 
-def _refuse_too_many(shots: int, labels: np.ndarray, classes: tuple[str, ...], asked: Asked) -> None:
-    source = asked.config.data.source
+def _refuse_too_many(shots: int, labels: np.ndarray, classes: tuple[str, ...], args: FeatureArgs) -> None:
+    source = args.config.data.source
     if len(classes) < 2:
         raise ConfigError(f"data.source={source} has one class, {classes[0]}: there is nothing to tell it from")
     counts = np.bincount(labels, minlength=len(classes))

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from megavit.checks import shown
+from megavit.checks import format_value
 from megavit.classes import go_by_number
 from megavit.config import ExperimentConfig
 from megavit.donor import Shapes, WeightsInfo, open_weights
@@ -53,18 +53,18 @@ def load_pretrained(
     weights_info = weight_source.weights_info
     _refuse_unlike(place, weights_info, config)
     there, here = weight_source.shapes(chunks, layout)
-    own = {name for chunk in chunks.values() for name in parameter_names(chunk)}
-    has_norm = all(name in there for name in own if name.startswith(_LAST_NORM))
+    expected = {name for chunk in chunks.values() for name in parameter_names(chunk)}
+    has_norm = all(name in there for name in expected if name.startswith(_LAST_NORM))
     keeps_classifier = has_norm and _keeps_classifier(weights_info, config, classes)
-    left = set() if keeps_classifier else {name for name in own if name.startswith(_CLASSIFIER)}
+    left = set() if keeps_classifier else {name for name in expected if name.startswith(_CLASSIFIER)}
     whole: Shapes = {}
-    if _POSITIONS in own and (_is_fixed(weights_info) or _grid(weights_info) != _own_grid(config)):
+    if _POSITIONS in expected and (_is_fixed(weights_info) or _grid(weights_info) != _own_grid(config)):
         left.add(_POSITIONS)
         whole = {} if _is_fixed(weights_info) else {_POSITIONS: there[_POSITIONS]}
-    reinitialised = _agree(place, own - left, there, here)
-    given = weight_source.give(chunks, own - left - reinitialised, layout, whole=whole)
+    reinitialised = _agree(place, expected - left, there, here)
+    loaded = weight_source.load_into(chunks, expected - left - reinitialised, layout, whole=whole)
     if _POSITIONS in left:
-        _fill_positions(chunks, given.get(_POSITIONS), weights_info, config)
+        _fill_positions(chunks, loaded.get(_POSITIONS), weights_info, config)
     drawn = sorted(set().union(*gather_objects((left - {_POSITIONS}) | reinitialised)))
     return list(_told(weights_info, config, drawn))
 
@@ -78,7 +78,11 @@ def _refuse_unlike(place: str, weights_info: WeightsInfo, config: ExperimentConf
     decoders = weights_info.decoder_heads, config.task.decoder_num_heads
     if None not in decoders:
         pairs.append(("task.decoder_num_heads", *decoders))
-    differ = [f"{key} is {shown(there)} there and {shown(here)} here" for key, there, here in pairs if there != here]
+    differ = [
+        f"{key} is {format_value(there)} there and {format_value(here)} here"
+        for key, there, here in pairs
+        if there != here
+    ]
     if config.model.positions is Positions.sincos and not _is_fixed(weights_info):
         differ.append("model.positions is learned there and sincos here")
     if differ:
@@ -159,6 +163,10 @@ def _told(weights_info: WeightsInfo, config: ExperimentConfig, drawn: list[str])
         if there == here:
             continue
         if key in weights_info.guessed:
-            yield f"note: no file of these weights states {key}, which is {shown(here)} here and often {shown(there)}"
+            yield (
+                f"note: no file of these weights states {key}, which is {format_value(here)} here and often "
+                f"{format_value(there)}"
+            )
         else:
-            yield f"note: {key} was {shown(there)} where these weights come from and is {shown(here)} here"
+            before, now = format_value(there), format_value(here)
+            yield f"note: {key} was {before} where these weights come from and is {now} here"

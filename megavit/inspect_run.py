@@ -16,8 +16,8 @@ def inspect_run(arguments: list[str]) -> int:
     Args:
         arguments: `from=PATH`, a run's folder or a checkpoint.
     """
-    given = parse_arguments("inspect", arguments, needed=("from",), optional=())
-    checkpoint = find_checkpoint(Path(given["from"]))
+    args = parse_arguments("inspect", arguments, needed=("from",), optional=())
+    checkpoint = find_checkpoint(Path(args["from"]))
     config, state = from_yaml((checkpoint / "run.yaml").read_text()), read_state(checkpoint)
     model, files = config.model, [path for path in checkpoint.rglob("*") if path.is_file()]
     rows = {

@@ -59,8 +59,8 @@ def describe_run(
             f"{head_flops(network.shape) / layer_flops(network.shape):.1f} encoder layers"
             f"{describe_costly_decoder(network.shape)}"
         )
-    own = {"data.source": config.data.source, "data.transform": config.data.transform}
-    for setting, name in {**own, "task.implementation": config.task.implementation}.items():
+    plugins = {"data.source": config.data.source, "data.transform": config.data.transform}
+    for setting, name in {**plugins, "task.implementation": config.task.implementation}.items():
         if name is not None and is_plugin(name):
             yield f"{setting} is {name}, of {sys.modules[name.partition(':')[0]].__file__}"
     yield from idle_stages(config, network.shape)

@@ -87,9 +87,9 @@ class Checkpointer:
             self._wait_for_tidying()
             self._tidying = in_background(partial(self._tidy, path, is_best=self._is_best))
         waited_s = self._stall_s + time.perf_counter() - begun
-        logger.record(save.state.step, "save", {"waited_s": waited_s, "bytes": save.num_bytes})
+        logger.log(save.state.step, "save", {"waited_s": waited_s, "bytes": save.num_bytes})
         if self._is_best:
-            logger.say(f"step {save.state.step}  the best so far")
+            logger.info(f"step {save.state.step}  the best so far")
 
     def close(self, logger: MetricLogger) -> None:
         """See everything done; every rank calls this when no more is to be saved."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from megavit.checks import parse_ints
 from megavit.data.source import Source
 from megavit.errors import ConfigError
-from megavit.extract import Asked, Extractor, Features, open_labelled, read_arguments, results_file, write_results
+from megavit.extract import Extractor, FeatureArgs, Features, open_labelled, read_arguments, results_file, write_results
 
 # Similarities, and votes, that are held at once: 256 MiB of each in fp32. Beside them lie the training images' features
 # and their normed copy, 2 · I · H numbers: 1.28 million images of ViT-B make 7.9 GB, whatever the validation set.
@@ -30,19 +30,19 @@ def knn(arguments: list[str]) -> int:
     Raises:
         ConfigError: if there is no checkpoint, an argument does not fit, or the data has not one label for each image.
     """
-    asked = read_arguments("knn", arguments, own=("k", "temperature", "out"))
-    ks = parse_ints("k", asked.own.get("k", "10,20,100"))
-    temperature = _temperature(asked)
-    out = results_file(asked)
-    training, validation = open_labelled(asked, why="nearest neighbours vote with")
-    _refuse_too_many(ks, training, asked)
-    extractor = Extractor(asked)
+    args = read_arguments("knn", arguments, options=("k", "temperature", "out"))
+    ks = parse_ints("k", args.options.get("k", "10,20,100"))
+    temperature = _temperature(args)
+    out = results_file(args)
+    training, validation = open_labelled(args, why="nearest neighbours vote with")
+    _refuse_too_many(ks, training, args)
+    extractor = Extractor(args)
     train, val = extractor.extract(training, "train"), extractor.extract(validation, "val")
     right = count_right(train, val, ks=ks, temperature=temperature, device=extractor.device)
     count = len(validation)
     results = [{"k": k, "top1": top1 / count, f"top{_GUESSES}": top5 / count} for k, (top1, top5) in right.items()]
     print(
-        f"{asked.weights}: {count:,} validation images against {len(training):,} training images, "
+        f"{args.weights}: {count:,} validation images against {len(training):,} training images, "
         f"pool={extractor.pool.value} temperature={temperature:g}"
     )
     for row in results:
@@ -105,8 +105,8 @@ def _hits(votes_QK: Tensor, labels_Q: Tensor) -> tuple[int, int]:
     return int(hits[:, 0].sum()), int(hits.sum())
 
 
-def _temperature(asked: Asked) -> float:
-    text = asked.own.get("temperature", "0.07")
+def _temperature(args: FeatureArgs) -> float:
+    text = args.options.get("temperature", "0.07")
     try:
         temperature = float(text)
     except ValueError:
@@ -116,10 +116,10 @@ def _temperature(asked: Asked) -> float:
     return temperature
 
 
-def _refuse_too_many(ks: list[int], training: Source, asked: Asked) -> None:
+def _refuse_too_many(ks: list[int], training: Source, args: FeatureArgs) -> None:
     most = max(ks)
     if most > len(training):
         raise ConfigError(
-            f"k={most} is more than the {len(training):,} training images of data.source={asked.config.data.source}; "
+            f"k={most} is more than the {len(training):,} training images of data.source={args.config.data.source}; "
             f"give k=… of at most {len(training)}"
         )

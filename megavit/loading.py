@@ -69,7 +69,7 @@ class TrainedEncoder(torch.nn.Module):
         """
         channels, view = self._data.channels, ImageTransform(self._data, augment=False)
         images = (open_image(Path(path), channels=channels, name=str(path)) for path in paths)
-        return torch.stack([view.see(image, name=str(path)) for path, image in zip(paths, images, strict=True)])
+        return torch.stack([view.preprocess(image, name=str(path)) for path, image in zip(paths, images, strict=True)])
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
         """The features of uint8 images of the run's size, features_BH."""

@@ -26,7 +26,7 @@ def describe_nonfinite(chunks: list[EncoderStage], sums: dict[str, Tensor], layo
     everyone = gather_objects(place)
     losses = [rank for rank, _, bad, _ in everyone if bad]
     stage = max((stage for _, stage, _, layer in everyone if layer is not None), default=None)
-    layers = {rank: layer for rank, own, _, layer in everyone if layer is not None and own == stage}
+    layers = {rank: layer for rank, their_stage, _, layer in everyone if layer is not None and their_stage == stage}
     told = []
     if losses:
         told.append(f"the loss is not finite on rank {', '.join(map(str, losses))}")

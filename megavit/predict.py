@@ -29,18 +29,18 @@ def predict(arguments: list[str]) -> int:
     Raises:
         ConfigError: if the run is no classifier's, or images cannot be read: then after all others have been written.
     """
-    pixels, own = split_settings(arguments)
-    given = parse_arguments("predict", own, needed=("from", "images"), optional=("out", "top"))
-    weights, config = read_run(given["from"], classifies=True, does="predicts")
+    pixels, rest = split_settings(arguments)
+    args = parse_arguments("predict", rest, needed=("from", "images"), optional=("out", "top"))
+    weights, config = read_run(args["from"], classifies=True, does="predicts")
     config = with_settings(config, pixels)
     classes = read_classes(weights.checkpoint)
-    top = min(parse_int("top", given.get("top", "5")), len(classes))
-    out = Path(given["out"]) if "out" in given else None
+    top = min(parse_int("top", args.get("top", "5")), len(classes))
+    out = Path(args["out"]) if "out" in args else None
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"out={out} must end in .csv or .jsonl")
     if out is not None:
         check_writable(out)
-    paths = find_images(Path(given["images"]))
+    paths = find_images(Path(args["images"]))
     trained = open_run(config, weights, num_classes=len(classes))
     rows, unread = [], list[ConfigError]()
     for first in range(0, len(paths), _AT_ONCE):

@@ -126,13 +126,13 @@ def _describe_overflow(config: ExperimentConfig, layout: ParallelLayout) -> str 
     # Ranks of other stages hold no images.
     holders = max(1, local_ranks // layout.pp)
     host = available_bytes() // holders, f"in the memory of {socket.gethostname()} for each of {holders} ranks"
-    own = f"{_NORMALISED_BYTES} bytes (uint8, and fp32 twice)"
+    size = f"{_NORMALISED_BYTES} bytes (uint8, and fp32 twice)"
     read = f"{ahead} bytes (uint8, read ahead by {data.workers} data.workers)"
     if layout.device.type == "cuda":
         gpu = torch.cuda.mem_get_info(layout.device)[0], "on the GPU"
-        needs = [(_NORMALISED_BYTES, own, *gpu), (ahead, read, *host)]
+        needs = [(_NORMALISED_BYTES, size, *gpu), (ahead, read, *host)]
     else:
-        needs = [(_NORMALISED_BYTES + ahead, f"({own} + {read})" if ahead else own, *host)]
+        needs = [(_NORMALISED_BYTES + ahead, f"({size} + {read})" if ahead else size, *host)]
     for bytes_each, of_what, free, where in needs:
         image = data.channels * data.image_size[0] * data.image_size[1] * bytes_each
         if micro_batch * image > free:
@@ -171,9 +171,9 @@ def check_disk(
     Raises:
         ConfigError: with the arithmetic.
     """
-    own = [p for chunk in chunks.values() for p in chunk.parameters() if _is_counted_here(p, layout)]
-    extra = {p: p.requires_grad * (optimizer_bytes + _FP32_BYTES) + ema * _FP32_BYTES for p in own}
-    each = torch.tensor([sum(p.numel() * (p.element_size() + extra[p]) for p in own)])
+    size = [p for chunk in chunks.values() for p in chunk.parameters() if _is_counted_here(p, layout)]
+    extra = {p: p.requires_grad * (optimizer_bytes + _FP32_BYTES) + ema * _FP32_BYTES for p in size}
+    each = torch.tensor([sum(p.numel() * (p.element_size() + extra[p]) for p in size)])
     each = each.to(layout.device)
     dist.all_reduce(each)
     size = int(each)
@@ -272,7 +272,7 @@ class PreflightRun:
         Raises:
             ConfigError: if the checkpoint cannot be written.
         """
-        kept = list(self._kept())
+        saved = list(self._kept())
         groups = [_settings(group) for part in self._parts() for group in part.param_groups]
         seed_step(self.layout, seed=seed, step=0)
         batches = train_loader.train_batches(0, num_steps=1, global_batch=global_batch)
@@ -291,7 +291,7 @@ class PreflightRun:
         dist.barrier()
         if self.layout.rank == 0:
             shutil.rmtree(checkpoints.folder)
-        self._put_back(kept, groups)
+        self._put_back(saved, groups)
         return ", ".join(f"{what} {seconds:.1f} s" for what, seconds in took.items())
 
     def _timed(self, work: Any) -> float:
@@ -321,9 +321,9 @@ class PreflightRun:
         for tensor in self._tensors():
             yield tensor.detach().cpu().clone()
 
-    def _put_back(self, kept: list[Tensor], groups: list[dict[str, Any]]) -> None:
+    def _put_back(self, saved: list[Tensor], groups: list[dict[str, Any]]) -> None:
         with torch.no_grad():
-            for tensor, before in zip(self._tensors(), kept, strict=True):
+            for tensor, before in zip(self._tensors(), saved, strict=True):
                 tensor.copy_(before)
         every = [group for part in self._parts() for group in part.param_groups]
         for group, settings in zip(every, groups, strict=True):

@@ -22,19 +22,19 @@ def reconstruct(arguments: list[str]) -> int:
     Raises:
         ConfigError: if the run is no masked autoencoder's, or the images cannot be read.
     """
-    pixels, own = split_settings(arguments)
-    given = parse_arguments("reconstruct", own, needed=("from", "images"), optional=("out", "count"))
-    weights, config = read_run(given["from"], classifies=False, does="reconstructs")
+    pixels, rest = split_settings(arguments)
+    args = parse_arguments("reconstruct", rest, needed=("from", "images"), optional=("out", "count"))
+    weights, config = read_run(args["from"], classifies=False, does="reconstructs")
     config = with_settings(config, pixels)
-    count = parse_int("count", given.get("count", "8"))
-    paths = find_images(Path(given["images"]))
+    count = parse_int("count", args.get("count", "8"))
+    paths = find_images(Path(args["images"]))
     shown = paths[:count]
     trained = open_run(config, weights, num_classes=0)
     with torch.no_grad():
         output, judge = trained.network.task.visualize(trained.batch(shown), trained.network.chunks["model"])
         image_grid = judge(output)[1]["panels"]
-    out = Path(given.get("out", weights.checkpoint.parent.parent / "pictures" / "reconstruct.png"))
+    out = Path(args.get("out", weights.checkpoint.parent.parent / "pictures" / "reconstruct.png"))
     with complete_file(out) as temporary:
         plot_image_grid(image_grid, titles=trained.network.task.image_grid, path=temporary)
-    print(f"{out}: {len(shown)} of {len(paths)} images of {given['images']}, by {weights}")
+    print(f"{out}: {len(shown)} of {len(paths)} images of {args['images']}, by {weights}")
     return 0

@@ -7,7 +7,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.checkpoint.store import CheckpointManager
-from megavit.checks import shown
+from megavit.checks import format_value
 from megavit.classes import describe_change
 from megavit.compose import from_yaml
 from megavit.config import ExperimentConfig
@@ -60,7 +60,7 @@ class ResumePoint:
             state.num_samples or num_samples, step=state.step, consumed_samples=state.consumed_samples
         )
 
-    def told_of_settings(self, config: ExperimentConfig) -> list[str]:
+    def settings_warnings(self, config: ExperimentConfig) -> list[str]:
         """What the user must know of settings that are not as they were, in at most one line."""
         differ = [
             f"{setting} was {before} and is {now}"
@@ -131,7 +131,7 @@ def find_resume_point(store: CheckpointManager, config: ExperimentConfig) -> tup
     if config.optim.momentum and not saved.optim.momentum and config.optim.name is saved.optim.name:
         raise ConfigError(
             f"optim.momentum={config.optim.momentum}, but {path} holds no momentum: its run had optim.momentum="
-            f"{shown(saved.optim.momentum)}; set it back, or start another run from its weights: "
+            f"{format_value(saved.optim.momentum)}; set it back, or start another run from its weights: "
             f"init_from={path.parent.parent}"
         )
     stop_at = config.train.stop_at

@@ -3,7 +3,7 @@
 from enum import Enum
 from typing import Any
 
-from megavit.checks import shown
+from megavit.checks import format_value
 from megavit.compose import flatten
 from megavit.config import ExperimentConfig
 
@@ -73,7 +73,7 @@ def changes(before: ExperimentConfig, now: ExperimentConfig, *rules: Rule) -> di
     """The settings of some rules that differ, each with its value before and now, as a user writes them."""
     former, current = flatten(before), flatten(now)
     return {
-        setting: (shown(former[setting]), shown(current[setting]))
+        setting: (format_value(former[setting]), format_value(current[setting]))
         for setting in current
         if RULES[setting] in rules and _meaning(setting, former[setting]) != _meaning(setting, current[setting])
     }

@@ -74,7 +74,7 @@ class RunSettings:
     def visible_patches(self) -> int:
         """Patches of an image that the encoder sees."""
         patches = self.num_patches
-        return self.task.kept_patches(patches) if self.task.name is TaskName.mae else patches
+        return self.task.num_visible_patches(patches) if self.task.name is TaskName.mae else patches
 
     @property
     def encoder_tokens(self) -> int:

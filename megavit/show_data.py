@@ -37,12 +37,12 @@ def show_data(arguments: list[str]) -> int:
     Raises:
         ConfigError: if a setting does not fit, or the data cannot be read.
     """
-    own, settings = split_own("show-data", arguments, own=("out", "count"))
+    options, settings = split_own("show-data", arguments, options=("out", "count"))
     config = compose(settings)
     for group in (config.model, config.task, config.data):
         group.check()
     config.check_task()
-    count = parse_int("count", own.get("count", "16"))
+    count = parse_int("count", options.get("count", "16"))
     if config.data.mixes and count % 2:
         raise ConfigError(f"count={count} is odd, and images are mixed in pairs; set count={count + 1}")
     source = open_source(config.data, "train")
@@ -51,7 +51,7 @@ def show_data(arguments: list[str]) -> int:
         source,
         replace(config.data, workers=0),
         layout=ParallelLayout.alone(),
-        needs=RequiredFields(images=True, labels=labelled),
+        fields=RequiredFields(images=True, labels=labelled),
         micro_batch=count,
         seed=config.run.seed,
         train=True,
@@ -70,7 +70,7 @@ def show_data(arguments: list[str]) -> int:
         captions["original"] = names
         if mix is not None:
             captions["seen"] = [_shares(names, row, share) for row, share in enumerate(mix.share_B.tolist())]
-    out = Path(own.get("out") or Path(config.run.dir) / "pictures" / "data.png")
+    out = Path(options.get("out") or Path(config.run.dir) / "pictures" / "data.png")
     with complete_file(out) as temporary:
         draw_samples(rows, captions=captions, path=temporary)
     for line in describe_oddities({"train": source}):
@@ -93,9 +93,11 @@ def _shares(names: list[str], row: int, share: float) -> str:
 
 def _masked(images_BCYX: Tensor, batch: Batch, config: ExperimentConfig) -> Tensor:
     """The images with the patches grey that the autoencoder does not see."""
-    kept, side = config.task.kept_patches(config.num_patches), config.model.patch_size
+    num_visible, side = config.task.num_visible_patches(config.num_patches), config.model.patch_size
     ids_B, epochs_B, occurrences_B = batch.key_columns()
-    ids_keep_BK = random_keep(ids_B, epochs_B, occurrences_B, config.num_patches, num_kept=kept, seed=config.run.seed)
+    ids_keep_BK = random_keep(
+        ids_B, epochs_B, occurrences_B, config.num_patches, num_kept=num_visible, seed=config.run.seed
+    )
     rows, columns = config.model.patch_grid(config.data.image_size)
     hidden_BYX = hidden_mask(ids_keep_BK, config.num_patches).view(-1, rows, columns)
     hidden_BYX = hidden_BYX.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)

@@ -61,7 +61,7 @@ class StopConsensus:
         self._ballot: Any = None
         self._count: Any = None
 
-    def cast(self, *, is_writing: bool) -> None:
+    def start(self, *, is_writing: bool) -> None:
         """Cast this step's vote.
 
         Args:
@@ -74,7 +74,7 @@ class StopConsensus:
         if not self._alone:
             self._count = dist.all_reduce(self._ballot, op=dist.ReduceOp.MAX, async_op=True)
 
-    def count(self) -> tuple[bool, bool]:
+    def result(self) -> tuple[bool, bool]:
         """The last vote, on every rank at the same step: whether any rank wants to stop; whether none was writing.
 
         To be called after the last step too, so that no vote is left under way.

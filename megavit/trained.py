@@ -9,7 +9,7 @@ from torch import Tensor
 from megavit.checkpoint.safety import check_pickles
 from megavit.checkpoint.shards import load_weights
 from megavit.checkpoint.state import TrainingState, read_state
-from megavit.checks import shown
+from megavit.checks import format_value
 from megavit.classes import go_by_number, some
 from megavit.compose import from_yaml, merge
 from megavit.config import ExperimentConfig
@@ -68,7 +68,9 @@ class TrainedRun:
             ConfigError: for a file that is no image.
         """
         data, name = self.config.data, printable(str(path))
-        return ImageTransform(data, augment=False).see(open_image(path, channels=data.channels, name=name), name=name)
+        return ImageTransform(data, augment=False).preprocess(
+            open_image(path, channels=data.channels, name=name), name=name
+        )
 
     def collate(self, images: list[Tensor]) -> Batch:
         """Images as `read` gives them, in one batch."""
@@ -200,7 +202,7 @@ def label_as_trained(source: Source, config: DataConfig, checkpoint: Path) -> tu
     Raises:
         ConfigError: if there is no classifier, or it does not know one of the data's classes.
     """
-    state, data = read_state(checkpoint), f"data.source={config.source} data.path={shown(config.path)}"
+    state, data = read_state(checkpoint), f"data.source={config.source} data.path={format_value(config.path)}"
     if state.classes and (state.names_classes or not go_by_number(source.classes, state.classes)):
         return relabel(source, state.classes, data=data, trained=str(checkpoint)), []
     if not state.classes:

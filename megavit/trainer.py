@@ -91,7 +91,7 @@ class Trainer:
             Loader,
             config=config.data,
             layout=layout,
-            needs=self.task.needs,
+            fields=self.task.fields,
             micro_batch=self.micro_batch,
             seed=config.run.seed,
         )
@@ -180,7 +180,7 @@ class Trainer:
             )
             self._train(logger, batches)
             if self.step < self.num_steps:
-                logger.say(f"stopped after step {self.step} of {self.num_steps}, saved; run again to go on")
+                logger.info(f"stopped after step {self.step} of {self.num_steps}, saved; run again to go on")
                 return STOPPED
             self._say_complete(logger)
             return FINISHED
@@ -188,7 +188,7 @@ class Trainer:
     def _train(self, logger: MetricLogger, batches: Any) -> None:
         train = self.config.train
         last = min(self.num_steps, train.stop_at or self.num_steps)
-        vote = StopConsensus(self.stop, world_size=self.layout.world_size)
+        consensus = StopConsensus(self.stop, world_size=self.layout.world_size)
         window: dict[str, Tensor] = {}
         while self.step < last:
             seed_step(self.layout, seed=self.config.run.seed, step=self.step)
@@ -202,19 +202,19 @@ class Trainer:
             self.consumed_samples += train.global_batch
             self.throughput.count(train.global_batch)
             logger.advance(self.step)
-            wants_stop, all_written = vote.count()
+            wants_stop, all_written = consensus.result()
             if all_written:
                 self.checkpointer.finish(logger)
             if wants_stop:
-                logger.say(f"asked to stop by {self.stop.asked_by or 'a signal to another rank'}: saving")
+                logger.info(f"asked to stop by {self.stop.asked_by or 'a signal to another rank'}: saving")
                 last = self.step
             window = {name: window[name] + value if window else value for name, value in sums.items()}
             if self.step % self.config.metrics.every == 0 or self.step == last:
                 self._report(logger, window, grad_norm)
                 window = {}
             self._evaluate_paint_save(logger, is_last=self.step == last)
-            vote.cast(is_writing=self.checkpointer.is_writing)
-        vote.count()
+            consensus.start(is_writing=self.checkpointer.is_writing)
+        consensus.result()
         self.checkpointer.close(logger)
 
     def _refuse_step(self, logger: MetricLogger, grad_norm: float, sums: dict[str, Tensor]) -> None:
@@ -227,13 +227,13 @@ class Trainer:
                 f"{message}. The step was not taken and the last checkpoint is untouched. Lower optim.lr, raise "
                 f"optim.warmup_steps or lower optim.clip; train.on_nonfinite=skip goes on without such steps"
             )
-        logger.say(f"{message}; the step is skipped")
+        logger.info(f"{message}; the step is skipped")
 
     def _report(self, logger: MetricLogger, window: dict[str, Tensor], grad_norm: float) -> None:
         """Log the steps since the last report: their mean loss and accuracy, the last step's rate and norm."""
         totals = self.engine.totals(window)
         speed = self.throughput.report()
-        logger.record(
+        logger.log(
             self.step,
             "train",
             {
@@ -251,7 +251,7 @@ class Trainer:
         """Name the images that could not be read since the last time; too many end the run on every rank."""
         bad = self.bad_samples[split]
         for line in bad.collect(self.step):
-            logger.say(line)
+            logger.info(line)
         if bad.too_many is not None:
             self.checkpointer.close(logger)
             raise ConfigError(bad.too_many)
@@ -273,13 +273,11 @@ class Trainer:
         if evaluates:
             self.last_validation = self.evaluate()
             counted = self._count_bad(logger, "val")
-            logger.record(
-                self.step, "val", {"consumed_samples": self.consumed_samples, **self.last_validation, **counted}
-            )
+            logger.log(self.step, "val", {"consumed_samples": self.consumed_samples, **self.last_validation, **counted})
         is_best = evaluates and self._is_best()
         if paints:
             image_grid = self.engine.visualize(self.paint_loader)
-            logger.show(self.step, self.painted, image_grid, titles=self.task.image_grid)
+            logger.log_images(self.step, self.painted, image_grid, titles=self.task.image_grid)
         if due or is_best:
             self._save(logger, due=due, is_best=is_best, is_last=is_last)
         self.throughput.resume()
@@ -299,7 +297,7 @@ class Trainer:
 
     def _is_best(self) -> bool:
         wanted = self.config.checkpoint.best
-        return wanted and self.task.goal.is_better(self.last_validation, than=self.best_validation)
+        return wanted and self.task.monitor.is_better(self.last_validation, than=self.best_validation)
 
     @property
     def _averages(self) -> Averages | None:
@@ -325,7 +323,7 @@ class Trainer:
         shards.load(resume_point.path, self.chunks, self.optimizer, averages=self._averages)
         self.warnings += resume_point.mend_updates(self.optimizer)
         self.last_validation = resume_point.state.metrics
-        self.warnings += resume_point.told_of_settings(self.config)
+        self.warnings += resume_point.settings_warnings(self.config)
         self.warnings += resume_point.data_warnings(len(self.train_loader.source))
         self.schedule.step(self.step)
 
@@ -344,11 +342,11 @@ class Trainer:
             *describe_run(self.config, self.layout, self.network, sources=sources, from_scratch=from_scratch),
             *describe_pace(self.config, self.pace, num_steps=self.num_steps),
         ):
-            logger.say(line)
+            logger.info(line)
         for line in (*self.preflight_ran, *self.warnings):
-            logger.say(line)
+            logger.info(line)
         if self.resume_point is not None:
-            logger.say(f"goes on from {self.resume_point.path} at step {self.step} of {self.num_steps}")
+            logger.info(f"goes on from {self.resume_point.path} at step {self.step} of {self.num_steps}")
             self._tell_of_another_length(logger, self.resume_point)
 
     def _tell_of_another_length(self, logger: MetricLogger, resume_point: ResumePoint) -> None:
@@ -366,9 +364,9 @@ class Trainer:
         if decay is not Decay.constant:
             current = max(self.schedule.get_lr(group) for group in self.optimizer.param_groups)
             rate = f": {decay.value} is that of the whole new length, so the learning rate goes on at {current:.2e}"
-        logger.say(f"the run was of {before} steps and is of {self.num_steps} now{images}{rate}")
+        logger.info(f"the run was of {before} steps and is of {self.num_steps} now{images}{rate}")
 
     def _say_complete(self, logger: MetricLogger) -> None:
         length = "train.steps" if self.config.train.steps is not None else "train.epochs"
         result = f"; {self.task.summary(self.last_validation)}" if self.last_validation else ""
-        logger.say(f"complete: step {self.step} of {self.num_steps}{result}. Raise {length} to go on")
+        logger.info(f"complete: step {self.step} of {self.num_steps}{result}. Raise {length} to go on")

@@ -23,7 +23,7 @@ def parse_arguments(
     """
     needed, known = list(needed), [*needed, *optional]
     usage = " ".join([f"{key}=…" for key in needed] + [f"[{key}=…]" for key in optional])
-    given: dict[str, str] = {}
+    args: dict[str, str] = {}
     for argument in arguments:
         key, sign, value = argument.partition("=")
         if not sign:
@@ -32,11 +32,11 @@ def parse_arguments(
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}=?" if near else f"megavit {command} {usage}"
             raise ConfigError(f"megavit {command} knows no {key}=; {hint}")
-        given[key] = read_text(value)
-    missing = [key for key in needed if not given.get(key)]
+        args[key] = read_text(value)
+    missing = [key for key in needed if not args.get(key)]
     if missing:
         raise ConfigError(f"megavit {command} needs {missing[0]}=: megavit {command} {usage}")
-    return given
+    return args
 
 
 def split_from(command: str, arguments: list[str]) -> tuple[str, list[str]]:
@@ -45,35 +45,35 @@ def split_from(command: str, arguments: list[str]) -> tuple[str, list[str]]:
     Raises:
         ConfigError: if it is missing.
     """
-    given = [argument for argument in arguments if argument.startswith("from=")]
-    if len(given) != 1 or given[0] == "from=":
+    args = [argument for argument in arguments if argument.startswith("from=")]
+    if len(args) != 1 or args[0] == "from=":
         raise ConfigError(f"megavit {command} needs from=RUN once, then settings as in megavit train: key=value …")
-    return read_text(given[0].removeprefix("from=")), [argument for argument in arguments if argument != given[0]]
+    return read_text(args[0].removeprefix("from=")), [argument for argument in arguments if argument != args[0]]
 
 
-def split_own(command: str, arguments: list[str], *, own: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+def split_own(command: str, arguments: list[str], *, known: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """A verb's own arguments apart from `from=RUN` and the settings beside them.
 
     Args:
         command: for the messages.
         arguments: as typed.
-        own: keys that are the verb's own.
+        known: keys that are the verb's own.
 
     Raises:
         ConfigError: for an own argument that is empty or given twice, or a key that seems to be a mistyped one.
     """
-    own, rest = list(own), []
-    given: dict[str, str] = {}
+    known, rest = list(known), []
+    args: dict[str, str] = {}
     for argument in arguments:
         key, _, value = argument.partition("=")
         # Settings are known further on; nearly all of them have a dot.
-        near = [] if "." in key or key in ("from", "init_from") else difflib.get_close_matches(key, own, n=1)
-        if key in own:
-            if not value or key in given:
+        near = [] if "." in key or key in ("from", "init_from") else difflib.get_close_matches(key, known, n=1)
+        if key in known:
+            if not value or key in args:
                 raise ConfigError(f"{argument}: megavit {command} takes {key}= once, with a value")
-            given[key] = read_text(value)
+            args[key] = read_text(value)
         elif near:
             raise ConfigError(f"megavit {command} knows no {key}=; did you mean {near[0]}=?")
         else:
             rest.append(argument)
-    return given, rest
+    return args, rest

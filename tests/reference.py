@@ -120,7 +120,7 @@ def make_optimizer(model: torch.nn.Module, config: ExperimentConfig) -> torch.op
 
 def masks_of(keys: list[SampleKey], config: ExperimentConfig) -> torch.Tensor:
     ids, epochs = torch.tensor([key.sample_id for key in keys]), torch.tensor([key.epoch for key in keys])
-    kept = config.task.kept_patches(config.num_patches)
+    kept = config.task.num_visible_patches(config.num_patches)
     return random_keep(ids, epochs, torch.zeros_like(ids), config.num_patches, num_kept=kept, seed=config.run.seed)
 
 

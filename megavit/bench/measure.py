@@ -69,15 +69,15 @@ class Measured:
     @property
     def leader(self) -> str:
         """The fastest of megavit's contestants, which the others are put beside."""
-        return self._fastest(own=True) or self.reference
+        return self._fastest(ours=True) or self.reference
 
     @property
     def leaders(self) -> list[str]:
         """The fastest of megavit's contestants and of the others."""
-        return [name for name in (self._fastest(own=True), self._fastest(own=False)) if name is not None]
+        return [name for name in (self._fastest(ours=True), self._fastest(ours=False)) if name is not None]
 
-    def _fastest(self, *, own: bool) -> str | None:
-        medians = {name: statistics.median(one.seconds) for name, one in self.timed.items() if is_own(name) is own}
+    def _fastest(self, *, ours: bool) -> str | None:
+        medians = {name: statistics.median(one.seconds) for name, one in self.timed.items() if is_own(name) is ours}
         return min(medians, key=lambda name: medians[name], default=None)
 
     def ratios(self, name: str, to: str) -> list[float]:

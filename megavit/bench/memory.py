@@ -20,17 +20,17 @@ def saved_bytes(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
         held: tensors that are there anyway.
     """
     there = {tensor.untyped_storage().data_ptr() for tensor in held}
-    kept: dict[int, torch.UntypedStorage] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in there:
             # Held, so that no later tensor takes its place.
-            kept[storage.data_ptr()] = storage
+            storages[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = forward()
-    count = sum(storage.nbytes() for storage in kept.values())
+    count = sum(storage.nbytes() for storage in storages.values())
     del loss
     return count

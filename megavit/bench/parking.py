@@ -16,28 +16,28 @@ class CpuOffload:
 
     def __init__(self, device: torch.device) -> None:
         self._moves = device.type == "cuda"
-        self._parked: dict[str, list[tuple[torch.UntypedStorage, torch.UntypedStorage]]] = {}
+        self._offloaded: dict[str, list[tuple[torch.UntypedStorage, torch.UntypedStorage]]] = {}
 
     def offload(self, candidates: Mapping[str, Candidate]) -> None:
         """Move those that are not parked yet."""
         if not self._moves:
             return
         for name, candidate in candidates.items():
-            if name not in self._parked:
+            if name not in self._offloaded:
                 storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in candidate.held()}
-                self._parked[name] = [
+                self._offloaded[name] = [
                     (storage, torch.UntypedStorage(storage.nbytes()).copy_(storage)) for storage in storages.values()
                 ]
-                for storage, _ in self._parked[name]:
+                for storage, _ in self._offloaded[name]:
                     storage.resize_(0)
         torch.cuda.empty_cache()
 
-    def forget(self, name: str) -> None:
+    def discard(self, name: str) -> None:
         """Let go of what is kept of a contestant."""
-        self._parked.pop(name, None)
+        self._offloaded.pop(name, None)
 
     def restore(self, name: str) -> None:
         """Fill a contestant's tensors again, if it was parked."""
-        for storage, kept in self._parked.pop(name, []):
-            storage.resize_(kept.nbytes())
-            storage.copy_(kept)
+        for storage, host_copy in self._offloaded.pop(name, []):
+            storage.resize_(host_copy.nbytes())
+            storage.copy_(host_copy)

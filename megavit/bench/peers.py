@@ -245,6 +245,6 @@ def _everyones_masks(work: Work) -> Tensor:
         epochs_B,
         occurrences_B,
         config.num_patches,
-        num_kept=config.task.kept_patches(config.num_patches),
+        num_kept=config.task.num_visible_patches(config.num_patches),
         seed=config.run.seed,
     )

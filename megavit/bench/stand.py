@@ -35,7 +35,7 @@ class CaseRunner:
         self._work = prepare_work(config, self._layout.device)
         self._contestants: dict[str, Candidate] = {}
         self._plain_weights: dict[str, Tensor] | None = None
-        self._parking = CpuOffload(self._layout.device)
+        self._offload = CpuOffload(self._layout.device)
 
     def about(self) -> dict[str, Any]:
         """The device in words, and how many threads work."""
@@ -45,7 +45,7 @@ class CaseRunner:
 
     def build(self, name: str) -> None:
         """Let a contestant take its place, with megavit's weights."""
-        self._parking.offload(self._contestants)
+        self._offload.offload(self._contestants)
         if not name.startswith("megavit"):
             assert self._plain_weights is not None, "megavit comes first"
             # Copies: some libraries take what they are given for their own.
@@ -57,11 +57,11 @@ class CaseRunner:
         asks = bool(untested(config, device=self._layout.device.type))
         config = replace(config, experimental=config.experimental or asks)
         config.check(self._layout.world_size)
-        own = Megavit(self._work, config, self._layout)
-        self._contestants[name] = own
+        step = Megavit(self._work, config, self._layout)
+        self._contestants[name] = step
         if self._plain_weights is None and self._layout.world_size == 1:
             # For the peers, who train in one process.
-            self._plain_weights = own.plain_weights()
+            self._plain_weights = step.plain_weights()
 
     def outputs(self, name: str) -> tuple[Any, float]:
         """The network's output, as a NumPy array, and its loss."""
@@ -95,7 +95,7 @@ class CaseRunner:
     def rates(self) -> dict[str, float]:
         """The device's own matmul and copy rate, now."""
         # Made anew each time: its matrices would count among what a contestant holds.
-        self._parking.offload(self._contestants)
+        self._offload.offload(self._contestants)
         return Machine(self._layout.device, self._work.dtype).rates()
 
     def loop(self, run_dir: str, rounds: int, steps: int, until: float) -> dict[str, list[float]]:
@@ -115,12 +115,12 @@ class CaseRunner:
     def drop(self, name: str) -> None:
         """Let a contestant go, and its memory."""
         self._contestants.pop(name, None)
-        self._parking.forget(name)
+        self._offload.discard(name)
         if self._layout.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _ready(self, name: str) -> Candidate:
         candidate = self._contestants[name]
-        self._parking.offload({other: one for other, one in self._contestants.items() if other != name})
-        self._parking.restore(name)
+        self._offload.offload({other: one for other, one in self._contestants.items() if other != name})
+        self._offload.restore(name)
         return candidate

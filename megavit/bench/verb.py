@@ -83,7 +83,7 @@ def read_arguments(arguments: list[str]) -> tuple[BenchConfig, list[str]]:
     Raises:
         ConfigError: for a key or a value that is wrong.
     """
-    own: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     overrides = []
     for argument in arguments:
         key, sign, value = argument.partition("=")
@@ -96,13 +96,13 @@ def read_arguments(arguments: list[str]) -> tuple[BenchConfig, list[str]]:
             )
         else:
             name = key.removeprefix("bench.")
-            own[name] = value.strip("[]").split(",") if name in ("rows", "contestants") else read_text(value)
-    own = {name: None if value == "null" else value for name, value in own.items()}
+            options[name] = value.strip("[]").split(",") if name in ("rows", "contestants") else read_text(value)
+    options = {name: None if value == "null" else value for name, value in options.items()}
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchConfig), own))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchConfig), options))
     except OmegaConfBaseException as error:
         raise ConfigError(
-            f"bench.{error.full_key}={own[error.full_key or '']}: {str(error).splitlines()[0]}"
+            f"bench.{error.full_key}={options[error.full_key or '']}: {str(error).splitlines()[0]}"
         ) from error
     assert isinstance(config, BenchConfig)
     config.check()

@@ -31,7 +31,7 @@ def use_per_rank_shards(optimizer: MegatronOptimizer) -> None:
     for part in optimizer.chained_optimizers:
         if isinstance(part, DistributedOptimizer):
             part.sharded_state_dict = partial(_sharded_state, part)
-            part.load_parameter_state_from_fully_reshardable = partial(_take, part)
+            part.load_parameter_state_from_fully_reshardable = partial(_load, part)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Share:
     def __init__(self, pieces: list[_Piece], me: int) -> None:
         self.pieces, self.writer = pieces, max(pieces, key=lambda piece: piece.size).rank
         self.is_written_here = self.writer == me
-        self.own = next((piece for piece in pieces if piece.rank == me), None)
+        self.local = next((piece for piece in pieces if piece.rank == me), None)
 
 
 def _shares(part: DistributedOptimizer) -> dict[Parameter, _Share]:
@@ -117,7 +117,7 @@ def _by_parameter(
     of_weights = {shard.data: shard for shard in nested_values(weights) if isinstance(shard, ShardedTensor)}
     shares = _shares(part)
     if is_loading:
-        here = {parameter: share for parameter, share in shares.items() if share.own is not None}
+        here = {parameter: share for parameter, share in shares.items() if share.local is not None}
         states = {parameter: _empty(parameter) for parameter in here}
     else:
         # A weight that tensor-parallel ranks hold alike is written by one of them.
@@ -156,17 +156,17 @@ def _gather(part: DistributedOptimizer, shares: Mapping[Parameter, _Share]) -> d
     for parameter, share in shares.items():
         if not share.is_written_here:
             continue
-        own = _own(part, parameter)
+        local = _local_part(part, parameter)
         if parameter in travelling:
-            assert share.own is not None
+            assert share.local is not None
             whole = _empty(parameter)
             for name in _STATES:
-                whole[name][share.own.start : share.own.stop].copy_(own[name])
+                whole[name][share.local.start : share.local.stop].copy_(local[name])
             for piece in share.pieces:
-                for name in _STATES if piece != share.own else ():
+                for name in _STATES if piece != share.local else ():
                     whole[name][piece.start : piece.stop] = arrived[piece.rank].pop(0)
-            own = whole
-        gathered[parameter] = own
+            local = whole
+        gathered[parameter] = local
     return gathered
 
 
@@ -178,11 +178,11 @@ def _exchange(part: DistributedOptimizer, shares: Mapping[Parameter, _Share]) ->
     for parameter, share in shares.items():
         if share.is_written_here:
             for piece in share.pieces:
-                if piece != share.own:
+                if piece != share.local:
                     lengths.setdefault(piece.rank, []).extend([piece.size] * len(_STATES))
-        elif share.own is not None:
-            own = _own(part, parameter)
-            outgoing.setdefault(share.writer, []).extend(own[name].cpu() for name in _STATES)
+        elif share.local is not None:
+            local = _local_part(part, parameter)
+            outgoing.setdefault(share.writer, []).extend(local[name].cpu() for name in _STATES)
     incoming = {rank: torch.empty(sum(parts), dtype=torch.float32) for rank, parts in lengths.items()}
     messages = {rank: torch.cat(parts) for rank, parts in outgoing.items()}
     transfers = [dist.irecv(buffer, src=ranks[rank], group=group) for rank, buffer in incoming.items()]
@@ -193,19 +193,19 @@ def _exchange(part: DistributedOptimizer, shares: Mapping[Parameter, _Share]) ->
     return {rank: list(buffer.split(lengths[rank])) for rank, buffer in incoming.items()}
 
 
-def _own(part: DistributedOptimizer, parameter: Parameter) -> dict[str, Tensor]:
+def _local_part(part: DistributedOptimizer, parameter: Parameter) -> dict[str, Tensor]:
     """This rank's piece of a parameter's state, each flat, in place."""
     found = part._get_main_param_and_optimizer_states(parameter)
-    own = {name: found[name].detach().view(-1) for name in _STATES}
-    assert all(state.dtype == torch.float32 for state in own.values()), "master weights and moments are fp32"
-    return own
+    local = {name: found[name].detach().view(-1) for name in _STATES}
+    assert all(state.dtype == torch.float32 for state in local.values()), "master weights and moments are fp32"
+    return local
 
 
 @torch.no_grad()
-def _take(part: DistributedOptimizer, loaded: Mapping[int, Mapping[str, Tensor]]) -> None:
+def _load(part: DistributedOptimizer, loaded: Mapping[int, Mapping[str, Tensor]]) -> None:
     """Copy this rank's pieces out of what was read."""
     for number, (parameter, share) in enumerate(_shares(part).items()):
-        if share.own is not None:
-            own = slice(share.own.start, share.own.stop)
-            states = {name: whole.view(-1)[own] for name, whole in loaded[number].items()}
+        if share.local is not None:
+            local = slice(share.local.start, share.local.stop)
+            states = {name: whole.view(-1)[local] for name, whole in loaded[number].items()}
             part._set_main_param_and_optimizer_states(parameter, states)

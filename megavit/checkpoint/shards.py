@@ -172,7 +172,7 @@ def load_some_weights(
     there = check_pickles(checkpoint)
     state: dict[str, dict[str, Any]] = {}
     for name, chunk in chunks.items():
-        wanted = {own: shard for own, shard in _sharded_weights(chunk).items() if shard.key in names}
+        wanted = {local: shard for local, shard in _sharded_weights(chunk).items() if shard.key in names}
         state[name] = _as_saved(wanted, there, averaged=averaged)
     prefix = _AVERAGES if averaged else ""
     state["whole"] = {
@@ -195,7 +195,7 @@ def sharded_state(
     """All that a checkpoint holds of this rank, as Megatron-Core's shards."""
     state: dict[str, Any] = {name: _sharded_weights(chunk) for name, chunk in chunks.items()}
     if not is_loading:
-        state = {name: _spread(shards) for name, shards in state.items()}
+        state = {name: _rotate_writers(shards) for name, shards in state.items()}
     if optimizer is not None:
         use_per_rank_shards(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(_SHARDING))
@@ -203,7 +203,9 @@ def sharded_state(
             # Empty lists of the first rank would be kept, and be merged with another layout's that are not (0.16.1).
             state["optimizer"].pop("fp32_from_fp16_params", None)
     if averages is not None:
-        state["averages"] = {name: _spread(_sharded_averages(chunk, averages[name])) for name, chunk in chunks.items()}
+        state["averages"] = {
+            name: _rotate_writers(_sharded_averages(chunk, averages[name])) for name, chunk in chunks.items()
+        }
     return state
 
 
@@ -213,7 +215,7 @@ def _sharded_weights(chunk: MegatronModule) -> dict[str, Any]:
     return {name: shard for name, shard in shards.items() if not name.endswith(_OBJECTS)}
 
 
-def _spread(shards: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+def _rotate_writers(shards: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
     """Have the data-parallel ranks, which hold the same weights, write them in turn and not all by the first."""
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     return {

@@ -157,7 +157,7 @@ class Kubernetes:
                 "see the manifest"
             )
         for text in texts:
-            self._ask("create", "--dry-run=server", "--filename=-", given=text)
+            self._ask("create", "--dry-run=server", "--filename=-", stdin=text)
 
     def submit(self, file: Path, job: Job) -> Submitted:
         """Create the job.
@@ -188,11 +188,11 @@ class Kubernetes:
         named = {"context": self._kubernetes.context, "namespace": self._kubernetes.namespace}
         return ["kubectl", *(f"--{key}={value}" for key, value in named.items() if value is not None)]
 
-    def _ask(self, *words: str, given: str | None = None, failed: str = _REFUSED) -> str:
+    def _ask(self, *words: str, stdin: str | None = None, failed: str = _REFUSED) -> str:
         """What kubectl answers."""
         command = [*self._kubectl(), "--request-timeout=30s", *words]
         try:
-            done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=_PATIENCE_S)
+            done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=_PATIENCE_S)
         except subprocess.TimeoutExpired as error:
             raise ConfigError(
                 f"kubectl did not answer in {_PATIENCE_S} s; can this machine reach the cluster? `kubectl get "

@@ -36,5 +36,5 @@ def with_settings(job: Job, changed: dict[str, str]) -> list[str]:
         job: whose settings.
         changed: values by key.
     """
-    kept = [text for text in job.overrides if key_of(text) not in changed]
-    return [*kept, *(write_text(key, value) for key, value in changed.items())]
+    remaining = [text for text in job.overrides if key_of(text) not in changed]
+    return [*remaining, *(write_text(key, value) for key, value in changed.items())]

@@ -28,8 +28,8 @@ BACKENDS: dict[Kind, type[Backend]] = {
 
 def split_cluster(arguments: list[str]) -> tuple[list[str], list[str]]:
     """The cluster's settings and the run's."""
-    own = [text for text in arguments if text.startswith(("cluster=", "cluster."))]
-    return own, [text for text in arguments if text not in own]
+    cluster_args = [text for text in arguments if text.startswith(("cluster=", "cluster."))]
+    return cluster_args, [text for text in arguments if text not in cluster_args]
 
 
 def get_backend(arguments: list[str]) -> Backend:
@@ -45,8 +45,8 @@ def get_backend(arguments: list[str]) -> Backend:
     if len(named) > 1:
         raise ConfigError(f"{' and '.join(named)}: a job goes to one cluster")
     name = read_text(named[0].removeprefix("cluster=")) if named else "local"
-    given = _read(name)
-    kind = given.get("kind")
+    settings = _read(name)
+    kind = settings.get("kind")
     if kind not in [known.value for known in Kind]:
         raise ConfigError(f"cluster={name}: kind={kind} does not exist; known: {', '.join(k.value for k in Kind)}")
     backend = BACKENDS[Kind(kind)]
@@ -68,11 +68,11 @@ def get_backend(arguments: list[str]) -> Backend:
                 f"'{text}' gives several values; --multirun sweeps the run's settings, a list goes in [a,b]"
             )
         typed[key] = setting.value
-    for key in given:
+    for key in settings:
         if key not in known:
             raise ConfigError(f"cluster={name}: {key} does not exist; known: {', '.join(known)}")
     try:
-        merged = OmegaConf.merge(schema, given)
+        merged = OmegaConf.merge(schema, settings)
         for key, value in typed.items():
             OmegaConf.update(merged, key, value)
         config = OmegaConf.to_object(merged)

@@ -121,7 +121,7 @@ class Slurm:
         # sbatch itself would try for many seconds.
         _ask(["scontrol", "ping"], refused="Slurm's controller does not answer; ask those who run the cluster")
         for text in texts:
-            _ask(["sbatch", "--test-only"], given=text)
+            _ask(["sbatch", "--test-only"], stdin=text)
 
     def submit(self, file: Path, job: Job) -> Submitted:
         """Hand the script to sbatch.
@@ -146,10 +146,10 @@ class Slurm:
         _ask(["scancel", submitted.job_id])
 
 
-def _ask(command: list[str], *, given: str | None = None, refused: str = "Slurm does not take the job") -> str:
+def _ask(command: list[str], *, stdin: str | None = None, refused: str = "Slurm does not take the job") -> str:
     """What a command of Slurm's answers."""
     try:
-        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=_PATIENCE_S)
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=_PATIENCE_S)
     except subprocess.TimeoutExpired as error:
         raise ConfigError(f"{command[0]} did not answer in {_PATIENCE_S} s; nothing was submitted") from error
     if done.returncode:

@@ -22,10 +22,10 @@ def submit(arguments: list[str]) -> int:
     Raises:
         ConfigError: for a setting that is wrong, or a cluster that takes no such job.
     """
-    own, overrides = split_cluster([text for text in arguments if text not in ("--multirun", "-m")])
-    backend = get_backend(own)
+    cluster_args, overrides = split_cluster([text for text in arguments if text not in ("--multirun", "-m")])
+    backend = get_backend(cluster_args)
     refuse_secret_names(backend.config.env)
-    runs = split_sweep(overrides) if len(own) + len(overrides) < len(arguments) else [overrides]
+    runs = split_sweep(overrides) if len(cluster_args) + len(overrides) < len(arguments) else [overrides]
     jobs = [plan_job(run, backend.config) for run in runs]
     _refuse_shared_folders(jobs)
     # Before the quoting, which would hide a secret that holds a quote.

@@ -4,7 +4,7 @@ import difflib
 from dataclasses import dataclass, field
 from enum import Enum
 
-from megavit.checks import require_number, shown
+from megavit.checks import format_value, require_number
 from megavit.data.augment_config import AugmentConfig
 from megavit.errors import ConfigError
 from megavit.extension import check_name, is_plugin
@@ -213,7 +213,7 @@ class DataConfig(AugmentConfig):
             if getattr(self, key) != off:
                 raise ConfigError(
                     f"data.{key}={getattr(self, key)} goes by the one class of an image, and with "
-                    f"data.multi_label=true there is none; set it to {shown(off)}"
+                    f"data.multi_label=true there is none; set it to {format_value(off)}"
                 )
         if self.on_bad_sample is OnBadSample.skip:
             raise ConfigError(

@@ -43,5 +43,5 @@ class Digits:
 
 @cache
 def _split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    with files("megavit.data").joinpath("digits.npz").open("rb") as file, np.load(file, allow_pickle=False) as kept:
-        return {split: (kept[f"{split}_images"], kept[f"{split}_labels"]) for split in ("train", "val")}
+    with files("megavit.data").joinpath("digits.npz").open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        return {split: (archive[f"{split}_images"], archive[f"{split}_labels"]) for split in ("train", "val")}

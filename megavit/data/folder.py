@@ -70,7 +70,7 @@ def _open(
     listing = load_or_build(
         index,
         half or "all",
-        fits=lambda kept: _is_of(kept, about) and _is_unchanged(folder, kept["changed_ns"]),
+        fits=lambda cached: _is_of(cached, about) and _is_unchanged(folder, cached["changed_ns"]),
         build=partial(_list, folder, classes, about, half),
     )
     names, labels = listing.arrays["names"], listing.arrays["labels"]
@@ -119,8 +119,8 @@ def _refuse_empty(folder: Path, classes: Sequence[str], labels: list[int], half:
             )
 
 
-def _is_of(kept: dict[str, Any], about: dict[str, Any]) -> bool:
-    return {name: kept.get(name) for name in about} == about
+def _is_of(cached: dict[str, Any], about: dict[str, Any]) -> bool:
+    return {name: cached.get(name) for name in about} == about
 
 
 def _is_unchanged(folder: Path, changed_ns: dict[str, int | None]) -> bool:

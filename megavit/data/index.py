@@ -56,9 +56,9 @@ def load_or_build(
     if folder is None:
         return build()
     file = folder / f"{name}.index"
-    kept = _read(file)
-    if kept is not None and fits(kept.about):
-        return kept
+    cached = _read(file)
+    if cached is not None and fits(cached.about):
+        return cached
     built = build()
     _write(file, built)
     return _read(file) or built

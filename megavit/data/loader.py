@@ -48,11 +48,11 @@ class Loader:
         source: the samples.
         config: the data group.
         layout: this rank's place; a data-parallel rank takes every dp-th micro batch.
-        needs: what this rank's stage reads.
+        fields: what this rank's stage reads.
         micro_batch: images per micro batch.
         seed: `run.seed`.
         train: in the order of training and augmented, or once in the source's own order.
-        only: without training, these samples alone.
+        indices: without training, these samples alone.
     """
 
     def __init__(
@@ -61,20 +61,20 @@ class Loader:
         config: DataConfig,
         *,
         layout: ParallelLayout,
-        needs: RequiredFields,
+        fields: RequiredFields,
         micro_batch: int,
         seed: int,
         train: bool,
-        only: Sequence[int] | None = None,
+        indices: Sequence[int] | None = None,
     ) -> None:
-        assert only is None or not train
-        self.source, self.config, self.layout, self.needs = source, config, layout, needs
+        assert indices is None or not train
+        self.source, self.config, self.layout, self.fields = source, config, layout, fields
         self.micro_batch = micro_batch
         self.order = _training_order(source, config, seed=seed) if train else None
-        self._evaluated = range(len(source)) if only is None else only
-        self._samples = SampleDataset(source, config, needs, seed=seed, augment=train)
+        self._evaluated = range(len(source)) if indices is None else indices
+        self._samples = SampleDataset(source, config, fields, seed=seed, augment=train)
         self._bad: list[BadSample] = []
-        self._reads = layout.tp_rank == 0 and (needs.images or needs.labels)
+        self._reads = layout.tp_rank == 0 and (fields.images or fields.labels)
 
     def train_batches(self, consumed_samples: int, *, num_steps: int, global_batch: int) -> Iterator[Batch]:
         """This rank's micro batches of the next steps, without an end of epoch.
@@ -155,8 +155,8 @@ class Loader:
         labels_type = torch.uint8 if several else torch.int64
         shared: list[Tensor | None] = []
         for needed, tensor, size, dtype in (
-            (self.needs.images, images, shape, torch.uint8),
-            (self.needs.labels, labels, (self.micro_batch, *several), labels_type),
+            (self.fields.images, images, shape, torch.uint8),
+            (self.fields.labels, labels, (self.micro_batch, *several), labels_type),
         ):
             if not needed:
                 shared.append(None)

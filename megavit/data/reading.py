@@ -82,13 +82,19 @@ class SampleDataset(Dataset[MicroBatch]):
     Args:
         source: the samples.
         config: the data group.
-        needs: what this rank's stage reads.
+        fields: what this rank's stage reads.
         seed: `run.seed`.
         augment: look at them at random, or alike always.
     """
 
-    def __init__(self, source: Source, config: DataConfig, needs: RequiredFields, *, seed: int, augment: bool) -> None:
-        self.source, self.config, self.needs, self.seed, self.augment = source, config, needs, seed, augment
+    def __init__(self, source: Source, config: DataConfig, fields: RequiredFields, *, seed: int, augment: bool) -> None:
+        self.source, self.config, self.fields, self.seed, self.augment = (
+            source,
+            config,
+            fields,
+            seed,
+            augment,
+        )
         self.view = ImageTransform(config, augment=augment)
         self._labels: np.ndarray | None = None
         # Which sample each worker is at, for whoever asks after its end; −1 for none.
@@ -106,16 +112,16 @@ class SampleDataset(Dataset[MicroBatch]):
 
     def _read(self, keys: list[SampleKey]) -> MicroBatch:
         labels = None
-        if self.needs.labels:
+        if self.fields.labels:
             labels = self._labels_of(keys)
-        if not self.needs.images:
+        if not self.fields.images:
             return MicroBatch(None, labels, [])
         bad: list[BadSample] = []
         # Draws are made for all of the micro batch at once. Images are read one by one: as they were taken, the memory
         # may not hold them together.
-        draws = self.view.draws(keys, seed=self.seed)
+        draws = self.view.sample_seeds(keys, seed=self.seed)
         with self.view.drawing():
-            images = [self.view.change(self._cut(key, draw, bad)) for key, draw in zip(keys, draws, strict=True)]
+            images = [self.view.augment(self._cut(key, draw, bad)) for key, draw in zip(keys, draws, strict=True)]
         if self.augment and self.config.shift:
             shifts = draw_shifts(keys, pixels=self.config.shift, seed=self.seed)
             images = [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]
@@ -139,7 +145,7 @@ class SampleDataset(Dataset[MicroBatch]):
                 with self._told_of(sample_id):
                     image = open_sample(self.source, sample_id)
                     with named_if_too_large(partial(name_of, self.source, sample_id)):
-                        cut = self.view.cut(image, draw) if self._fits(image) else None
+                        cut = self.view.crop(image, draw) if self._fits(image) else None
             except ConfigError as error:
                 if self.config.on_bad_sample is OnBadSample.stop:
                     raise

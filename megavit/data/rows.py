@@ -271,24 +271,24 @@ def _labels(rows: Any, label: str, where: str) -> np.ndarray:
 
 def _refuse_other_names(training: Any, validation: Any, where: str) -> None:
     """Refuse numbers that name one class in the rows for training and another one in those for validation."""
-    trained, own = (getattr(getattr(of, "feature", of), "names", None) or [] for of in (training, validation))
-    if all(name == other for name, other in zip(trained, own, strict=False)):
+    trained, other_names = (getattr(getattr(of, "feature", of), "names", None) or [] for of in (training, validation))
+    if all(name == other for name, other in zip(trained, other_names, strict=False)):
         return
     raise ConfigError(
         f"{where}: the label column of the rows for validation names other classes than that of the rows for training: "
-        f"{describe_change(trained, own)}. Give both the same names, in the same order"
+        f"{describe_change(trained, other_names)}. Give both the same names, in the same order"
     )
 
 
 def _several_labels(training: Any, rows: Any, label: str, where: str) -> tuple[tuple[str, ...], list[list[int]]]:
     """The classes, and all labels of each row; a row without a list has none."""
-    trained, own = ([cell or [] for cell in table.data.column(label).to_pylist()] for table in (training, rows))
+    trained, other_names = ([cell or [] for cell in table.data.column(label).to_pylist()] for table in (training, rows))
     names = getattr(training.features[label].feature, "names", None)
     classes = tuple(names or map(str, range(max((max(cell) for cell in trained if cell), default=-1) + 1)))
-    found = {number for cell in own for number in cell}
+    found = {number for cell in other_names for number in cell}
     if not classes or found - set(range(len(classes))):
         raise ConfigError(f"{where}: labels are {sorted(found)[:5]} …, and there are {len(classes)} classes")
-    return classes, own
+    return classes, other_names
 
 
 def _encoded(rows: Any, image: str) -> Any:

@@ -52,8 +52,8 @@ def parts_by_name(names: Iterable[str]) -> dict[str, list[str]] | None:
 
 
 def _with_a_word(names: Sequence[str], words: tuple[str, ...]) -> list[str]:
-    own = ((name, remote.bare(name).rpartition("/")[2]) for name in names)
-    found = ((name, {word.removesuffix("set") for word in _WORD.findall(file.lower())}) for name, file in own)
+    bare_names = ((name, remote.bare(name).rpartition("/")[2]) for name in names)
+    found = ((name, {word.removesuffix("set") for word in _WORD.findall(file.lower())}) for name, file in bare_names)
     return [name for name, own_words in found if not own_words.isdisjoint(words)]
 
 

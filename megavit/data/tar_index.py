@@ -135,8 +135,8 @@ def _add(member: tarfile.TarInfo, file: IO[bytes], samples: dict[str, _Sample], 
     name = member.name
     while name.startswith("./"):
         name = name[2:]
-    folder, slash, own = name.rpartition("/")
-    stem, dot, ending = own.partition(".")
+    folder, slash, file_name = name.rpartition("/")
+    stem, dot, ending = file_name.partition(".")
     if not dot or name.startswith(".") or "/." in name:
         return
     key, ending = f"{folder}{slash}{stem}", ending.lower()

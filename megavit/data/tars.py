@@ -106,9 +106,9 @@ def open_tars(config: DataConfig, split: str, index: Path | None = None) -> WebD
             f"data.val_fraction={config.val_fraction} would be ignored: {config.path} has shards for training and for "
             f"validation; leave it null"
         )
-    own = "all" if "all" in parts else split
-    opened = {own: _open_part(parts[own], own, index)}
-    labels = opened[own][1].arrays["labels"]
+    part = "all" if "all" in parts else split
+    opened = {part: _open_part(parts[part], part, index)}
+    labels = opened[part][1].arrays["labels"]
     names = _class_names(config.path)
     if names is None:
         # Both splits must count the same classes: the training set's.
@@ -121,8 +121,8 @@ def open_tars(config: DataConfig, split: str, index: Path | None = None) -> WebD
         part = "training" if split == "train" else "validation"
         told = f"has labels up to {labels.max()}" if labels.max() >= 0 else "has no labels"
         raise ConfigError(f"{config.path}: the {part} set {told}, and there are {len(names)} classes")
-    share = split_indices(labels.clip(0), config.val_fraction, split, where=config.path) if own == "all" else None
-    shards, listing = opened[own]
+    share = split_indices(labels.clip(0), config.val_fraction, split, where=config.path) if part == "all" else None
+    shards, listing = opened[part]
     return WebDatasetSource(shards, listing, classes=names, channels=config.channels, part=share)
 
 
@@ -133,7 +133,7 @@ def _open_part(paths: list[str], name: str, folder: Path | None) -> tuple[list[S
     return shards, load_or_build(
         folder,
         name,
-        fits=lambda kept: is_settled and kept == about,
+        fits=lambda cached: is_settled and cached == about,
         build=lambda: Index(about, index_shards(paths)),
     )
 

@@ -57,11 +57,11 @@ class ImageTransform:
             keys: theirs.
             seed: `run.seed`.
         """
-        draws = self.draws(keys, seed=seed)
+        draws = self.sample_seeds(keys, seed=seed)
         with self.drawing():
-            return [self.change(self.cut(image, draw)) for image, draw in zip(images, draws, strict=True)]
+            return [self.augment(self.crop(image, draw)) for image, draw in zip(images, draws, strict=True)]
 
-    def see(self, image: Tensor | Jpeg, *, name: str) -> Tensor:
+    def preprocess(self, image: Tensor | Jpeg, *, name: str) -> Tensor:
         """One image in the size that the network sees, of a view that draws nothing.
 
         Args:
@@ -72,9 +72,9 @@ class ImageTransform:
             ConfigError: if it cannot be decoded, or is too large to be resized.
         """
         with named_if_too_large(lambda: name):
-            return self.cut(image, draw=0)
+            return self.crop(image, draw=0)
 
-    def draws(self, keys: list[SampleKey], *, seed: int) -> list[int]:
+    def sample_seeds(self, keys: list[SampleKey], *, seed: int) -> list[int]:
         """For each key what its image's view is drawn from."""
         columns = torch.tensor([(key.epoch, key.sample_id, key.occurrence) for key in keys]).unbind(dim=1)
         return (hash_int64(seed, *columns, _VIEW) & (2**62 - 1)).tolist()
@@ -83,7 +83,7 @@ class ImageTransform:
         """Within it images are cut and changed; after it torch's generator is as it was."""
         return _as_in_any_process() if self.crop is not None or self.random else nullcontext()
 
-    def cut(self, image: Tensor | Jpeg, draw: int) -> Tensor:
+    def crop(self, image: Tensor | Jpeg, draw: int) -> Tensor:
         """One image in the size that the network sees, before it is changed at random.
 
         Raises:
@@ -96,7 +96,7 @@ class ImageTransform:
         torch.default_generator.manual_seed(draw)
         return (self._fit(image) if self.crop is None else self._cut(image, self.crop)).contiguous()
 
-    def change(self, image: Tensor) -> Tensor:
+    def augment(self, image: Tensor) -> Tensor:
         """What was cut last, changed at random: it goes on from where the cut's draws have ended."""
         for transform in self.random:
             image = transform(image)

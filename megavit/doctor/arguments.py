@@ -13,7 +13,7 @@ _TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
-class Asked:
+class DoctorArgs:
     """The arguments.
 
     Attributes:
@@ -29,7 +29,7 @@ class Asked:
     timeout_s: int
 
 
-def read_arguments(arguments: list[str], *, under_launcher: bool = False) -> Asked:
+def read_arguments(arguments: list[str], *, under_launcher: bool = False) -> DoctorArgs:
     """Read them.
 
     Args:
@@ -40,25 +40,25 @@ def read_arguments(arguments: list[str], *, under_launcher: bool = False) -> Ask
         ConfigError: for one that is wrong.
     """
     optional = ("run.ranks", "run.dir", "run.name", "run.timeout_s", "out")
-    given = parse_arguments("doctor", arguments, needed=(), optional=optional)
-    empty = next((key for key, value in given.items() if not value), None)
+    args = parse_arguments("doctor", arguments, needed=(), optional=optional)
+    empty = next((key for key, value in args.items() if not value), None)
     if empty is not None:
         raise ConfigError(f"{empty}= is empty; leave it away, or give it a value")
-    if "run.dir" in given and "run.name" in given:
+    if "run.dir" in args and "run.name" in args:
         raise ConfigError(
-            f"run.name={given['run.name']} would be ignored: run.dir={given['run.dir']} says where; give one of them"
+            f"run.name={args['run.name']} would be ignored: run.dir={args['run.dir']} says where; give one of them"
         )
-    if "run.ranks" in given and under_launcher:
+    if "run.ranks" in args and under_launcher:
         raise ConfigError(
-            f"run.ranks={given['run.ranks']} would be ignored: another launcher has started the ranks; leave it away"
+            f"run.ranks={args['run.ranks']} would be ignored: another launcher has started the ranks; leave it away"
         )
-    name = given.get("run.name")
+    name = args.get("run.name")
     if name is not None and (name in (".", "..") or "/" in name):
         raise ConfigError(f"run.name={name!r} must be a word without a slash; run.dir takes a path")
     default = _RUNS / name if name is not None else _RUNS
-    return Asked(
-        ranks=parse_int("run.ranks", given["run.ranks"]) if "run.ranks" in given else None,
-        run_dir=Path(given["run.dir"]) if "run.dir" in given else default,
-        out=given.get("out"),
-        timeout_s=parse_int("run.timeout_s", given["run.timeout_s"]) if "run.timeout_s" in given else _TIMEOUT_S,
+    return DoctorArgs(
+        ranks=parse_int("run.ranks", args["run.ranks"]) if "run.ranks" in args else None,
+        run_dir=Path(args["run.dir"]) if "run.dir" in args else default,
+        out=args.get("out"),
+        timeout_s=parse_int("run.timeout_s", args["run.timeout_s"]) if "run.timeout_s" in args else _TIMEOUT_S,
     )

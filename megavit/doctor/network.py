@@ -21,12 +21,12 @@ _REPEATS = {_SMALL_BYTES: 50, _LARGE_BYTES["cpu"]: 10, _LARGE_BYTES["cuda"]: 20}
 
 def about_this_rank(device: torch.device) -> dict[str, Any]:
     """What is told of each rank, and should not differ between hosts."""
-    own = provenance()
+    source = provenance()
     return {
-        "host": own["host"],
+        "host": source["host"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "python": own["python"],
-        **{name: own["versions"].get(name) for name in ("megavit", "torch", "megatron-core")},
+        "python": source["python"],
+        **{name: source["versions"].get(name) for name in ("megavit", "torch", "megatron-core")},
     }
 
 

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megavit.doctor.arguments import Asked, read_arguments
+from megavit.doctor.arguments import DoctorArgs, read_arguments
 from megavit.doctor.disk import check_shared_folder
 from megavit.doctor.finding import Finding, State, in_a_line
 from megavit.errors import ConfigError
@@ -44,15 +44,15 @@ def main(arguments: list[str]) -> int:
     silence_import_warnings()
 
     wanted = os.environ.get(FINDINGS)
-    asked: Asked | None = None
+    args: DoctorArgs | None = None
 
     def check() -> None:
-        nonlocal asked
-        asked = read_arguments(arguments, under_launcher=wanted is None)
+        nonlocal args
+        args = read_arguments(arguments, under_launcher=wanted is None)
 
     def work() -> int:
-        assert asked is not None
-        findings = _Rank(stop, asked.timeout_s).measure(asked.run_dir if wanted is None else None)
+        assert args is not None
+        findings = _Rank(stop, args.timeout_s).measure(args.run_dir if wanted is None else None)
         if not findings:
             return 0
         if wanted is not None:
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
             return 0
         from megavit.doctor.verb import examine
 
-        return examine(asked, network=lambda _: findings)
+        return examine(args, network=lambda _: findings)
 
     return run_rank(work, check=check, run_dir=lambda: None)
 
@@ -109,8 +109,8 @@ class _Rank:
                 until = min(until, time.monotonic() + _GRACE_S)
         findings = self._findings
         if working.is_alive():
-            asked = self._stop.asked_by
-            why = f"asked to leave by {asked}" if asked else f"no answer in {self._timeout_s:g} s"
+            args = self._stop.asked_by
+            why = f"asked to leave by {args}" if args else f"no answer in {self._timeout_s:g} s"
             findings = [_broken(f"{why}: rank {self._rank}: {self._stage}")]
         if self._store is None:
             return findings

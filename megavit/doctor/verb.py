@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from megavit.doctor.apart import CHECKS, run_in_subprocess
-from megavit.doctor.arguments import Asked, read_arguments
+from megavit.doctor.arguments import DoctorArgs, read_arguments
 from megavit.doctor.disk import check_disk
 from megavit.doctor.finding import Finding, State, in_a_line
 from megavit.doctor.report import Report
@@ -33,31 +33,31 @@ def doctor(arguments: list[str]) -> int:
     Raises:
         ConfigError: for an argument that is wrong.
     """
-    asked = read_arguments(arguments)
-    return examine(asked, network=lambda before: check_network(asked.ranks, before, timeout_s=asked.timeout_s))
+    args = read_arguments(arguments)
+    return examine(args, network=lambda before: check_network(args.ranks, before, timeout_s=args.timeout_s))
 
 
-def examine(asked: Asked, *, network: Network) -> int:
+def examine(args: DoctorArgs, *, network: Network) -> int:
     """Look at everything, show it, and leave it as JSON where that is asked for.
 
     Args:
-        asked: the arguments.
+        args: the arguments.
         network: gives the network's findings, from those before it.
 
     Returns:
         The exit code.
     """
-    file = _open(asked.out)
-    report = Report(None if asked.out == "-" else _printer())
+    file = _open(args.out)
+    report = Report(None if args.out == "-" else _printer())
     report.add(_guarded("versions", check_versions))
     for _, findings in itertools.groupby(run_in_subprocess(list(CHECKS)), key=lambda finding: finding.section):
         report.add(list(findings))
-    report.add(_guarded("disk", lambda: check_disk(asked.run_dir)))
+    report.add(_guarded("disk", lambda: check_disk(args.run_dir)))
     report.add([*_guarded("settings", check_settings), *_guarded("launchers", check_tools)])
     # Last: whoever has started ranks hands his signals on to them.
     report.add(_guarded("network", lambda: network(report.findings)))
     report.close()
-    if asked.out == "-":
+    if args.out == "-":
         print(report.to_json())
     elif file is not None:
         with complete_file(file) as temporary:

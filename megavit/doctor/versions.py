@@ -12,15 +12,15 @@ _SHOWN = ("torch", "torchvision", "megatron-core")
 
 def check_versions() -> list[Finding]:
     """Hold what is installed against what megavit's own metadata asks for."""
-    own = provenance()
+    source = provenance()
     try:
         required = requires("megavit") or []
     except PackageNotFoundError:
         python = Finding("versions", "python", State.ok, platform.python_version())
         told = "megavit is not installed, so that what it needs is not known: no version was compared"
         return [python, Finding("versions", "megavit", State.missing, told, "pip install -e . in megavit's clone")]
-    commit = f", commit {own['commit'][:12]}{'+' * own['commit'].endswith('+')}" if own["commit"] else ""
-    of_megavit = Finding("versions", "megavit", State.ok, f"{version('megavit')}{commit}", figures=own)
+    commit = f", commit {source['commit'][:12]}{'+' * source['commit'].endswith('+')}" if source["commit"] else ""
+    of_megavit = Finding("versions", "megavit", State.ok, f"{version('megavit')}{commit}", figures=source)
     return [_python(), of_megavit, *_packages(required)]
 
 

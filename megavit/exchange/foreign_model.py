@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megavit.checkpoint.foreign import NameMapping
 from megavit.checkpoint.names import TABLE
-from megavit.checks import shown
+from megavit.checks import format_value
 from megavit.errors import ConfigError
 from megavit.exchange.pixels import Pixels
 from megavit.exchange.tensor_files import TensorFiles
@@ -117,5 +117,5 @@ def network_words(model: ModelConfig) -> dict[str, str]:
 
 def written(key: str, value: Any) -> str:
     """A setting as it is typed."""
-    text = str(shown(value)).lower() if isinstance(value, bool) else str(shown(value))
+    text = str(format_value(value)).lower() if isinstance(value, bool) else str(format_value(value))
     return f"{key}={text}".replace(" ", "")

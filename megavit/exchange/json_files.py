@@ -70,9 +70,9 @@ def numbers(value: Any, count: int, name: str) -> list[float]:
     Raises:
         ConfigError: if they are no numbers, or of another count.
     """
-    given = list(value) if isinstance(value, list | tuple) else [value]
-    if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in given):
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in values):
         raise ConfigError(f"{name}={value!r} must be a number, or one per channel")
-    if len(given) not in (1, count):
-        raise ConfigError(f"{name}={value} has {len(given)} values and the model takes images of {count} channels")
-    return [float(one) for one in (given if len(given) == count else given * count)]
+    if len(values) not in (1, count):
+        raise ConfigError(f"{name}={value} has {len(values)} values and the model takes images of {count} channels")
+    return [float(one) for one in (values if len(values) == count else values * count)]

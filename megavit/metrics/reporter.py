@@ -128,7 +128,7 @@ class MetricLogger:
             if file is not None:
                 file.close()
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Print a line and keep it in `train.log`."""
         if not self._speaks:
             return
@@ -147,7 +147,7 @@ class MetricLogger:
             assert self._task is not None
             self._progress.update(self._task, completed=step, left=self._clock.left_at(step))
 
-    def record(self, step: int, split: str, values: dict[str, float]) -> None:
+    def log(self, step: int, split: str, values: dict[str, float]) -> None:
         """Write one line of metrics.
 
         Args:
@@ -166,16 +166,16 @@ class MetricLogger:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{split}/{name}", value, step)
         if self._wandb is not None:
-            self._wandb.record(step, split, values)
+            self._wandb.log(step, split, values)
         shown = "  ".join(form.format(values[name]) for name, form in _SHOWN.items() if name in values)
         if split == "train" and self._progress is not None:
             assert self._task is not None and self._log is not None
             self._progress.update(self._task, description=shown)
             self._log.write(f"step {step}  {shown}\n")
         else:
-            self.say(f"step {step}  {_CALLED[split]}{shown}")
+            self.info(f"step {step}  {_CALLED[split]}{shown}")
 
-    def show(self, step: int, split: str, image_grid: Tensor, *, titles: tuple[str, ...]) -> None:
+    def log_images(self, step: int, split: str, image_grid: Tensor, *, titles: tuple[str, ...]) -> None:
         """Write a picture into `pictures/` and TensorBoard.
 
         Args:
@@ -191,8 +191,8 @@ class MetricLogger:
         if self._tensorboard is not None:
             self._tensorboard.add_image(f"{split}/pictures", picture, step, dataformats="HWC")
         if self._wandb is not None:
-            self._wandb.show(step, split, picture)
-        self.say(f"step {step}  picture {path}")
+            self._wandb.log_images(step, split, picture)
+        self.info(f"step {step}  picture {path}")
 
 
 def _append_to(path: Path) -> TextIO:

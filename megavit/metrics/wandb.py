@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megavit.checks import shown
+from megavit.checks import format_value
 from megavit.errors import ConfigError
 from megavit.output import printable
 
@@ -16,7 +16,7 @@ _START_S = 60
 
 def _sendable(value: Any) -> Any:
     """A setting's value; a path that is no UTF-8 as it can be printed, for it could not be sent."""
-    return printable(value) if isinstance(value, str) else shown(value)
+    return printable(value) if isinstance(value, str) else format_value(value)
 
 
 class WandbRun:
@@ -39,8 +39,8 @@ class WandbRun:
             raise ConfigError(
                 f"metrics.wandb={project} needs the package wandb: pip install wandb, or set metrics.wandb=null"
             ) from error
-        kept = run_dir / "wandb_id"
-        run_id = kept.read_text().strip() if kept.exists() else secrets.token_hex(4)
+        id_file = run_dir / "wandb_id"
+        run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
         # Its own lines would break into the progress bar; where its files are is in the folder.
         os.environ.setdefault("WANDB_SILENT", "true")
         try:
@@ -59,17 +59,17 @@ class WandbRun:
                 f"metrics.wandb={project}: Weights & Biases refuses: {error}. `wandb login` gives it a key; "
                 f"WANDB_MODE=offline keeps everything here; metrics.wandb=null leaves it away"
             ) from error
-        kept.write_text(run_id + "\n")
+        id_file.write_text(run_id + "\n")
         # Against the optimizer's steps, also where a resumed run logs some of them again.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         self._image = wandb.Image
 
-    def record(self, step: int, split: str, values: dict[str, float]) -> None:
+    def log(self, step: int, split: str, values: dict[str, float]) -> None:
         """Send one line of metrics."""
         self._run.log({"step": step, **{f"{split}/{name}": value for name, value in values.items()}})
 
-    def show(self, step: int, split: str, picture: np.ndarray) -> None:
+    def log_images(self, step: int, split: str, picture: np.ndarray) -> None:
         """Send a picture, uint8 [row, column, RGB]."""
         self._run.log({"step": step, f"{split}/pictures": self._image(picture)})
 

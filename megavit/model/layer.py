@@ -69,11 +69,11 @@ class Mlp(MegatronModule):
         self.fc1 = build_module(column, h, f, gather_output=False, **linear)
         self.fc2 = build_module(row, f, h, input_is_parallel=True, **linear)
 
-    def widen(self, tokens_BNH: Tensor) -> Tensor:
+    def fc1_gelu(self, tokens_BNH: Tensor) -> Tensor:
         """gelu(fc1(x)), the half that is wide and cheap to compute again."""
         return F.gelu(apply_linear(self.fc1, tokens_BNH))
 
-    def narrow(self, wide_BNF: Tensor) -> Tensor:
+    def fc2(self, wide_BNF: Tensor) -> Tensor:
         """fc2."""
         return apply_linear(self.fc2, wide_BNF)
 
@@ -160,16 +160,16 @@ class EncoderLayer(GraphableMegatronModule, BaseTransformerLayer):
 
     def _transform(self, tokens_BNH: Tensor, keep_RB11: Tensor | None) -> Tensor:
         keep1_B11, keep2_B11 = (None, None) if keep_RB11 is None else keep_RB11.unbind()
-        tokens_BNH = self.residual1(tokens_BNH, self._then(self._normed1, self.attn, tokens_BNH), keep1_B11)
-        return self.residual2(tokens_BNH, self._then(self._widened, self.mlp.narrow, tokens_BNH), keep2_B11)
+        tokens_BNH = self.residual1(tokens_BNH, self._maybe_recompute(self._normed1, self.attn, tokens_BNH), keep1_B11)
+        return self.residual2(tokens_BNH, self._maybe_recompute(self._widened, self.mlp.fc2, tokens_BNH), keep2_B11)
 
     def _normed1(self, tokens_BNH: Tensor) -> Tensor:
         return self.norm1(tokens_BNH)
 
     def _widened(self, tokens_BNH: Tensor) -> Tensor:
-        return self.mlp.widen(self.norm2(tokens_BNH))
+        return self.mlp.fc1_gelu(self.norm2(tokens_BNH))
 
-    def _then(self, cheap: Any, costly: Any, tokens_BNH: Tensor) -> Tensor:
+    def _maybe_recompute(self, cheap: Any, costly: Any, tokens_BNH: Tensor) -> Tensor:
         """costly(cheap(x)); under selective recompute what `cheap` makes is freed until the backward pass needs it."""
         if not (self.recompute_selectively and self.training):
             return costly(cheap(tokens_BNH))

@@ -43,7 +43,7 @@ class ModelEma:
             for name, followed in self._followed.items()
             for key, weight in followed.items()
         ]
-        own = [weight.detach().clone() for weight, _ in pairs]
+        current = [weight.detach().clone() for weight, _ in pairs]
         with torch.no_grad():
             for weight, average in pairs:
                 weight.copy_(average)
@@ -51,5 +51,5 @@ class ModelEma:
             yield
         finally:
             with torch.no_grad():
-                for (weight, _), kept in zip(pairs, own, strict=True):
-                    weight.copy_(kept)
+                for (weight, _), original in zip(pairs, current, strict=True):
+                    weight.copy_(original)

@@ -25,7 +25,7 @@ def group_overrides(
     if config.name is Optimizer.lars:
         # What does not decay is not adapted either, but learns as with SGD (arXiv 1708.03888 leaves biases out).
         no_weight_decay["always_adapt"] = False
-    overrides = {_those("not decayed", [param for param in names if _is_not_decayed(param)]): no_weight_decay}
+    overrides = {_param_key("not decayed", [param for param in names if _is_not_decayed(param)]): no_weight_decay}
     if config.layer_decay is None:
         return overrides
     for depth in range(num_layers + 2):
@@ -33,7 +33,7 @@ def group_overrides(
         at_depth = [param for param, name in names.items() if depth_of(name, num_layers=num_layers) == depth]
         # The scheduler reads the two rates; by lr_mult, which it does not read, a checkpoint's groups are told apart
         # (0.16.1).
-        overrides[_those(f"depth {depth}", at_depth)] = {
+        overrides[_param_key(f"depth {depth}", at_depth)] = {
             "lr_mult": share,
             "max_lr": peak_lr * share,
             "min_lr": config.min_lr * share,
@@ -56,7 +56,7 @@ def depth_of(name: str, *, num_layers: int) -> int:
     return int(layer.group(1)) + 1 if layer else num_layers + 1
 
 
-def _those(label: str, params: Iterable[Parameter]) -> ParamKey:
+def _param_key(label: str, params: Iterable[Parameter]) -> ParamKey:
     """A key that matches these parameters; keys of one label are equal, whatever they match."""
     chosen = {id(param) for param in params}
     return ParamKey(with_name_predicate=ParamWithNamePredicate(label, lambda param, _: id(param) in chosen))

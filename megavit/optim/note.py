@@ -25,8 +25,8 @@ def describe_optimizer(config: OptimConfig, *, num_trained: int, num_weights: in
         bf16: whether the weights have fp32 copies that the optimizer works on.
         dp: data-parallel ranks, which share Adam's state.
     """
-    own = state_bytes(config)
-    parts = [f"{own} bytes of state for each weight"]
+    own_bytes = state_bytes(config)
+    parts = [f"{own_bytes} bytes of state for each weight"]
     if bf16:
         parts.append(f"{_FP32_BYTES} of its fp32 copy")
     shared = config.name is Optimizer.adamw and dp > 1

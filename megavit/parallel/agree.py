@@ -62,28 +62,28 @@ def _is_done(doing: Future[None]) -> bool:
     return True
 
 
-def raise_on_all_ranks(own: str | None) -> None:
+def raise_on_all_ranks(value: str | None) -> None:
     """Raise on every rank what any of them has found; every rank calls this.
 
     Args:
-        own: this rank's message, None if all is well here.
+        value: this rank's message, None if all is well here.
 
     Raises:
         ConfigError: the first rank's message.
     """
-    first = next((message for message in gather_objects(own) if message is not None), None)
+    first = next((message for message in gather_objects(value) if message is not None), None)
     if first is not None:
         raise ConfigError(first)
 
 
-def gather_objects(own: T) -> list[T]:
+def gather_objects(value: T) -> list[T]:
     """What every rank has, by rank; every rank calls this.
 
     Args:
-        own: this rank's; pickled.
+        value: this rank's; pickled.
     """
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
+    dist.all_gather_object(everyone, value)
     return everyone
 
 

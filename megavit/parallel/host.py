@@ -16,16 +16,16 @@ def available_bytes() -> int:
 
 
 def cgroup_limits(
-    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> tuple[float | None, int | None]:
     """The tightest limits of the control groups this process is in, of version 1 or 2: CPUs, and bytes of memory.
 
     Args:
         root: where control groups are mounted.
-        own: the list of this process's.
+        membership: the list of this process's.
     """
     try:
-        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:
         return None, None
     quotas, limits = [], []

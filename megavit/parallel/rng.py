@@ -83,11 +83,11 @@ def seed_step(layout: ParallelLayout, *, seed: int, step: int) -> None:
     from megatron.core.tensor_parallel import random as mcore_random
 
     place = (seed, step, layout.dp_rank, layout.pp_rank)
-    default, common, own = (
+    default, common, per_rank = (
         int(hash_int64(*place, *purpose)) & (2**62 - 1) for purpose in ((0,), (1,), (2, layout.tp_rank))
     )
     torch.manual_seed(default)
     tracker = mcore_random.get_cuda_rng_tracker()
     tracker.reset()
     tracker.add(mcore_random.get_data_parallel_rng_tracker_name(), common)
-    tracker.add(mcore_random._MODEL_PARALLEL_RNG_TRACKER_NAME, own)
+    tracker.add(mcore_random._MODEL_PARALLEL_RNG_TRACKER_NAME, per_rank)

@@ -243,8 +243,8 @@ def tensor_exchanges(shape: NetworkShape, *, split: Split, work: Work, share: Sh
         shape, split, work, share: see `step_exchanges`.
     """
     first, last = share.pp_rank == 0, share.pp_rank == split.pp - 1
-    own, decoder, most = share.stages[share.pp_rank :: split.pp], shape.decoder, split.recomputed_layers
-    again = sum(count if most is None else min(count, most) for count in own) if split.recomputes_layers else 0
+    local, decoder, most = share.stages[share.pp_rank :: split.pp], shape.decoder, split.recomputed_layers
+    again = sum(count if most is None else min(count, most) for count in local) if split.recomputes_layers else 0
 
     def calls(purpose: str, collective: Collective, num_bytes: int, count: int) -> Exchange:
         return Exchange(purpose, collective, Axis.tp, split.tp, num_bytes, count)
@@ -256,7 +256,7 @@ def tensor_exchanges(shape: NetworkShape, *, split: Split, work: Work, share: Sh
         size = _tokens_bytes(of, work)
         return [calls("layers", what, size, count * times * work.num_microbatches) for what, times in each.items()]
 
-    exchanges = layers(shape, sum(own) - again, splits=split.sequence_parallel, recomputes=False)
+    exchanges = layers(shape, sum(local) - again, splits=split.sequence_parallel, recomputes=False)
     exchanges += layers(shape, again, splits=split.sequence_parallel, recomputes=True)
     if last and decoder is not None:
         exchanges += layers(decoder, decoder.layers, splits=False, recomputes=split.recomputes_layers)
@@ -286,9 +286,9 @@ def pipeline_exchanges(shape: NetworkShape, *, split: Split, work: Work, pp_rank
         pp_rank: which pipeline rank.
     """
     size = _tokens_bytes(shape, work) // (split.tp if split.sequence_parallel else 1)
-    own, last = range(pp_rank, split.pp * split.vpp, split.pp), split.pp * split.vpp - 1
-    after = sum(stage < last for stage in own) * work.num_microbatches
-    before = sum(stage > 0 for stage in own) * work.num_microbatches
+    local, last = range(pp_rank, split.pp * split.vpp, split.pp), split.pp * split.vpp - 1
+    after = sum(stage < last for stage in local) * work.num_microbatches
+    before = sum(stage > 0 for stage in local) * work.num_microbatches
     crossing = [
         Exchange("activations", Collective.send, Axis.next_stage, 2, size, after),
         Exchange("activations", Collective.recv, Axis.previous_stage, 2, size, before),

@@ -41,9 +41,9 @@ class ClassificationTask:
         ConfigError: if there are not as many class weights as classes.
     """
 
-    sums: tuple[str, ...]
+    metric_sums: tuple[str, ...]
     baseline_samples = 0
-    goal: MonitoredMetric
+    monitor: MonitoredMetric
     image_grid: tuple[str, ...] = ()
     # Whether the classifier sees features by their statistics, as it may where no gradient flows through them.
     norms_features = False
@@ -62,14 +62,14 @@ class ClassificationTask:
         self.label_smoothing, self.by_class = config.label_smoothing, config.loss is Loss.bce
         self.weights_K = _class_weights(config, data, num_classes, layout)
         self.model, self.data, self.num_classes, self.layout = model, data, num_classes, layout
-        self.see = DeviceTransforms(data, seed=seed, device=layout.device)
+        self.preprocess = DeviceTransforms(data, seed=seed, device=layout.device)
         # Of an image with several labels: whether the best guess, or one of the best five, is among them.
         self.hits = ("hit1", "hit5") if data.multi_label else ("top1", "top5")
-        self.sums, self.goal = ("loss", self.hits[0], "count"), MonitoredMetric(self.hits[0], higher=True)
+        self.metric_sums, self.monitor = ("loss", self.hits[0], "count"), MonitoredMetric(self.hits[0], higher=True)
         self.metric_shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(("loss", *self.hits, "count"), ())
         if not data.multi_label:
             self.metric_shapes = {**self.metric_shapes, "confusion": (num_classes, num_classes)}
-        self.needs = RequiredFields(images=layout.holds_first_stage, labels=layout.holds_last_stage)
+        self.fields = RequiredFields(images=layout.holds_first_stage, labels=layout.holds_last_stage)
 
     def build_chunks(
         self, mcore_config: TransformerConfig, *, parallel: ParallelConfig, stage_layers: list[int]
@@ -99,7 +99,7 @@ class ClassificationTask:
 
     def forward(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
         """Images on the first stage to scores on the last."""
-        images = None if batch is None or batch.images_BCYX is None else self.see(batch)
+        images = None if batch is None or batch.images_BCYX is None else self.preprocess(batch)
         return model(images), lambda logits_BK: self.loss(logits_BK, batch)
 
     def loss(self, logits_BK: Tensor, batch: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -113,7 +113,7 @@ class ClassificationTask:
             called `hit1`: top-1 is a word for one label.
         """
         assert batch is not None and batch.labels_B is not None
-        labels_B, mix = batch.labels_B, self.see.mix(batch)
+        labels_B, mix = batch.labels_B, self.preprocess.mix(batch)
         shares_BK = labels_B.float() if self.data.multi_label else None
         if mix is not None:
             whole_BK = shares_BK if shares_BK is not None else F.one_hot(labels_B, self.num_classes).float()
@@ -157,7 +157,7 @@ class ClassificationTask:
             return labels_B.gather(1, guesses).any(dim=1)
         return (guesses == labels_B.unsqueeze(1)).any(dim=1)
 
-    def score(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+    def evaluate_sums(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
         """Beside the loss and top-1: `top5` (`hit5`), and `confusion`, images by [label, guess] of one label each."""
         output, _ = self.forward(batch, model)
         return output, lambda logits_BK: self._scores(logits_BK, batch)

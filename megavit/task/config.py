@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from megavit.checks import require_number, shown
+from megavit.checks import format_value, require_number
 from megavit.errors import ConfigError
 from megavit.extension import check_name
 from megavit.model.config import ModelConfig
@@ -87,7 +87,7 @@ class TaskConfig:
     decoder_num_layers: int | None = None
     baseline_samples: int | None = None
 
-    def kept_patches(self, num_patches: int) -> int:
+    def num_visible(self, num_patches: int) -> int:
         """Patches that the encoder sees: int(P · (1 − mask_ratio)).
 
         Raises:
@@ -95,14 +95,14 @@ class TaskConfig:
         """
         assert self.mask_ratio is not None
         # Rounded first: 1 − 0.9 is a little less than 0.1, and 10 patches of 100 are meant.
-        kept = int(round(num_patches * (1 - self.mask_ratio), 6))
-        if not 0 < kept < num_patches:
+        num_visible = int(round(num_patches * (1 - self.mask_ratio), 6))
+        if not 0 < num_visible < num_patches:
             raise ConfigError(
-                f"task.mask_ratio={self.mask_ratio} keeps {kept} of {num_patches} patches: int({num_patches} × (1 − "
-                f"{self.mask_ratio})) = {kept}; choose a ratio between {1 / num_patches:.4g} and "
+                f"task.mask_ratio={self.mask_ratio} keeps {num_visible} of {num_patches} patches: int({num_patches} × "
+                f"(1 − {self.mask_ratio})) = {num_visible}; choose a ratio between {1 / num_patches:.4g} and "
                 f"{1 - 1 / num_patches:.4g}"
             )
-        return kept
+        return num_visible
 
     def with_decoder(self, model: ModelConfig) -> "TaskConfig":
         """With a masked autoencoder's decoder sizes that are null derived from its encoder; other tasks as they are."""
@@ -143,7 +143,7 @@ class TaskConfig:
                 raise ConfigError(f"task.name={self.name.value} needs task.{key}; choose task={self.name.value}")
             if key not in (*needs, *may) and value is not None:
                 raise ConfigError(
-                    f"task.{key}={shown(value)} would be ignored by task.name={self.name.value}; set it to null"
+                    f"task.{key}={format_value(value)} would be ignored by task.name={self.name.value}; set it to null"
                 )
         if self.implementation is not None:
             check_name(self.implementation, "task.implementation")

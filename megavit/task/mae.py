@@ -44,8 +44,8 @@ class MaeTask:
     Source: arXiv 2111.06377, sections 3 and 4.1 (normalised targets).
     """
 
-    sums: tuple[str, ...] = ("loss", "baseline", "count")
-    goal = MonitoredMetric("loss_ratio", higher=False)
+    metric_sums: tuple[str, ...] = ("loss", "baseline", "count")
+    monitor = MonitoredMetric("loss_ratio", higher=False)
     image_grid: tuple[str, ...] = ("original", "masked", "reconstruction", "with visible")
 
     def __init__(
@@ -57,12 +57,12 @@ class MaeTask:
         self.decoder = config.decoder(model)
         self.grid = model.patch_grid(data.image_size)
         self.num_patches = self.grid[0] * self.grid[1]
-        self.num_kept = config.kept_patches(self.num_patches)
+        self.num_kept = config.num_visible_patches(self.num_patches)
         self.normalize = Normalize(data.mean, data.std).to(layout.device)
         # The last stage compares with the images.
-        self.needs = RequiredFields(images=layout.holds_first_stage or layout.holds_last_stage, labels=False)
+        self.fields = RequiredFields(images=layout.holds_first_stage or layout.holds_last_stage, labels=False)
         self.mean_PV: Tensor | None = None
-        self.metric_shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(self.sums, ())
+        self.metric_shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(self.metric_sums, ())
 
     def build_chunks(
         self, mcore_config: TransformerConfig, *, parallel: ParallelConfig, stage_layers: list[int]
@@ -121,7 +121,7 @@ class MaeTask:
             pixels_BPV, patches_BPV, ids_keep_BK, batch.counted_B
         )
 
-    def score(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+    def evaluate_sums(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
         """There is nothing to count but the loss."""
         return self.forward(batch, model)
 

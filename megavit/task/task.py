@@ -31,19 +31,19 @@ class Task(Protocol):
     """A network's parts, what it is given, and how its output is judged.
 
     Attributes:
-        needs: what this rank's stage reads of a batch.
-        sums: what the loss function adds up; `count`, the counted images, is among them.
+        fields: what this rank's stage reads of a batch.
+        metric_sums: what the loss function adds up; `count`, the counted images, is among them.
         metric_shapes: what `score` adds up, and in what shapes; `sums` are among them.
         baseline_samples: training images that `prepare` is to be shown; 0 for none.
-        goal: the metric that tells the best checkpoint.
+        monitor: the metric that tells the best checkpoint.
         image_grid: titles of the pictures that `visualize` makes of an image; empty where there is nothing to see.
     """
 
-    needs: RequiredFields
-    sums: tuple[str, ...]
+    fields: RequiredFields
+    metric_sums: tuple[str, ...]
     metric_shapes: Mapping[str, tuple[int, ...]]
     baseline_samples: int
-    goal: MonitoredMetric
+    monitor: MonitoredMetric
     image_grid: tuple[str, ...]
 
     def build_chunks(
@@ -78,7 +78,7 @@ class Task(Protocol):
         """The result in a few words."""
         ...
 
-    def score(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+    def evaluate_sums(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         """Like `forward`, but the sums are those of `metric_shapes`: what an evaluation counts beside."""
         ...
 
@@ -108,12 +108,12 @@ def build_task(
             f"task.name={config.name.value} needs labels, and data.source={data.source} has none in "
             f"data.path={data.path}; task=mae learns without"
         )
-    own: dict[TaskName, Callable[..., Task]] = {
+    builtin: dict[TaskName, Callable[..., Task]] = {
         TaskName.classify: ClassificationTask,
         TaskName.linear_probe: LinearProbe,
         TaskName.mae: MaeTask,
     }
-    make = own[config.name]
+    make = builtin[config.name]
     if config.implementation is not None:
         make = import_plugin(config.implementation, "task.implementation")
     depends_on = {"num_classes": num_classes} if config.name.classifies else {}

@@ -26,8 +26,8 @@ TOP1, RATIO = MonitoredMetric("top1", higher=True), MonitoredMetric("loss_ratio"
         (TOP1, {}, {}, False),
     ],
 )
-def test_better_is_what_the_task_wants(goal, found, than, better):
-    assert goal.is_better(found, than=than) is better
+def test_better_is_what_the_task_wants(monitor, found, than, better):
+    assert monitor.is_better(found, than=than) is better
 
 
 # Of each evaluation, every second step.

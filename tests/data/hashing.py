@@ -12,14 +12,14 @@ class Hashing(ClassificationTask):
 
     def __init__(self, *arguments, **named) -> None:
         super().__init__(*arguments, **named)
-        see, folder = self.see, Path(os.environ["HASHES"])
+        preprocess, folder = self.preprocess, Path(os.environ["HASHES"])
         folder.mkdir(parents=True, exist_ok=True)
 
         class Seen:
-            mix = staticmethod(see.mix)
+            mix = staticmethod(preprocess.mix)
 
             def __call__(self, batch):
-                images = see(batch)
+                images = preprocess(batch)
                 if batch.augmented:
                     hashes = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images]
                     rows = [
@@ -31,7 +31,7 @@ class Hashing(ClassificationTask):
                         file.write("".join(rows).encode())
                 return images
 
-        self.see = Seen()
+        self.preprocess = Seen()
 
 
 def train_and_hash(settings: list[str], folder: Path) -> dict:

@@ -40,13 +40,13 @@ class Broken(Digits):
         return f"digit {index}"
 
 
-def make_loader(source, *, dp=1, dp_rank=0, micro_batch=8, needs=None, **settings) -> Loader:
+def make_loader(source, *, dp=1, dp_rank=0, micro_batch=8, fields=None, **settings) -> Loader:
     layout = SimpleNamespace(
         tp=1, tp_rank=0, pp=1, vpp=1, dp=dp, dp_rank=dp_rank, device=torch.device("cpu"), groups=None
     )
-    needs = needs or RequiredFields(images=True, labels=True)
+    fields = fields or RequiredFields(images=True, labels=True)
     config = DataConfig(shift=1, **settings)
-    return Loader(source, config, layout=layout, needs=needs, micro_batch=micro_batch, seed=3, train=True)
+    return Loader(source, config, layout=layout, fields=fields, micro_batch=micro_batch, seed=3, train=True)
 
 
 def read(loaders, num_steps=4):
@@ -83,7 +83,7 @@ def test_the_same_image_takes_a_bad_ones_place_in_any_division(dp, micro_batch, 
 def test_a_stage_that_reads_labels_alone_has_those_of_the_images_in_place():
     source = Broken(set(due(64)[::7]))
     whole, _ = read([make_loader(source, **SKIP)])
-    labels, replaced = read([make_loader(source, needs=RequiredFields(images=False, labels=True), **SKIP)])
+    labels, replaced = read([make_loader(source, fields=RequiredFields(images=False, labels=True), **SKIP)])
     assert {key: label for key, (_, label) in whole.items()} == {key: label for key, (_, label) in labels.items()}
     assert replaced == {}
 

@@ -251,9 +251,9 @@ class Counted:
 
 def load(source, micro_batch: int, **changes) -> Loader:
     layout = SimpleNamespace(tp=1, tp_rank=0, pp=1, vpp=1, dp=1, dp_rank=0, device=torch.device("cpu"), groups=None)
-    needs = RequiredFields(images=True, labels=False)
+    fields = RequiredFields(images=True, labels=False)
     data = config(**{"image_size": [32, 32], "workers": 0, **changes})
-    return Loader(source, data, layout=layout, needs=needs, micro_batch=micro_batch, seed=0, train=True)
+    return Loader(source, data, layout=layout, fields=fields, micro_batch=micro_batch, seed=0, train=True)
 
 
 def test_a_micro_batch_is_never_in_memory_as_it_was_taken():

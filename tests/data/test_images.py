@@ -368,7 +368,7 @@ def load(path: Path, *, train: bool, workers: int, micro_batch: int = 4) -> Load
         open_source(config, "train" if train else "val"),
         config,
         layout=layout,
-        needs=RequiredFields(images=True, labels=True),
+        fields=RequiredFields(images=True, labels=True),
         micro_batch=micro_batch,
         seed=0,
         train=train,

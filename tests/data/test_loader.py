@@ -14,7 +14,7 @@ from megavit.data.transforms import Normalize, draw_shifts, shift_image
 from megavit.errors import ConfigError
 
 
-def make_loader(*, dp=1, dp_rank=0, micro_batch=4, train=True, workers=0, shift=1, needs=None) -> Loader:
+def make_loader(*, dp=1, dp_rank=0, micro_batch=4, train=True, workers=0, shift=1, fields=None) -> Loader:
     layout = SimpleNamespace(
         tp=1, tp_rank=0, pp=1, vpp=1, dp=dp, dp_rank=dp_rank, device=torch.device("cpu"), groups=None
     )
@@ -22,7 +22,7 @@ def make_loader(*, dp=1, dp_rank=0, micro_batch=4, train=True, workers=0, shift=
         Digits("train"),
         DataConfig(shift=shift, workers=workers),
         layout=layout,
-        needs=needs or RequiredFields(images=True, labels=True),
+        fields=fields or RequiredFields(images=True, labels=True),
         micro_batch=micro_batch,
         seed=3,
         train=train,
@@ -81,7 +81,7 @@ def test_evaluation_covers_every_sample_once(dp):
 
 
 def test_a_stage_that_needs_labels_alone_decodes_no_image():
-    loader = make_loader(needs=RequiredFields(images=False, labels=True))
+    loader = make_loader(fields=RequiredFields(images=False, labels=True))
     loader.source.image = None  # a call would fail
     batch = next(loader.train_batches(consumed_samples=0, num_steps=1, global_batch=4))
     assert batch.images_BCYX is None

@@ -44,9 +44,15 @@ def see_digits(*, dp=1, micro_batch=16, workers=0) -> dict[SampleKey, tuple[byte
     seen = {}
     for dp_rank in range(dp):
         layout = SimpleNamespace(tp=1, tp_rank=0, pp=1, vpp=1, dp=dp, dp_rank=dp_rank, device=CPU, groups=None)
-        needs = RequiredFields(images=True, labels=True)
+        fields = RequiredFields(images=True, labels=True)
         loader = Loader(
-            Digits("train"), config, layout=layout, needs=needs, micro_batch=micro_batch, seed=3, train=True
+            Digits("train"),
+            config,
+            layout=layout,
+            fields=fields,
+            micro_batch=micro_batch,
+            seed=3,
+            train=True,
         )
         device = DeviceTransforms(config, seed=3, device=CPU)
         for batch in loader.train_batches(88 * 16, num_steps=3, global_batch=16):

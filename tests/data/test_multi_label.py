@@ -96,7 +96,7 @@ def score(settings: list[str]) -> dict[str, float]:
 
     trainer = Trainer(compose(settings))
     trainer.run()
-    totals = trainer.engine.score(trainer.val_loader)
+    totals = trainer.engine.evaluate_sums(trainer.val_loader)
     assert "confusion" not in totals
     return {name: float(total) for name, total in totals.items()}
 
@@ -139,7 +139,7 @@ def test_the_loss_of_several_labels_is_the_mean_of_each_classs_own():
         label_smoothing=0.0,
         num_classes=3,
         hits=("hit1", "hit5"),
-        see=SimpleNamespace(mix=lambda _: None),
+        preprocess=SimpleNamespace(mix=lambda _: None),
     )
     task._losses = lambda *arguments, **named: ClassificationTask._losses(task, *arguments, **named)
     task._are_right = lambda *arguments, **named: ClassificationTask._are_right(task, *arguments, **named)

@@ -84,8 +84,8 @@ def test_loading_processes_read_over_http_after_the_training_process_has(workers
         source = open_source(data, "train")
         source.image(0)
         layout = SimpleNamespace(tp=1, tp_rank=0, pp=1, vpp=1, dp=1, dp_rank=0, device=torch.device("cpu"), groups=None)
-        needs = RequiredFields(images=True, labels=True)
-        loader = Loader(source, data, layout=layout, needs=needs, micro_batch=3, seed=0, train=False)
+        fields = RequiredFields(images=True, labels=True)
+        loader = Loader(source, data, layout=layout, fields=fields, micro_batch=3, seed=0, train=False)
         batches = list(loader.evaluation_batches())
         assert [int(image[0, 0, 0]) for batch in batches for image in batch.images_BCYX] == list(range(9))
 
@@ -199,6 +199,6 @@ def test_a_missing_package_and_an_unknown_store_are_told(monkeypatch):
     ):
         open_source(config("nosuch://x/a.tar", "tar", val_fraction=0.5), "train")
     monkeypatch.setattr(core, "url_to_fs", without_s3fs)
-    needs = r"^s3://x/a\.tar needs a package that is not here \(Install s3fs to access S3\); pip install s3fs"
-    with pytest.raises(ConfigError, match=needs):
+    fields = r"^s3://x/a\.tar needs a package that is not here \(Install s3fs to access S3\); pip install s3fs"
+    with pytest.raises(ConfigError, match=fields):
         open_source(config("s3://x/a.tar", "tar", val_fraction=0.5), "train")

@@ -55,7 +55,7 @@ def test_a_long_image_is_seen_as_if_it_were_resized_whole(shape, mode):
     frame = resize.eval_frame(shape, size, 0.875)
     assert max(frame) > resize._LONG * 24
     whole = functional.resize(image, frame, InterpolationMode(mode.value), antialias=True)
-    seen = ImageTransform(config(image_size=size, eval_crop=0.875, interpolation=mode), augment=False).cut(
+    seen = ImageTransform(config(image_size=size, eval_crop=0.875, interpolation=mode), augment=False).crop(
         image, draw=0
     )
     assert torch.equal(seen, functional.center_crop(whole, size))
@@ -80,7 +80,7 @@ def test_an_image_that_is_too_large_to_be_resized_is_named(monkeypatch):
     monkeypatch.setattr(resize, "_MAX_PIXELS", 10_000)
     view = ImageTransform(config(image_size=[8, 8]), augment=False)
     with pytest.raises(ConfigError, match=r"^tower\.png cannot be resized: of its 1 × 2,000 pixels 8 × 2,000 would be"):
-        view.see(torch.zeros(3, 2000, 1, dtype=torch.uint8), name="tower.png")
+        view.preprocess(torch.zeros(3, 2000, 1, dtype=torch.uint8), name="tower.png")
 
 
 def test_frame_and_centre_are_those_of_timm():
@@ -113,7 +113,7 @@ def test_photographs_are_seen_as_by_timms_transform_but_for_pillows_rounding(siz
     theirs = transforms_imagenet_eval(tuple(size), eval_crop or 1.0, mode, interpolation="bicubic", normalize=False)
     off = torch.stack(
         [
-            view.cut(decode_image(path, channels=3, name="x"), draw=0).int()
+            view.crop(decode_image(path, channels=3, name="x"), draw=0).int()
             - theirs(Image.open(path).convert("RGB")).int()
             for path in paths
         ]

@@ -32,7 +32,7 @@ def read(folder: Path, settings: dict, *, channels: int = 3, typed: tuple[str, .
 def seen(pixels: Pixels, image_CYX: torch.Tensor) -> torch.Tensor:
     """What the network gets of one image in a run of these settings."""
     data = DataConfig(image_size=[32, 32], channels=3, eval_crop=pixels.eval_crop, interpolation=pixels.interpolation)
-    view = ImageTransform(data, augment=False).cut(image_CYX, 0)
+    view = ImageTransform(data, augment=False).crop(image_CYX, 0)
     return Normalize(pixels.mean, pixels.std)(view.unsqueeze(0))[0]
 
 

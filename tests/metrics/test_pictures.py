@@ -74,7 +74,7 @@ def report(run_dir: Path, steps: range, *, loss: float) -> None:
     with logger:
         for step in steps:
             logger.advance(step)
-            logger.record(step, "train", {"loss": loss})
+            logger.log(step, "train", {"loss": loss})
 
 
 def test_of_a_crashed_run_tensorboard_shows_each_step_once(tmp_path):

@@ -40,7 +40,7 @@ def loss(*overrides: str, trains: bool = True) -> tuple[float, dict[str, torch.T
 
 def shares(*overrides: str) -> torch.Tensor:
     """Each class's share, an image at a time."""
-    mix = open_classifier(*overrides).see.mix(batch_of(augmented=True))
+    mix = open_classifier(*overrides).preprocess.mix(batch_of(augmented=True))
     found = torch.zeros(6, 10)
     for row, share in enumerate(mix.share_B.tolist()):
         found[row, LABELS[row]] += share
