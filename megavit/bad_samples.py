@@ -43,7 +43,7 @@ class BadSampleTracker:
         self._known |= set(found)
         if new and self._loader.layout.rank == 0:
             self._list(new, step)
-        lines = [f"{self._split}: {bad.told}; sample {bad.replaced_by} takes its place" for bad in new[:_NAMED]]
+        lines = [f"{self._split}: {bad.reason}; sample {bad.replaced_by} takes its place" for bad in new[:_NAMED]]
         if len(new) > _NAMED:
             lines.append(f"{self._split}: {len(new) - _NAMED} more bad images, see {self._file}")
         return lines
@@ -68,5 +68,5 @@ class BadSampleTracker:
     def _list(self, new: list[BadSample], step: int) -> None:
         with self._file.open("a") as file:
             for bad in new:
-                row = {"step": step, "split": self._split, "sample_id": bad.sample_id, "told": bad.told}
+                row = {"step": step, "split": self._split, "sample_id": bad.sample_id, "reason": bad.reason}
                 file.write(json.dumps({**row, "replaced_by": bad.replaced_by}) + "\n")

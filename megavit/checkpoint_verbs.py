@@ -60,8 +60,8 @@ def prune(arguments: list[str]) -> int:
     with lock_folder(run_dir):
         newest, warnings = store.latest_valid()
         if newest is None:
-            told = f": {'; '.join(warnings)}" if warnings else ""
-            raise ConfigError(f"from={run_dir} holds no whole checkpoint{told}; nothing is removed")
+            message = f": {'; '.join(warnings)}" if warnings else ""
+            raise ConfigError(f"from={run_dir} holds no whole checkpoint{message}; nothing is removed")
         keep_last = parse_int("keep_last", args["keep_last"])
         gone = store.prune(keep_last=keep_last, keep_every=keep_every, spare=newest)
     for path in gone:

@@ -272,5 +272,5 @@ def _explain(error: Exception, settings: Iterable[Setting] = ()) -> str:
     key, first = found.group(1) if found else getattr(cause, "full_key", None), text.splitlines()[0]
     typed = next((setting.typed for setting in settings if setting.key == key), "")
     # 1e3 is shown as 1000.0 there.
-    shown = f" ({typed})" if typed and typed.partition("=")[2] not in first else ""
-    return f"{key}: {first}{shown}" if key else first
+    as_typed = f" ({typed})" if typed and typed.partition("=")[2] not in first else ""
+    return f"{key}: {first}{as_typed}" if key else first

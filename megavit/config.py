@@ -221,15 +221,15 @@ class ExperimentConfig(RunSettings):
 
     def _check_probe(self) -> None:
         """Refuse what a frozen encoder would ignore, or what would blur its features."""
-        plain = ModelConfig()
+        defaults = ModelConfig()
         for group, used, keys, why in (
             (
                 "model",
-                plain,
+                defaults,
                 ("hidden_dropout", "attention_dropout", "drop_path"),
                 "whose frozen encoder drops nothing",
             ),
-            ("model", plain, ("head",), "which trains one matrix"),
+            ("model", defaults, ("head",), "which trains one matrix"),
             ("optim", OptimConfig(), ("freeze", "layer_decay"), "which freezes the encoder itself"),
         ):
             for key in keys:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavit.checkpoint.names import Dims, from_plain, plain_name, to_plain
+from megavit.checkpoint.names import Dims, from_timm, to_timm, to_timm_name
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.checkpoint.store import CheckpointManager
 from megavit.checks import format_value, parse_int
@@ -162,18 +162,18 @@ def _fill(chunk: Any, external: ExternalModel, config: ExperimentConfig) -> None
     """
     dims, wanted = _dims(config), []
     for name, parameter in parameter_names(chunk).items():
-        theirs = plain_name(name)
+        theirs = to_timm_name(name)
         if not external.classes and not external.decoder and theirs.startswith("head."):
             # A model without a classifier: ours keeps its first weights, under the one class that must be.
             continue
         wanted.append(theirs)
         weight = external.weight(theirs)
-        shape = to_plain({name: parameter}, dims)[theirs].shape
+        shape = to_timm({name: parameter}, dims)[theirs].shape
         if weight.shape != shape:
             raise ConfigError(
                 f"{theirs} is {list(weight.shape)} there and {list(shape)} here: the sizes read from it do not fit it"
             )
-        parameter.copy_(from_plain({theirs: weight}, dims)[name])
+        parameter.copy_(from_timm({theirs: weight}, dims)[name])
     left = external.unread(wanted)
     if left:
         raise ConfigError(f"{left[0]} has no place in megavit's network ({len(left)} weights are left over)")
@@ -198,19 +198,19 @@ def _out_of_run(run: str, kind: str, target: Path, *, dtype: str) -> None:
     dropped = ["mae_decoder."] if kind in ("timm", "nemo") else []
     if headless:
         dropped += ["head.pre.", "head.out."]
-    plain = _plain_weights(trained, config, dropped=tuple(dropped), dtype=_DTYPES[dtype])
+    timm_weights = _timm_weights(trained, config, dropped=tuple(dropped), dtype=_DTYPES[dtype])
     if kind == "hf":
-        write_hf(target, plain, hf_config(config, classes, dtype), hf_preprocessor(config))
+        write_hf(target, timm_weights, hf_config(config, classes, dtype), hf_preprocessor(config))
         (target / "README.md").write_text(model_card(config, weights.checkpoint))
     elif kind == "timm":
         if config.model.head is not Head.linear:
             raise ConfigError(f"model.head={config.model.head.value}: timm's ViT has one matrix for a head")
-        write_timm(target, plain, config, classes)
+        write_timm(target, timm_weights, config, classes)
     elif kind == "nemo":
-        write_nemo(target, plain, _dims(config))
+        write_nemo(target, timm_weights, _dims(config))
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"model": plain}, target)
+        torch.save({"model": timm_weights}, target)
     print(f"{target}: {kind}, {dtype}, of {weights}")
     for line in _unsaid(kind, config):
         print(line)
@@ -257,7 +257,7 @@ def _unsaid(kind: str, config: ExperimentConfig) -> list[str]:
     return lines
 
 
-def _plain_weights(
+def _timm_weights(
     run: TrainedRun, config: ExperimentConfig, *, dropped: tuple[str, ...], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Every weight by its plain name, ours given up one by one; fixed positions too, which theirs keep as weights.
@@ -269,22 +269,22 @@ def _plain_weights(
     dims, chunk = _dims(config), run.network.chunks["model"]
     head = getattr(chunk, "head", None)
     changed = head.weights_without_norm() if head is not None else {}
-    plain: dict[str, Tensor] = {}
+    timm_weights: dict[str, Tensor] = {}
     for name, parameter in parameter_names(chunk).items():
         if name.startswith(dropped):
             continue
-        plain |= {
+        timm_weights |= {
             key: weight.to(dtype).contiguous().clone()
-            for key, weight in to_plain({name: changed.get(name, parameter.data)}, dims).items()
+            for key, weight in to_timm({name: changed.get(name, parameter.data)}, dims).items()
         }
         parameter.data = torch.empty(0)
     grid, tokens = config.model.patch_grid(config.data.image_size), config.model.class_tokens
     if config.model.positions is Positions.sincos:
-        plain["pos_embed"] = (
+        timm_weights["pos_embed"] = (
             sincos_positions(grid, config.model.hidden_size, class_tokens=tokens).unsqueeze(0).to(dtype)
         )
-    if "decoder_embed.weight" in plain:
+    if "decoder_embed.weight" in timm_weights:
         narrow = config.task.decoder_hidden_size
         assert narrow is not None
-        plain["decoder_pos_embed"] = sincos_positions(grid, narrow, class_tokens=tokens).unsqueeze(0).to(dtype)
-    return plain
+        timm_weights["decoder_pos_embed"] = sincos_positions(grid, narrow, class_tokens=tokens).unsqueeze(0).to(dtype)
+    return timm_weights

@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megavit.checkpoint import shards
-from megavit.checkpoint.names import Dims, from_plain, plain_name
+from megavit.checkpoint.names import Dims, from_timm, to_timm_name
 from megavit.checkpoint.state import read_state
 from megavit.classes import are_numbers
 from megavit.compose import from_yaml
@@ -72,9 +72,9 @@ class WeightSource(Protocol):
         ...
 
     def load_into(
-        self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, whole: Shapes
+        self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, full: Shapes
     ) -> Mapping[str, Tensor]:
-        """Fill this rank's part of the named weights, and give those of `whole` as they are; every rank calls this."""
+        """Fill this rank's part of the named weights, and give those of `full` as they are; every rank calls this."""
         ...
 
 
@@ -108,11 +108,11 @@ class RunWeights:
         return shards.shapes_of(self._weights.checkpoint, chunks, averaged=self._weights.averaged)
 
     def load_into(
-        self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, whole: Shapes
+        self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, full: Shapes
     ) -> Mapping[str, Tensor]:
         """See `WeightSource`."""
         checkpoint, averaged = self._weights.checkpoint, self._weights.averaged
-        return shards.load_some_weights(checkpoint, chunks, names, whole=whole, averaged=averaged)
+        return shards.load_some_weights(checkpoint, chunks, names, full=full, averaged=averaged)
 
 
 class ExternalWeights:
@@ -171,20 +171,20 @@ class ExternalWeights:
         return there, {name: tuple(whole_shape(param, layout)) for name, param in params.items()}
 
     def load_into(
-        self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, whole: Shapes
+        self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, full: Shapes
     ) -> Mapping[str, Tensor]:
         """See `WeightSource`."""
         for chunk in chunks.values():
             for name, param in parameter_names(chunk).items():
                 if name in names:
                     copy_part(self._known(name), param, layout)
-        return {name: self._known(name) for name in whole}
+        return {name: self._known(name) for name in full}
 
     def _weight(self, name: str) -> Tensor | None:
         """A weight by our name and in our form; None where there is none."""
         try:
-            plain = plain_name(name)
-            return from_plain({plain: self._external.weight(plain)}, self._dims)[name]
+            timm_name = to_timm_name(name)
+            return from_timm({timm_name: self._external.weight(timm_name)}, self._dims)[name]
         except (KeyError, ConfigError):
             return None
 

@@ -84,7 +84,7 @@ class Engine:
         count = min(_IMAGES_PAINTED, self.micro_batch, len(loader.source))
         data = loader.config
         shape = (count, len(self.task.image_grid), data.channels, *data.image_size)
-        image_grid = outputs[0]["panels"][:count] if outputs else torch.empty(shape, dtype=torch.uint8)
+        image_grid = outputs[0]["image_grid"][:count] if outputs else torch.empty(shape, dtype=torch.uint8)
         return broadcast_from(self.layout.last_stage_rank, image_grid)
 
     def rehearse_evaluation(self, loader: Loader) -> None:
@@ -146,5 +146,5 @@ def prepare_task(task: Task, loader: Callable[..., Loader], source: Source, *, s
         source: the training images.
         seed: `run.seed`; the images are the first of its order, a random choice that is the same in every layout.
     """
-    shown = DeterministicSampler(len(source), seed=seed).first(task.baseline_samples)
-    task.prepare(loader(source, train=False, indices=shown).evaluation_batches())
+    baseline_indices = DeterministicSampler(len(source), seed=seed).first(task.baseline_samples)
+    task.prepare(loader(source, train=False, indices=baseline_indices).evaluation_batches())

@@ -69,9 +69,9 @@ def evaluate(arguments: list[str]) -> int:
     val_loader = loader(source, train=False)
     totals = engine.evaluate_sums(val_loader)
     bad_samples = BadSampleTracker(val_loader, "val", run_dir=weights.checkpoint.parent.parent)
-    told = [*notes, *bad_samples.collect(0)]
+    message = [*notes, *bad_samples.collect(0)]
     if layout.rank == 0:
-        print(*told, sep="\n", end="\n" if told else "")
+        print(*message, sep="\n", end="\n" if message else "")
     if bad_samples.too_many is not None:
         raise ConfigError(bad_samples.too_many)
     if layout.rank == 0:
@@ -108,10 +108,10 @@ def _report(
         "count": count,
         **metrics,
     }
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    summary = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     for name in {"top5", "hit5"} & totals.keys():
         results[name] = float(totals[name]) / count
-        shown += f"  {name} {results[name]:.4f}"
+        summary += f"  {name} {results[name]:.4f}"
     if "confusion" in totals:
         confusion = totals["confusion"].long()
         images = confusion.sum(dim=1)
@@ -127,7 +127,7 @@ def _report(
         draw_confusion(confusion, classes=classes, path=folder / "confusion.png")
     (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     part = f" of {len(present)} of the {len(classes)} classes" if len(present) < len(classes) else ""
-    print(f"{weights}: {count} images{part}  {shown}; {folder} has it all")
+    print(f"{weights}: {count} images{part}  {summary}; {folder} has it all")
 
 
 def _folder(weights: CheckpointRef, data: DataConfig) -> Path:

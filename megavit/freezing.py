@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatch
 
-from megavit.checkpoint.names import plain_name
+from megavit.checkpoint.names import to_timm_name
 from megavit.errors import ConfigError
 from megavit.model.vit import EncoderStage, parameter_names
 from megavit.optim.config import ENCODER
@@ -45,7 +45,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _plain(name: str) -> str:
     try:
-        return plain_name(name)
+        return to_timm_name(name)
     except KeyError:
         # A part of somebody's own, which timm does not have.
         return name

@@ -57,16 +57,16 @@ def load_pretrained(
     has_norm = all(name in there for name in expected if name.startswith(_LAST_NORM))
     keeps_classifier = has_norm and _keeps_classifier(weights_info, config, classes)
     left = set() if keeps_classifier else {name for name in expected if name.startswith(_CLASSIFIER)}
-    whole: Shapes = {}
+    full: Shapes = {}
     if _POSITIONS in expected and (_is_fixed(weights_info) or _grid(weights_info) != _own_grid(config)):
         left.add(_POSITIONS)
-        whole = {} if _is_fixed(weights_info) else {_POSITIONS: there[_POSITIONS]}
+        full = {} if _is_fixed(weights_info) else {_POSITIONS: there[_POSITIONS]}
     reinitialised = _agree(place, expected - left, there, here)
-    loaded = weight_source.load_into(chunks, expected - left - reinitialised, layout, whole=whole)
+    loaded = weight_source.load_into(chunks, expected - left - reinitialised, layout, full=full)
     if _POSITIONS in left:
         _fill_positions(chunks, loaded.get(_POSITIONS), weights_info, config)
     drawn = sorted(set().union(*gather_objects((left - {_POSITIONS}) | reinitialised)))
-    return list(_told(weights_info, config, drawn))
+    return list(_describe(weights_info, config, drawn))
 
 
 def _refuse_unlike(place: str, weights_info: WeightsInfo, config: ExperimentConfig) -> None:
@@ -145,7 +145,7 @@ def _fill_positions(
             chunk.embed.pos_embed.copy_(positions_N1H)
 
 
-def _told(weights_info: WeightsInfo, config: ExperimentConfig, drawn: list[str]) -> Iterator[str]:
+def _describe(weights_info: WeightsInfo, config: ExperimentConfig, drawn: list[str]) -> Iterator[str]:
     grid, to_grid = _grid(weights_info), _own_grid(config)
     resized = ""
     if grid != to_grid and config.model.positions is Positions.learned:

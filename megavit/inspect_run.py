@@ -34,7 +34,7 @@ def inspect_run(arguments: list[str]) -> int:
         "precision": config.train.precision.value,
         "layout": _layout(config.parallel),
         "size": f"{sum(path.stat().st_size for path in files):,} bytes in {len(files)} files",
-        "validation": _told(state.metrics) or "none yet",
+        "validation": _describe(state.metrics) or "none yet",
         "best": _best(checkpoint),
     }
     for name, value in rows.items():
@@ -46,10 +46,10 @@ def _best(checkpoint: Path) -> str:
     best = CheckpointManager(checkpoint.parent).best()
     if best is None:
         return "none named"
-    return f"{best.name}  {_told(read_state(best).metrics)}"
+    return f"{best.name}  {_describe(read_state(best).metrics)}"
 
 
-def _told(metrics: dict[str, float]) -> str:
+def _describe(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}".removesuffix(".0000") for name, value in metrics.items())
 
 

@@ -139,11 +139,11 @@ def idle_stages(config: ExperimentConfig, shape: NetworkShape) -> Iterator[str]:
     useful = useful_stages(shape.layers, parallel.pp, **costs)
     if useful == parallel.pp:
         return
-    whole = shape.layers + sum(costs.values())
+    full = shape.layers + sum(costs.values())
     yield (
         f"parallel.pp={parallel.pp} is no faster than {useful}: the last stage holds the whole decoder, "
-        f"{costs['last_cost']:.1f} of {whole:.1f} encoder layers, and the others wait for it; at most "
-        f"{whole / costs['last_cost']:.1f} times one stage's speed. Give the ranks to data or tensor parallelism"
+        f"{costs['last_cost']:.1f} of {full:.1f} encoder layers, and the others wait for it; at most "
+        f"{full / costs['last_cost']:.1f} times one stage's speed. Give the ranks to data or tensor parallelism"
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megavit.checkpoint.names import Dims, to_plain
+from megavit.checkpoint.names import Dims, to_timm
 from megavit.checkpoint.state import read_state
 from megavit.config import ExperimentConfig
 from megavit.data.decode import open_image
@@ -50,15 +50,15 @@ class TrainedEncoder(torch.nn.Module):
             model, image_size=config.data.image_size, channels=config.data.channels, num_classes=num_classes
         )
         dropped = ("mae_decoder.",) if num_classes else ("mae_decoder.", "head.out.")
-        whole = {
+        full = {
             name: weight.detach().float().cpu()
             for name, weight in parameter_names(run.network.chunks["model"]).items()
             if not name.startswith(dropped)
         }
         head = run.network.chunks["model"].head if num_classes else None
         if head is not None:
-            whole |= {name: weight.cpu() for name, weight in head.weights_without_norm().items()}
-        self.vit.load_state_dict(to_plain(whole, Dims(config.model.num_heads, config.model.patch_size)))
+            full |= {name: weight.cpu() for name, weight in head.weights_without_norm().items()}
+        self.vit.load_state_dict(to_timm(full, Dims(config.model.num_heads, config.model.patch_size)))
         self.eval()
 
     def read(self, *paths: str | Path) -> Tensor:

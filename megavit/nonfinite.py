@@ -27,10 +27,10 @@ def describe_nonfinite(chunks: list[EncoderStage], sums: dict[str, Tensor], layo
     losses = [rank for rank, _, bad, _ in everyone if bad]
     stage = max((stage for _, stage, _, layer in everyone if layer is not None), default=None)
     layers = {rank: layer for rank, their_stage, _, layer in everyone if layer is not None and their_stage == stage}
-    told = []
+    message = []
     if losses:
-        told.append(f"the loss is not finite on rank {', '.join(map(str, losses))}")
+        message.append(f"the loss is not finite on rank {', '.join(map(str, losses))}")
     if layers:
         layer = next(iter(layers.values()))
-        told.append(f"the gradient of {layer} is not finite on rank {', '.join(map(str, layers))}")
-    return "; ".join(told) or "each gradient is finite and their norm is not"
+        message.append(f"the gradient of {layer} is not finite on rank {', '.join(map(str, layers))}")
+    return "; ".join(message) or "each gradient is finite and their norm is not"

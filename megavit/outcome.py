@@ -71,8 +71,8 @@ def run_rank(
     except ConfigError as error:
         return _fail(USER_ERROR, f"megavit: {error}", run_dir(), log, peers, starting=starting)
     except KeyboardInterrupt:
-        told = "megavit: interrupted; what was saved last is whole, run again to go on from it"
-        return _fail(FAULT, told, run_dir(), log, peers)
+        text = "megavit: interrupted; what was saved last is whole, run again to go on from it"
+        return _fail(FAULT, text, run_dir(), log, peers)
     except FloatingPointError as error:
         # Training diverged (`train.on_nonfinite=stop`): a fault of the run, which no stack explains.
         log.write(traceback.format_exc())
@@ -85,15 +85,15 @@ def run_rank(
         if error.errno not in DISK_ERRORS:
             return _fail(FAULT, traceback.format_exc(), run_dir(), log, peers)
         file = f" {error.filename}" if error.filename else ""
-        told = f"a file{file} of the run cannot be written: {error.strerror}; make room and run again to go on"
-        return _fail(USER_ERROR, f"megavit: {told}", run_dir(), log, peers, starting=starting)
+        text = f"a file{file} of the run cannot be written: {error.strerror}; make room and run again to go on"
+        return _fail(USER_ERROR, f"megavit: {text}", run_dir(), log, peers, starting=starting)
     except Exception as error:
         if _tells_of_a_lost_peer(error):
             # Of a peer that was killed only the launcher knows; it says so, and ends this rank meanwhile.
             log.write(traceback.format_exc())
             time.sleep(_GRACE_S)
-            told = f"rank {rank_from_environment()} has lost the connection to another rank, whose log tells why"
-            return _fail(FAULT, told, run_dir(), log, peers)
+            text = f"rank {rank_from_environment()} has lost the connection to another rank, whose log tells why"
+            return _fail(FAULT, text, run_dir(), log, peers)
         return _fail(FAULT, traceback.format_exc(), run_dir(), log, peers)
     return code
 

@@ -28,13 +28,13 @@ def reconstruct(arguments: list[str]) -> int:
     config = with_settings(config, pixels)
     count = parse_int("count", args.get("count", "8"))
     paths = find_images(Path(args["images"]))
-    shown = paths[:count]
+    chosen = paths[:count]
     trained = open_run(config, weights, num_classes=0)
     with torch.no_grad():
-        output, judge = trained.network.task.visualize(trained.batch(shown), trained.network.chunks["model"])
-        image_grid = judge(output)[1]["panels"]
+        output, judge = trained.network.task.visualize(trained.batch(chosen), trained.network.chunks["model"])
+        image_grid = judge(output)[1]["image_grid"]
     out = Path(args.get("out", weights.checkpoint.parent.parent / "pictures" / "reconstruct.png"))
     with complete_file(out) as temporary:
         plot_image_grid(image_grid, titles=trained.network.task.image_grid, path=temporary)
-    print(f"{out}: {len(shown)} of {len(paths)} images of {args['images']}, by {weights}")
+    print(f"{out}: {len(chosen)} of {len(paths)} images of {args['images']}, by {weights}")
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 def train(overrides: list[str], *, evaluates: bool = False) -> dict:
     """Train through the real Trainer; losses and norms of each step, whole weights in the plain form on rank 0."""
-    from megavit.checkpoint.names import to_plain
+    from megavit.checkpoint.names import to_timm
     from megavit.checkpoint.whole import gather_full_state_dict
     from megavit.compose import compose
     from megavit.model.vit import parameter_names
@@ -27,8 +27,8 @@ def train(overrides: list[str], *, evaluates: bool = False) -> dict:
     if trainer.average is not None:
         with trainer.average.applied():
             averages = gather_full_state_dict(parameters, trainer.layout)
-    whole = gather_full_state_dict(parameters, trainer.layout)
-    if whole is None:
+    full = gather_full_state_dict(parameters, trainer.layout)
+    if full is None:
         return {}
     rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
     training = [row for row in rows if row["split"] == "train"]
@@ -37,8 +37,8 @@ def train(overrides: list[str], *, evaluates: bool = False) -> dict:
         "losses": [row["loss"] for row in training],
         "grad_norms": [row["grad_norm"] for row in training],
         "validation": [row for row in rows if row["split"] == "val"],
-        "weights": {name: weight.clone() for name, weight in to_plain(whole, dims_of(config)).items()},
-        "averages": averages and {name: value.clone() for name, value in to_plain(averages, dims_of(config)).items()},
+        "weights": {name: weight.clone() for name, weight in to_timm(full, dims_of(config)).items()},
+        "averages": averages and {name: value.clone() for name, value in to_timm(averages, dims_of(config)).items()},
     }
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import Lars
 
-from megavit.checkpoint.names import Dims, to_plain
+from megavit.checkpoint.names import Dims, to_timm
 from megavit.compose import compose
 from megavit.config import ExperimentConfig
 from megavit.data.digits import Digits
@@ -62,14 +62,14 @@ def plain_model(config: ExperimentConfig) -> TorchViT | TorchMae:
         model = TorchMae(config.model, config.task.decoder(config.model), **shape)
     else:
         model = TorchViT(config.model, **shape, num_classes=10)
-    model.load_state_dict(to_plain(initial_weights(model, config, initial_weight), dims_of(config)))
+    model.load_state_dict(to_timm(initial_weights(model, config, initial_weight), dims_of(config)))
     return model
 
 
 def initial_weights(model: torch.nn.Module, config: ExperimentConfig, initial_weight) -> dict[str, torch.Tensor]:
-    from megavit.checkpoint.names import from_plain
+    from megavit.checkpoint.names import from_timm
 
-    ours = from_plain(model.state_dict(), dims_of(config))
+    ours = from_timm(model.state_dict(), dims_of(config))
     return {
         name: initial_weight(name, weight.shape, config.model, seed=config.run.seed) for name, weight in ours.items()
     }

@@ -66,17 +66,17 @@ def test_a_run_holds_concrete_sizes_and_resumes_when_the_weights_are_gone(folder
     own = tmp_path / "weights"
     shutil.copytree(folder, own)
     keys = [*RUN, "model=auto", f"init_from=timm:{own}", f"run.dir={tmp_path / 'run'}", "train.steps=4"]
-    code, told, err = run_command("train", *keys, "train.stop_at=2")
+    code, output, err = run_command("train", *keys, "train.stop_at=2")
     assert code in (0, 75), err
-    assert told.count("model=auto, of timm:") == 1
+    assert output.count("model=auto, of timm:") == 1
     # The classifier is of as many classes, and stays.
-    assert "drawn anew" not in told
+    assert "drawn anew" not in output
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (saved["model"]["num_heads"], saved["model"]["hidden_size"]) == (8, 32)
     shutil.rmtree(own)
-    code, told, err = run_command("train", *keys, "model.drop_path=0.1")
+    code, output, err = run_command("train", *keys, "model.drop_path=0.1")
     assert code == 0, err
-    assert "complete: step 4 of 4" in told
+    assert "complete: step 4 of 4" in output
 
 
 def test_a_job_gets_sizes_that_were_read_at_the_desk(folder, tmp_path):
@@ -90,9 +90,9 @@ def test_a_job_gets_sizes_that_were_read_at_the_desk(folder, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_train_the_same_network(folder, tmp_path):
     keys = [*RUN, "model=auto", f"init_from=timm:{folder}", f"run.dir={tmp_path / 'run'}", "train.steps=4"]
-    code, told, err = run_command("train", *keys, "run.ranks=2", "parallel.tp=2")
+    code, output, err = run_command("train", *keys, "run.ranks=2", "parallel.tp=2")
     assert code == 0, err
-    assert told.count("model=auto, of timm:") == 1
+    assert output.count("model=auto, of timm:") == 1
     assert (tmp_path / "run" / "checkpoints" / "step_00000004").is_dir()
 
 

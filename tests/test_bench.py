@@ -101,9 +101,9 @@ def test_a_deadline_leaves_what_was_measured_and_says_what_was_not(tmp_path, cap
     ],
 )
 def test_a_mistake_gives_one_message(argument, says, tmp_path):
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as output:
         bench([argument, f"bench.dir={tmp_path}"])
-    assert says in str(told.value)
+    assert says in str(output.value)
     assert not (tmp_path / "bench.jsonl").exists()
 
 

@@ -75,8 +75,8 @@ def test_a_subset_of_the_classes_is_evaluated_under_its_names(numbered):
 
 def test_names_that_the_checkpoint_does_not_know_are_refused(numbered, tmp_path):
     write_images(tmp_path, ["ant", "1"], each=4)
-    told = refusal("evaluate", f"from={numbered}/run", "data.source=folder", f"data.path={tmp_path}")
-    assert "does not know 1: ant" in told
+    output = refusal("evaluate", f"from={numbered}/run", "data.source=folder", f"data.path={tmp_path}")
+    assert "does not know 1: ant" in output
 
 
 @pytest.mark.parametrize(
@@ -106,16 +106,16 @@ def resumed(root, *settings):
 def test_a_resume_refuses_classes_that_are_new_gone_or_moved(three):
     apple, zapple, extra = (three / "images" / name for name in ("apple", "zapple", "blue"))
     apple.rename(zapple)
-    told = refusal(*resumed(three))
+    output = refusal(*resumed(three))
     zapple.rename(apple)
-    assert "new: zapple; gone: apple; moved: lime (1 → 0), sky (2 → 1)" in told
-    assert "init_from=" in told
+    assert "new: zapple; gone: apple; moved: lime (1 → 0), sky (2 → 1)" in output
+    assert "init_from=" in output
     write_images(three / "images", ["blue"])
-    told = refusal(*resumed(three))
+    output = refusal(*resumed(three))
     for file in extra.iterdir():
         file.unlink()
     extra.rmdir()
-    assert "new: blue; moved: lime (1 → 2), sky (2 → 3)" in told
+    assert "new: blue; moved: lime (1 → 2), sky (2 → 3)" in output
 
 
 def test_a_resume_refuses_another_normalisation(three):

@@ -34,16 +34,16 @@ HF = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermedia
 
 
 def megavit(*arguments: str) -> None:
-    code, told = run_ranks(main_here, 1, list(arguments))[0]
-    assert code == 0, told
+    code, output = run_ranks(main_here, 1, list(arguments))[0]
+    assert code == 0, output
 
 
 def refused(*arguments: str) -> str:
-    code, told = run_ranks(main_here, 1, list(arguments))[0]
-    assert code == 2, told
-    assert told.count("megavit: ") == 1
-    assert "Traceback" not in told
-    return told
+    code, output = run_ranks(main_here, 1, list(arguments))[0]
+    assert code == 2, output
+    assert output.count("megavit: ") == 1
+    assert "Traceback" not in output
+    return output
 
 
 def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
@@ -251,18 +251,18 @@ def test_what_is_pushed_goes_into_a_private_repository_or_stays_here_whole(tmp_p
     save_file(timm.create_model("vit_tiny_patch16_224", **SIZES).state_dict(), tmp_path / "timm.safetensors")
     megavit("convert", f"from=timm:{tmp_path / 'timm.safetensors'}", f"to={tmp_path / 'run'}")
     out = ["convert", f"from={tmp_path / 'run'}", f"to=hf:{tmp_path / 'hf'}", "push=me/mine"]
-    code, told, calls = run_ranks(push_to_a_stand_in, 1, out)[0]
+    code, output, calls = run_ranks(push_to_a_stand_in, 1, out)[0]
     assert (code, calls) == (
         0,
         [
             ("me/mine", True, True),
             ("me/mine", ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]),
         ],
-    ), told
+    ), output
     out[2] = f"to=hf:{tmp_path / 'again'}"
-    code, told = run_ranks(push_without_a_network, 1, out)[0]
-    assert code == 2, told
-    assert told.count("megavit: push=me/mine: the Hugging Face hub does not take it: ") == 1
+    code, output = run_ranks(push_without_a_network, 1, out)[0]
+    assert code == 2, output
+    assert output.count("megavit: push=me/mine: the Hugging Face hub does not take it: ") == 1
     assert (tmp_path / "again" / "model.safetensors").exists()
     assert "push=mine takes ORG/NAME" in refused(*out[:3], "push=mine")
 
@@ -308,19 +308,19 @@ def test_half_precision_is_written_when_it_is_asked_for(tmp_path):
 def test_what_does_not_fit_is_refused_with_the_first_weight_that_differs(tmp_path):
     weights = shake(timm.models.VisionTransformer(**SIZES)).state_dict()
 
-    def told(changed: dict[str, torch.Tensor | None], *more: str) -> str:
+    def output(changed: dict[str, torch.Tensor | None], *more: str) -> str:
         file = tmp_path / "wrong.safetensors"
         save_file({name: w for name, w in {**weights, **changed}.items() if w is not None}, file)
         return refused("convert", f"from=timm:{file}", f"to={tmp_path / 'never'}", *more)
 
-    assert "blocks.1.mlp.fc2.weight is [64, 9] there and [64, 256] here" in told(
+    assert "blocks.1.mlp.fc2.weight is [64, 9] there and [64, 256] here" in output(
         {"blocks.1.mlp.fc2.weight": torch.ones(64, 9)}
     )
-    assert "no weight 'blocks.1.norm1.bias'" in told({"blocks.1.norm1.bias": None})
-    assert "norm_pre.weight has no place in megavit's network" in told({"norm_pre.weight": torch.ones(64)})
-    assert "has no pos_embed" in told({"pos_embed": None})
-    assert "is no ViT of timm's names" in told({"patch_embed.proj.weight": None})
-    assert "is not divided by model.num_heads=7" in told({}, "num_heads=7")
+    assert "no weight 'blocks.1.norm1.bias'" in output({"blocks.1.norm1.bias": None})
+    assert "norm_pre.weight has no place in megavit's network" in output({"norm_pre.weight": torch.ones(64)})
+    assert "has no pos_embed" in output({"pos_embed": None})
+    assert "is no ViT of timm's names" in output({"patch_embed.proj.weight": None})
+    assert "is not divided by model.num_heads=7" in output({}, "num_heads=7")
     assert not (tmp_path / "never" / "checkpoints").exists()
 
 

@@ -26,8 +26,8 @@ def nemo_weights(*, two_matrices: bool) -> dict[str, torch.Tensor]:
     heads = {"head.dense_in": (width, width), "head.dense_out": (5, width)} if two_matrices else {"head": (5, width)}
     weights = {}
     for name, shape in (shapes | heads).items():
-        whole = name.endswith(("cls_token", ".weight"))
-        for leaf in [""] if whole else [".weight", ".bias"]:
+        full = name.endswith(("cls_token", ".weight"))
+        for leaf in [""] if full else [".weight", ".bias"]:
             weights[f"model.{name}{leaf}"] = torch.randn(shape[:1] if leaf == ".bias" else shape, generator=draw) / 4
     return weights
 

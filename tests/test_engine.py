@@ -97,8 +97,8 @@ def test_recompute_is_bit_equal_to_none_with_dropout_on(mode, world, tmp_path, f
     want = without_recompute(abs(world), tuple(short), str(folder / str(world)))
     overrides = [*THIRTEEN_STEPS, *DROPOUT, *short, *RECOMPUTE[mode], f"run.dir={tmp_path}"]
     got = run_ranks(ranks.train_and_keep, abs(world), overrides)
-    for mine, whole in zip(got, want, strict=True):
-        assert_bit_equal(mine, whole)
+    for mine, full in zip(got, want, strict=True):
+        assert_bit_equal(mine, full)
 
 
 BF16 = ["train.precision=bf16_o2"]
@@ -153,8 +153,8 @@ def test_bf16_resume_is_bit_equal(world, layout, tmp_path):
     want = run_ranks(ranks.train_and_keep, world, [*overrides, f"run.dir={tmp_path}/whole"])
     parts = [*overrides, f"run.dir={tmp_path}/parts"]
     got = run_ranks(ranks.resume, world, [*parts, "train.stop_at=2"], parts)
-    for mine, whole in zip(got, want, strict=True):
-        assert_bit_equal(mine, whole)
+    for mine, full in zip(got, want, strict=True):
+        assert_bit_equal(mine, full)
 
 
 @pytest.mark.slow

@@ -74,11 +74,11 @@ def test_on_a_gpu_it_is_refused_and_the_way_out_named(option, on_gpu):
     with pytest.raises(ConfigError, match=rf"{option} (and .* have|has|have) not been run on a GPU yet") as refused:
         compose(settings).check(world)
     # Set as the message says, the run is accepted: either way.
-    told = str(refused.value)
-    assert "\n" not in told
-    assert "set experimental=true to try " in told
+    output = str(refused.value)
+    assert "\n" not in output
+    assert "set experimental=true to try " in output
     compose([*settings, "experimental=true"]).check(world)
-    instead = re.findall(r"[\w.]+=\w+", told.partition(", or ")[2])
+    instead = re.findall(r"[\w.]+=\w+", output.partition(", or ")[2])
     assert instead
     compose([*settings, *instead]).check(world)
 
@@ -116,9 +116,9 @@ def test_on_the_cpu_the_first_message_is_that_cuda_is_missing(option, tmp_path):
     # Unasked it goes as far as where it is built: of the messages there tests/test_engine.py, tests/optim/ and
     # tests/model/ have tests.
     compose(settings).check(world)
-    told = refusal("train", *settings, "experimental=true", "run.ranks=1", f"run.dir={tmp_path}")
-    assert CUDA_ALONE[option] in told
-    assert "has not been run on a GPU" not in told
+    output = refusal("train", *settings, "experimental=true", "run.ranks=1", f"run.dir={tmp_path}")
+    assert CUDA_ALONE[option] in output
+    assert "has not been run on a GPU" not in output
 
 
 def test_asking_for_nothing_is_refused(on_gpu):
@@ -196,8 +196,8 @@ def _introduced(options: list[str]) -> dict[str, list[str]]:
 @pytest.mark.parametrize("key", UNTESTED)
 def test_its_docstring_says_that_it_has_not_been_run(key):
     group, _, name = key.partition(".")
-    told = inspect.getdoc(type(getattr(RunSettings(), group)))
-    (own,) = re.findall(rf"^    {name}: (.*?)(?=^    \w+: |\Z)", told, flags=re.MULTILINE | re.DOTALL)
+    output = inspect.getdoc(type(getattr(RunSettings(), group)))
+    (own,) = re.findall(rf"^    {name}: (.*?)(?=^    \w+: |\Z)", output, flags=re.MULTILINE | re.DOTALL)
     _, marked, values = " ".join(own.split()).partition("Not run on a GPU")
     assert marked
     choices = [option.partition("=")[2] for option in FITS if option.startswith(f"{key}=")]

@@ -139,10 +139,10 @@ def test_a_bad_image_stops_or_is_named_as_in_an_evaluation(trained, tmp_path):
     assert str(paths[3]) in refusal("features", f"from={trained}", f"out={tmp_path / 'stops'}", *other)
     assert not list((tmp_path / "stops").iterdir())
     skips = ["data.on_bad_sample=skip", "data.max_bad_fraction=1", f"out={tmp_path / 'skips'}"]
-    code, told, err = run_command("features", f"from={trained}", *other, *skips)
+    code, output, err = run_command("features", f"from={trained}", *other, *skips)
     assert code == 0, err
-    assert f"val: {paths[3]}" in told
-    assert "takes its place" in told
+    assert f"val: {paths[3]}" in output
+    assert "takes its place" in output
     found = load_file(tmp_path / "skips" / "val.safetensors")
     assert found["labels"].tolist() == is_bee(paths)
     (twin,) = [row for row in range(16) if row != 3 and torch.equal(found["features"][row], found["features"][3])]

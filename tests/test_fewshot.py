@@ -32,11 +32,11 @@ def test_a_draw_takes_as_many_of_each_class_and_depends_on_seed_shots_and_draw_a
 
 def test_it_equals_scikit_learn_on_the_same_rows_and_again_for_the_same_seed(trained, tmp_path):
     command = ["fewshot", f"from={trained}", "shots=2,6", "draws=3", "pool=mean"]
-    told = {}
+    output = {}
     for name, seed in (("first", 7), ("again", 7), ("other", 8)):
-        code, told[name], err = run_command(*command, f"seed={seed}", f"out={tmp_path / name}.json")
+        code, output[name], err = run_command(*command, f"seed={seed}", f"out={tmp_path / name}.json")
         assert code == 0, err
-    first, again, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in told)
+    first, again, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in output)
     assert first == again
     assert first["results"] != other["results"]
     assert (first["C"], first["pool"], first["val_images"]) == (1.0, "mean", 360)
@@ -58,7 +58,7 @@ def test_it_equals_scikit_learn_on_the_same_rows_and_again_for_the_same_seed(tra
         assert (row["min"], row["max"]) == (min(row["top1"]), max(row["top1"]))
         assert row["mean"] == pytest.approx(np.mean(top1))
         shown = f"shots={row['shots']}  top1 {row['mean']:.4f}  min {row['min']:.4f}  max {row['max']:.4f}"
-        assert shown in told["first"].splitlines()
+        assert shown in output["first"].splitlines()
     assert first["results"][1]["mean"] > first["results"][0]["mean"] > 0.1
 
 

@@ -40,9 +40,9 @@ def scores(run: str, paths: list[Path], settings: list[str]) -> tuple[torch.Tens
 
 
 def convert(*arguments: object) -> str:
-    code, told, err = run_command("convert", *arguments)
+    code, output, err = run_command("convert", *arguments)
     assert code == 0, err
-    return told
+    return output
 
 
 def assert_scores(run: Path, paths: list[Path], wanted: torch.Tensor, *settings: str) -> tuple[str, ...]:
@@ -65,9 +65,9 @@ def test_hugging_faces_crop_numbers_and_pairs_give_its_logits(images, tmp_path):
     crop = {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": 32}
     processor = {**crop, "resample": 2, "image_mean": 0.4, "image_std": [0.2, 0.3, 0.4], "rescale_factor": 1 / 128}
     theirs = hf_folder(tmp_path / "hf", {"patch_size": [8, 8], "image_size": [32, 32]}, processor)
-    told = convert(f"from=hf:{tmp_path / 'hf'}", f"to={tmp_path / 'run'}")
-    assert "data.eval_crop=0.8 data.interpolation=bilinear" in told
-    assert "assumed" not in told
+    output = convert(f"from=hf:{tmp_path / 'hf'}", f"to={tmp_path / 'run'}")
+    assert "data.eval_crop=0.8 data.interpolation=bilinear" in output
+    assert "assumed" not in output
     pixels = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")([Image.open(path) for path in images])
     with torch.no_grad():
         wanted = theirs(torch.stack(list(pixels["pixel_values"]))).logits
@@ -101,9 +101,9 @@ def normalised(images: list[Path], mean: tuple[float, ...], std: tuple[float, ..
 def test_maes_classifier_is_seen_as_mae_does_and_other_pixels_can_be_typed(images, tmp_path):
     theirs = shake(timm.models.VisionTransformer(**SIZES, global_pool="avg"))
     torch.save({"model": theirs.state_dict(), "args": argparse.Namespace(lr=1.0)}, tmp_path / "ft.pth")
-    told = convert(f"from=mae:{tmp_path / 'ft.pth'}", f"to={tmp_path / 'run'}", "num_heads=4")
-    assert "data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225] data.eval_crop=0.875" in told
-    assert told.splitlines()[-1] == "assumed: GELU, eps 1e-6"
+    output = convert(f"from=mae:{tmp_path / 'ft.pth'}", f"to={tmp_path / 'run'}", "num_heads=4")
+    assert "data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225] data.eval_crop=0.875" in output
+    assert output.splitlines()[-1] == "assumed: GELU, eps 1e-6"
     with torch.no_grad():
         imagenet = theirs(normalised(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         others = theirs(normalised(images, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
@@ -145,15 +145,15 @@ def test_timms_folder_gives_its_logits_and_a_file_alone_says_what_is_assumed(ima
     stated = json.loads((tmp_path / "timm" / "config.json").read_text())
     stated["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "crop_pct": 0.8}
     (tmp_path / "timm" / "config.json").write_text(json.dumps(stated))
-    told = convert(f"from=timm:{tmp_path / 'timm'}", f"to={tmp_path / 'run'}")
-    assert "states: vit_tiny_patch16_224, 4 heads, GELU, eps 1e-6, class token" in told
-    assert "assumed" not in told
+    output = convert(f"from=timm:{tmp_path / 'timm'}", f"to={tmp_path / 'run'}")
+    assert "states: vit_tiny_patch16_224, 4 heads, GELU, eps 1e-6, class token" in output
+    assert "assumed" not in output
     with torch.no_grad():
         wanted = theirs(normalised(images, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5)))
     assert_scores(tmp_path / "run", images, wanted)
     (tmp_path / "timm" / "config.json").unlink()
-    told = convert(f"from=timm:{tmp_path / 'timm'}", f"to={tmp_path / 'alone'}")
-    assert told.splitlines()[-2:] == [
+    output = convert(f"from=timm:{tmp_path / 'timm'}", f"to={tmp_path / 'alone'}")
+    assert output.splitlines()[-2:] == [
         "assumed: 2 heads, GELU, eps 1e-6, class token",
         "assumed: data.mean, data.std, data.eval_crop, data.interpolation; type others where they are wrong",
     ]
@@ -177,8 +177,8 @@ def test_what_an_export_states_an_import_reads_back(shorter, tmp_path):
     want = data_of(tmp_path / "run")
     for kind, place in (("hf", tmp_path / "out"), ("timm", tmp_path / "timm" / "model.safetensors")):
         convert(f"from={tmp_path / 'run'}", f"to={kind}:{place}")
-        told = convert(f"from={kind}:{place}", f"to={tmp_path / kind}")
-        assert "assumed" not in told
+        output = convert(f"from={kind}:{place}", f"to={tmp_path / kind}")
+        assert "assumed" not in output
         assert data_of(tmp_path / kind) == want
     stated = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert stated["size"] == {"shortest_edge": shorter}

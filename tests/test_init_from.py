@@ -22,7 +22,7 @@ LARGER = ["data.source=synthetic", "data.num_classes=10", "data.num_samples=64",
 
 def begin(overrides: list[str]) -> dict:
     """A run's whole weights by timm's names before its first step, on rank 0; what it says; its optimizer's copy."""
-    from megavit.checkpoint.names import to_plain
+    from megavit.checkpoint.names import to_timm
     from megavit.checkpoint.whole import gather_full_state_dict
     from megavit.compose import compose
     from megavit.parallel.layout import world_size_from_environment
@@ -33,8 +33,8 @@ def begin(overrides: list[str]) -> dict:
     config.check(world_size_from_environment())
     trainer = Trainer(config)
     named = {name: param for param, name in trainer.network.parameters.items()}
-    whole = gather_full_state_dict(named, trainer.layout) or {}
-    weights = {name: weight.detach().clone() for name, weight in to_plain(whole, dims_of(config)).items()}
+    full = gather_full_state_dict(named, trainer.layout) or {}
+    weights = {name: weight.detach().clone() for name, weight in to_timm(full, dims_of(config)).items()}
     masters = [param for group in trainer.optimizer.param_groups for param in group["params"]]
     return {"weights": weights, "said": trainer.warnings, "masters": sum(float(it.abs().sum()) for it in masters)}
 
@@ -100,8 +100,8 @@ def test_the_optimizers_own_copy_follows(former, tmp_path):
     reinitialised, taken = start(tmp_path / "a", *keys), start(tmp_path / "b", *keys, f"init_from={run}")
     for got in (reinitialised, taken):
         # Of bf16 weights in fp32, added up in another order.
-        whole = sum(float(weight.float().abs().sum()) for weight in got["weights"].values())
-        assert got["masters"] == pytest.approx(whole, rel=1e-5)
+        full = sum(float(weight.float().abs().sum()) for weight in got["weights"].values())
+        assert got["masters"] == pytest.approx(full, rel=1e-5)
     assert reinitialised["masters"] != pytest.approx(taken["masters"], rel=1e-4)
 
 
@@ -126,9 +126,9 @@ def test_the_moving_average_is_taken_where_it_is_asked_for(former, tmp_path):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = next(row for row in reversed(rows) if row["split"] == "val")
     for place, prefix in ((run, ""), (f"ema:{run}", "ema_")):
-        code, told, err = run_command("evaluate", f"from={place}")
+        code, output, err = run_command("evaluate", f"from={place}")
         assert code == 0, err
-        assert f"loss {last[f'{prefix}loss']:.4f}  top1 {last[f'{prefix}top1']:.4f}" in told
+        assert f"loss {last[f'{prefix}loss']:.4f}  top1 {last[f'{prefix}top1']:.4f}" in output
     assert (run / "evaluation" / "step_00000020_ema" / "metrics.json").is_file()
 
 
@@ -165,13 +165,13 @@ def test_another_librarys_file_serves_as_it_is_in_any_layout(tmp_path):
 
 
 def test_an_encoder_alone_of_a_masked_autoencoder_has_its_fixed_positions(autoencoder, tmp_path):
-    assert run_command("convert", f"from={autoencoder}", f"to=mae:{tmp_path / 'whole.pth'}")[0] == 0
-    whole = torch.load(tmp_path / "whole.pth", weights_only=True)["model"]
-    alone = {name: weight for name, weight in whole.items() if not name.startswith(("decoder", "mask_token"))}
+    assert run_command("convert", f"from={autoencoder}", f"to=mae:{tmp_path / 'full.pth'}")[0] == 0
+    full = torch.load(tmp_path / "whole.pth", weights_only=True)["model"]
+    alone = {name: weight for name, weight in full.items() if not name.startswith(("decoder", "mask_token"))}
     torch.save({"model": alone}, tmp_path / "encoder.pth")
     got = start(tmp_path, f"init_from=mae:{tmp_path / 'encoder.pth'}", "task=linear_probe", "model.positions=sincos")
     assert got["said"][0].endswith("encoder.pth; head.out.bias, head.out.weight drawn anew")
-    assert torch.equal(got["weights"]["blocks.1.mlp.fc2.weight"], whole["blocks.1.mlp.fc2.weight"])
+    assert torch.equal(got["weights"]["blocks.1.mlp.fc2.weight"], full["blocks.1.mlp.fc2.weight"])
 
 
 def test_nemos_weights_begin_its_fine_tuning_on_larger_images_with_a_head_of_zeros(tmp_path):
@@ -202,8 +202,8 @@ def test_a_file_with_a_part_that_ours_has_no_place_for_is_refused_by_its_name(tm
     )  # fmt: skip
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     keys = [*SMALL, "model.num_layers=2", "model.patch_bias=false", f"run.dir={tmp_path / 'new'}"]
-    told = refusal("train", *keys, f"init_from=timm:{tmp_path / 'model.safetensors'}")
-    assert "norm_pre.bias has no place in megavit's network (2 such weights)" in told
+    output = refusal("train", *keys, f"init_from=timm:{tmp_path / 'model.safetensors'}")
+    assert "norm_pre.bias has no place in megavit's network (2 such weights)" in output
 
 
 def average(run_dir: str) -> torch.Tensor:

@@ -73,9 +73,9 @@ def kill_again_and_again(run_dir: Path, *, times: int, seed: int, figure) -> Non
         in_saves += saving(run_dir, since=started)
         killed = time.monotonic()
         (draw.choice(victims) if victims else launcher).send_signal(signal.SIGKILL)
-        _, told = running.communicate(timeout=60)
+        _, output = running.communicate(timeout=60)
         assert running.returncode != 0
-        assert wait_for(lambda those=everyone: not any(map(alive, those)), timeout_s=GONE_S), told
+        assert wait_for(lambda those=everyone: not any(map(alive, those)), timeout_s=GONE_S), output
         gone_s.append(time.monotonic() - killed)
         # What was saved stays, and no more than the steps since then are lost: those of one interval, and in the
         # background of the writing, which the next save waits for.
@@ -84,10 +84,10 @@ def kill_again_and_again(run_dir: Path, *, times: int, seed: int, figure) -> Non
         assert reached - newest(run_dir) <= EVERY * (1 + number % 2)
     step = newest(run_dir) + EVERY
     last = start(run_dir, *SETTINGS, f"train.stop_at={step}")
-    _, told = last.communicate(timeout=240)
-    assert last.returncode == STOPPED, told
-    whole = [*SMALL, "train.steps=1000000", *SETTINGS, f"train.stop_at={step}", f"run.dir={run_dir.parent / 'whole'}"]
-    left_alone = run_ranks(train_and_hash, 2, whole, run_dir.parent / "due", timeout_s=300)[0]["losses"]
+    _, output = last.communicate(timeout=240)
+    assert last.returncode == STOPPED, output
+    full = [*SMALL, "train.steps=1000000", *SETTINGS, f"train.stop_at={step}", f"run.dir={run_dir.parent / 'full'}"]
+    left_alone = run_ranks(train_and_hash, 2, full, run_dir.parent / "due", timeout_s=300)[0]["losses"]
     assert losses(run_dir) == left_alone
     seen, due = hashes(Path(os.environ["HASHES"])), hashes(run_dir.parent / "due")
     assert len(due) == step * BATCH

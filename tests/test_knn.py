@@ -77,10 +77,12 @@ def test_votes_weigh_by_similarity_and_temperature():
 
 def test_the_verb_prints_a_line_for_each_k_and_leaves_json(trained, tmp_path):
     out = tmp_path / "made" / "knn.json"
-    code, told, err = run_command("knn", f"from={trained}", "k=20,5", f"out={out}", "temperature=0.1", "data.workers=2")
+    code, output, err = run_command(
+        "knn", f"from={trained}", "k=20,5", f"out={out}", "temperature=0.1", "data.workers=2"
+    )
     assert code == 0, err
     found = json.loads(out.read_text())
-    heading, *lines, last = told.splitlines()
+    heading, *lines, last = output.splitlines()
     assert last == f"{out} has it all"
     assert heading == (
         f"{trained}/checkpoints/step_00000020: 360 validation images against 1,437 training images, pool=cls "
@@ -103,11 +105,11 @@ def test_the_verb_prints_a_line_for_each_k_and_leaves_json(trained, tmp_path):
 
 def test_a_masked_autoencoder_has_neighbours_too(tmp_path):
     run = train_small(tmp_path / "run", *MAE)
-    code, told, err = run_command("knn", f"from={run}", "pool=mean", "k=10")
+    code, output, err = run_command("knn", f"from={run}", "pool=mean", "k=10")
     assert code == 0, err
-    assert "pool=mean" in told
+    assert "pool=mean" in output
     # Measured: 0.53; chance is 0.1.
-    assert float(told.split("top1 ")[1].split()[0]) > 0.25
+    assert float(output.split("top1 ")[1].split()[0]) > 0.25
 
 
 def test_wrong_input_leaves_with_2_and_a_way_out(trained, tmp_path):

@@ -24,8 +24,8 @@ def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(world, layout, tmp_pat
     want = run_ranks(ranks.train_and_keep, world, [*overrides, f"run.dir={tmp_path}/whole"])
     parts = [*overrides, f"run.dir={tmp_path}/parts"]
     got = run_ranks(ranks.resume, world, [*parts, "train.stop_at=3"], parts)
-    for mine, whole in zip(got, want, strict=True):
-        assert_bit_equal(mine, whole)
+    for mine, full in zip(got, want, strict=True):
+        assert_bit_equal(mine, full)
 
 
 @pytest.mark.slow
@@ -36,8 +36,8 @@ def test_recompute_draws_no_other_mask_and_gives_the_same_bits_with_dropout_on(t
         got = run_ranks(
             ranks.train_and_keep, 2, [*overrides, f"parallel.recompute={mode}", f"run.dir={tmp_path}/{mode}"]
         )
-        for mine, whole in zip(got, want, strict=True):
-            assert_bit_equal(mine, whole)
+        for mine, full in zip(got, want, strict=True):
+            assert_bit_equal(mine, full)
 
 
 @pytest.mark.slow

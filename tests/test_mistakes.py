@@ -32,9 +32,9 @@ def main_here(arguments: list[str]) -> tuple[int, str]:
     from megavit.__main__ import main
 
     sys.argv = ["megavit", *arguments]
-    with contextlib.redirect_stderr(io.StringIO()) as told:
+    with contextlib.redirect_stderr(io.StringIO()) as output:
         code = main()
-    return code, told.getvalue()
+    return code, output.getvalue()
 
 
 def draw(path: Path, size: tuple[int, int] = (20, 20)) -> Path:
@@ -283,8 +283,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 def root(tmp_path_factory):
     """A folder that holds a run of three steps."""
     folder = tmp_path_factory.mktemp("mistakes")
-    code, told = run_ranks(main_here, 1, ["train", *MODEL, f"run.dir={folder / 'saved'}"])[0]
-    assert code == 0, told
+    code, output = run_ranks(main_here, 1, ["train", *MODEL, f"run.dir={folder / 'saved'}"])[0]
+    assert code == 0, output
     return folder
 
 
@@ -293,10 +293,10 @@ def test_a_mistake_gives_one_message_and_code_2(mistake, root, tmp_path_factory)
     make, message = MISTAKES[mistake]
     place = root / re.sub(r"\W", "_", mistake)
     place.mkdir()
-    code, told = run_ranks(main_here, 1, make(place), timeout_s=60)[0]
-    assert message in told
-    assert "Traceback" not in told
-    assert told.count("megavit: ") == 1
+    code, output = run_ranks(main_here, 1, make(place), timeout_s=60)[0]
+    assert message in output
+    assert "Traceback" not in output
+    assert output.count("megavit: ") == 1
     assert code == 2
     shutil.rmtree(place)
 
@@ -320,8 +320,8 @@ def test_two_runs_in_one_folder_at_once_the_second_is_refused_and_the_first_goes
     # The first run's record is its own, and it has noticed nothing.
     assert exit_record(tmp_path) == {"code": None, "error": None}
     first.terminate()
-    _, told = first.communicate(timeout=60)
-    assert first.returncode == 75, told
+    _, output = first.communicate(timeout=60)
+    assert first.returncode == 75, output
     assert exit_record(tmp_path)["code"] == 75
 
 

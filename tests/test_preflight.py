@@ -125,7 +125,7 @@ def test_images_that_the_memory_cannot_hold_are_refused_with_the_arithmetic(sett
     config = compose(["data=synthetic", "train.global_batch=10000", *settings])
     layout = SimpleNamespace(world_size=1, pp=1, tp_rank=0, device=torch.device("cpu"), holds_first_stage=True)
     monkeypatch.setattr(preflight, "available_bytes", lambda: 2_000_000_000)
-    monkeypatch.setattr(preflight, "raise_on_all_ranks", lambda told: found.append(told))
+    monkeypatch.setattr(preflight, "raise_on_all_ranks", lambda output: found.append(output))
     found: list[str | None] = []
     check_batch(config, layout, num_samples=10_000)
     if arithmetic is None:

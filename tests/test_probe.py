@@ -106,9 +106,9 @@ def test_a_batch_that_is_not_finite_does_not_stay_in_the_statistics():
 def test_a_run_does_not_go_on_with_other_weights_frozen_and_does_not_warn_once_it_goes_on(tmp_path):
     keys = [*SMALL, "train.steps=2", "optim.warmup_steps=1", "task=linear_probe", f"run.dir={tmp_path / 'probe'}"]
     assert "frozen as it was drawn" in run_command("train", *keys, "train.stop_at=1")[1]
-    code, told, err = run_command("train", *keys)
+    code, output, err = run_command("train", *keys)
     assert code == 0, err
-    assert "frozen as it was drawn" not in told
+    assert "frozen as it was drawn" not in output
     other = [*SMALL, "train.steps=2", "optim.warmup_steps=1", f"run.dir={tmp_path / 'other'}"]
     assert run_command("train", *other, "train.stop_at=1")[0] == 75
     assert "optim.freeze null there, ['pos_embed'] here" in refusal("train", *other, "optim.freeze=[pos_embed]")
@@ -166,9 +166,9 @@ def test_a_probe_leaves_as_an_ordinary_classifier(probed, tmp_path):
     logits = run_ranks(scores, 1, str(run))[0]
     labels = torch.tensor([Digits("val").label(index) for index in range(360)])
     assert (logits.argmax(dim=1) == labels).float().mean() == pytest.approx(last["top1"], abs=1e-6)
-    code, told, err = run_command("evaluate", f"from={run}")
+    code, output, err = run_command("evaluate", f"from={run}")
     assert code == 0, err
-    assert f"loss {last['loss']:.4f}  top1 {last['top1']:.4f}" in told
+    assert f"loss {last['loss']:.4f}  top1 {last['top1']:.4f}" in output
     assert run_command("convert", f"from={run}", f"to=timm:{tmp_path / 'probe.safetensors'}")[0] == 0
     theirs = timm.models.VisionTransformer(
         img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2

@@ -104,9 +104,9 @@ def test_a_resumed_run_is_the_unbroken_one_whatever_its_options(seed, tmp_path, 
         assert len(got["averages"]) == len(want["averages"])
         assert all(map(torch.equal, got["averages"], want["averages"])), where
         assert len(got["optimizer"]) == len(want["optimizer"])
-        for mine, whole in zip(got["optimizer"], want["optimizer"], strict=True):
-            assert mine.keys() == whole.keys()
-            assert all(torch.equal(mine[key], whole[key]) for key in whole), where
+        for mine, full in zip(got["optimizer"], want["optimizer"], strict=True):
+            assert mine.keys() == full.keys()
+            assert all(torch.equal(mine[key], full[key]) for key in full), where
     if is_plain(settings):
         plain = train_torch([text for text in settings if not text.startswith(("parallel.", "train.compile="))]).losses
         losses = [want["losses"][step] for step in range(1, STEPS + 1)]

@@ -56,9 +56,9 @@ def test_your_images_from_a_folder_to_predictions_as_the_readme_says(tmp_path):
         code, _, err = run_command(*arguments, folder=tmp_path)
         assert code == 0, f"{line}\n{err}"
         assert "Traceback" not in err
-    code, told, err = run_command(*shlex.split(look, comments=True)[1:], folder=tmp_path)
+    code, output, err = run_command(*shlex.split(look, comments=True)[1:], folder=tmp_path)
     assert code == 0, err
-    assert told.startswith("runs/digits/pictures/data.png: the first 8 of 1,437 training images")
+    assert output.startswith("runs/digits/pictures/data.png: the first 8 of 1,437 training images")
     rows = list(csv.DictReader((tmp_path / "guesses.csv").open()))
     assert [Path(row["image"]).name for row in rows] == ["a.jpg", "b.jpg"]
     assert {rows[0]["class_1"], rows[0]["class_2"]} == {"bright", "dark"}

@@ -12,24 +12,24 @@ def run_dir(tmp_path, monkeypatch):
     return tmp_path
 
 
-def told(code: int, run_dir: Path, node: str = "0") -> int:
+def cluster_code(code: int, run_dir: Path, node: str = "0") -> int:
     return cluster_exit_code(code, run_dir, node=node)
 
 
 @pytest.mark.parametrize(("code", "seen"), [(0, 0), (2, 2), (75, 203), (1, 129)])
 def test_only_a_code_that_asks_for_another_start_is_above_127(code, seen, run_dir):
-    assert told(code, run_dir) == seen
+    assert cluster_code(code, run_dir) == seen
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75])
 def test_without_the_variable_codes_stay_as_they_are(code, run_dir, monkeypatch):
     monkeypatch.delenv("MEGAVIT_MAX_RESTARTS")
-    assert told(code, run_dir) == code
+    assert cluster_code(code, run_dir) == code
     assert not (run_dir / "launch").exists()
 
 
 def test_after_so_many_crashes_in_a_row_it_is_given_up_and_a_new_job_begins_anew(run_dir, capsys):
-    assert [told(1, run_dir) for _ in range(4)] == [129, 129, 1, 129]
+    assert [cluster_code(1, run_dir) for _ in range(4)] == [129, 129, 1, 129]
     assert "crashed 3 times in a row (cluster.max_restarts=2), not to be started again" in capsys.readouterr().err
 
 
@@ -37,24 +37,24 @@ def test_a_new_checkpoint_begins_a_new_count(run_dir):
     seen = []
     for step in (1, 1, 2, 2, 2):
         (run_dir / "checkpoints" / "latest").write_text(f"step_{step}\n")
-        seen.append(told(1, run_dir))
+        seen.append(cluster_code(1, run_dir))
     assert seen == [129, 129, 129, 129, 1]
 
 
 def test_a_stop_is_no_crash(run_dir):
-    assert [told(code, run_dir) for code in (1, 1, 75, 1, 1, 1)] == [129, 129, 203, 129, 129, 1]
+    assert [cluster_code(code, run_dir) for code in (1, 1, 75, 1, 1, 1)] == [129, 129, 203, 129, 129, 1]
 
 
 def test_each_node_counts_for_itself(run_dir):
-    assert [told(1, run_dir, node) for node in "001101"] == [129, 129, 129, 129, 1, 1]
+    assert [cluster_code(1, run_dir, node) for node in "001101"] == [129, 129, 129, 129, 1, 1]
 
 
 def test_what_cannot_be_counted_is_not_started_again(run_dir, capsys):
     (run_dir / "launch").write_text("no folder")
-    assert told(1, run_dir) == 1
+    assert cluster_code(1, run_dir) == 1
     assert "nothing is started again" in capsys.readouterr().err
 
 
 def test_a_job_of_no_restarts_is_given_up_at_its_first_crash(run_dir, monkeypatch):
     monkeypatch.setenv("MEGAVIT_MAX_RESTARTS", "0")
-    assert told(1, run_dir) == 1
+    assert cluster_code(1, run_dir) == 1

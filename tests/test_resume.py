@@ -22,7 +22,7 @@ def assert_bit_equal(got: dict, want: dict) -> None:
     for name, weight in want["weights"].items():
         assert torch.equal(got["weights"][name], weight), name
     assert len(got["averages"]) == len(want["averages"])
-    assert all(torch.equal(mine, whole) for mine, whole in zip(got["averages"], want["averages"], strict=True))
+    assert all(torch.equal(mine, full) for mine, full in zip(got["averages"], want["averages"], strict=True))
     assert len(got["optimizer"]) == len(want["optimizer"]) > 0
     for state, wanted in zip(got["optimizer"], want["optimizer"], strict=True):
         assert state.keys() == wanted.keys()
@@ -47,12 +47,12 @@ def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(world, overrides, tmp_
     want = run_ranks(ranks.train_and_keep, world, [*overrides, f"run.dir={tmp_path}/whole"])
     stopped = [*overrides, f"run.dir={tmp_path}/parts", "train.stop_at=3"]
     got = run_ranks(ranks.resume, world, stopped, [*overrides, f"run.dir={tmp_path}/parts"])
-    for mine, whole in zip(got, want, strict=True):
+    for mine, full in zip(got, want, strict=True):
         assert mine["code"] == 0
-        assert_bit_equal(mine, whole)
+        assert_bit_equal(mine, full)
         # The second half's samples, and no others; evaluation comes last on both sides.
-        assert mine["due"] == whole["due"][len(whole["due"]) - len(mine["due"]) :]
-        assert len(mine["due"]) < len(whole["due"])
+        assert mine["due"] == full["due"][len(full["due"]) - len(mine["due"]) :]
+        assert len(mine["due"]) < len(full["due"])
 
 
 FROZEN = {

@@ -32,8 +32,8 @@ def drawn(monkeypatch):
 
 def test_it_draws_a_picture_and_prints_its_path(tmp_path, monkeypatch, capsys):
     out = tmp_path / "seen" / "data.png"
-    code, told, _ = call(["show-data", *MIXED, f"out={out}", "count=10"], monkeypatch, capsys)
-    assert (code, told) == (0, f"{out}: the first 10 of 1,437 training images of data.source=digits\n")
+    code, output, _ = call(["show-data", *MIXED, f"out={out}", "count=10"], monkeypatch, capsys)
+    assert (code, output) == (0, f"{out}: the first 10 of 1,437 training images of data.source=digits\n")
     # Eight in a line: two lines of two rows.
     width, height = Image.open(out).size
     assert 1000 < height * 2 < width * 2 < 4000

@@ -70,8 +70,8 @@ def test_predict_agrees_with_evaluate_image_by_image(trained, tmp_path):
     assert all(len(row["guesses"]) == 3 for row in rows)
     right = sum(row["guesses"][0]["class"] == str(source.label(index)) for index, row in enumerate(rows))
     assert right / 360 == pytest.approx(last["top1"], abs=1e-9)
-    _, told, _ = run_command("predict", f"from={run_dir}", f"images={tmp_path / '000.png'}")
-    lines = list(csv.reader(told.splitlines()))
+    _, output, _ = run_command("predict", f"from={run_dir}", f"images={tmp_path / '000.png'}")
+    lines = list(csv.reader(output.splitlines()))
     assert lines[0][:3] == ["image", "class_1", "probability_1"]
     assert lines[1][1] == rows[0]["guesses"][0]["class"]
     assert float(lines[1][2]) == pytest.approx(rows[0]["guesses"][0]["probability"], abs=1e-6)
@@ -178,11 +178,11 @@ def load_and_compare_encoder(overrides: list[str]) -> float:
     images = torch.stack([Digits("val").image(index) for index in range(8)])
     # Another way to the same: the plain autoencoder that is shown every patch, up to what its decoder would read.
     plain = TorchMae(config.model, config.task.decoder(config.model), image_size=[8, 8], channels=1)
-    from megavit.checkpoint.names import to_plain
+    from megavit.checkpoint.names import to_timm
     from megavit.model.vit import parameter_names
 
     weights = {name: weight.detach() for name, weight in parameter_names(trainer.chunks["model"]).items()}
-    plain.load_state_dict(to_plain(weights, dims_of(config)))
+    plain.load_state_dict(to_timm(weights, dims_of(config)))
     seen = []
     plain.norm.register_forward_hook(lambda module, args, tokens: seen.append(tokens))
     patches = config.num_patches

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megavit.bench.machine import synchronize
 from megavit.bench.work import Work
-from megavit.checkpoint.names import Dims, to_plain
+from megavit.checkpoint.names import Dims, to_timm
 from megavit.checkpoint.whole import gather_full_state_dict
 from megavit.config import ExperimentConfig
 from megavit.engine import Engine, wrap_network
@@ -69,12 +69,12 @@ class Megavit:
     def plain_weights(self) -> dict[str, Tensor] | None:
         """The whole network's weights in the plain model's names, fp32, on rank 0."""
         names = {name: parameter for parameter, name in self._network.parameters.items()}
-        whole = gather_full_state_dict(names, self._layout)
-        if whole is None:
+        full = gather_full_state_dict(names, self._layout)
+        if full is None:
             return None
         model, task = self._config.model, self._config.task
         dims = Dims(model.num_heads, model.patch_size, task.decoder_num_heads or 0)
-        return {name: weight.float() for name, weight in to_plain(whole, dims).items()}
+        return {name: weight.float() for name, weight in to_timm(full, dims).items()}
 
 
 def time_loop(

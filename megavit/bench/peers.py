@@ -171,7 +171,9 @@ def _hugging_face(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Modu
     settings = {key: value for key, value in about.items() if key not in ("architectures", "model_type")}
     if mae:
         weights = {**weights, **_fixed_positions(config)}
-    theirs = {name: part for plain, weight in weights.items() for name, part in to_hf(plain, weight).items()}
+    theirs = {
+        name: part for name_in_timm, weight in weights.items() for name, part in to_hf(name_in_timm, weight).items()
+    }
     if not mae:
         model = ViTForImageClassification.from_pretrained(None, config=ViTConfig(**settings), state_dict=theirs)
         return model, model.vit.layers, _cross_entropy(lambda images: model(images).logits, work)

@@ -34,7 +34,7 @@ class CaseRunner:
         self._layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
         self._work = prepare_work(config, self._layout.device)
         self._contestants: dict[str, Candidate] = {}
-        self._plain_weights: dict[str, Tensor] | None = None
+        self._timm_weights: dict[str, Tensor] | None = None
         self._offload = CpuOffload(self._layout.device)
 
     def about(self) -> dict[str, Any]:
@@ -47,9 +47,9 @@ class CaseRunner:
         """Let a contestant take its place, with megavit's weights."""
         self._offload.offload(self._contestants)
         if not name.startswith("megavit"):
-            assert self._plain_weights is not None, "megavit comes first"
+            assert self._timm_weights is not None, "megavit comes first"
             # Copies: some libraries take what they are given for their own.
-            weights = {key: weight.clone() for key, weight in self._plain_weights.items()}
+            weights = {key: weight.clone() for key, weight in self._timm_weights.items()}
             self._contestants[name] = build_peer(name, self._work, weights)
             return
         config = compose([*self._overrides, *OWN[name]])
@@ -59,9 +59,9 @@ class CaseRunner:
         config.check(self._layout.world_size)
         step = Megavit(self._work, config, self._layout)
         self._contestants[name] = step
-        if self._plain_weights is None and self._layout.world_size == 1:
+        if self._timm_weights is None and self._layout.world_size == 1:
             # For the peers, who train in one process.
-            self._plain_weights = step.plain_weights()
+            self._timm_weights = step.plain_weights()
 
     def outputs(self, name: str) -> tuple[Any, float]:
         """The network's output, as a NumPy array, and its loss."""

@@ -26,11 +26,11 @@ class HfRow:
     `#` stands for the layer's number.
     """
 
-    plain: str
+    timm_name: str
     theirs: tuple[str, ...]
 
 
-def _hf_layers(plain: str, theirs: str) -> list[HfRow]:
+def _hf_layers(timm_name: str, theirs: str) -> list[HfRow]:
     parts = {
         "norm1": ("layernorm_before",),
         "norm2": ("layernorm_after",),
@@ -40,7 +40,7 @@ def _hf_layers(plain: str, theirs: str) -> list[HfRow]:
         "mlp.fc2": ("output.dense",),
     }
     return [
-        HfRow(f"{plain}.#.{part}.{leaf}", tuple(f"{theirs}.#.{name}.{leaf}" for name in names))
+        HfRow(f"{timm_name}.#.{part}.{leaf}", tuple(f"{theirs}.#.{name}.{leaf}" for name in names))
         for part, names in parts.items()
         for leaf in ("weight", "bias")
     ]
@@ -54,8 +54,8 @@ HF_TABLE = (
     HfRow("mask_token", ("decoder.mask_token",)),
     HfRow("decoder_pos_embed", ("decoder.decoder_pos_embed",)),
     *(
-        HfRow(f"{plain}.{leaf}", (f"{theirs}.{leaf}",))
-        for plain, theirs in (
+        HfRow(f"{timm_name}.{leaf}", (f"{theirs}.{leaf}",))
+        for timm_name, theirs in (
             ("patch_embed.proj", "vit.embeddings.patch_embeddings.projection"),
             ("norm", "vit.layernorm"),
             ("head", "classifier"),
@@ -66,7 +66,7 @@ HF_TABLE = (
         for leaf in ("weight", "bias")
     ),
 )
-_HF_BY_PLAIN = {row.plain: row.theirs for row in HF_TABLE}
+_HF_BY_PLAIN = {row.timm_name: row.theirs for row in HF_TABLE}
 
 # Other spellings of theirs: those that transformers 5 has in memory, and what its save_pretrained makes of a decoder.
 _HF_SPELLINGS = (
@@ -90,28 +90,28 @@ def hf_spelling(name: str) -> str:
     return name
 
 
-def hf_names(plain: str) -> tuple[str, ...]:
+def hf_names(timm_name: str) -> tuple[str, ...]:
     """Hugging Face's names for a plain one, in order.
 
     Raises:
         ConfigError: if theirs has no such part.
     """
-    number = re.search(r"blocks\.(\d+)\.", plain)
+    number = re.search(r"blocks\.(\d+)\.", timm_name)
     layer = number.group(1) if number else ""
-    theirs = _HF_BY_PLAIN.get(plain.replace(f".{layer}.", ".#.", 1) if number else plain)
+    theirs = _HF_BY_PLAIN.get(timm_name.replace(f".{layer}.", ".#.", 1) if number else timm_name)
     if theirs is None:
-        raise ConfigError(f"Hugging Face's ViT has no place for {plain}; to=timm: may have")
+        raise ConfigError(f"Hugging Face's ViT has no place for {timm_name}; to=timm: may have")
     return tuple(name.replace("#", layer) for name in theirs)
 
 
-def from_hf(read: Read, plain: str) -> Tensor:
+def from_hf(read: Read, timm_name: str) -> Tensor:
     """A plain weight out of theirs."""
-    return torch.cat([read(name) for name in hf_names(plain)])
+    return torch.cat([read(name) for name in hf_names(timm_name)])
 
 
-def to_hf(plain: str, weight: Tensor) -> dict[str, Tensor]:
+def to_hf(timm_name: str, weight: Tensor) -> dict[str, Tensor]:
     """Theirs out of a plain weight."""
-    names = hf_names(plain)
+    names = hf_names(timm_name)
     return {name: part.contiguous() for name, part in zip(names, weight.chunk(len(names)), strict=True)}
 
 
@@ -141,16 +141,16 @@ def join_prefix(read: Read, names: Iterable[str], *, num_patches: int) -> dict[s
     return joined
 
 
-def split_prefix(plain: dict[str, Tensor], *, pools_class_token: bool, learned: bool) -> dict[str, Tensor]:
+def split_prefix(timm_weights: dict[str, Tensor], *, pools_class_token: bool, learned: bool) -> dict[str, Tensor]:
     """The inverse of `join_prefix`: the first token is the class token where it is pooled, the others are registers.
 
     Args:
-        plain: weights of the plain model; `cls_token` and `pos_embed` are looked at.
+        timm_weights: weights of the plain model; `cls_token` and `pos_embed` are looked at.
         pools_class_token: whether the head reads the first token.
         learned: whether positions are learned.
     """
-    split: dict[str, Tensor] = {name: plain[name] for name in ("cls_token", "pos_embed") if name in plain}
-    tokens = plain.get("cls_token")
+    split: dict[str, Tensor] = {name: timm_weights[name] for name in ("cls_token", "pos_embed") if name in timm_weights}
+    tokens = timm_weights.get("cls_token")
     if tokens is None:
         return split
     count = tokens.shape[1]
@@ -162,18 +162,18 @@ def split_prefix(plain: dict[str, Tensor], *, pools_class_token: bool, learned: 
         del split["cls_token"]
         if registers < count:
             split["cls_token"] = tokens[:, : count - registers].contiguous()
-    if learned and not plain["pos_embed"][:, :count].any():
-        split["pos_embed"] = plain["pos_embed"][:, count:].contiguous()
+    if learned and not timm_weights["pos_embed"][:, :count].any():
+        split["pos_embed"] = timm_weights["pos_embed"][:, count:].contiguous()
     return split
 
 
 class NameMapping(Protocol):
     """How one library's files spell plain weights."""
 
-    def names(self, plain: str) -> tuple[str, ...]:
+    def names(self, timm_name: str) -> tuple[str, ...]:
         """The names in the files of what a plain weight is made of; some may not be there."""
 
-    def weight(self, plain: str) -> Tensor:
+    def weight(self, timm_name: str) -> Tensor:
         """A plain weight.
 
         Raises:
@@ -193,15 +193,15 @@ class TimmMapping:
     def __init__(self, read: Read, there: Iterable[str], *, num_patches: int) -> None:
         self._read, self._there, self._num_patches = read, set(there), num_patches
 
-    def names(self, plain: str) -> tuple[str, ...]:
+    def names(self, timm_name: str) -> tuple[str, ...]:
         """See `NameMapping`."""
-        return ("cls_token", "reg_token") if plain == "cls_token" else (plain,)
+        return ("cls_token", "reg_token") if timm_name == "cls_token" else (timm_name,)
 
-    def weight(self, plain: str) -> Tensor:
+    def weight(self, timm_name: str) -> Tensor:
         """See `NameMapping`."""
-        if plain in ("cls_token", "pos_embed"):
-            return join_prefix(self._read, self._there, num_patches=self._num_patches)[plain]
-        return self._read(plain)
+        if timm_name in ("cls_token", "pos_embed"):
+            return join_prefix(self._read, self._there, num_patches=self._num_patches)[timm_name]
+        return self._read(timm_name)
 
 
 class HfMapping:
@@ -210,13 +210,13 @@ class HfMapping:
     def __init__(self, read: Read, there: Iterable[str]) -> None:
         self._read, self._aliases = read, {hf_spelling(name): name for name in there}
 
-    def names(self, plain: str) -> tuple[str, ...]:
+    def names(self, timm_name: str) -> tuple[str, ...]:
         """See `NameMapping`."""
-        return tuple(self._aliases.get(name, name) for name in hf_names(plain))
+        return tuple(self._aliases.get(name, name) for name in hf_names(timm_name))
 
-    def weight(self, plain: str) -> Tensor:
+    def weight(self, timm_name: str) -> Tensor:
         """See `NameMapping`."""
-        return from_hf(lambda name: self._read(self._aliases[name]), plain)
+        return from_hf(lambda name: self._read(self._aliases[name]), timm_name)
 
 
 class NemoMapping:
@@ -233,15 +233,15 @@ class NemoMapping:
         self._read, self._dims, self._two_matrices = read, dims, two_matrices
         self._aliases: Mapping[str, str] = {bare(name): name for name in there}
 
-    def names(self, plain: str) -> tuple[str, ...]:
+    def names(self, timm_name: str) -> tuple[str, ...]:
         """See `NameMapping`."""
         try:
-            _, name = nemo_row(plain, two_matrices=self._two_matrices)
+            _, name = nemo_row(timm_name, two_matrices=self._two_matrices)
         except KeyError:
             return ()
         return (self._aliases.get(name, name),)
 
-    def weight(self, plain: str) -> Tensor:
+    def weight(self, timm_name: str) -> Tensor:
         """See `NameMapping`."""
-        row, name = nemo_row(plain, two_matrices=self._two_matrices)
-        return row.to_plain(self._read(self._aliases[name]), self._dims)
+        row, name = nemo_row(timm_name, two_matrices=self._two_matrices)
+        return row.to_timm(self._read(self._aliases[name]), self._dims)

@@ -75,12 +75,12 @@ class ParamMapping:
     """One line of a table: a name there and the plain one; `#` stands for the layer's number, from 0 over the model."""
 
     name: str
-    plain: str
-    to_plain: Transform = _same
-    from_plain: Transform = _same
+    timm_name: str
+    to_timm: Transform = _same
+    from_timm: Transform = _same
 
 
-def _layers(ours: str, plain: str, from_heads: Transform, to_heads: Transform) -> list[ParamMapping]:
+def _layers(ours: str, timm_name: str, from_heads: Transform, to_heads: Transform) -> list[ParamMapping]:
     """The rows of a block of layers."""
     alike = (
         ("norm1", "norm1"),
@@ -93,9 +93,9 @@ def _layers(ours: str, plain: str, from_heads: Transform, to_heads: Transform) -
     )
     rows = []
     for leaf in ("weight", "bias"):
-        rows += [ParamMapping(f"{ours}.layers.#.{one}.{leaf}", f"{plain}.#.{other}.{leaf}") for one, other in alike]
+        rows += [ParamMapping(f"{ours}.layers.#.{one}.{leaf}", f"{timm_name}.#.{other}.{leaf}") for one, other in alike]
         rows.append(
-            ParamMapping(f"{ours}.layers.#.attn.qkv.{leaf}", f"{plain}.#.attn.qkv.{leaf}", from_heads, to_heads)
+            ParamMapping(f"{ours}.layers.#.attn.qkv.{leaf}", f"{timm_name}.#.attn.qkv.{leaf}", from_heads, to_heads)
         )
     return rows
 
@@ -111,9 +111,9 @@ TABLE = (
     ParamMapping("blocks.layers.#.residual1.gamma", "blocks.#.ls1.gamma"),
     ParamMapping("blocks.layers.#.residual2.gamma", "blocks.#.ls2.gamma"),
     *(
-        ParamMapping(f"{ours}.{leaf}", f"{plain}.{leaf}")
+        ParamMapping(f"{ours}.{leaf}", f"{timm_name}.{leaf}")
         for leaf in ("weight", "bias")
-        for ours, plain in (
+        for ours, timm_name in (
             ("blocks.final_layernorm", "norm"),
             ("head.fc_norm", "fc_norm"),
             ("head.pre", "pre_logits.0"),
@@ -129,17 +129,17 @@ TABLE = (
 )
 
 
-def plain_name(name: str) -> str:
+def to_timm_name(name: str) -> str:
     """The plain name of one of ours.
 
     Raises:
         KeyError: for a name that is not in the table.
     """
     row, layer = find_row({row.name: row for row in TABLE}, name)
-    return row.plain.replace("#", layer)
+    return row.timm_name.replace("#", layer)
 
 
-def to_plain(weights: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
+def to_timm(weights: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
     """Rename and reshape whole weights of ours to the plain model's.
 
     Raises:
@@ -149,17 +149,17 @@ def to_plain(weights: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
     renamed = {}
     for name, weight in weights.items():
         row, layer = find_row(table, name)
-        renamed[row.plain.replace("#", layer)] = row.to_plain(weight, dims)
+        renamed[row.timm_name.replace("#", layer)] = row.to_timm(weight, dims)
     return renamed
 
 
-def from_plain(weights: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
-    """The inverse of `to_plain`."""
-    table = {row.plain: row for row in TABLE}
+def from_timm(weights: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
+    """The inverse of `to_timm`."""
+    table = {row.timm_name: row for row in TABLE}
     renamed = {}
     for name, weight in weights.items():
         row, layer = find_row(table, name)
-        renamed[row.name.replace("#", layer)] = row.from_plain(weight, dims)
+        renamed[row.name.replace("#", layer)] = row.from_timm(weight, dims)
     return renamed
 
 

@@ -41,9 +41,9 @@ TABLE = (
     ParamMapping("backbone.linear_encoder.weight", "patch_embed.proj.weight", _to_patch, _from_patch),
     ParamMapping("backbone.linear_encoder.bias", "patch_embed.proj.bias"),
     *(
-        ParamMapping(f"{theirs}.{leaf}", f"{plain}.{leaf}")
+        ParamMapping(f"{theirs}.{leaf}", f"{timm_name}.{leaf}")
         for leaf in ("weight", "bias")
-        for theirs, plain in (
+        for theirs, timm_name in (
             (f"{_LAYER}.input_layernorm", f"{_PLAIN_LAYER}.norm1"),
             (f"{_LAYER}.self_attention.dense", f"{_PLAIN_LAYER}.attn.proj"),
             (f"{_LAYER}.post_attention_layernorm", f"{_PLAIN_LAYER}.norm2"),
@@ -79,11 +79,11 @@ def bare(name: str) -> str:
     return _PREFIXES.sub("", name)
 
 
-def nemo_row(plain: str, *, two_matrices: bool) -> tuple[ParamMapping, str]:
+def nemo_row(timm_name: str, *, two_matrices: bool) -> tuple[ParamMapping, str]:
     """The row of a plain name, and theirs.
 
     Raises:
         KeyError: if theirs has no such part.
     """
-    row, layer = find_row({row.plain: row for row in table(two_matrices=two_matrices)}, plain)
+    row, layer = find_row({row.timm_name: row for row in table(two_matrices=two_matrices)}, timm_name)
     return row, row.name.replace("#", layer)

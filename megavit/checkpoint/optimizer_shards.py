@@ -159,13 +159,13 @@ def _gather(part: DistributedOptimizer, shares: Mapping[Parameter, _Share]) -> d
         local = _local_part(part, parameter)
         if parameter in travelling:
             assert share.local is not None
-            whole = _empty(parameter)
+            full = _empty(parameter)
             for name in _STATES:
-                whole[name][share.local.start : share.local.stop].copy_(local[name])
+                full[name][share.local.start : share.local.stop].copy_(local[name])
             for piece in share.pieces:
                 for name in _STATES if piece != share.local else ():
-                    whole[name][piece.start : piece.stop] = arrived[piece.rank].pop(0)
-            local = whole
+                    full[name][piece.start : piece.stop] = arrived[piece.rank].pop(0)
+            local = full
         gathered[parameter] = local
     return gathered
 
@@ -207,5 +207,5 @@ def _load(part: DistributedOptimizer, loaded: Mapping[int, Mapping[str, Tensor]]
     for number, (parameter, share) in enumerate(_shares(part).items()):
         if share.local is not None:
             local = slice(share.local.start, share.local.stop)
-            states = {name: whole.view(-1)[local] for name, whole in loaded[number].items()}
+            states = {name: full.view(-1)[local] for name, full in loaded[number].items()}
             part._set_main_param_and_optimizer_states(parameter, states)

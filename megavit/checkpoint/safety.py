@@ -95,6 +95,6 @@ def check_pickles(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     except OSError as error:
         raise ConfigError(f"{common} cannot be read: {error.strerror}") from error
     except Exception as error:
-        told = str(error).splitlines()[-1] if str(error) else type(error).__name__
-        raise ConfigError(f"{common} is refused: {told}") from error
+        message = str(error).splitlines()[-1] if str(error) else type(error).__name__
+        raise ConfigError(f"{common} is refused: {message}") from error
     return shapes

@@ -69,7 +69,7 @@ class PendingSave:
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary.mkdir(parents=True)
 
-        with self._told():
+        with self._describe():
             _together(make_room if self._speaks else None)
         self._writer = ShardWriter(shards, self._temporary, copy_to_host=copy_to_host)
         self._written = self._writer.start()
@@ -88,7 +88,7 @@ class PendingSave:
         Raises:
             ConfigError: on every rank, if the disk of any of them is full or refuses; what was there is whole.
         """
-        with self._told():
+        with self._describe():
             written = _together(self._written.result)
             everyone = gather_objects(written)
             self.num_bytes = sum(int(entry["size"]) for part in everyone for entry in part.files.values())
@@ -114,7 +114,7 @@ class PendingSave:
         shutil.rmtree(aside, ignore_errors=True)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _describe(self) -> Iterator[None]:
         """Tell of a disk's refusal what it leaves behind."""
         try:
             yield

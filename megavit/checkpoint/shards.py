@@ -154,7 +154,7 @@ def load_some_weights(
     chunks: Mapping[str, MegatronModule],
     names: Container[str],
     *,
-    whole: Mapping[str, tuple[int, ...]],
+    full: Mapping[str, tuple[int, ...]],
     averaged: bool = False,
 ) -> dict[str, Tensor]:
     """Read some weights of another network's checkpoint, in place, and others whole; every rank calls this.
@@ -163,11 +163,11 @@ def load_some_weights(
         checkpoint: a whole checkpoint.
         chunks: this rank's stages by name.
         names: of the weights to read in place, in the whole model; they have the same shape there.
-        whole: weights to read as they are there, and their shapes.
+        full: weights to read as they are there, and their shapes.
         averaged: their moving averages in their place.
 
     Returns:
-        The weights of `whole`, in fp32.
+        The weights of `full`, in fp32.
     """
     there = check_pickles(checkpoint)
     state: dict[str, dict[str, Any]] = {}
@@ -177,7 +177,7 @@ def load_some_weights(
     prefix = _AVERAGES if averaged else ""
     state["whole"] = {
         key: ShardedTensor.from_rank_offsets(f"{prefix}{key}", torch.empty(shape), replica_id=dist.get_rank())
-        for key, shape in whole.items()
+        for key, shape in full.items()
     }
     loaded = dist_checkpointing.load(state, str(checkpoint))
     for name, chunk in chunks.items():

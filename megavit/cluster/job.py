@@ -137,8 +137,8 @@ def _named(overrides: list[str], swept: list[str]) -> list[str]:
         key, _, value = text.partition("=")
         if key in swept:
             last = key.rsplit(".", 1)[-1]
-            plain = re.sub(r"[^\w.+-]+", ".", value).strip(".")
-            words.append(f"{last if short.count(last) == 1 else key}_{plain}")
+            safe = re.sub(r"[^\w.+-]+", ".", value).strip(".")
+            words.append(f"{last if short.count(last) == 1 else key}_{safe}")
     rest = [text for text in overrides if not text.startswith("run.name=")]
     name = compose([text for text in overrides if text != AUTO_MODEL]).run.name
     return [*rest, write_text("run.name", f"{name}-{'-'.join(words)}")]

@@ -102,7 +102,7 @@ class Kubernetes:
 
     def _environment(self, job: Job) -> list[dict[str, Any]]:
         kubernetes = self._kubernetes
-        plain = {
+        variables = {
             "MEGAVIT_DEVICE": job.device,
             "MEGAVIT_MAX_RESTARTS": str(kubernetes.max_restarts),
             # A rank with a GPU computes there, and its loader's workers are processes of their own.
@@ -117,7 +117,7 @@ class Kubernetes:
             for name, place in kubernetes.secrets.items()
         }
         return [
-            *({"name": name, "value": _literal(value)} for name, value in plain.items() if name not in secret),
+            *({"name": name, "value": _literal(value)} for name, value in variables.items() if name not in secret),
             *({"name": name, "valueFrom": source} for name, source in secret.items()),
         ]
 
@@ -218,11 +218,11 @@ class Kubernetes:
 
 def job_name(run: str) -> str:
     """A run's name as Kubernetes takes it, different for different runs: small letters, digits and hyphens."""
-    plain = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
-    plain = plain if re.match("[a-z]", plain) else f"run-{plain}".strip("-")
-    if plain == run and len(plain) <= _NAME_LENGTH:
-        return plain
-    return f"{plain[: _NAME_LENGTH - 7].rstrip('-')}-{hashlib.sha256(run.encode()).hexdigest()[:6]}"
+    variables = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
+    variables = variables if re.match("[a-z]", variables) else f"run-{variables}".strip("-")
+    if variables == run and len(variables) <= _NAME_LENGTH:
+        return variables
+    return f"{variables[: _NAME_LENGTH - 7].rstrip('-')}-{hashlib.sha256(run.encode()).hexdigest()[:6]}"
 
 
 def _literal(word: str) -> str:

@@ -197,8 +197,8 @@ def _refused_by(name: str) -> Iterator[None]:
     except Exception as error:
         # Of any type: of 60,000 images broken at random, Pillow 13 failed on one with a TypeError.
         # Pillow would say of which object in memory.
-        told = "it is in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-        raise ConfigError(f"{name} cannot be read as an image: {told}; mend it or take it away") from error
+        message = "it is in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise ConfigError(f"{name} cannot be read as an image: {message}; mend it or take it away") from error
 
 
 def _opened(file: IO[bytes]) -> Image.Image:

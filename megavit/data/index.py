@@ -75,9 +75,9 @@ def _write(file: Path, index: Index) -> None:
     for name, array in index.arrays.items():
         places[name] = [array.dtype.str, len(array), at]
         at += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-    told = json.dumps({"format": _FORMAT, "about": index.about, "arrays": places}).encode()
-    told += b" " * (-(_CRC_BYTES + len(told) + 1) % _ALIGNMENT) + b"\n"
-    parts: list[bytes | memoryview] = [told]
+    message = json.dumps({"format": _FORMAT, "about": index.about, "arrays": places}).encode()
+    message += b" " * (-(_CRC_BYTES + len(message) + 1) % _ALIGNMENT) + b"\n"
+    parts: list[bytes | memoryview] = [message]
     for array in index.arrays.values():
         parts += [np.ascontiguousarray(array).view(np.uint8).data, bytes(-array.nbytes % _ALIGNMENT)]
     checksum = 0
@@ -109,12 +109,12 @@ def _read(file: Path) -> Index | None:
         return None
     with file.open("rb") as lines:
         lines.readline()
-        told = json.loads(lines.readline())
+        message = json.loads(lines.readline())
         start = lines.tell()
-    if told["format"] != _FORMAT:
+    if message["format"] != _FORMAT:
         return None
     arrays = {}
-    for name, (dtype, length, at) in told["arrays"].items():
+    for name, (dtype, length, at) in message["arrays"].items():
         first = start + at
         arrays[name] = content[first : first + length * np.dtype(dtype).itemsize].view(dtype)
-    return Index(told["about"], arrays)
+    return Index(message["about"], arrays)

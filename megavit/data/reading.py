@@ -47,12 +47,12 @@ class BadSample:
 
     Attributes:
         sample_id: its index in the source.
-        told: its name and what is wrong with it.
+        reason: its name and what is wrong with it.
         replaced_by: the other's index.
     """
 
     sample_id: int
-    told: str
+    reason: str
     replaced_by: int
 
 
@@ -151,7 +151,7 @@ class SampleDataset(Dataset[MicroBatch]):
                     raise
                 tried.append((sample_id, str(error)))
                 continue
-            bad += [BadSample(failed, told, replaced_by=sample_id) for failed, told in tried]
+            bad += [BadSample(failed, reason, replaced_by=sample_id) for failed, reason in tried]
             if cut is None:
                 assert isinstance(image, Tensor)
                 raise ConfigError(

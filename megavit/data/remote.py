@@ -133,7 +133,7 @@ def _system(url: str) -> tuple[Any, str]:
         ) from error
     except Exception as error:
         # Each store has errors of its own: of credentials, regions, names.
-        raise ConfigError(f"{url} cannot be opened: {_told(error)}") from error
+        raise ConfigError(f"{url} cannot be opened: {_describe(error)}") from error
     return system, path
 
 
@@ -144,11 +144,11 @@ def _patiently(url: str, ask: Callable[[], T]) -> T:
         except Exception as error:
             # Of any type: each store's library raises its own.
             if pause_s is None or isinstance(error, (FileNotFoundError, PermissionError, ImportError)):
-                raise ConfigError(f"{url} cannot be read: {_told(error)}") from error
+                raise ConfigError(f"{url} cannot be read: {_describe(error)}") from error
             time.sleep(pause_s)
     raise AssertionError
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     first = str(error).partition("\n")[0]
     return "it is not there" if isinstance(error, FileNotFoundError) else f"{type(error).__name__} {first}".strip()

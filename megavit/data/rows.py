@@ -242,15 +242,15 @@ def _columns(rows: Any, where: str, *, several: bool) -> tuple[str, str | None]:
     images = [name for name, feature in features.items() if _holds_images(feature)]
     single = {name: getattr(feature, "feature", None) if several else feature for name, feature in features.items()}
     named = [name for name, feature in single.items() if isinstance(feature, datasets.ClassLabel)]
-    whole = [name for name, feature in single.items() if getattr(feature, "dtype", "").startswith(("int", "uint"))]
-    if several and len(named or whole) != 1:
+    full = [name for name, feature in single.items() if getattr(feature, "dtype", "").startswith(("int", "uint"))]
+    if several and len(named or full) != 1:
         raise ConfigError(
             f"{where} must have one column of lists of labels, whole numbers, for data.multi_label=true, not "
-            f"{named or whole} of {', '.join(features)}"
+            f"{named or full} of {', '.join(features)}"
         )
     # Words in a column that says it holds labels are not taken for their absence.
-    labels = named or whole or [name for name in features if name in ("label", "labels")]
-    if len(images) != 1 or len(labels) > 1 or not set(labels) <= {*named, *whole}:
+    labels = named or full or [name for name in features if name in ("label", "labels")]
+    if len(images) != 1 or len(labels) > 1 or not set(labels) <= {*named, *full}:
         raise ConfigError(
             f"{where} must have one column of images and one of labels as whole numbers, or none of labels, not "
             f"{images} and {labels} of {', '.join(features)}"

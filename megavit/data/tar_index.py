@@ -167,15 +167,17 @@ def _label(content: bytes, ending: str, name: str) -> int | None:
     if ending == "cls":
         text = content.strip()
         # Not int() alone: it takes 1_0, +1 and the digits of other scripts.
-        told: object = int(text) if text.isdigit() and len(text) < 20 else text.decode("utf-8", "backslashreplace")[:40]
+        label: object = (
+            int(text) if text.isdigit() and len(text) < 20 else text.decode("utf-8", "backslashreplace")[:40]
+        )
     else:
         try:
             about = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{name} cannot be read as JSON: {error}") from error
-        told = about.get("label") if isinstance(about, dict) else None
-        if told is None:
+        label = about.get("label") if isinstance(about, dict) else None
+        if label is None:
             return None
-    if type(told) is not int or not 0 <= told < _MAX_LABEL:
-        raise ConfigError(f"{name} has the label {told}; labels are whole numbers from 0 to {_MAX_LABEL - 1:,}")
-    return told
+    if type(label) is not int or not 0 <= label < _MAX_LABEL:
+        raise ConfigError(f"{name} has the label {label}; labels are whole numbers from 0 to {_MAX_LABEL - 1:,}")
+    return label

@@ -119,8 +119,8 @@ def open_tars(config: DataConfig, split: str, index: Path | None = None) -> WebD
         raise ConfigError(f"{config.path} has a {_CLASSES_FILE}, and its images have no labels; take it away")
     if (labels.max() < 0) != (not names) or labels.max() >= len(names):
         part = "training" if split == "train" else "validation"
-        told = f"has labels up to {labels.max()}" if labels.max() >= 0 else "has no labels"
-        raise ConfigError(f"{config.path}: the {part} set {told}, and there are {len(names)} classes")
+        message = f"has labels up to {labels.max()}" if labels.max() >= 0 else "has no labels"
+        raise ConfigError(f"{config.path}: the {part} set {message}, and there are {len(names)} classes")
     share = split_indices(labels.clip(0), config.val_fraction, split, where=config.path) if part == "all" else None
     shards, listing = opened[part]
     return WebDatasetSource(shards, listing, classes=names, channels=config.channels, part=share)

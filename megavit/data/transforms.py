@@ -46,5 +46,5 @@ class Normalize(torch.nn.Module):
         return (images_BCYX.float() / 255 - self.mean_C11) / self.std_C11
 
     def undo(self, normalized_BCYX: Tensor) -> Tensor:
-        """Back to values of which [0, 1] can be shown."""
+        """Back to values of which [0, 1] can be visible."""
         return normalized_BCYX * self.std_C11 + self.mean_C11

@@ -95,12 +95,12 @@ def _answers(names: list[str], errors: IO[str], patience_s: float) -> Iterator[l
 def _ended(name: str, code: int, errors: str, *, late: bool, patience_s: float) -> Finding:
     section, _, state = CHECKS[name]
     if late:
-        told = f"no answer in {patience_s:g} s: its process was ended"
+        message = f"no answer in {patience_s:g} s: its process was ended"
     else:
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
         last = (errors.strip().splitlines() or [""])[-1]
-        told = f"its process ended {how}{': ' + last if last else ''}"
-    return Finding(section, name, state, told)
+        message = f"its process ended {how}{': ' + last if last else ''}"
+    return Finding(section, name, state, message)
 
 
 def main(names: list[str]) -> None:

@@ -23,31 +23,31 @@ def check_gpus() -> list[Finding]:
     figures = {"device": "cuda", "count": count}
     driver = _ask_driver("driver_version")
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    told = (
+    message = (
         f"cuda: {count} {'GPU' if count == 1 else 'GPUs'}, CUDA {torch.version.cuda}, NCCL {nccl}, driver "
-        f"{driver or 'not told'}"
+        f"{driver or 'not message'}"
     )
-    first = Finding("devices", "training on", State.ok, told, figures=figures | {"driver": driver, "nccl": nccl})
+    first = Finding("devices", "training on", State.ok, message, figures=figures | {"driver": driver, "nccl": nccl})
     return [first, *(_gpu(torch, index) for index in range(count))]
 
 
 def _cpu_chosen(torch: Any) -> Finding:
     figures = {"device": "cpu", "count": 0}
     if torch.cuda.is_available():
-        told = f"the CPU, as MEGAVIT_DEVICE=cpu asks; {torch.cuda.device_count()} CUDA devices are there"
-        return Finding("devices", "training on", State.ok, told, figures=figures)
+        message = f"the CPU, as MEGAVIT_DEVICE=cpu asks; {torch.cuda.device_count()} CUDA devices are there"
+        return Finding("devices", "training on", State.ok, message, figures=figures)
     driver = _ask_driver("driver_version")
     if driver is None and not Path("/proc/driver/nvidia/version").exists():
         return Finding("devices", "training on", State.ok, "the CPU: no NVIDIA driver is here", figures=figures)
     if torch.version.cuda is None:
-        told, advice = f"torch {torch.__version__} was built without CUDA", "install torch's build for CUDA"
+        message, advice = f"torch {torch.__version__} was built without CUDA", "install torch's build for CUDA"
     elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        told, advice = "CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES"
+        message, advice = "CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES"
     else:
-        told = f"torch's CUDA {torch.version.cuda} does not start with the driver {driver}"
+        message = f"torch's CUDA {torch.version.cuda} does not start with the driver {driver}"
         advice = "nvidia-smi shows the newest CUDA the driver takes; install a torch built with that or an older one"
-    told = f"the CPU, although an NVIDIA driver is here: {told}"
-    return Finding("devices", "training on", State.missing, told, advice, figures)
+    message = f"the CPU, although an NVIDIA driver is here: {message}"
+    return Finding("devices", "training on", State.missing, message, advice, figures)
 
 
 def _gpu(torch: Any, index: int) -> Finding:
@@ -68,22 +68,22 @@ def _gpu(torch: Any, index: int) -> Finding:
         "name": about.name, "memory_bytes": total, "free_bytes": free,
         "capability": capability, "bf16": bf16, "mig": mig,
     }  # fmt: skip
-    told = f"{about.name}, {gib(total)} ({gib(free)} free), compute capability {capability}"
+    message = f"{about.name}, {gib(total)} ({gib(free)} free), compute capability {capability}"
     if mig:
-        told += ", a MIG instance: NCCL does not join two of one GPU"
+        message += ", a MIG instance: NCCL does not join two of one GPU"
     if bf16:
-        return Finding("devices", name, State.ok, f"{told}, bf16", figures=figures)
+        return Finding("devices", name, State.ok, f"{message}, bf16", figures=figures)
     advice = "train.precision=fp32: bf16_o2 needs compute capability 8.0"
-    return Finding("devices", name, State.missing, f"{told}, no bf16", advice, figures)
+    return Finding("devices", name, State.missing, f"{message}, no bf16", advice, figures)
 
 
 def _ask_driver(what: str) -> str | None:
     command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=_DRIVER_S, check=True).stdout
+        message = subprocess.run(command, capture_output=True, text=True, timeout=_DRIVER_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return ", ".join(dict.fromkeys(told.split("\n")[:-1])) or None
+    return ", ".join(dict.fromkeys(message.split("\n")[:-1])) or None
 
 
 def check_cpu() -> list[Finding]:
@@ -97,12 +97,12 @@ def check_cpu() -> list[Finding]:
         "model": _model(), "cores": cores, "threads": threads, "threads_allowed": allowed, "cpu_quota": quota,
         "memory_bytes": memory.total, "available_bytes": memory.available, "memory_limit_bytes": limit,
     }  # fmt: skip
-    told = f"{figures['model']}, {cores or 'unknown'} cores, {threads} threads"
+    message = f"{figures['model']}, {cores or 'unknown'} cores, {threads} threads"
     if allowed < threads:
-        told += f", of which this process may use {allowed}"
+        message += f", of which this process may use {allowed}"
     advice, state = "", State.ok
     if quota is not None and quota < allowed:
-        told += f", and a control group's quota of {quota:g}"
+        message += f", and a control group's quota of {quota:g}"
         state = State.missing
         advice = (
             f"ranks on the CPU count {allowed} threads, not the quota: give the job its cores instead, as by "
@@ -112,7 +112,7 @@ def check_cpu() -> list[Finding]:
     if limit is not None and limit < memory.total:
         of_memory += f"; a control group ends what takes more than {gib(limit)}"
     return [
-        Finding("devices", "processor", state, told, advice, figures),
+        Finding("devices", "processor", state, message, advice, figures),
         Finding("devices", "memory", State.ok, of_memory),
     ]
 

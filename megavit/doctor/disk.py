@@ -31,15 +31,15 @@ def _run_folder(run_dir: Path) -> Finding:
                 file.flush()
                 os.fsync(file.fileno())
     except OSError as error:
-        told = f"{place} cannot be written: {error.strerror or error}"
+        message = f"{place} cannot be written: {error.strerror or error}"
         return Finding(
-            "disk", "run folder", State.broken, told, "run.dir=FOLDER chooses another", {"folder": str(place)}
+            "disk", "run folder", State.broken, message, "run.dir=FOLDER chooses another", {"folder": str(place)}
         )
     figures = {"folder": str(place), "free_bytes": free}
     if free < _LEAST_BYTES:
-        told = f"{place} has {gib(free)} free, less than the {gib(_LEAST_BYTES)} that a run should find"
+        message = f"{place} has {gib(free)} free, less than the {gib(_LEAST_BYTES)} that a run should find"
         return Finding(
-            "disk", "run folder", State.broken, told, "make room, or run.dir=FOLDER chooses another", figures
+            "disk", "run folder", State.broken, message, "make room, or run.dir=FOLDER chooses another", figures
         )
     return Finding("disk", "run folder", State.ok, f"{place} can be written, {gib(free)} free", figures=figures)
 
@@ -75,6 +75,6 @@ def _shared_memory() -> list[Finding]:
     free = shutil.disk_usage(_SHARED).free
     if free >= _SHARED_BYTES:
         return [Finding("disk", str(_SHARED), State.ok, f"{gib(free)} free", figures={"free_bytes": free})]
-    told = f"{gib(free)} free: loading workers (data.workers) and NCCL may run out of it"
+    message = f"{gib(free)} free: loading workers (data.workers) and NCCL may run out of it"
     advice = "docker run --shm-size=8g; in Kubernetes an emptyDir of medium Memory at /dev/shm"
-    return [Finding("disk", str(_SHARED), State.missing, told, advice, {"free_bytes": free})]
+    return [Finding("disk", str(_SHARED), State.missing, message, advice, {"free_bytes": free})]

@@ -57,8 +57,8 @@ def check_apex() -> list[Finding]:
     except ModuleNotFoundError as error:
         if error.name != "apex.optimizers":
             return [_apex(f"{installed} at {_place(apex)}, and {in_a_line(error)}", build, installed)]
-        told = f"{installed or 'a module'} at {_place(apex)} is another project of that name, not NVIDIA's"
-        return [_apex(told, f"pip uninstall apex; {build}", installed)]
+        message = f"{installed or 'a module'} at {_place(apex)} is another project of that name, not NVIDIA's"
+        return [_apex(message, f"pip uninstall apex; {build}", installed)]
     try:
         importlib.import_module("amp_C")
     except ImportError:
@@ -66,8 +66,8 @@ def check_apex() -> list[Finding]:
     return [_usable("apex", "optim.implementation=apex", build, _call_apex)]
 
 
-def _apex(told: str, advice: str, installed: str | None) -> Finding:
-    return Finding("imports", "apex", State.missing, told, advice, {"version": installed})
+def _apex(message: str, advice: str, installed: str | None) -> Finding:
+    return Finding("imports", "apex", State.missing, message, advice, {"version": installed})
 
 
 def _place(module: ModuleType) -> str:
@@ -80,8 +80,8 @@ def _usable(name: str, settings: str, install: str, call: object) -> Finding:
     installed, advice = _version(name), f"needed by {settings} alone: {install}"
     figures = {"version": installed, "settings": settings}
 
-    def without(told: str, advice: str = advice) -> Finding:
-        return Finding("imports", name, State.missing, told, advice, figures)
+    def without(message: str, advice: str = advice) -> Finding:
+        return Finding("imports", name, State.missing, message, advice, figures)
 
     if installed is None and importlib.util.find_spec(name.replace("-", "_")) is None:
         return without("not installed")

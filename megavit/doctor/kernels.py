@@ -63,13 +63,13 @@ def _attend(dtype: Any, device: str) -> None:
 
 def _refusal(work: Callable[[], None]) -> str | None:
     """Why it did not run; None if it did."""
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as text:
         # torch gives its reasons as warnings.
         warnings.simplefilter("always")
         try:
             work()
         except Exception as error:
-            reasons = [str(warning.message).split(" (Triggered internally")[0] for warning in told]
+            reasons = [str(warning.message).split(" (Triggered internally")[0] for warning in text]
             if reasons or "No viable backend" not in str(error):
                 return " ".join(reasons) or in_a_line(error)
             return "torch has none for this device"
@@ -82,22 +82,22 @@ def _sdpa(refusals: dict[str, str | None], device: str) -> Finding:
     from megavit.model.kernels import sdpa_choice
 
     if any(refusals.values()):
-        told = f"does not run on {device}: {_told(refusals)}"
-        return Finding("kernels", "sdpa", State.broken, told, "install a torch that was built for this device")
+        text = f"does not run on {device}: {_describe(refusals)}"
+        return Finding("kernels", "sdpa", State.broken, text, "install a torch that was built for this device")
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     chosen = {key: sdpa_choice(torch.empty(_SHAPE, dtype=dtype, device=device)) for key, dtype in dtypes.items()}
-    told = ", ".join(f"{kernel} in {key}" for key, kernel in chosen.items())
-    return Finding("kernels", "sdpa", State.ok, f"runs on {device}: {told}", figures=chosen)
+    text = ", ".join(f"{kernel} in {key}" for key, kernel in chosen.items())
+    return Finding("kernels", "sdpa", State.ok, f"runs on {device}: {text}", figures=chosen)
 
 
 def _sdpa_flash(refusal: str | None, device: str) -> Finding:
     if device == "cpu":
-        told = "megavit takes it on CUDA alone, and training is on the CPU; sdpa takes the same kernel there"
+        text = "megavit takes it on CUDA alone, and training is on the CPU; sdpa takes the same kernel there"
     elif refusal is not None:
-        told = f"does not run: {refusal}"
+        text = f"does not run: {refusal}"
     else:
         return Finding("kernels", "sdpa_flash", State.ok, "runs on cuda in bf16")
-    return Finding("kernels", "sdpa_flash", State.missing, told, "model.attention=sdpa")
+    return Finding("kernels", "sdpa_flash", State.missing, text, "model.attention=sdpa")
 
 
 def _packages(attention: str, package: Finding) -> Finding:
@@ -108,13 +108,13 @@ def _packages(attention: str, package: Finding) -> Finding:
 
 def _torchs(name: str, refusals: dict[str, str | None]) -> Finding:
     ran = [key for key, reason in refusals.items() if reason is None]
-    told = "; ".join(part for part in (ran and f"ran in {' and '.join(ran)}", _told(refusals)) if part)
+    text = "; ".join(part for part in (ran and f"ran in {' and '.join(ran)}", _describe(refusals)) if part)
     return Finding(
-        "kernels", f"torch's {name}", State.ok if ran else State.missing, told, figures={"refusals": refusals}
+        "kernels", f"torch's {name}", State.ok if ran else State.missing, text, figures={"refusals": refusals}
     )
 
 
-def _told(refusals: dict[str, str | None]) -> str:
+def _describe(refusals: dict[str, str | None]) -> str:
     reasons: dict[str, list[str]] = {}
     for key, reason in refusals.items():
         if reason is not None:

@@ -63,20 +63,20 @@ def _all_reduce(device: torch.device, backend: str, *, say: Callable[[str], None
         say(f"an all-reduce of {size} bytes by {backend}")
         wrong = _wrong_sums(size, device)
         if wrong:
-            told = f"{wrong:,} of {size // 4 * ranks:,} sums are wrong over {ranks} ranks, {size} bytes"
+            text = f"{wrong:,} of {size // 4 * ranks:,} sums are wrong over {ranks} ranks, {size} bytes"
             advice = "no training is right there; NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 tell which way is at fault"
-            return Finding("network", name, State.broken, told, advice, {"wrong": wrong})
+            return Finding("network", name, State.broken, text, advice, {"wrong": wrong})
         seconds[size] = _seconds(size, device)
     rates = bandwidths(large, seconds[large], ranks=ranks)
     figures = {"ranks": ranks, "backend": backend, "bytes": large, "latency_s": seconds[_SMALL_BYTES], **rates}
     if ranks == 1:
         return Finding("network", name, State.ok, "one rank: it starts, and nothing is sent", figures=figures)
-    told = (
+    text = (
         f"{ranks} ranks, sums exact; {_SMALL_BYTES} bytes in {_time(seconds[_SMALL_BYTES])}, {large // 2**20} MiB in "
         f"{_time(seconds[large])}: {rates['algorithm_bytes_per_s'] / 1e9:.3g} GB/s, on the bus "
         f"{rates['bus_bytes_per_s'] / 1e9:.3g} GB/s"
     )
-    return Finding("network", name, State.ok, told, figures=figures)
+    return Finding("network", name, State.ok, text, figures=figures)
 
 
 def bandwidths(size: int, seconds: float, *, ranks: int) -> dict[str, float]:
@@ -135,7 +135,7 @@ def _hosts(ranks: list[dict[str, Any]]) -> list[Finding]:
         by_host.setdefault(about["host"], []).append(rank)
     if len(by_host) == 1:
         return []
-    told = "; ".join(f"{host}: ranks {', '.join(map(str, of_host))}" for host, of_host in by_host.items())
+    text = "; ".join(f"{host}: ranks {', '.join(map(str, of_host))}" for host, of_host in by_host.items())
     figures = {"ranks": ranks}
     differing = [
         f"{key} {', '.join(sorted(found))}"
@@ -145,9 +145,9 @@ def _hosts(ranks: list[dict[str, Any]]) -> list[Finding]:
     if differing:
         advice = "give every node the same environment and the same devices"
         return [
-            Finding("network", "hosts", State.missing, f"{told}; they differ: {'; '.join(differing)}", advice, figures)
+            Finding("network", "hosts", State.missing, f"{text}; they differ: {'; '.join(differing)}", advice, figures)
         ]
-    return [Finding("network", "hosts", State.ok, told, figures=figures)]
+    return [Finding("network", "hosts", State.ok, text, figures=figures)]
 
 
 def _time(seconds: float) -> str:

@@ -30,7 +30,7 @@ FINDINGS = "MEGAVIT_DOCTOR_FINDINGS"
 
 # torch's own time-outs come later than ours: NCCL's would abort the process.
 _LATER_S = 30.0
-_ALL_TOLD = "megavit/doctor/told"
+_ALL_REPORTED = "megavit/doctor/told"
 # By which the ranks' clocks may differ, that started with them.
 _SKEW_S = 15.0
 _GRACE_S = 2.0
@@ -96,8 +96,8 @@ class _Rank:
             self._store = shared_store()
         except Exception as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            told = f"rank {self._rank} on {socket.gethostname()} does not reach rank 0 at {address}: {in_a_line(error)}"
-            return [_broken(told)]
+            text = f"rank {self._rank} on {socket.gethostname()} does not reach rank 0 at {address}: {in_a_line(error)}"
+            return [_broken(text)]
         # In a thread that may be left where it hangs: NCCL and gloo wait inside of C++, where no exception comes.
         working = threading.Thread(target=self._work, args=(run_dir,), daemon=True)
         working.start()
@@ -116,11 +116,11 @@ class _Rank:
             return findings
         if self._rank == 0:
             findings = [self._with_others(finding) for finding in findings]
-            self._store.set(_ALL_TOLD, "1")
+            self._store.set(_ALL_REPORTED, "1")
             return findings
         # The launcher ends those that are left as soon as one has gone.
         try:
-            self._store.wait([_ALL_TOLD], timedelta(seconds=start + self._timeout_s + _SKEW_S - time.monotonic()))
+            self._store.wait([_ALL_REPORTED], timedelta(seconds=start + self._timeout_s + _SKEW_S - time.monotonic()))
         except Exception as error:
             why = in_a_line(error)
             return [_broken(f"nothing was heard of rank 0 ({why}); rank {self._rank}: {self._stage}")]
@@ -150,31 +150,31 @@ class _Rank:
     def _with_others(self, finding: Finding) -> Finding:
         if finding.state is not State.broken or finding.name != "all-reduce":
             return finding
-        told, others = [finding.text], range(1, world_size_from_environment())
+        text, others = [finding.text], range(1, world_size_from_environment())
         with contextlib.suppress(RuntimeError):
             # Some may still import when this one fails.
             self._store.wait([_key(rank) for rank in others], timedelta(seconds=_GRACE_S))
         for rank in others:
             if self._store.check([_key(rank)]):
                 host, stage = json.loads(self._store.get(_key(rank)))
-                told.append(f"rank {rank} on {host}: {stage}")
+                text.append(f"rank {rank} on {host}: {stage}")
             else:
-                told.append(f"rank {rank} was never heard of")
-        return replace(finding, text="; ".join(told), figures={"asked_to_leave_by": self._stop.asked_by})
+                text.append(f"rank {rank} was never heard of")
+        return replace(finding, text="; ".join(text), figures={"asked_to_leave_by": self._stop.asked_by})
 
 
 def _key(rank: int) -> str:
     return f"megavit/doctor/{rank}"
 
 
-def _broken(told: str) -> Finding:
+def _broken(text: str) -> Finding:
     names = ", ".join(name for _, name in socket.if_nameindex())
     advice = (
         f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface by which the nodes reach each other (here: "
         f"{names}); NCCL_DEBUG=INFO says what NCCL tries, NCCL_IB_DISABLE=1 does without InfiniBand; a firewall must "
         f"leave the nodes every port between them"
     )
-    return Finding("network", "all-reduce", State.broken, told, advice)
+    return Finding("network", "all-reduce", State.broken, text, advice)
 
 
 if __name__ == "__main__":

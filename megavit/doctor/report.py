@@ -53,12 +53,12 @@ class Report:
         broken = [finding.name for finding in self.findings if finding.state is State.broken]
         missing = sum(finding.state is State.missing for finding in self.findings)
         if broken:
-            told = f"training cannot start: {', '.join(dict.fromkeys(broken))}"
+            message = f"training cannot start: {', '.join(dict.fromkeys(broken))}"
         else:
-            told = "training can start"
+            message = "training can start"
             if missing:
-                told += f"; what is missing ({missing}) is needed by some settings alone"
-        self._show(told)
+                message += f"; what is missing ({missing}) is needed by some settings alone"
+        self._show(message)
 
     def to_json(self) -> str:
         """All of it as one JSON object."""
@@ -75,8 +75,8 @@ def _table(section: str, findings: list[Finding]) -> "Table":
     table.add_column(min_width=_NAME_WIDTH, no_wrap=True)
     table.add_column(overflow="fold")
     for finding in findings:
-        state, name, told = _cells(finding)
-        text, *advice = told.split(_ADVICE)
+        state, name, message = _cells(finding)
+        text, *advice = message.split(_ADVICE)
         # Text, not markup: `megavit[te]` has brackets.
         found = Text(text).append("".join(_ADVICE + line for line in advice), style="dim")
         table.add_row(Text(state, style=_COLOURS[finding.state]), Text(name), found)

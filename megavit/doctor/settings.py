@@ -35,19 +35,19 @@ _VERSION_S = 10
 def check_settings(environment: Mapping[str, str] = os.environ) -> list[Finding]:
     """Variables that torch, NCCL, gloo and megavit listen to, from a list of those that hold no secret."""
     named = {name: value for name, value in sorted(environment.items()) if name.startswith(_PREFIXES) or name in _NAMES}
-    shown = {name: "set, not shown" if _SECRET.search(name) else value for name, value in named.items()}
+    variables = {name: "set, not shown" if _SECRET.search(name) else value for name, value in named.items()}
     found = [launcher for launcher, name in _LAUNCHERS.items() if name in environment]
-    told = ", in ".join(found) or "none: this process was started by hand"
+    message = ", in ".join(found) or "none: this process was started by hand"
     threads = environment.get("OMP_NUM_THREADS")
     take = f"OMP_NUM_THREADS={threads} for each" if threads else "OMP_NUM_THREADS not set: they share the cores"
     findings = [
-        Finding("settings", "launcher", State.ok, told, figures={"launchers": found}),
+        Finding("settings", "launcher", State.ok, message, figures={"launchers": found}),
         Finding(
             "settings",
             "environment",
             State.ok,
-            " ".join(f"{k}={v}" for k, v in shown.items()) or "nothing is set",
-            figures=shown,
+            " ".join(f"{k}={v}" for k, v in variables.items()) or "nothing is set",
+            figures=variables,
         ),
         Finding(
             "settings",
@@ -64,9 +64,9 @@ def check_tools() -> list[Finding]:
     findings = []
     for where, names in _TOOLS.items():
         found = {name: path for name in names if (path := shutil.which(name)) is not None}
-        told = ", ".join(f"{name} {_version(name)}" if name == "sbatch" else name for name in found)
+        message = ", ".join(f"{name} {_version(name)}" if name == "sbatch" else name for name in found)
         absent = [name for name in names if name not in found]
-        text = "; ".join(part for part in (told, absent and f"{', '.join(absent)} not here") if part)
+        text = "; ".join(part for part in (message, absent and f"{', '.join(absent)} not here") if part)
         advice = "" if found else "needed by jobs for there alone, on the machine that hands them in"
         findings.append(
             Finding("launchers", where, State.ok if found else State.missing, text, advice, {"found": found})
@@ -76,7 +76,7 @@ def check_tools() -> list[Finding]:
 
 def _version(program: str) -> str:
     try:
-        told = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=_VERSION_S)
+        message = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=_VERSION_S)
     except (OSError, subprocess.SubprocessError):
         return "(does not answer)"
-    return told.stdout.strip() if told.returncode == 0 else "(its --version fails)"
+    return message.stdout.strip() if message.returncode == 0 else "(its --version fails)"

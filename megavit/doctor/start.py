@@ -38,12 +38,12 @@ def check_network(asked_ranks: int | None, before: list[Finding], *, timeout_s: 
     count = devices[0]["count"]
     ranks = asked_ranks or count or _ON_CPU
     if asked_ranks is not None:
-        told = "as run.ranks says"
+        message = "as run.ranks says"
     elif count:
-        told = "one per GPU, as megavit train would start"
+        message = "one per GPU, as megavit train would start"
     else:
-        told = "for something to be sent; megavit train starts as many on a CPU as the layout needs"
-    return [Finding("network", "ranks", State.ok, f"{ranks}, {told}"), *_across(ranks, timeout_s)]
+        message = "for something to be sent; megavit train starts as many on a CPU as the layout needs"
+    return [Finding("network", "ranks", State.ok, f"{ranks}, {message}"), *_across(ranks, timeout_s)]
 
 
 def _across(ranks: int, timeout_s: float) -> list[Finding]:
@@ -68,8 +68,8 @@ def _across(ranks: int, timeout_s: float) -> list[Finding]:
             else finding
             for finding in findings
         ]
-    told = f"the ranks left with code {code} and without an answer within {until_s:g} s{': ' + said if said else ''}"
-    return [Finding("network", "all-reduce", State.broken, told)]
+    message = f"the ranks left with code {code} and without an answer within {until_s:g} s{': ' + said if said else ''}"
+    return [Finding("network", "all-reduce", State.broken, message)]
 
 
 def _kill_stragglers(file: Path, until_s: float, done: threading.Event) -> None:

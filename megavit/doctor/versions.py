@@ -17,8 +17,8 @@ def check_versions() -> list[Finding]:
         required = requires("megavit") or []
     except PackageNotFoundError:
         python = Finding("versions", "python", State.ok, platform.python_version())
-        told = "megavit is not installed, so that what it needs is not known: no version was compared"
-        return [python, Finding("versions", "megavit", State.missing, told, "pip install -e . in megavit's clone")]
+        message = "megavit is not installed, so that what it needs is not known: no version was compared"
+        return [python, Finding("versions", "megavit", State.missing, message, "pip install -e . in megavit's clone")]
     commit = f", commit {source['commit'][:12]}{'+' * source['commit'].endswith('+')}" if source["commit"] else ""
     of_megavit = Finding("versions", "megavit", State.ok, f"{version('megavit')}{commit}", figures=source)
     return [_python(), of_megavit, *_packages(required)]
@@ -32,14 +32,14 @@ def _python() -> Finding:
     wanted, found = metadata("megavit")["Requires-Python"] or "", platform.python_version()
     if SpecifierSet(wanted).contains(found, prereleases=True):
         return Finding("versions", "python", State.ok, found)
-    told = f"{found}, and megavit needs {wanted}"
-    return Finding("versions", "python", State.broken, told, "make an environment with a newer Python")
+    message = f"{found}, and megavit needs {wanted}"
+    return Finding("versions", "python", State.broken, message, "make an environment with a newer Python")
 
 
 def _packages(required: list[str]) -> list[Finding]:
     from packaging.requirements import Requirement
 
-    shown, good, bad = [], {}, []
+    listed, good, bad = [], {}, []
     for line in required:
         needed = Requirement(line)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
@@ -47,14 +47,14 @@ def _packages(required: list[str]) -> list[Finding]:
         name = needed.name
         finding = _package(name, str(needed.specifier), line)
         if name in _SHOWN:
-            shown.append(finding)
+            listed.append(finding)
         elif finding.state is State.ok:
             good[name] = finding.text
         else:
             bad.append(finding)
     rest = ", ".join(f"{name} {found}" for name, found in good.items())
     others = [Finding("versions", "other packages", State.ok, rest, figures=good)] if good else []
-    return [*sorted(shown, key=lambda finding: _SHOWN.index(finding.name)), *others, *bad, *_optional(required)]
+    return [*sorted(listed, key=lambda finding: _SHOWN.index(finding.name)), *others, *bad, *_optional(required)]
 
 
 def _package(name: str, wanted: str, line: str) -> Finding:

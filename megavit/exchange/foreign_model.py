@@ -66,23 +66,23 @@ class ExternalModel:
             lines.append(f"assumed: {', '.join(pixels)}; type others where they are wrong")
         return lines
 
-    def weight(self, plain: str) -> Tensor:
+    def weight(self, timm_name: str) -> Tensor:
         """One weight by its plain name.
 
         Raises:
             ConfigError: if it is not there.
         """
         try:
-            return self.mapping.weight(plain)
+            return self.mapping.weight(timm_name)
         except KeyError as error:
-            raise ConfigError(f"the model has no weight {error}, which {plain} is made of") from error
+            raise ConfigError(f"the model has no weight {error}, which {timm_name} is made of") from error
 
     def unread(self, wanted: Iterable[str]) -> list[str]:
         """Their names that none of the wanted plain ones is made of."""
         fixed = ["decoder_pos_embed"] if self.decoder else []
         if self.model.positions is Positions.sincos:
             fixed.append("pos_embed")
-        used = {name for plain in (*wanted, *fixed) for name in self.mapping.names(plain)}
+        used = {name for timm_name in (*wanted, *fixed) for name in self.mapping.names(timm_name)}
         return sorted(name for name in self.files if name not in used and name not in _UNUSED)
 
     def unknown(self) -> list[str]:
@@ -90,13 +90,13 @@ class ExternalModel:
         layers, decoder = self.model.num_layers, self.decoder.get("decoder_num_layers", 0)
         known = []
         for row in TABLE:
-            count = 1 if "#" not in row.plain else decoder if row.plain.startswith("decoder_") else layers
-            known += [row.plain.replace("#", str(layer)) for layer in range(count)]
-        return self.unread(plain for plain in known if self._is_mapped(plain))
+            count = 1 if "#" not in row.timm_name else decoder if row.timm_name.startswith("decoder_") else layers
+            known += [row.timm_name.replace("#", str(layer)) for layer in range(count)]
+        return self.unread(timm_name for timm_name in known if self._is_mapped(timm_name))
 
-    def _is_mapped(self, plain: str) -> bool:
+    def _is_mapped(self, timm_name: str) -> bool:
         try:
-            return bool(self.mapping.names(plain))
+            return bool(self.mapping.names(timm_name))
         except ConfigError:
             # Theirs has no such part at all.
             return False

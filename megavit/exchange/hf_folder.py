@@ -82,12 +82,12 @@ def hf_config(config: ExperimentConfig, classes: tuple[str, ...], dtype: str) ->
 def hf_preprocessor(config: ExperimentConfig) -> dict[str, Any]:
     """The content of `preprocessor_config.json`: images as the run evaluated them."""
     data = config.data
-    whole = {"height": data.image_size[0], "width": data.image_size[1]}
+    full = {"height": data.image_size[0], "width": data.image_size[1]}
     if data.eval_crop is None:
-        view = {"size": whole, "do_center_crop": False}
+        view = {"size": full, "do_center_crop": False}
     else:
         shorter = math.floor(data.image_size[0] / data.eval_crop)
-        view = {"size": {"shortest_edge": shorter}, "do_center_crop": True, "crop_size": whole}
+        view = {"size": {"shortest_edge": shorter}, "do_center_crop": True, "crop_size": full}
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_convert_rgb": data.channels == 3,
@@ -133,9 +133,9 @@ def push(folder: Path, repository: str) -> None:
         known = (OSError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError)
         if not isinstance(error, known) and not type(error).__module__.startswith("httpx"):
             raise
-        told = next((line for line in str(error).splitlines() if line), type(error).__name__)
+        message = next((line for line in str(error).splitlines() if line), type(error).__name__)
         raise ConfigError(
-            f"push={repository}: the Hugging Face hub does not take it: {told}. {folder} is whole; `hf auth login` "
+            f"push={repository}: the Hugging Face hub does not take it: {message}. {folder} is whole; `hf auth login` "
             f"and `hf upload {repository} {folder}` do the rest"
         ) from error
     print(f"https://huggingface.co/{repository}: a new repository is private until you publish it")

@@ -33,8 +33,8 @@ class TensorFiles:
                 raise
             except Exception as error:
                 # Of any type: a torn file breaks where it likes.
-                told = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise ConfigError(f"{path} cannot be read as weights: {told}") from error
+                message = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise ConfigError(f"{path} cannot be read as weights: {message}") from error
 
     def _add(self, path: Path) -> None:
         if path.suffix == ".safetensors":

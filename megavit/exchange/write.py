@@ -30,20 +30,22 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     path.chmod(mode)
 
 
-def write_timm(path: Path, plain: dict[str, Tensor], config: ExperimentConfig, classes: tuple[str, ...]) -> None:
+def write_timm(path: Path, timm_weights: dict[str, Tensor], config: ExperimentConfig, classes: tuple[str, ...]) -> None:
     """Write one .safetensors file that `timm.create_model(…, checkpoint_path=…)` reads, and timm's config.json beside.
 
     Args:
         path: the file.
-        plain: weights of the plain model, `pos_embed` among them also where it is fixed; taken out one by one.
+        timm_weights: weights of the plain model, `pos_embed` among them also where it is fixed; taken out one by one.
         config: of the run.
         classes: names, in the order of the scores; empty of a model without a classifier.
     """
     model = config.model
-    split = split_prefix(plain, pools_class_token=model.pool is Pool.cls, learned=model.positions is Positions.learned)
+    split = split_prefix(
+        timm_weights, pools_class_token=model.pool is Pool.cls, learned=model.positions is Positions.learned
+    )
     for name in ("cls_token", "pos_embed"):
-        plain.pop(name, None)
-    weights = {**plain, **split}
+        timm_weights.pop(name, None)
+    weights = {**timm_weights, **split}
     if not model.patch_bias:
         # timm's patch embedding always has a bias.
         weights["patch_embed.proj.bias"] = torch.zeros_like(weights["patch_embed.proj.weight"][:, 0, 0, 0])
@@ -53,35 +55,37 @@ def write_timm(path: Path, plain: dict[str, Tensor], config: ExperimentConfig, c
     (path.parent / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def write_nemo(path: Path, plain: dict[str, Tensor], dims: Dims) -> None:
+def write_nemo(path: Path, timm_weights: dict[str, Tensor], dims: Dims) -> None:
     """Write one file with a state dict of NeMo's names.
 
     Args:
         path: the file.
-        plain: weights of the plain model; taken out one by one.
+        timm_weights: weights of the plain model; taken out one by one.
         dims: of the model.
 
     Raises:
         ConfigError: for a weight that theirs has no place for.
     """
-    two_matrices = "pre_logits.0.weight" in plain
+    two_matrices = "pre_logits.0.weight" in timm_weights
     theirs = {}
-    for name in list(plain):
+    for name in list(timm_weights):
         try:
             row, spelled = nemo_row(name, two_matrices=two_matrices)
         except KeyError as error:
             raise ConfigError(f"NeMo's ViT has no place for {name}; to=timm: may have") from error
-        theirs[f"{PREFIX}{spelled}"] = row.from_plain(plain.pop(name), dims).contiguous().clone()
+        theirs[f"{PREFIX}{spelled}"] = row.from_timm(timm_weights.pop(name), dims).contiguous().clone()
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": theirs}, path)
 
 
-def write_hf(folder: Path, plain: dict[str, Tensor], settings: dict[str, Any], preprocessor: dict[str, Any]) -> None:
+def write_hf(
+    folder: Path, timm_weights: dict[str, Tensor], settings: dict[str, Any], preprocessor: dict[str, Any]
+) -> None:
     """Write a folder that `from_pretrained(folder)` reads.
 
     Args:
         folder: where to.
-        plain: weights of the plain model; taken out one by one.
+        timm_weights: weights of the plain model; taken out one by one.
         settings: of config.json.
         preprocessor: of preprocessor_config.json.
 
@@ -90,9 +94,9 @@ def write_hf(folder: Path, plain: dict[str, Tensor], settings: dict[str, Any], p
     """
     folder.mkdir(parents=True, exist_ok=True)
     theirs: dict[str, Tensor] = {}
-    for name in list(plain):
+    for name in list(timm_weights):
         # Taken out: never are both whole in memory.
-        theirs |= to_hf(name, plain.pop(name))
+        theirs |= to_hf(name, timm_weights.pop(name))
     write_tensors(folder / "model.safetensors", theirs, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")

@@ -159,21 +159,21 @@ class MetricLogger:
             return
         assert self._lines is not None
         # JSON knows no NaN: a loss that is not finite is null, so that every reader can read the file.
-        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._lines.write(json.dumps({"step": step, "split": split, **plain}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
         self._lines.flush()
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{split}/{name}", value, step)
         if self._wandb is not None:
             self._wandb.log(step, split, values)
-        shown = "  ".join(form.format(values[name]) for name, form in _SHOWN.items() if name in values)
+        line = "  ".join(form.format(values[name]) for name, form in _SHOWN.items() if name in values)
         if split == "train" and self._progress is not None:
             assert self._task is not None and self._log is not None
-            self._progress.update(self._task, description=shown)
-            self._log.write(f"step {step}  {shown}\n")
+            self._progress.update(self._task, description=line)
+            self._log.write(f"step {step}  {line}\n")
         else:
-            self.info(f"step {step}  {_CALLED[split]}{shown}")
+            self.info(f"step {step}  {_CALLED[split]}{line}")
 
     def log_images(self, step: int, split: str, image_grid: Tensor, *, titles: tuple[str, ...]) -> None:
         """Write a picture into `pictures/` and TensorBoard.

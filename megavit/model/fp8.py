@@ -113,19 +113,19 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, gathers: Any) -> Tensor:
-        whole = x if gathers is None else gather_from_sequence_parallel_region(x, group=gathers)
-        x_scale, weight_scale = (scale_of(operand, dtype=torch.float8_e4m3fn) for operand in (whole, weight_OI))
+        full = x if gathers is None else gather_from_sequence_parallel_region(x, group=gathers)
+        x_scale, weight_scale = (scale_of(operand, dtype=torch.float8_e4m3fn) for operand in (full, weight_OI))
         ctx.save_for_backward(x, weight_OI, x_scale, weight_scale)
         ctx.gathers = gathers
         output_RO = torch._scaled_mm(
-            rounded(whole.flatten(0, -2).contiguous(), scale=x_scale, dtype=torch.float8_e4m3fn),
+            rounded(full.flatten(0, -2).contiguous(), scale=x_scale, dtype=torch.float8_e4m3fn),
             rounded(weight_OI, scale=weight_scale, dtype=torch.float8_e4m3fn).t(),
             scale_a=x_scale,
             scale_b=weight_scale,
             bias=bias_O,
             out_dtype=x.dtype,
         )
-        return output_RO.view(*whole.shape[:-1], -1)
+        return output_RO.view(*full.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
@@ -148,8 +148,8 @@ class _Product(torch.autograd.Function):
             if ctx.gathers is not None:
                 of_x = reduce_scatter_to_sequence_parallel_region(of_x, group=ctx.gathers)
         if wants_weight:
-            whole = x if ctx.gathers is None else gather_from_sequence_parallel_region(x, group=ctx.gathers)
-            x_RI = whole.flatten(0, -2)
+            full = x if ctx.gathers is None else gather_from_sequence_parallel_region(x, group=ctx.gathers)
+            x_RI = full.flatten(0, -2)
             of_weight = torch._scaled_mm(
                 _across(rounded_grad_RO),
                 _across(rounded(x_RI, scale=x_scale, dtype=torch.float8_e4m3fn)).t(),

@@ -31,10 +31,10 @@ def whole_shape(parameter: torch.nn.Parameter, layout: ParallelLayout) -> torch.
 
 
 @torch.no_grad()
-def copy_part(whole: Tensor, parameter: torch.nn.Parameter, layout: ParallelLayout) -> None:
+def copy_part(complete: Tensor, parameter: torch.nn.Parameter, layout: ParallelLayout) -> None:
     """Fill a parameter with this rank's part of a whole weight."""
     axis, ranks, rank = _cut(parameter, layout)
-    parameter.copy_(whole.chunk(ranks, axis)[rank])
+    parameter.copy_(complete.chunk(ranks, axis)[rank])
 
 
 def _cut(parameter: torch.nn.Parameter, layout: ParallelLayout) -> tuple[int, int, int]:

@@ -160,7 +160,7 @@ class MaeTask:
         images_BCYX, ids_keep_BK = batch.images_BCYX, self.keep(batch)
         return output, lambda pixels_BPV: (
             pixels_BPV.mean(),
-            {"panels": self.pictures(pixels_BPV, images_BCYX, ids_keep_BK)},
+            {"image_grid": self.pictures(pixels_BPV, images_BCYX, ids_keep_BK)},
         )
 
     def pictures(self, pixels_BPV: Tensor, images_BCYX: Tensor, ids_keep_BK: Tensor) -> Tensor:

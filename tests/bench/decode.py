@@ -184,8 +184,8 @@ def main(arguments: list[str]) -> None:
             for name, workers in rows[number % len(rows) :] + rows[: number % len(rows)]:
                 batches = partial(CONTESTANTS[name], folder, paths, workers)
                 measured[name, workers].append(measure(batches, len(paths)))
-    told = provenance()
-    told["versions"] |= {package: version(package) for package in ("Pillow", "timm")}
+    output = provenance()
+    output["versions"] |= {package: version(package) for package in ("Pillow", "timm")}
     for (name, workers), rates in measured.items():
         per_cpu, per_wall = [rate for rate, _ in rates], [rate for _, rate in rates]
         ratios = {
@@ -200,7 +200,7 @@ def main(arguments: list[str]) -> None:
         figures = "  ".join(f"{key} {v['median']} ({v['min']} to {v['max']})" for key, v in row.items())
         print(f"{name:30} {workers} workers  {figures}")
         settings = {"rounds": rounds, "images": len(paths), "mosaic": side}
-        print(json.dumps({"bench": "decode", "contestant": name, "workers": workers, **settings, **row, **told}))
+        print(json.dumps({"bench": "decode", "contestant": name, "workers": workers, **settings, **row, **output}))
 
 
 if __name__ == "__main__":

@@ -115,8 +115,8 @@ def main(arguments: list[str]) -> None:
     rows = {
         name: {"median": statistics.median(some), "min": min(some), "max": max(some)} for name, some in seconds.items()
     }
-    told = {"bench": "index", "source": source, "images": images, "index_bytes": index_bytes, "rounds": rounds}
-    print(json.dumps({**told, **rows, **provenance()}))
+    output = {"bench": "index", "source": source, "images": images, "index_bytes": index_bytes, "rounds": rounds}
+    print(json.dumps({**output, **rows, **provenance()}))
 
 
 if __name__ == "__main__":

@@ -56,23 +56,23 @@ def test_one_flipped_byte_at_two_hundred_places_is_found_and_its_file_named(chec
     places = files(checkpoint)
     for _ in range(200):
         path = draw.choice(places)
-        whole = path.read_bytes()
-        place = draw.randrange(len(whole))
-        flipped = bytearray(whole)
+        full = path.read_bytes()
+        place = draw.randrange(len(full))
+        flipped = bytearray(full)
         flipped[place] ^= 1 << draw.randrange(8)
         path.write_bytes(flipped)
         fault = find_fault(checkpoint)
         assert fault is not None, f"byte {place} of {path.name}"
         assert fault.file == path
-        path.write_bytes(whole)
+        path.write_bytes(full)
     assert find_fault(checkpoint) is None
 
 
 def test_truncated_empty_missing_and_foreign_files_are_found_and_named(checkpoint):
     draw = random.Random(1)
     for path in [*files(checkpoint), *draw.choices(files(checkpoint), k=20)]:
-        whole = path.read_bytes()
-        for content in (whole[: draw.randrange(len(whole))], b"", None):
+        full = path.read_bytes()
+        for content in (full[: draw.randrange(len(full))], b"", None):
             if content is None:
                 path.unlink()
             else:
@@ -81,7 +81,7 @@ def test_truncated_empty_missing_and_foreign_files_are_found_and_named(checkpoin
             assert fault is not None, path.name
             # Without the one that Megatron-Core writes last nothing else is looked at.
             assert fault.file == path or (path.name == "metadata.json" and content is not None)
-            path.write_bytes(whole)
+            path.write_bytes(full)
     (checkpoint / "extra").write_text("from elsewhere")
     assert [str(fault) for fault in find_faults(checkpoint)] == [f"{checkpoint}/extra is not in the manifest"]
 
@@ -139,10 +139,10 @@ def test_where_none_is_whole_nothing_starts_and_nothing_is_lost(saved, tmp_path)
     run_dir = Path(shutil.copytree(saved, tmp_path / "run"))
     for path in CheckpointManager(run_dir / "checkpoints").all():
         (path / "run.yaml").write_text("")
-    code, told = run_ranks(main_here, 1, ["train", *RUN, f"run.dir={run_dir}"])[0]
+    code, output = run_ranks(main_here, 1, ["train", *RUN, f"run.dir={run_dir}"])[0]
     assert code == 2
-    assert "no checkpoint in" in told
-    assert told.count("run.yaml has 0 bytes") == 3
+    assert "no checkpoint in" in output
+    assert output.count("run.yaml has 0 bytes") == 3
     assert len(CheckpointManager(run_dir / "checkpoints").all()) == 3
 
 
@@ -155,14 +155,14 @@ def test_a_broken_checkpoint_is_not_loaded_by_name_either(saved, tmp_path):
         ["evaluate", f"from={broken}"],
         ["inspect", f"from={broken}"],
     ):
-        code, told = run_ranks(main_here, 1, arguments)[0]
+        code, output = run_ranks(main_here, 1, arguments)[0]
         assert code == 2
-        assert "step_00000003/.metadata has other content than was written" in told
-        assert told.count("megavit: ") == 1
+        assert "step_00000003/.metadata has other content than was written" in output
+        assert output.count("megavit: ") == 1
     # Of the run as a whole the newest whole one is taken.
-    code, told = run_ranks(main_here, 1, ["inspect", f"from={run_dir}"])[0]
+    code, output = run_ranks(main_here, 1, ["inspect", f"from={run_dir}"])[0]
     assert code == 0
-    assert told.count("warning: ") == 1
+    assert output.count("warning: ") == 1
 
 
 def test_verify_says_of_each_checkpoint_what_is_broken(saved, tmp_path):
@@ -171,9 +171,9 @@ def test_verify_says_of_each_checkpoint_what_is_broken(saved, tmp_path):
     flip(run_dir / "checkpoints" / "step_00000002" / "common.pt")
     assert run_ranks(main_here, 1, ["verify", f"from={run_dir}"])[0][0] == 2
     assert run_ranks(main_here, 1, ["verify", f"from={run_dir / 'checkpoints' / 'step_00000001'}"])[0][0] == 0
-    code, told = run_ranks(main_here, 1, ["verify", f"from={tmp_path}"])[0]
+    code, output = run_ranks(main_here, 1, ["verify", f"from={tmp_path}"])[0]
     assert code == 2
-    assert "holds no checkpoint" in told
+    assert "holds no checkpoint" in output
 
 
 def test_prune_keeps_the_newest_the_best_those_spared_and_the_last_whole_one(saved, tmp_path):
@@ -187,8 +187,8 @@ def test_prune_keeps_the_newest_the_best_those_spared_and_the_last_whole_one(sav
     assert [path.name for path in store.prune(keep_last=1, keep_every=2)] == ["step_00000001"]
     assert steps() == [2, 3]
     flip(run_dir / "checkpoints" / "step_00000003" / "common.pt")
-    code, told = run_ranks(main_here, 1, ["prune", f"from={run_dir}", "keep_last=1"])[0]
-    assert (code, told) == (0, "")
+    code, output = run_ranks(main_here, 1, ["prune", f"from={run_dir}", "keep_last=1"])[0]
+    assert (code, output) == (0, "")
     # The newest is broken, so the one before is the last whole one.
     assert steps() == [2, 3]
     for wrong in (["keep_last=0"], ["keep_last=some"], []):

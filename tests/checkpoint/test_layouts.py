@@ -151,7 +151,7 @@ def load_each(checkpoints: list[str], settings: list[str]) -> list[float]:
     return losses
 
 
-def whole(checkpoint: Path) -> dict[str, torch.Tensor]:
+def full(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, gathered."""
     state: dict[str, torch.Tensor] = {}
     _load_state_dict(
@@ -178,7 +178,7 @@ def assert_loads(setting, pairs: list[tuple[str, str]], root: Path) -> float:
         arguments = [str(saved[resume_point]) for resume_point in origins], overrides(setting, target, run_dir)
         found = run_ranks(load_each, LAYOUTS[target][0], *arguments)[0]
         for number, (resume_point, loss) in enumerate(zip(origins, found, strict=True)):
-            before, after = whole(saved[resume_point]), whole(run_dir / "checkpoints" / f"step_{number:08d}")
+            before, after = full(saved[resume_point]), full(run_dir / "checkpoints" / f"step_{number:08d}")
             assert before.keys() == after.keys(), f"{setting}: {resume_point} → {target}"
             for key, value in before.items():
                 assert torch.equal(value, after[key]), f"{setting}: {resume_point} → {target}: {key}"
@@ -224,7 +224,7 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another(tmp_path, setting, figure
     largest = assert_loads(setting, pairs, tmp_path / "cover")
     figure(f"{' '.join(setting)}: {len(pairs)} pairs of layouts: equal, relative |Δloss| ≤ {largest:.1e}")
     saved = folder(tmp_path / "cover", "from", pairs[0][0]) / "checkpoints" / f"step_{SAVED:08d}"
-    keys = whole(saved).keys()
+    keys = full(saved).keys()
     for moment in moments(setting):
         assert any(f".{moment}." in key for key in keys)
     assert any(key.startswith("average.") for key in keys)
@@ -257,6 +257,6 @@ def test_what_megatron_core_gathers_and_what_we_share_out_is_the_same(tmp_path):
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     for run_dir, train in ((theirs, save_as_megatron_does), (ours, ranks.train_and_keep)):
         run_ranks(train, 2, [*overrides(setting, "DP 2", run_dir), f"train.stop_at={SAVED}"])
-    before, after = (whole(run_dir / "checkpoints" / f"step_{SAVED:08d}") for run_dir in (theirs, ours))
+    before, after = (full(run_dir / "checkpoints" / f"step_{SAVED:08d}") for run_dir in (theirs, ours))
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())

@@ -171,10 +171,10 @@ def test_every_verb_that_loads_refuses_it_with_one_message(run_command, run_dir)
         "evaluate": [f"from={run_dir}"],
         "predict": [f"from={run_dir}", f"images={Path(__file__).parent.parent.parent / 'docs' / 'pictures'}"],
     }[run_command]
-    code, told = run_ranks(main_here, 1, [run_command, *arguments])[0]
-    assert code == 2, told
-    assert "it names posix.system; a checkpoint of megavit does not do that" in told
-    assert told.count("megavit: ") == 1
+    code, output = run_ranks(main_here, 1, [run_command, *arguments])[0]
+    assert code == 2, output
+    assert "it names posix.system; a checkpoint of megavit does not do that" in output
+    assert output.count("megavit: ") == 1
     assert_nothing_ran(run_dir)
 
 

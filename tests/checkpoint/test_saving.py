@@ -65,8 +65,8 @@ def test_what_is_written_while_the_training_goes_on_is_what_was_there_at_the_sav
     rows = [json.loads(line) for line in (background / "metrics.jsonl").read_text().splitlines()]
     assert first["losses"] == {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
     # A save is told when it is complete: the steps after it had been taken by then.
-    told = [(row["split"], row["step"]) for row in rows if row["split"] in ("train", "save")]
-    assert told.index(("save", 2)) > told.index(("train", 4))
+    output = [(row["split"], row["step"]) for row in rows if row["split"] in ("train", "save")]
+    assert output.index(("save", 2)) > output.index(("train", 4))
 
 
 def save_until_it_fits(disk: str, room: int) -> list[str]:
@@ -102,12 +102,12 @@ def save_until_it_fits(disk: str, room: int) -> list[str]:
                     os.posix_fallocate(file.fileno(), 0, max(1, there - room))
         dist.barrier()
 
-    told = [save(1)]
+    output = [save(1)]
     for step in range(2, 40):
         leave((step - 2) * room)
-        told.append(save(step))
+        output.append(save(step))
         assert find_fault(Path(disk) / "run" / "checkpoints" / "step_00000001") is None
-        if not told[-1]:
+        if not output[-1]:
             break
         dist.barrier()
         assert not list(Path(disk).rglob("*.tmp"))
@@ -115,13 +115,13 @@ def save_until_it_fits(disk: str, room: int) -> list[str]:
     if is_main:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     dist.barrier()
-    told.append(save(50))
+    output.append(save(50))
     dist.barrier()
     if is_main:
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     dist.barrier()
-    told.append(save(51))
-    return told
+    output.append(save(51))
+    return output
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
@@ -130,8 +130,8 @@ def test_a_disk_that_is_full_at_any_byte_or_read_only_costs_no_checkpoint(small_
     first, second = run_ranks(save_until_it_fits, 2, str(disk), 50_000)
     assert find_fault(disk / "run" / "checkpoints" / "step_00000051") is None
     assert first == second
-    whole, *full, fits, read_only, again = first
-    assert (whole, fits, again) == ("", "", "")
+    complete, *full, fits, read_only, again = first
+    assert (complete, fits, again) == ("", "", "")
     assert len(full) >= 5
     for message in full:
         assert "cannot be written: No space left on device on " in message

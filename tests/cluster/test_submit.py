@@ -127,8 +127,8 @@ def test_a_job_is_tried_out_kept_and_handed_over(slurm, tmp_path, capsys):
     kept = tmp_path / "runs/mine/launch/job.sbatch"
     assert slurm.called() == [["scontrol", "ping"], ["sbatch", "--test-only"], ["sbatch", "--parsable", str(kept)]]
     printed = capsys.readouterr().out
-    for told in ("mine on 2 CPU ranks", str(kept), "77", "slurm-77.log", "tail -F", "scancel 77"):
-        assert told in printed
+    for output in ("mine on 2 CPU ranks", str(kept), "77", "slurm-77.log", "tail -F", "scancel 77"):
+        assert output in printed
     assert "parallel.tp=2" in kept.read_text()
 
 

@@ -34,6 +34,6 @@ def labelled(numbers, *, label=lambda number: number % 3, by="cls") -> dict[str,
     members = {}
     for number in numbers:
         members[f"{number:06d}.png"] = png(number)
-        told = str(label(number)).encode() if by == "cls" else json.dumps({"label": label(number)}).encode()
-        members[f"{number:06d}.{by}"] = told
+        output = str(label(number)).encode() if by == "cls" else json.dumps({"label": label(number)}).encode()
+        members[f"{number:06d}.{by}"] = output
     return members

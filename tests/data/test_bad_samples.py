@@ -82,9 +82,9 @@ def test_the_same_image_takes_a_bad_ones_place_in_any_division(dp, micro_batch, 
 
 def test_a_stage_that_reads_labels_alone_has_those_of_the_images_in_place():
     source = Broken(set(due(64)[::7]))
-    whole, _ = read([make_loader(source, **SKIP)])
+    full, _ = read([make_loader(source, **SKIP)])
     labels, replaced = read([make_loader(source, fields=RequiredFields(images=False, labels=True), **SKIP)])
-    assert {key: label for key, (_, label) in whole.items()} == {key: label for key, (_, label) in labels.items()}
+    assert {key: label for key, (_, label) in full.items()} == {key: label for key, (_, label) in labels.items()}
     assert replaced == {}
 
 
@@ -149,10 +149,10 @@ def looks_often(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "told"), [(Deadly, "a loading process died"), (Slow, r"no micro batch came for \d+ s")]
 )
-def test_of_a_worker_that_dies_or_hangs_the_image_is_named(kind, told, looks_often):
+def test_of_a_worker_that_dies_or_hangs_the_image_is_named(kind, output, looks_often):
     bad = due(64)[37]
     loader = make_loader(kind({bad}), workers=2, timeout_s=5.0)
-    with pytest.raises(RuntimeError, match=rf"{told}; being read: .*digit {bad}") as raised:
+    with pytest.raises(RuntimeError, match=rf"{output}; being read: .*digit {bad}") as raised:
         read([loader])
     assert "lower data.workers" in str(raised.value)
 

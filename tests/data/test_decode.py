@@ -105,15 +105,15 @@ def outcome(read, encoded: bytes) -> torch.Tensor | str:
 def test_a_broken_jpeg_is_refused_in_pillows_words_or_decodes_to_pillows_very_pixels(kind, monkeypatch):
     # What a broken header may claim is decoded too: not too much of it.
     monkeypatch.setattr(decode, "_MAX_PIXELS", 1_000_000)
-    draw, whole, refused = random.Random(0), KINDS[kind](), 0
+    draw, complete, refused = random.Random(0), KINDS[kind](), 0
     for number in range(60):
-        broken = bytearray(whole)
+        broken = bytearray(complete)
         if number % 3 == 0:
-            del broken[draw.randrange(len(whole)) :]
+            del broken[draw.randrange(len(complete)) :]
         elif number % 3 == 1:
-            broken[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+            broken[draw.randrange(len(complete))] ^= 1 << draw.randrange(8)
         else:
-            first = draw.randrange(len(whole))
+            first = draw.randrange(len(complete))
             del broken[first : first + draw.randrange(1, 40)]
         theirs, mine = (outcome(read, bytes(broken)) for read in (by_pillow_with_care, decode_image_3))
         if isinstance(theirs, torch.Tensor):
@@ -139,18 +139,18 @@ def turned(orientation: int) -> bytes:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_cameras_rotation_is_applied_in_full_and_reduced(orientation):
     jpeg = open_image(turned(orientation), channels=3, name="x")
-    whole = jpeg.decode()
-    assert torch.equal(whole, by_pillow(turned(orientation), 3))
-    assert whole.shape == (3, jpeg.height, jpeg.width)
+    complete = jpeg.decode()
+    assert torch.equal(complete, by_pillow(turned(orientation), 3))
+    assert complete.shape == (3, jpeg.height, jpeg.width)
     box = Box(top=31, left=77, height=201, width=253)
     reduced = jpeg.resized(box, [24, 30], resample=Image.Resampling.BICUBIC)
     # A turn or mirroring too many would differ by tens. Measured: 0.22 to 0.27.
-    assert difference(whole, box, [24, 30], reduced).mean() < 0.5
+    assert difference(complete, box, [24, 30], reduced).mean() < 0.5
 
 
-def difference(whole: torch.Tensor, box: Box, size: list[int], got: torch.Tensor) -> torch.Tensor:
+def difference(complete: torch.Tensor, box: Box, size: list[int], got: torch.Tensor) -> torch.Tensor:
     want = functional.resized_crop(
-        whole, box.top, box.left, box.height, box.width, size, InterpolationMode.BICUBIC, antialias=True
+        complete, box.top, box.left, box.height, box.width, size, InterpolationMode.BICUBIC, antialias=True
     )
     return (want.int() - got.int()).abs().float()
 

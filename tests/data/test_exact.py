@@ -15,8 +15,8 @@ EVERYTHING = [
 
 
 def test_across_1_4_2_and_1_ranks_with_any_workers_each_image_comes_once_and_the_same(tmp_path, figure):
-    whole = [*SMALL, *EVERYTHING, f"run.dir={tmp_path / 'whole'}"]
-    run_ranks(train_and_hash, 1, whole, tmp_path / "straight")
+    full = [*SMALL, *EVERYTHING, f"run.dir={tmp_path / 'full'}"]
+    run_ranks(train_and_hash, 1, full, tmp_path / "straight")
     parts = [(1, 0, 3), (4, 2, 6), (2, 4, 9), (1, 2, None)]
     for world_size, workers, stop_at in parts:
         own = [f"run.dir={tmp_path / 'parts'}", f"data.workers={workers}", f"train.stop_at={stop_at or 'null'}"]

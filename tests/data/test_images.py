@@ -202,8 +202,8 @@ def with_faults(root: Path) -> dict[str, str | tuple[int, int]]:
     colours = square.convert("RGB")
     encoded = io.BytesIO()
     colours.save(encoded, "JPEG")
-    whole = encoded.getvalue()
-    (root / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    complete = encoded.getvalue()
+    (root / "truncated.jpg").write_bytes(complete[: len(complete) // 2])
     (root / "empty.jpg").write_bytes(b"")
     (root / "text.jpg").write_text("no picture")
     colours.convert("CMYK").save(root / "cmyk.jpg")
@@ -259,16 +259,16 @@ def test_one_of_each_fault_is_converted_or_named(tmp_path):
 def test_a_flipped_bit_gives_a_picture_or_an_error(tmp_path):
     draw, encoded = random.Random(0), io.BytesIO()
     Image.effect_noise((40, 30), 60).convert("RGB").save(encoded, "JPEG")
-    whole, told = encoded.getvalue(), []
+    complete, output = encoded.getvalue(), []
     for _ in range(300):
-        broken = bytearray(whole)
-        broken[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        broken = bytearray(complete)
+        broken[draw.randrange(len(complete))] ^= 1 << draw.randrange(8)
         try:
             assert decode_image(bytes(broken), channels=3, name="x").shape[0] == 3
         except ConfigError as error:
-            told.append(str(error))
-    assert told
-    assert all(message.startswith("x cannot be read as an image: ") for message in told)
+            output.append(str(error))
+    assert output
+    assert all(message.startswith("x cannot be read as an image: ") for message in output)
 
 
 KEYS = [SampleKey(3, 0), SampleKey(4, 0), SampleKey(3, 1), SampleKey(3, 0, 1)]

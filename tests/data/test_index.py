@@ -53,8 +53,8 @@ def built(monkeypatch):
     """How often a listing was made."""
     made = []
     for module, name in ((folder_module, "_list"), (tars_module, "index_shards")):
-        whole = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *given, whole=whole: made.append(given) or whole(*given))
+        full = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, full=full: made.append(given) or full(*given))
     return made
 
 
@@ -228,13 +228,13 @@ def open_as_a_rank(path: str, index: str) -> tuple[list, bool]:
     from megavit.parallel.agree import wait_for_rank_zero
 
     dist.init_process_group("gloo")
-    data, builds, whole = config(Path(path), "folder", val_fraction=0.3), [], folder._list
-    folder._list = lambda *given: builds.append(1) or whole(*given)
+    data, builds, full = config(Path(path), "folder", val_fraction=0.3), [], folder._list
+    folder._list = lambda *given: builds.append(1) or full(*given)
     try:
         wait_for_rank_zero(lambda: prepare_index(data, Path(index)))
         source = open_source(data, "train", index=Path(index))
     finally:
-        folder._list = whole
+        folder._list = full
     return pairs(source), bool(builds)
 
 

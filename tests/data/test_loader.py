@@ -57,11 +57,11 @@ def test_a_step_holds_the_same_augmented_samples_in_any_division(dp, micro_batch
 
 
 def test_going_on_from_a_position_repeats_and_skips_nothing():
-    whole = by_sample([make_loader()], consumed_samples=0, num_steps=4, global_batch=16)
+    complete = by_sample([make_loader()], consumed_samples=0, num_steps=4, global_batch=16)
     first = by_sample([make_loader()], consumed_samples=0, num_steps=1, global_batch=16)
     rest = by_sample([make_loader()], consumed_samples=16, num_steps=3, global_batch=16)
     assert not first.keys() & rest.keys()
-    assert_same(first | rest, whole)
+    assert_same(first | rest, complete)
 
 
 @pytest.mark.parametrize("dp", [1, 2, 3])

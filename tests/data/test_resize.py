@@ -42,8 +42,8 @@ def test_the_part_of_a_resized_image_has_the_bits_of_that_part_of_the_whole(monk
         height, width = (draw.randint(1, side) for side in frame)
         box = resize.Box(draw.randint(0, frame[0] - height), draw.randint(0, frame[1] - width), height, width)
         for mode in (BICUBIC, BILINEAR):
-            whole = functional.resize(image, frame, mode, antialias=True)
-            wanted = whole[:, box.top : box.top + height, box.left : box.left + width]
+            complete = functional.resize(image, frame, mode, antialias=True)
+            wanted = complete[:, box.top : box.top + height, box.left : box.left + width]
             assert torch.equal(resize.resize_part(image, frame, box, mode), wanted), (image.shape, frame, box, mode)
 
 
@@ -54,11 +54,11 @@ def test_a_long_image_is_seen_as_if_it_were_resized_whole(shape, mode):
     image, size = noise(*shape), [24, 24]
     frame = resize.eval_frame(shape, size, 0.875)
     assert max(frame) > resize._LONG * 24
-    whole = functional.resize(image, frame, InterpolationMode(mode.value), antialias=True)
+    complete = functional.resize(image, frame, InterpolationMode(mode.value), antialias=True)
     seen = ImageTransform(config(image_size=size, eval_crop=0.875, interpolation=mode), augment=False).crop(
         image, draw=0
     )
-    assert torch.equal(seen, functional.center_crop(whole, size))
+    assert torch.equal(seen, functional.center_crop(complete, size))
 
 
 @pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 1)])

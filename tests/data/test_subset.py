@@ -25,19 +25,19 @@ def pictures(of) -> list[bytes]:
 
 def test_chosen_classes_take_the_labels_of_their_place_in_both_splits():
     for split in ("train", "val"):
-        whole, part = source(split=split), source("data.classes=['7','2']", split=split)
+        full, part = source(split=split), source("data.classes=['7','2']", split=split)
         assert part.classes == ("7", "2")
-        assert np.bincount(labels(part)).tolist() == [(labels(whole) == 7).sum(), (labels(whole) == 2).sum()]
-        sevens = [whole.image(i) for i in range(len(whole)) if whole.label(i) == 7]
+        assert np.bincount(labels(part)).tolist() == [(labels(full) == 7).sum(), (labels(full) == 2).sum()]
+        sevens = [full.image(i) for i in range(len(full)) if full.label(i) == 7]
         kept = [part.image(i) for i in range(len(part)) if part.label(i) == 0]
         assert all(torch.equal(one, other) for one, other in zip(sevens, kept, strict=True))
 
 
 def test_samples_per_class_and_fraction_thin_training_alone():
     assert np.bincount(labels(source("data.samples_per_class=5"))).tolist() == [5] * 10
-    whole = np.bincount(labels(source()))
+    full = np.bincount(labels(source()))
     tenth = np.bincount(labels(source("data.fraction=0.1")))
-    assert tenth.tolist() == [round(count * 0.1) for count in whole]
+    assert tenth.tolist() == [round(count * 0.1) for count in full]
     assert len(source("data.fraction=0.1", split="val")) == 360
 
 

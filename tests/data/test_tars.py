@@ -249,17 +249,17 @@ def test_a_flipped_bit_gives_samples_or_an_error(tmp_path):
         "\udcff.png": png(1),
         "\udcff.cls": b"1",
     }
-    draw, told = random.Random(0), []
-    whole = shard(tmp_path / "x.tar", members, errors="surrogateescape", encoding="utf-8").read_bytes()
+    draw, output = random.Random(0), []
+    full = shard(tmp_path / "x.tar", members, errors="surrogateescape", encoding="utf-8").read_bytes()
     for _ in range(1000):
-        broken = bytearray(whole)
-        broken[draw.randrange(len(whole.rstrip(b"\0")))] ^= 1 << draw.randrange(8)
+        broken = bytearray(full)
+        broken[draw.randrange(len(full.rstrip(b"\0")))] ^= 1 << draw.randrange(8)
         try:
             read_headers(io.BytesIO(broken), "x.tar")
         except ConfigError as error:
-            told.append(str(error))
-    assert len(told) > 100
-    for message in told:
+            output.append(str(error))
+    assert len(output) > 100
+    for message in output:
         assert message.startswith("x.tar")
         message.encode()
 

@@ -52,7 +52,7 @@ def test_a_gpu_without_bf16_is_told_with_what_to_set_and_one_that_does_not_compu
         ("470.1", "13.2", "0", State.missing, "torch's CUDA 13.2 does not start with the driver 470.1"),
     ],
 )
-def test_why_training_is_on_the_cpu_is_told(driver, cuda, visible, state, told, monkeypatch):
+def test_why_training_is_on_the_cpu_is_told(driver, cuda, visible, state, output, monkeypatch):
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
@@ -63,5 +63,5 @@ def test_why_training_is_on_the_cpu_is_told(driver, cuda, visible, state, told, 
     with mock.patch.object(devices, "_ask_driver", return_value=driver):
         found = devices._cpu_chosen(here)
     assert found.state is state
-    assert told in found.text
+    assert output in found.text
     assert found.figures == {"device": "cpu", "count": 0}

@@ -138,12 +138,12 @@ def test_two_ranks_are_started_on_a_cpu():
         pytest.param("0", "SIGSTOP", "nothing was heard of rank 0", marks=pytest.mark.slow),
     ],
 )
-def test_a_rank_that_hangs_or_dies_is_told_in_a_bounded_time(rank, name, told, figure):
+def test_a_rank_that_hangs_or_dies_is_told_in_a_bounded_time(rank, name, output, figure):
     start = time.monotonic()
     found = only(started(rank, name, timeout_s=5), "all-reduce")
     figure(f"doctor, rank {rank} gets {name}: told in {time.monotonic() - start:.0f} s with a time-out of 5 s")
     assert found.state is State.broken
-    assert told in found.text
+    assert output in found.text
     assert time.monotonic() - start < 100
 
 

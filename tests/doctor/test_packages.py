@@ -68,13 +68,13 @@ WITHOUT_CUDA = {"apex/__init__.py": "", "apex/optimizers/__init__.py": "class Fu
         ({"apex/__init__.py": "import pyramid_of_nobody"}, "No module named 'pyramid_of_nobody'"),
     ],
 )
-def test_the_apex_of_the_package_index_is_told_from_nvidias(files, told, tmp_path, monkeypatch):
+def test_the_apex_of_the_package_index_is_told_from_nvidias(files, output, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(pretend(tmp_path, "apex", "0.9.10", files)), prepend=":")
     monkeypatch.setenv("MEGAVIT_DEVICE", "cpu")
     (found,) = run_in_subprocess(["apex"])
     assert found.state is State.missing
     assert "0.9.10" in found.text
-    assert told in found.text
+    assert output in found.text
     assert "the apex of the package index is another project" in found.advice
 
 

@@ -122,9 +122,9 @@ def test_an_unwritable_run_folder_or_another_megatron_core_leaves_with_1(tmp_pat
     assert "training cannot start: run folder" in capsys.readouterr().out
     monkeypatch.syspath_prepend(pretend(tmp_path / "other", "megatron-core", "0.15.2"))
     assert doctor([f"run.dir={tmp_path}"]) == 1
-    told = capsys.readouterr().out
-    assert "0.15.2 is installed, and megavit needs ==0.16.1" in told
-    assert "training cannot start: megatron-core" in told
+    output = capsys.readouterr().out
+    assert "0.15.2 is installed, and megavit needs ==0.16.1" in output
+    assert "training cannot start: megatron-core" in output
 
 
 def test_a_check_that_fails_itself_is_told_as_one_that_found_something_broken(tmp_path, monkeypatch, capsys):
@@ -143,7 +143,7 @@ def test_the_table_fits_the_terminal_and_loses_no_bracket(width):
     from rich.console import Console
 
     console = Console(width=width, record=True, file=io.StringIO())
-    report = Report(lambda *told: console.print(*told, highlight=False, markup=False))
+    report = Report(lambda *output: console.print(*output, highlight=False, markup=False))
     long = Finding("imports", "transformer-engine", State.missing, "not installed " * 12, "pip install 'megavit[te]'")
     report.add([long, Finding("imports", "torch", State.ok, "computes")])
     report.close()

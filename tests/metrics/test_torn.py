@@ -11,15 +11,15 @@ def test_a_run_goes_on_below_half_a_line_and_draws_its_curves(tmp_path):
     settings = [*SMALL, f"run.dir={tmp_path}"]
     run_ranks(ranks.train_and_keep, 1, [*settings, "train.stop_at=2"])
     lines = tmp_path / "metrics.jsonl"
-    whole = len(lines.read_text().splitlines())
+    full = len(lines.read_text().splitlines())
     with lines.open("a") as file:
         file.write('{"step": 3, "spl')
     (tmp_path / "pictures" / "curves.png").unlink()
     code = run_here([*settings, "train.stop_at=4"])
     assert code == 75
-    told = lines.read_text().splitlines()
-    assert told[whole] == '{"step": 3, "spl'
-    steps = [json.loads(line)["step"] for line in told[whole + 1 :]]
+    output = lines.read_text().splitlines()
+    assert output[full] == '{"step": 3, "spl'
+    steps = [json.loads(line)["step"] for line in output[full + 1 :]]
     assert steps == [3, 4, 4]
     assert (tmp_path / "pictures" / "curves.png").stat().st_size > 1000
 

@@ -52,8 +52,8 @@ def test_in_every_layout_it_agrees_with_one_process(world, layout, figure):
 def test_recomputed_it_is_the_same_to_the_bit(recompute, world):
     layout = ["parallel.tp=2", "parallel.sequence_parallel=true", TOKENS] if world > 1 else []
     dropout = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
-    whole = losses_of(world, (FP8, *layout, *dropout))
-    assert losses_of(world, (FP8, *layout, *dropout, f"parallel.recompute={recompute}")) == whole
+    full = losses_of(world, (FP8, *layout, *dropout))
+    assert losses_of(world, (FP8, *layout, *dropout, f"parallel.recompute={recompute}")) == full
 
 
 @pytest.mark.slow
@@ -104,14 +104,14 @@ def mlp_of(overrides: list[str]) -> dict[str, torch.Tensor] | None:
 
 @pytest.mark.parametrize("splits_tokens", [False, True], ids=["TP 2", "TP 2 + SP"])
 def test_an_mlp_over_two_ranks_is_that_of_one_but_for_bf16s_rounding(splits_tokens, figure):
-    (whole,) = run_ranks(mlp_of, 1, [*SMALL, *SIZES, BF16, FP8])
+    (full,) = run_ranks(mlp_of, 1, [*SMALL, *SIZES, BF16, FP8])
     (exact,) = run_ranks(mlp_of, 1, [*SMALL, *SIZES, BF16])
     layout = ["parallel.tp=2", f"parallel.sequence_parallel={str(splits_tokens).lower()}"]
     got, other = run_ranks(mlp_of, 2, [*SMALL, *SIZES, BF16, FP8, *layout])
     if splits_tokens:
         got |= {name: torch.cat([got[name], other[name]]) for name in ("output", "tokens")}
-    apart = {name: float((got[name] - value).norm() / value.norm()) for name, value in whole.items()}
-    fp8 = {name: float((exact[name] - value).norm() / value.norm()) for name, value in whole.items()}
+    apart = {name: float((got[name] - value).norm() / value.norm()) for name, value in full.items()}
+    fp8 = {name: float((exact[name] - value).norm() / value.norm()) for name, value in full.items()}
     figure(f"FP8, an MLP at TP 2{' + SP' * splits_tokens}: {max(apart.values()):.1e} from TP 1 (norm)")
     assert len(apart) == 4
     # Measured: 3.0e-3; what FP8 rounds away is 3.8e-2 and more.

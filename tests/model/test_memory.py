@@ -110,6 +110,6 @@ def test_saved_bytes_per_layer_follow_the_formula(recompute, tp, sequence_parall
     # Norm statistics and the softmax's normaliser come on top: fp32, per token and per token and head.
     assert measured == pytest.approx(formula, rel=0.02 if recompute != "full" else 0.05)
     if recompute == "full":
-        whole = N * B * H * (8 + (8 + 4 * F / H) / tp if not sequence_parallel else (16 + 4 * F / H) / tp)
-        figure(f"alive in the backward pass, full recompute, {layout}: {alive:,} bytes, one layer's {whole:,.0f}")
-        assert alive == pytest.approx(whole, rel=0.02)
+        full = N * B * H * (8 + (8 + 4 * F / H) / tp if not sequence_parallel else (16 + 4 * F / H) / tp)
+        figure(f"alive in the backward pass, full recompute, {layout}: {alive:,} bytes, one layer's {full:,.0f}")
+        assert alive == pytest.approx(full, rel=0.02)

@@ -76,14 +76,14 @@ def parameters_per_rank(overrides: list[str], tp: int, pp: int) -> list[int]:
                 ),
                 num_classes=1000,
             )
-        split = whole = 0
+        split = full = 0
         for parameter in chunk.parameters():
             assert parameter.is_meta
             if getattr(parameter, "tensor_model_parallel", False):
                 split += parameter.numel()
             else:
-                whole += parameter.numel()
-        counts.append(split * tp + whole)
+                full += parameter.numel()
+        counts.append(split * tp + full)
         dist.destroy_process_group()
     parallel_state.initialize_model_parallel = initialize
     return [*counts, _memory_bytes("VmHWM") - before_bytes]

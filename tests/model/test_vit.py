@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megavit.checkpoint.names import from_plain, to_plain
+from megavit.checkpoint.names import from_timm, to_timm
 from megavit.compose import compose
 from megavit.model.embedding import patchify
 from megavit.model.plain import TorchViT
@@ -40,7 +40,7 @@ def build_chunk(overrides: list[str]):
 def logits_of(overrides: list[str], images: torch.Tensor, weights: dict | None, training: bool) -> torch.Tensor:
     chunk, config, _ = build_chunk(overrides)
     if weights is not None:
-        missing = chunk.load_state_dict(from_plain(weights, dims_of(config)), strict=False)
+        missing = chunk.load_state_dict(from_timm(weights, dims_of(config)), strict=False)
         assert not missing.unexpected_keys
         assert all(name.endswith("_extra_state") for name in missing.missing_keys)
     return chunk.train(training)(images).detach()
@@ -199,7 +199,7 @@ def test_weight_names_go_to_the_plain_model_and_back():
         plain = TorchViT(config.model, image_size=[8, 8], channels=1, num_classes=10)
         weights = {name: torch.randn_like(weight) for name, weight in plain.state_dict().items()}
         dims = dims_of(config)
-        back = to_plain(from_plain(weights, dims), dims)
+        back = to_timm(from_timm(weights, dims), dims)
         assert back.keys() == weights.keys()
         assert all(torch.equal(back[name], weight) for name, weight in weights.items())
 

@@ -22,10 +22,10 @@ def test_the_bytes_told_are_those_that_the_state_takes(rule, tmp_path):
 
 
 def test_the_note_counts_what_is_trained_and_who_holds_what():
-    told = describe_optimizer(
+    output = describe_optimizer(
         compose(["recipe=null", "train.steps=1"]).optim, num_trained=90, num_weights=1000, bf16=True, dp=4
     )
-    assert told == (
+    assert output == (
         "optimizer adamw: 8 bytes of state for each weight + 4 of its fp32 copy, shared by 4 data-parallel ranks; "
         "trains 90 of the 1,000 weights"
     )

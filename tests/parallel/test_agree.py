@@ -24,17 +24,17 @@ def work_long(fails: bool) -> tuple[list[int], str]:
         time.sleep(1.5 * LIMIT_S)
         done.append(dist.get_rank())
 
-    whole, agree._WORD_EVERY_S = agree._WORD_EVERY_S, LIMIT_S / 10
+    full, agree._WORD_EVERY_S = agree._WORD_EVERY_S, LIMIT_S / 10
     try:
         agree.wait_for_rank_zero(work)
     except ConfigError as error:
         return done, str(error)
     finally:
-        agree._WORD_EVERY_S = whole
+        agree._WORD_EVERY_S = full
     return done, ""
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_rank_zero_may_work_longer_than_a_collective_may_wait(fails):
-    told = "no room" if fails else ""
-    assert run_ranks(work_long, 2, fails) == [([] if fails else [0], told), ([], told)]
+    output = "no room" if fails else ""
+    assert run_ranks(work_long, 2, fails) == [([] if fails else [0], output), ([], output)]

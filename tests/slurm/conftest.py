@@ -32,9 +32,9 @@ class Slurm:
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` tells of it, such as JobState, Restarts and ExitCode."""
-        told = self.run("scontrol", "--oneliner", "show", "job", number)
-        assert told.returncode == 0, told.stderr
-        return dict(word.split("=", 1) for word in told.stdout.split() if "=" in word)
+        output = self.run("scontrol", "--oneliner", "show", "job", number)
+        assert output.returncode == 0, output.stderr
+        return dict(word.split("=", 1) for word in output.stdout.split() if "=" in word)
 
 
 @pytest.fixture(scope="session")

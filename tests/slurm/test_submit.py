@@ -51,9 +51,9 @@ class Submitting:
 
     def jobs(self) -> list[str]:
         """All that were submitted from the folder, ended ones too; other tests may use the same Slurm now."""
-        told = self.slurm.run("squeue", "--noheader", "--states=all", "--format=%i %Z")
-        assert told.returncode == 0, told.stderr
-        jobs = (line.split(maxsplit=1) for line in told.stdout.splitlines())
+        output = self.slurm.run("squeue", "--noheader", "--states=all", "--format=%i %Z")
+        assert output.returncode == 0, output.stderr
+        jobs = (line.split(maxsplit=1) for line in output.stdout.splitlines())
         return [number for number, folder in jobs if Path(folder) == self.folder]
 
     def wait(self, number: str, *states: str, timeout_s: float = 150) -> dict[str, str]:
@@ -94,8 +94,8 @@ def test_usr1_in_mid_run_on_two_nodes_saves_requeues_and_ends_as_one_that_was_no
     at.wait_for_step("told", 10)
     assert at.slurm.run("scancel", "--signal=USR1", number).returncode == 0
     # As many threads as cluster.cpus_per_rank: another number rounds otherwise.
-    whole = at.run("train", *settings, "run.ranks=2", "run.name=whole", OMP_NUM_THREADS="1")
-    assert whole.returncode == 0, whole.stderr
+    full = at.run("train", *settings, "run.ranks=2", "run.name=whole", OMP_NUM_THREADS="1")
+    assert full.returncode == 0, full.stderr
     job = at.wait(number, "COMPLETED", "FAILED")
     assert (job["JobState"], job["Restarts"], job["NumNodes"]) == ("COMPLETED", "1", "2"), at.log(number)
     assert "megavit: stopped and saved; queued again" in at.log(number)
@@ -152,14 +152,14 @@ def test_a_cancelled_job_saves_and_stays_cancelled(at):
 
 
 def test_what_the_cluster_would_not_take_is_refused_at_the_desk(at):
-    for words, told in (
+    for words, output in (
         (["cluster.partition=gpus"], "invalid partition specified: gpus"),
         (["cluster.nodes=4"], "Requested node configuration is not available"),
         (["cluster.account=nosuch"], "Invalid account or account/partition combination"),
     ):
         done = at.run("submit", *CPU, *words)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert told in done.stderr
+        assert output in done.stderr
         assert "nothing was submitted" in done.stderr
     assert "partitions here: test" in at.run("submit", *CPU, "cluster.partition=gpus").stderr
     conf = at.folder / "slurm.conf"

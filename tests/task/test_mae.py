@@ -41,7 +41,7 @@ SHAPES = {
 
 def compare(overrides: list[str]) -> dict[str, float]:
     """Loss and gradients of our engine beside Hugging Face's: the largest relative differences."""
-    from megavit.checkpoint.names import from_plain, to_plain
+    from megavit.checkpoint.names import from_timm, to_timm
     from megavit.model.plain_mae import TorchMae
     from megavit.model.vit import parameter_names
     from megavit.network import build_model
@@ -63,7 +63,7 @@ def compare(overrides: list[str]) -> dict[str, float]:
     theirs = huggingface.build(config, plain.pos_embed, plain.decoder_pos_embed)
 
     # Both ways: ours to theirs, changed there, and back.
-    plain.load_state_dict(to_plain({n: p.detach() for n, p in parameter_names(ours).items()}, dims_of(config)))
+    plain.load_state_dict(to_timm({n: p.detach() for n, p in parameter_names(ours).items()}, dims_of(config)))
     missing = theirs.load_state_dict(huggingface.to_theirs(plain.state_dict()), strict=False)
     assert not missing.unexpected_keys
     assert set(missing.missing_keys) == {"vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"}
@@ -73,7 +73,7 @@ def compare(overrides: list[str]) -> dict[str, float]:
             if parameter.requires_grad and name not in missing.missing_keys:
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     plain.load_state_dict(huggingface.from_theirs(theirs.state_dict(), plain.state_dict()))
-    loaded = ours.load_state_dict(from_plain(plain.state_dict(), dims_of(config)), strict=False)
+    loaded = ours.load_state_dict(from_timm(plain.state_dict(), dims_of(config)), strict=False)
     assert not loaded.unexpected_keys
     assert all(key.endswith("_extra_state") for key in loaded.missing_keys)
 
@@ -88,7 +88,7 @@ def compare(overrides: list[str]) -> dict[str, float]:
     their_loss = theirs(images, noise=huggingface.noise_for(keep, config.num_patches)).loss
     our_loss.backward()
     their_loss.backward()
-    got = to_plain({name: p.grad for name, p in parameter_names(ours).items()}, dims_of(config))
+    got = to_timm({name: p.grad for name, p in parameter_names(ours).items()}, dims_of(config))
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     want = huggingface.from_theirs(gradients, got)
     differences = {name: float((got[name] - want[name]).norm() / want[name].norm()) for name in got}
@@ -290,9 +290,9 @@ def test_a_run_paints_and_its_checkpoint_reconstructs_pictures_of_ones_own(tmp_p
     images.mkdir()
     for index in range(3):
         Image.fromarray(Digits("val").image(index)[0].numpy()).save(images / f"{index}.png")
-    code, told, err = run_command("reconstruct", f"from={run_dir}", f"images={images}", "count=2")
+    code, output, err = run_command("reconstruct", f"from={run_dir}", f"images={images}", "count=2")
     assert code == 0, err
-    assert "2 of 3 images" in told
+    assert "2 of 3 images" in output
     assert np.asarray(Image.open(run_dir / "pictures" / "reconstruct.png")).std() > 10
 
 
