@@ -14,7 +14,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megavit.config import ExperimentConfig
@@ -29,9 +29,8 @@ _CALLED_ELSEWHERE = {
     "wd": "optim.weight_decay",
     "warmup": "optim.warmup_steps",
     "warmup_iters": "optim.warmup_steps",
-    "clip_grad": "optim.clip",
-    "grad_clip": "optim.clip",
-    "max_grad_norm": "optim.clip",
+    "grad_clip": "optim.clip_grad",
+    "max_grad_norm": "optim.clip_grad",
     "ema_decay": "optim.ema",
     "optimizer": "optim.name",
     "opt": "optim.name",
@@ -70,12 +69,26 @@ _CALLED_ELSEWHERE = {
     "save_dir": "run.dir",
     "num_gpus": "run.ranks",
     "nproc_per_node": "run.ranks",
-    "save_every": "checkpoint.every",
-    "save_interval": "checkpoint.every",
-    "log_every": "metrics.every",
-    "log_interval": "metrics.every",
+    "save_interval": "checkpoint.save_every",
+    "log_interval": "metrics.log_every",
     "wandb_project": "metrics.wandb",
     "pretrained": "init_from",
+}
+
+# Settings that had another name before the first release; a run's saved configuration is read with them.
+_RENAMED = {
+    "optim.decay": "optim.schedule",
+    "optim.clip": "optim.clip_grad",
+    "checkpoint.every": "checkpoint.save_every",
+    "metrics.every": "metrics.log_every",
+    "data.eval_crop": "data.crop_pct",
+    "data.erase": "data.random_erasing",
+    "data.shift": "data.random_shift",
+    "data.mix_prob": "data.mixup_prob",
+    "data.mix_switch": "data.mixup_switch_prob",
+    "model.linears": "model.linear_backend",
+    "model.attention": "model.attention_backend",
+    "task.norm_pix": "task.norm_pix_loss",
 }
 
 # Of each pair one is null; to override one clears the other.
@@ -162,7 +175,12 @@ def from_yaml(text: str) -> ExperimentConfig:
             "a run's configuration holds ${…}, which is resolved before it is written; it was tampered with"
         )
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig), OmegaConf.create(text)))
+        saved = OmegaConf.create(text)
+        for old, new in _RENAMED.items():
+            group, _, name = old.partition(".")
+            if isinstance(saved.get(group), DictConfig) and name in saved[group]:
+                saved[group][new.partition(".")[2]] = saved[group].pop(name)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig), saved))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"a run's configuration cannot be read: {_explain(error)}") from error
     assert isinstance(config, ExperimentConfig)
@@ -243,6 +261,8 @@ def _check_key(typed: str) -> None:
     known = list(run_types())
     if key in known:
         return
+    if key in _RENAMED:
+        raise ConfigError(f"{key} is renamed to {_RENAMED[key]}: write {_RENAMED[key]}={value}")
     if key.partition(".")[0] == "cluster":
         raise ConfigError(f"{typed} says where a job runs, which is read by megavit submit alone")
     if keys := [path for path in known if path.startswith(f"{key}.")]:

@@ -6,7 +6,7 @@ from megavit.checks import format_value, require_number, require_steps
 from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
 from megavit.experimental import check_experimental
-from megavit.model.config import Attention, Linears, ModelConfig, Pool
+from megavit.model.config import AttentionBackend, LinearBackend, ModelConfig, Pool
 from megavit.optim.config import ENCODER, OptimConfig, Optimizer
 from megavit.parallel.config import Recompute
 from megavit.parallel.stages import plan_stages
@@ -86,10 +86,14 @@ class ExperimentConfig(RunSettings):
                 "train.grad_reduce=bf16 needs bf16 gradients, and train.precision=fp32 makes none; set "
                 "train.precision=bf16_o2 or train.grad_reduce=fp32"
             )
-        if model.attention in (Attention.sdpa_flash, Attention.flash_attn) and train.precision is Precision.fp32:
+        if (
+            model.attention_backend in (AttentionBackend.sdpa_flash, AttentionBackend.flash_attn)
+            and train.precision is Precision.fp32
+        ):
             raise ConfigError(
-                f"model.attention={model.attention.value} computes in bf16 alone, and train.precision=fp32; set "
-                f"train.precision=bf16_o2 or model.attention=sdpa"
+                f"model.attention_backend={model.attention_backend.value} computes in bf16 alone, and "
+                "train.precision=fp32; set "
+                f"train.precision=bf16_o2 or model.attention_backend=sdpa"
             )
         if train.compile is Compile.layer:
             if self.parallel.tp > 1:
@@ -102,9 +106,13 @@ class ExperimentConfig(RunSettings):
                     "train.compile=layer and parallel.recompute=selective exclude each other: the compiler decides "
                     "itself what a layer keeps; set parallel.recompute to none or full"
                 )
-            if model.linears is Linears.te or model.attention in (Attention.te, Attention.flash_attn):
+            if model.linear_backend is LinearBackend.te or model.attention_backend in (
+                AttentionBackend.te,
+                AttentionBackend.flash_attn,
+            ):
                 raise ConfigError(
-                    "train.compile=layer needs torch's own parts: set model.linears=local and model.attention to sdpa "
+                    "train.compile=layer needs torch's own parts: set model.linear_backend=local and "
+                    "model.attention_backend to sdpa "
                     "or sdpa_flash, or train.compile=none"
                 )
 
@@ -118,10 +126,11 @@ class ExperimentConfig(RunSettings):
                 f"train.gradient_accumulation_fusion=true is for layers that one rank computes, and "
                 f"parallel.tp={tp} splits them; set parallel.tp=1, {instead}"
             )
-        if self.model.linears is not Linears.local:
+        if self.model.linear_backend is not LinearBackend.local:
             raise ConfigError(
-                f"train.gradient_accumulation_fusion=true would be ignored: model.linears={self.model.linears.value} "
-                f"multiplies by itself; set model.linears=local, {instead}"
+                "train.gradient_accumulation_fusion=true would be ignored: "
+                f"model.linear_backend={self.model.linear_backend.value} "
+                f"multiplies by itself; set model.linear_backend=local, {instead}"
             )
         if train.compile is Compile.layer:
             raise ConfigError(
@@ -130,23 +139,23 @@ class ExperimentConfig(RunSettings):
             )
 
     def _check_linears(self) -> None:
-        linears, precision = self.model.linears, self.train.precision
-        if linears is Linears.onednn:
+        linears, precision = self.model.linear_backend, self.train.precision
+        if linears is LinearBackend.onednn:
             if precision is not Precision.fp32:
                 raise ConfigError(
-                    "model.linears=onednn is for fp32: torch itself gives bf16 products to oneDNN; set "
-                    "model.linears=local, or train.precision=fp32"
+                    "model.linear_backend=onednn is for fp32: torch itself gives bf16 products to oneDNN; set "
+                    "model.linear_backend=local, or train.precision=fp32"
                 )
             if self.parallel.sequence_parallel:
                 raise ConfigError(
-                    "model.linears=onednn does not split tokens; set model.linears=local or "
+                    "model.linear_backend=onednn does not split tokens; set model.linear_backend=local or "
                     "parallel.sequence_parallel=false"
                 )
-        if linears is Linears.fp8:
+        if linears is LinearBackend.fp8:
             if precision is not Precision.bf16_o2:
                 raise ConfigError(
-                    "model.linears=fp8 rounds bf16 numbers, and train.precision=fp32 has none; set "
-                    "train.precision=bf16_o2 or model.linears=local"
+                    "model.linear_backend=fp8 rounds bf16 numbers, and train.precision=fp32 has none; set "
+                    "train.precision=bf16_o2 or model.linear_backend=local"
                 )
             for group, prefix in (("model", ""), ("task", "decoder_")):
                 self._check_eight_bit_sizes(group, f"{prefix}hidden_size", f"{prefix}ffn_size")
@@ -158,8 +167,10 @@ class ExperimentConfig(RunSettings):
             size = getattr(getattr(self, group), key)
             if size is not None and size % (16 * tp):
                 raise ConfigError(
-                    f"model.linears=fp8 needs widths in multiples of 16 on every rank, and {group}.{key}={size} over "
-                    f"parallel.tp={tp} is none: {size} mod {16 * tp} = {size % (16 * tp)}; set model.linears=local, or "
+                    "model.linear_backend=fp8 needs widths in multiples of 16 on every rank, and "
+                    f"{group}.{key}={size} over "
+                    f"parallel.tp={tp} is none: {size} mod {16 * tp} = {size % (16 * tp)}; set "
+                    "model.linear_backend=local, or "
                     f"change {group}.{key}{' or lower parallel.tp' if tp > 1 else ''}"
                 )
 
@@ -205,7 +216,7 @@ class ExperimentConfig(RunSettings):
                     f"{self.task.name.value}, which has nothing to paint; set it to null"
                 )
             return
-        for key in ("erase", "mixup", "cutmix"):
+        for key in ("random_erasing", "mixup", "cutmix"):
             if getattr(self.data, key):
                 raise ConfigError(
                     f"data.{key}={getattr(self.data, key)} would be ignored by task.name=mae, which sees its images "

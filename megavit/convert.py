@@ -44,7 +44,7 @@ def convert(arguments: list[str]) -> int:
     Args:
         arguments: `from=KIND:PATH to=RUN` or `from=RUN to=KIND:PATH`, KIND one of hf, timm, mae, nemo; optionally
             `dtype=fp32|bf16|fp16` and `push=ORG/NAME` on the way out; on the way in `num_heads=N` and data.mean,
-            data.std, data.eval_crop, data.interpolation, where files do not state them. `from=ema:RUN` takes the moving
+            data.std, data.crop_pct, data.interpolation, where files do not state them. `from=ema:RUN` takes the moving
             average of the weights.
 
     Raises:
@@ -137,7 +137,7 @@ def _config_of(external: ExternalModel, run_dir: Path) -> ExperimentConfig:
         channels=external.channels,
         mean=external.pixels.mean,
         std=external.pixels.std,
-        eval_crop=external.pixels.eval_crop,
+        crop_pct=external.pixels.crop_pct,
         interpolation=external.pixels.interpolation,
     )
     return replace(
@@ -235,7 +235,7 @@ def _unsaid(kind: str, config: ExperimentConfig) -> list[str]:
     model, data = config.model, config.data
     lines = []
     if kind in ("mae", "nemo"):
-        values = {key: getattr(data, key) for key in ("mean", "std", "image_size", "eval_crop")}
+        values = {key: getattr(data, key) for key in ("mean", "std", "image_size", "crop_pct")}
         settings = " ".join(f"data.{key}={format_value(value)}".replace(" ", "") for key, value in values.items())
         lines.append(
             f"{kind}: files carry no mean, std or crop; this run has {settings} "
@@ -243,11 +243,11 @@ def _unsaid(kind: str, config: ExperimentConfig) -> list[str]:
         )
     if kind == "timm" and model.norm_eps != TIMM_NORM_EPS:
         lines.append(f"timm: config.json cannot say model.norm_eps={model.norm_eps:g}; timm takes {TIMM_NORM_EPS:g}")
-    if kind == "hf" and data.eval_crop is not None:
+    if kind == "hf" and data.crop_pct is not None:
         lines.append(
             "hf: its processors round the place of a centre crop down, timm, torchvision and megavit to the even "
             "neighbour: of one image in four or fewer the crop lies a pixel further left or up; with "
-            "data.eval_crop=null none does"
+            "data.crop_pct=null none does"
         )
     if kind == "hf" and data.channels not in (1, 3):
         lines.append(

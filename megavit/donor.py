@@ -26,7 +26,7 @@ from megavit.task.config import TaskName
 
 _SETTING = "init_from"
 # Training sees images in its own size and crop, whatever the weights were made with.
-_OWN_PIXELS = ("data.eval_crop", "data.interpolation")
+_OWN_PIXELS = ("data.crop_pct", "data.interpolation")
 Shapes = Mapping[str, tuple[int, ...]]
 
 

@@ -36,7 +36,7 @@ _SEEN = (
     "mean",
     "std",
     "interpolation",
-    "eval_crop",
+    "crop_pct",
 )
 
 # Letters of a folder's name that tell of the data.

@@ -11,7 +11,7 @@ from functools import reduce
 
 from megavit.checks import format_value
 from megavit.errors import ConfigError
-from megavit.model.config import Attention, Linears
+from megavit.model.config import AttentionBackend, LinearBackend
 from megavit.optim.config import Implementation
 from megavit.parallel import cpu
 from megavit.parallel.config import Recompute
@@ -34,11 +34,13 @@ class Untested:
     needs_cuda: tuple[Enum | bool, ...] = ()
 
 
-_ATTENTION = (Attention.sdpa_flash, Attention.flash_attn, Attention.te)
+_ATTENTION = (AttentionBackend.sdpa_flash, AttentionBackend.flash_attn, AttentionBackend.te)
 _ADAM = (Implementation.apex, Implementation.te)
 UNTESTED = {
-    "model.attention": Untested(_ATTENTION, Attention.sdpa, needs_cuda=_ATTENTION),
-    "model.linears": Untested((Linears.fp8, Linears.te), Linears.local, needs_cuda=(Linears.te,)),
+    "model.attention_backend": Untested(_ATTENTION, AttentionBackend.sdpa, needs_cuda=_ATTENTION),
+    "model.linear_backend": Untested(
+        (LinearBackend.fp8, LinearBackend.te), LinearBackend.local, needs_cuda=(LinearBackend.te,)
+    ),
     "optim.implementation": Untested(_ADAM, Implementation.megavit, needs_cuda=_ADAM),
     # Run on CPU processes, with the same Megatron-Core code; there are no streams, no NCCL and no CUDA kernels there.
     "train.compile": Untested((Compile.layer,), Compile.none),

@@ -12,7 +12,7 @@ from megavit.data.source import Source
 from megavit.experimental import untested
 from megavit.extension import is_plugin
 from megavit.freezing import count_weights
-from megavit.model.config import Attention
+from megavit.model.config import AttentionBackend
 from megavit.model.kernels import sdpa_choice
 from megavit.network import ModelSetup
 from megavit.optim.config import ENCODER
@@ -110,7 +110,7 @@ def describe_pace(config: ExperimentConfig, pace: Pace, *, num_steps: int) -> It
         num_steps: of the whole run.
     """
     often = {"train.eval_every": (config.train.eval_every, pace.eval_every)}
-    often["checkpoint.every"] = (config.checkpoint.every, pace.save_every)
+    often["checkpoint.save_every"] = (config.checkpoint.save_every, pace.save_every)
     chosen = [f"{key}={steps}" for key, (asked, steps) in often.items() if asked == AUTO and steps is not None]
     if chosen:
         yield f"by default {' and '.join(chosen)} of {num_steps} steps: once an epoch, at most 50 times a run"
@@ -149,8 +149,8 @@ def idle_stages(config: ExperimentConfig, shape: NetworkShape) -> Iterator[str]:
 
 def _kernel(config: ExperimentConfig, layout: ParallelLayout, network: ModelSetup) -> str:
     model = config.model
-    if model.attention is not Attention.sdpa:
-        return model.attention.value
+    if model.attention_backend is not AttentionBackend.sdpa:
+        return model.attention_backend.value
     heads, width = model.num_heads // layout.tp, model.hidden_size // model.num_heads
     dtype = network.mcore_config.params_dtype
     queries = torch.empty(1, heads, config.encoder_tokens, width, dtype=dtype, device=layout.device)

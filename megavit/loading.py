@@ -117,8 +117,8 @@ def load(path: str | Path, *settings: str) -> TrainedEncoder:
 
     Args:
         path: a run's folder or one of its checkpoints; with `ema:` before it, the moving average of its weights.
-        settings: data.mean, data.std, data.eval_crop and data.interpolation other than the run's, each as it is typed:
-            "data.eval_crop=0.875".
+        settings: data.mean, data.std, data.crop_pct and data.interpolation other than the run's, each as it is typed:
+            "data.crop_pct=0.875".
 
     Returns:
         A `TrainedClassifier`, or of a masked autoencoder its encoder, a `TrainedEncoder`.

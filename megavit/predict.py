@@ -24,7 +24,7 @@ def predict(arguments: list[str]) -> int:
 
     Args:
         arguments: `from=RUN images=PATH`, and optionally `out=FILE.csv|FILE.jsonl top=5`; without `out` to the console.
-            data.mean, data.std, data.eval_crop and data.interpolation may be others than the run's.
+            data.mean, data.std, data.crop_pct and data.interpolation may be others than the run's.
 
     Raises:
         ConfigError: if the run is no classifier's, or images cannot be read: then after all others have been written.

@@ -183,7 +183,8 @@ def check_disk(
         account = f"{saves} checkpoints of about {_bytes(size)} = {_bytes(needed)}, {_bytes(free)} free"
         if needed > free:
             raise ConfigError(
-                f"run.dir={run_dir} has no room for {account}; raise checkpoint.every, set checkpoint.keep_last=3, "
+                f"run.dir={run_dir} has no room for {account}; raise checkpoint.save_every, set "
+                "checkpoint.keep_last=3, "
                 f"make room, or choose another run.dir (run.preflight=false starts without looking)"
             )
         return account

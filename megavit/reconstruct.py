@@ -17,7 +17,7 @@ def reconstruct(arguments: list[str]) -> int:
 
     Args:
         arguments: `from=RUN images=PATH`, and optionally `out=PICTURE.png count=8`, and data.mean, data.std,
-            data.eval_crop and data.interpolation other than the run's.
+            data.crop_pct and data.interpolation other than the run's.
 
     Raises:
         ConfigError: if the run is no masked autoencoder's, or the images cannot be read.

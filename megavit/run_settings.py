@@ -159,7 +159,7 @@ class RunSettings:
         """
         epoch = -(-num_samples // self.train.global_batch)
         often = min(max(epoch, -(-num_steps // _MOST_EVALUATIONS)), num_steps)
-        eval_every, save_every = self.train.eval_every, self.checkpoint.every
+        eval_every, save_every = self.train.eval_every, self.checkpoint.save_every
         if self.data.val_fraction == 0:
             eval_every = None
         return Pace(

@@ -22,7 +22,7 @@ from megavit.data.source import Source
 from megavit.data.views import ImageTransform
 from megavit.errors import ConfigError
 from megavit.extension import is_plugin
-from megavit.model.config import Attention, Linears, Positions
+from megavit.model.config import AttentionBackend, LinearBackend, Positions
 from megavit.network import ModelSetup, build_model
 from megavit.optim.config import Implementation
 from megavit.output import printable
@@ -97,9 +97,9 @@ def read_config(checkpoint: Path) -> ExperimentConfig:
         ),
         parallel=ParallelConfig(),
         # Nothing is mixed in an evaluation, so micro batches need not be even.
-        data=replace(config.data, transform=None, mixup=None, cutmix=None, mix_prob=1.0, mix_switch=0.5),
+        data=replace(config.data, transform=None, mixup=None, cutmix=None, mixup_prob=1.0, mixup_switch_prob=0.5),
         task=replace(config.task, implementation=None),
-        model=replace(config.model, attention=Attention.sdpa, linears=Linears.local),
+        model=replace(config.model, attention_backend=AttentionBackend.sdpa, linear_backend=LinearBackend.local),
         # With base_lr the peak follows the batch, and an evaluation's may be so small that it comes out below min_lr.
         optim=replace(config.optim, min_lr=0.0, implementation=config.optim.implementation and Implementation.megavit),
         # Nothing of what training asked for is left.

@@ -29,7 +29,7 @@ from megavit.metrics.throughput import Throughput, peak_memory_bytes
 from megavit.network import build_model
 from megavit.nonfinite import describe_nonfinite
 from megavit.optim.average import ModelEma
-from megavit.optim.config import Decay
+from megavit.optim.config import Schedule
 from megavit.optim.optimizer import build_optimizer, build_schedule
 from megavit.parallel.agree import broadcast_from_rank0, wait_for_rank_zero
 from megavit.parallel.layout import ParallelLayout
@@ -209,7 +209,7 @@ class Trainer:
                 logger.info(f"asked to stop by {self.stop.asked_by or 'a signal to another rank'}: saving")
                 last = self.step
             window = {name: window[name] + value if window else value for name, value in sums.items()}
-            if self.step % self.config.metrics.every == 0 or self.step == last:
+            if self.step % self.config.metrics.log_every == 0 or self.step == last:
                 self._report(logger, window, grad_norm)
                 window = {}
             self._evaluate_paint_save(logger, is_last=self.step == last)
@@ -225,7 +225,7 @@ class Trainer:
             self.checkpointer.close(logger)
             raise FloatingPointError(
                 f"{message}. The step was not taken and the last checkpoint is untouched. Lower optim.lr, raise "
-                f"optim.warmup_steps or lower optim.clip; train.on_nonfinite=skip goes on without such steps"
+                f"optim.warmup_steps or lower optim.clip_grad; train.on_nonfinite=skip goes on without such steps"
             )
         logger.info(f"{message}; the step is skipped")
 
@@ -350,7 +350,7 @@ class Trainer:
             self._tell_of_another_length(logger, self.resume_point)
 
     def _tell_of_another_length(self, logger: MetricLogger, resume_point: ResumePoint) -> None:
-        num_samples, decay = len(self.train_loader.source), self.config.optim.decay
+        num_samples, decay = len(self.train_loader.source), self.config.optim.schedule
         before = resume_point.num_steps(num_samples)
         if before == self.num_steps:
             return
@@ -361,7 +361,7 @@ class Trainer:
                 f", train.epochs={self.config.train.epochs:g} of {num_samples:,} images = {total:,}, of which "
                 f"{max(0, total - self.consumed_samples):,} are left for steps of {self.config.train.global_batch:,}"
             )
-        if decay is not Decay.constant:
+        if decay is not Schedule.constant:
             current = max(self.schedule.get_lr(group) for group in self.optimizer.param_groups)
             rate = f": {decay.value} is that of the whole new length, so the learning rate goes on at {current:.2e}"
         logger.info(f"the run was of {before} steps and is of {self.num_steps} now{images}{rate}")

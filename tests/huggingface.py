@@ -67,7 +67,7 @@ def build(config: ExperimentConfig, positions: torch.Tensor, decoder_positions: 
         image_size=tuple(config.data.image_size),
         num_channels=config.data.channels,
         mask_ratio=task.mask_ratio,
-        norm_pix_loss=task.norm_pix,
+        norm_pix_loss=task.norm_pix_loss,
         decoder_hidden_size=task.decoder_hidden_size,
         decoder_intermediate_size=task.decoder_ffn_size,
         decoder_num_attention_heads=task.decoder_num_heads,

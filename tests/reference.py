@@ -15,7 +15,7 @@ from megavit.data.digits import Digits
 from megavit.data.order import DeterministicSampler, SampleKey
 from megavit.model.plain import TorchViT
 from megavit.model.plain_mae import TorchMae
-from megavit.optim.config import Decay, Optimizer
+from megavit.optim.config import Optimizer, Schedule
 from megavit.task.config import TaskName
 from megavit.task.masking import random_keep
 
@@ -26,14 +26,14 @@ SMALL = [
     "model.num_heads=4",
     "model.num_layers=4",
     "model.drop_path=0",
-    "data.shift=0",
+    "data.random_shift=0",
     "train.steps=10",
     "train.global_batch=16",
     "train.micro_batch=4",
     "train.eval_every=null",
     "optim.lr=1e-3",
     "optim.warmup_steps=2",
-    "metrics.every=1",
+    "metrics.log_every=1",
     "metrics.tensorboard=false",
     # These have tests of their own.
     "run.preflight=false",
@@ -83,12 +83,12 @@ def learning_rate(config: ExperimentConfig, step: int, steps: int) -> float:
     peak, warmup = config.optim.peak_lr(config.train.global_batch), config.optim.warmup_steps
     if step <= warmup:
         return peak * step / warmup
-    if config.optim.decay is Decay.constant:
+    if config.optim.schedule is Schedule.constant:
         return peak
     fraction = (step - warmup) / (steps - warmup)
-    if config.optim.decay is Decay.wsd:
+    if config.optim.schedule is Schedule.wsd:
         fraction = max(0, step - (steps - config.optim.decay_steps)) / config.optim.decay_steps
-    if config.optim.decay in (Decay.linear, Decay.wsd):
+    if config.optim.schedule in (Schedule.linear, Schedule.wsd):
         return peak + (config.optim.min_lr - peak) * fraction
     return config.optim.min_lr + (peak - config.optim.min_lr) * 0.5 * (1 + math.cos(math.pi * fraction))
 
@@ -124,11 +124,11 @@ def masks_of(keys: list[SampleKey], config: ExperimentConfig) -> torch.Tensor:
     return random_keep(ids, epochs, torch.zeros_like(ids), config.num_patches, num_kept=kept, seed=config.run.seed)
 
 
-def mae_loss(model: TorchMae, images: torch.Tensor, keep: torch.Tensor, *, norm_pix: bool) -> torch.Tensor:
+def mae_loss(model: TorchMae, images: torch.Tensor, keep: torch.Tensor, *, norm_pix_loss: bool) -> torch.Tensor:
     """As in the paper, written anew: mean squared error of the hidden patches, their values row, column, channel."""
     p = model.patch_size
     target = F.unfold(images, p, stride=p).unflatten(1, (-1, p * p)).permute(0, 3, 2, 1).flatten(2)
-    if norm_pix:
+    if norm_pix_loss:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
     error = (model(images, keep) - target).square().mean(-1)
     hidden = [[patch for patch in range(error.shape[1]) if patch not in set(row)] for row in keep.tolist()]
@@ -158,14 +158,14 @@ def train_torch(overrides: list[str]) -> Result:
         images = (images - config.data.mean[0]) / config.data.std[0]
         if config.task.name is TaskName.mae:
             keys = [order.at(step * size + i) for i in range(size)]
-            loss = mae_loss(model, images, masks_of(keys, config), norm_pix=config.task.norm_pix)
+            loss = mae_loss(model, images, masks_of(keys, config), norm_pix_loss=config.task.norm_pix_loss)
         else:
             labels = torch.tensor([source.label(i) for i in ids])
             scores = model.head(feature_norm(model.features(images))) if probes else model(images)
             loss = F.cross_entropy(scores, labels, label_smoothing=config.task.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step + 1, steps) * group["share"]
         optimizer.step()

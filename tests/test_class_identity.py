@@ -96,7 +96,14 @@ def three(tmp_path_factory):
     return root
 
 
-UNBROKEN = ["data=folder", "data.val_fraction=0.25", *KEYS, "train.global_batch=6", "train.epochs=4", "metrics.every=1"]
+UNBROKEN = [
+    "data=folder",
+    "data.val_fraction=0.25",
+    *KEYS,
+    "train.global_batch=6",
+    "train.epochs=4",
+    "metrics.log_every=1",
+]
 
 
 def resumed(root, *settings):

@@ -51,7 +51,7 @@ def test_every_group_is_a_folder_and_a_field():
         (["optim.max_steps=8"], 1, r"optim\.max_steps does not exist; did you mean train\.steps\?"),
         (["num_workers=8"], 1, r"num_workers does not exist; did you mean data\.workers\?"),
         (["model.img_size=8"], 1, r"model\.img_size does not exist; did you mean data\.image_size\?"),
-        (["evaluation.every=8"], 1, r"evaluation\.every does not exist; did you mean metrics\.every\?"),
+        (["evaluation.every=8"], 1, r"evaluation\.every does not exist; did you mean metrics\.log_every\?"),
         (["+trainer.steps=1"], 1, r"trainer\.steps does not exist; did you mean train\.steps\?"),
         (["model=vit_b61"], 1, r"model=vit_b61 does not exist; did you mean model=vit_b16\?"),
         (["recipe=mnist"], 1, "recipe=mnist does not exist; (known|did you mean)"),

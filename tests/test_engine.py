@@ -43,8 +43,8 @@ LAYOUTS = {
         4,
         [*VPP, *OVERLAP, *BUCKETS, "parallel.recompute=full", FUSED],
     ),
-    "TP 2, oneDNN": (2, ["parallel.tp=2", "model.linears=onednn"]),
-    "VPP 2, oneDNN, full recompute": (2, [*VPP, "model.linears=onednn", "parallel.recompute=full"]),
+    "TP 2, oneDNN": (2, ["parallel.tp=2", "model.linear_backend=onednn"]),
+    "VPP 2, oneDNN, full recompute": (2, [*VPP, "model.linear_backend=onednn", "parallel.recompute=full"]),
     "VPP 2, block recompute": (2, [*VPP, "parallel.recompute=full", "parallel.recompute_method=block"]),
 }
 
@@ -210,11 +210,11 @@ def test_without_a_compiler_it_is_refused_with_the_way_out(monkeypatch):
         (["parallel.recompute=full", "parallel.recompute_layers=0"], 1, "saves nothing"),
         (["train.grad_reduce=bf16"], 1, "train.precision=fp32 makes none"),
         ([FUSED, "parallel.tp=2"], 2, "parallel.tp=2 splits them"),
-        ([FUSED, "model.linears=onednn"], 1, "would be ignored: model.linears=onednn"),
+        ([FUSED, "model.linear_backend=onednn"], 1, "would be ignored: model.linear_backend=onednn"),
         ([FUSED, "train.compile=layer"], 1, "would be ignored: train.compile=layer"),
         (["train.compile=layer", "parallel.tp=2"], 2, "breaks it at every all-reduce"),
         (["train.compile=layer", "parallel.recompute=selective"], 1, "exclude each other"),
-        (["model.attention=sdpa_flash"], 1, "computes in bf16 alone, and train.precision=fp32"),
+        (["model.attention_backend=sdpa_flash"], 1, "computes in bf16 alone, and train.precision=fp32"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )  # fmt: skip
@@ -225,8 +225,8 @@ def test_settings_that_cannot_work_are_refused(overrides, world, message):
 
 @pytest.mark.parametrize("attention", ["sdpa_flash", "flash_attn", "te"])
 def test_a_kernel_that_cannot_run_is_named_and_nothing_stands_in(attention):
-    with pytest.raises(AssertionError, match=f"ConfigError: model.attention={attention} runs on CUDA alone"):
-        run_ranks(ranks.train, 1, [*SMALL, *BF16, f"model.attention={attention}"])
+    with pytest.raises(AssertionError, match=f"ConfigError: model.attention_backend={attention} runs on CUDA alone"):
+        run_ranks(ranks.train, 1, [*SMALL, *BF16, f"model.attention_backend={attention}"])
 
 
 def test_products_into_gradients_of_another_format_want_cuda():

@@ -21,11 +21,11 @@ from tests.trained import refusal, run_command
 BF16 = ["train.precision=bf16_o2"]
 VPP = ["parallel.pp=2", "parallel.vpp=2"]
 FITS = {
-    "model.attention=sdpa_flash": (1, BF16),
-    "model.attention=flash_attn": (1, BF16),
-    "model.attention=te": (1, []),
-    "model.linears=fp8": (1, BF16),
-    "model.linears=te": (1, []),
+    "model.attention_backend=sdpa_flash": (1, BF16),
+    "model.attention_backend=flash_attn": (1, BF16),
+    "model.attention_backend=te": (1, []),
+    "model.linear_backend=fp8": (1, BF16),
+    "model.linear_backend=te": (1, []),
     "optim.implementation=apex": (1, []),
     "optim.implementation=te": (1, []),
     "train.compile=layer": (1, []),
@@ -39,10 +39,11 @@ FITS = {
     "parallel.overlap_p2p=true": (2, VPP),
 }
 CUDA_ALONE = {
-    "model.attention=sdpa_flash": "model.attention=sdpa_flash runs on CUDA alone and this run is on cpu",
-    "model.attention=flash_attn": "model.attention=flash_attn runs on CUDA alone and this run is on cpu",
-    "model.attention=te": "model.attention=te runs on CUDA alone and this run is on cpu",
-    "model.linears=te": "model.linears=te needs Transformer Engine",
+    **{
+        f"model.attention_backend={name}": f"model.attention_backend={name} runs on CUDA alone and this run is on cpu"
+        for name in ("sdpa_flash", "flash_attn", "te")
+    },
+    "model.linear_backend=te": "model.linear_backend=te needs Transformer Engine",
     "optim.implementation=apex": "optim.implementation=apex is not installed",
     "optim.implementation=te": "optim.implementation=te is not installed",
 }
@@ -168,9 +169,9 @@ def test_to_look_at_a_run_asks_for_nothing(tmp_path):
 
 
 def test_the_introduction_says_in_a_line_what_has_not_been_run():
-    said = run_ranks(_introduced, 1, ["model.attention=sdpa_flash", *BF16, "parallel.recompute=full"])[0]
+    said = run_ranks(_introduced, 1, ["model.attention_backend=sdpa_flash", *BF16, "parallel.recompute=full"])[0]
     (line,) = [line for line in said["cuda"] if "not run" in line]
-    assert line == "experimental, not run on a GPU before: model.attention=sdpa_flash, parallel.recompute=full"
+    assert line == "experimental, not run on a GPU before: model.attention_backend=sdpa_flash, parallel.recompute=full"
     assert not [line for line in said["cpu"] if "not run" in line]
 
 

@@ -73,11 +73,11 @@ def read_back(run: Path, folder: Path) -> tuple[torch.nn.Module, torch.nn.Module
 
 
 @needs_data
-@pytest.mark.parametrize("eval_crop", [0.875, None])
-def test_transformers_and_timm_see_photographs_as_the_run_does(eval_crop, photographs, tmp_path, figure):
+@pytest.mark.parametrize("crop_pct", [0.875, None])
+def test_transformers_and_timm_see_photographs_as_the_run_does(crop_pct, photographs, tmp_path, figure):
     folder, paths = photographs
     one_step = ["train.steps=1", "optim.warmup_steps=0", "train.global_batch=4", "optim.lr=1e-6"]
-    sizes = ["data.image_size=[64,64]", "model.head_std=0.5", *([] if eval_crop else ["data.eval_crop=null"])]
+    sizes = ["data.image_size=[64,64]", "model.head_std=0.5", *([] if crop_pct else ["data.crop_pct=null"])]
     run = megavit.load(trained_on(folder, tmp_path / "run", *one_step, *sizes))
     by_hf, by_timm = read_back(tmp_path / "run", tmp_path)
     pictures = [Image.open(path).convert("RGB") for path in paths]
@@ -85,8 +85,8 @@ def test_transformers_and_timm_see_photographs_as_the_run_does(eval_crop, photog
     theirs = {"hf": normalised_by_hf(tmp_path / "hf", pictures), "timm": normalised_by_timm(by_timm, pictures)}
     off = {name: (run.normalize.undo(view) * 255 - seen).abs().flatten(1).amax(dim=1) for name, view in theirs.items()}
     # transformers rounds the centre's place down, timm and torchvision to the nearest even pixel.
-    moved = torch.tensor([eval_crop is not None and centre_differs(picture, run._data) for picture in pictures])
-    figure(f"eval_crop={eval_crop}: transformers cuts {int(moved.sum())} of 100 photographs a pixel aside")
+    moved = torch.tensor([crop_pct is not None and centre_differs(picture, run._data) for picture in pictures])
+    figure(f"crop_pct={crop_pct}: transformers cuts {int(moved.sum())} of 100 photographs a pixel aside")
     assert (off["hf"][~moved] < 0.01).all()
     assert moved.sum() <= 10
     # Pillow rounds otherwise than torch. Measured: 2.
@@ -96,13 +96,13 @@ def test_transformers_and_timm_see_photographs_as_the_run_does(eval_crop, photog
         by = {"hf": by_hf(theirs["hf"]).logits.softmax(dim=1), "timm": by_timm(theirs["timm"]).softmax(dim=1)}
     assert ours.argmax(dim=1).bincount().max() < 85
     assert float((ours - by["hf"])[~moved].abs().max()) <= 1e-5
-    figure(f"timm, eval_crop={eval_crop}: probabilities differ by up to {float((ours - by['timm']).abs().max()):.1e}")
+    figure(f"timm, crop_pct={crop_pct}: probabilities differ by up to {float((ours - by['timm']).abs().max()):.1e}")
     assert float((ours - by["timm"]).abs().max()) <= 0.02
     assert (ours.argmax(dim=1) == by["timm"].argmax(dim=1)).sum() >= 99
 
 
 def centre_differs(picture: Image.Image, data) -> bool:
-    frame = eval_frame((picture.height, picture.width), data.image_size, data.eval_crop)
+    frame = eval_frame((picture.height, picture.width), data.image_size, data.crop_pct)
     box = center_box(frame, data.image_size)
     return (box.top, box.left) != ((frame[0] - box.height) // 2, (frame[1] - box.width) // 2)
 
@@ -171,7 +171,7 @@ def test_timm_builds_the_network_from_the_folder_and_by_the_arguments_in_its_con
 
 
 def test_the_crop_of_the_evaluation_is_written_and_missing_biases_are_zeros(tmp_path):
-    sizes = ["train.steps=3", "data.eval_crop=0.875", "data.interpolation=bilinear", "model.patch_bias=false"]
+    sizes = ["train.steps=3", "data.crop_pct=0.875", "data.interpolation=bilinear", "model.patch_bias=false"]
     run = train_small(tmp_path / "run", *sizes, "data.mean=[0.3]", "data.std=[0.4]")
     convert(f"from={run}", f"to=timm:{tmp_path / 'timm' / 'model.safetensors'}")
     opened = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
@@ -201,9 +201,9 @@ def test_hugging_faces_processor_crops_as_the_run_does_or_the_export_is_refused(
     assert (written["size"], written["do_center_crop"], written["resample"]) == ({"shortest_edge": 73}, True, 2)
     assert written["crop_size"] == {"height": 64, "width": 64}
     assert written["do_convert_rgb"] is True
-    squashed = hf_preprocessor(data_of("data.eval_crop=null", "data.image_size=[16,64]"))
+    squashed = hf_preprocessor(data_of("data.crop_pct=null", "data.image_size=[16,64]"))
     assert (squashed["size"], squashed["do_center_crop"]) == ({"height": 16, "width": 64}, False)
-    check_hf_compatible(data_of("data.eval_crop=null", "data.image_size=[16,64]"))
+    check_hf_compatible(data_of("data.crop_pct=null", "data.image_size=[16,64]"))
     with pytest.raises(ConfigError, match=r"image_size=\[16, 64\]: .* crops squares alone; to=timm: can say it"):
         check_hf_compatible(data_of("data.image_size=[16,64]"))
 
@@ -212,7 +212,7 @@ def test_files_that_carry_no_normalisation_say_so_with_the_values(tmp_path):
     _, run = from_timm(tmp_path / "in")
     assert re.search(
         r"nemo: files carry no mean, std or crop; this run has data\.mean=\[0\.5,0\.5,0\.5\] "
-        r"data\.std=\[0\.5,0\.5,0\.5\] data\.image_size=\[32,32\] data\.eval_crop=\S+ data\.interpolation=bicubic\n",
+        r"data\.std=\[0\.5,0\.5,0\.5\] data\.image_size=\[32,32\] data\.crop_pct=\S+ data\.interpolation=bicubic\n",
         convert(f"from={run}", f"to=nemo:{tmp_path / 'nemo.pt'}"),
     )
 

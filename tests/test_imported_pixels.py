@@ -66,7 +66,7 @@ def test_hugging_faces_crop_numbers_and_pairs_give_its_logits(images, tmp_path):
     processor = {**crop, "resample": 2, "image_mean": 0.4, "image_std": [0.2, 0.3, 0.4], "rescale_factor": 1 / 128}
     theirs = hf_folder(tmp_path / "hf", {"patch_size": [8, 8], "image_size": [32, 32]}, processor)
     output = convert(f"from=hf:{tmp_path / 'hf'}", f"to={tmp_path / 'run'}")
-    assert "data.eval_crop=0.8 data.interpolation=bilinear" in output
+    assert "data.crop_pct=0.8 data.interpolation=bilinear" in output
     assert "assumed" not in output
     pixels = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")([Image.open(path) for path in images])
     with torch.no_grad():
@@ -102,13 +102,13 @@ def test_maes_classifier_is_seen_as_mae_does_and_other_pixels_can_be_typed(image
     theirs = shake(timm.models.VisionTransformer(**SIZES, global_pool="avg"))
     torch.save({"model": theirs.state_dict(), "args": argparse.Namespace(lr=1.0)}, tmp_path / "ft.pth")
     output = convert(f"from=mae:{tmp_path / 'ft.pth'}", f"to={tmp_path / 'run'}", "num_heads=4")
-    assert "data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225] data.eval_crop=0.875" in output
+    assert "data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225] data.crop_pct=0.875" in output
     assert output.splitlines()[-1] == "assumed: GELU, eps 1e-6"
     with torch.no_grad():
         imagenet = theirs(normalised(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         others = theirs(normalised(images, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
-    assert_scores(tmp_path / "run", images, imagenet, "data.eval_crop=0.8")
-    typed = ["data.mean=[0.1,0.2,0.3]", "data.std=[0.4,0.5,0.6]", "data.eval_crop=0.8"]
+    assert_scores(tmp_path / "run", images, imagenet, "data.crop_pct=0.8")
+    typed = ["data.mean=[0.1,0.2,0.3]", "data.std=[0.4,0.5,0.6]", "data.crop_pct=0.8"]
     assert_scores(tmp_path / "run", images, others, *typed)
     code, _, err = run_command(
         "predict",
@@ -123,7 +123,7 @@ def test_maes_classifier_is_seen_as_mae_does_and_other_pixels_can_be_typed(image
         got = {guess["class"]: guess["probability"] for guess in json.loads(line)["guesses"]}
         assert [got[str(k)] for k in range(7)] == pytest.approx(logits.softmax(0).tolist(), abs=1e-6)
     into = convert(f"from=mae:{tmp_path / 'ft.pth'}", f"to={tmp_path / 'typed'}", "num_heads=4", *typed)
-    assert "data.mean=[0.1,0.2,0.3] data.std=[0.4,0.5,0.6] data.eval_crop=0.8" in into
+    assert "data.mean=[0.1,0.2,0.3] data.std=[0.4,0.5,0.6] data.crop_pct=0.8" in into
     assert_scores(tmp_path / "typed", images, others)
 
 
@@ -134,9 +134,9 @@ def test_wrong_pixel_settings_are_refused_by_every_verb_that_takes_them(images, 
     convert(*into[1:])
     predict = ["predict", f"from={tmp_path / 'run'}", f"images={images[0].parent}"]
     assert "data.std=[0.1, 0.2, 0.0] must be positive" in refusal(*predict, "data.std=[0.1,0.2,0]")
-    assert "data.eval_crop=2.0 must be a finite number above 0" in refusal(*predict, "data.eval_crop=2")
+    assert "data.crop_pct=2.0 must be a finite number above 0" in refusal(*predict, "data.crop_pct=2")
     out = ["convert", f"from={tmp_path / 'run'}", f"to=timm:{tmp_path / 'out' / 'b.safetensors'}"]
-    assert "data.eval_crop=1 would be ignored: a run knows" in refusal(*out, "data.eval_crop=1")
+    assert "data.crop_pct=1 would be ignored: a run knows" in refusal(*out, "data.crop_pct=1")
 
 
 def test_timms_folder_gives_its_logits_and_a_file_alone_says_what_is_assumed(images, tmp_path):
@@ -155,7 +155,7 @@ def test_timms_folder_gives_its_logits_and_a_file_alone_says_what_is_assumed(ima
     output = convert(f"from=timm:{tmp_path / 'timm'}", f"to={tmp_path / 'alone'}")
     assert output.splitlines()[-2:] == [
         "assumed: 2 heads, GELU, eps 1e-6, class token",
-        "assumed: data.mean, data.std, data.eval_crop, data.interpolation; type others where they are wrong",
+        "assumed: data.mean, data.std, data.crop_pct, data.interpolation; type others where they are wrong",
     ]
     state = json.loads((tmp_path / "alone" / "checkpoints" / "step_00000000" / "state.json").read_text())
     assert state["assumed"][:1] == ["model.num_heads"]
@@ -186,4 +186,4 @@ def test_what_an_export_states_an_import_reads_back(shorter, tmp_path):
 
 def data_of(run: Path) -> list:
     data = yaml.safe_load((run / "config.yaml").read_text())["data"]
-    return [data[key] for key in ("image_size", "mean", "std", "eval_crop", "interpolation")]
+    return [data[key] for key in ("image_size", "mean", "std", "crop_pct", "interpolation")]

@@ -20,8 +20,8 @@ BATCH = 16
 
 # Of what is random in a step, all: dropout, and images shifted, mixed and erased by two workers.
 SETTINGS = [
-    "run.ranks=2", "parallel.tp=2", "model.hidden_dropout=0.1", f"checkpoint.every={EVERY}",
-    "data.workers=2", "data.shift=1", "data.mixup=0.8", "data.cutmix=1", "data.erase=0.25",
+    "run.ranks=2", "parallel.tp=2", "model.hidden_dropout=0.1", f"checkpoint.save_every={EVERY}",
+    "data.workers=2", "data.random_shift=1", "data.mixup=0.8", "data.cutmix=1", "data.random_erasing=0.25",
     "task.implementation=tests.data.hashing:Hashing",
 ]  # fmt: skip
 

@@ -19,7 +19,7 @@ GRID = ["parallel.tp=2", "parallel.pp=2"]
 
 LAYOUTS = {
     "one rank": (1, []),
-    "one rank, pixels as they are": (1, ["task.norm_pix=false"]),
+    "one rank, pixels as they are": (1, ["task.norm_pix_loss=false"]),
     "TP 2": (2, ["parallel.tp=2"]),
     "PP 2": (2, ["parallel.pp=2"]),
     "PP 2, no layer on the last stage": (2, ["parallel.pp=2", "parallel.stages=[4,0]"]),

@@ -243,8 +243,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "16 patches + 1 class tokens = 17 tokens over parallel.tp=2 ranks",
     ),
     "a kernel that is not installed": (
-        lambda root: train(root, "model.attention=flash_attn", "train.precision=bf16_o2"),
-        "model.attention=flash_attn",
+        lambda root: train(root, "model.attention_backend=flash_attn", "train.precision=bf16_o2"),
+        "model.attention_backend=flash_attn",
     ),
     "an optimizer that is not installed": (
         lambda root: train(root, "optim.implementation=apex"),
@@ -255,7 +255,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "run.dir=/dev/null/run cannot be written: Not a directory",
     ),
     "a disk too small for the checkpoints": (
-        lambda root: train(root, "run.preflight=true", "train.steps=1000000000", "checkpoint.every=1"),
+        lambda root: train(root, "run.preflight=true", "train.steps=1000000000", "checkpoint.save_every=1"),
         "has no room for 1000000000 checkpoints",
     ),
     "a checkpoint of another model": (of_another_model, "is of another model or run: model.num_layers 4 there, 2 here"),

@@ -35,10 +35,14 @@ def test_a_run_validates_and_saves_once_an_epoch_and_warms_up_for_a_twentieth(so
         (["train.steps=101"], 64, (101, 3, 3, 5)),
         (["train.steps=20"], 1_000_000, (20, 20, 20, 1)),
         (["train.steps=19"], 100, (19, 2, 2, 0)),
-        (["train.steps=40", "optim.decay=wsd", "optim.decay_steps=39"], 64, (40, 1, 1, 1)),
+        (["train.steps=40", "optim.schedule=wsd", "optim.decay_steps=39"], 64, (40, 1, 1, 1)),
         (["train.steps=40", "train.eval_every=null"], 64, (40, None, 1, 2)),
-        (["train.steps=40", "checkpoint.every=null", "optim.warmup_steps=0"], 64, (40, 1, None, 0)),
-        (["train.steps=40", "train.eval_every=7", "checkpoint.every=9", "optim.warmup_steps=39"], 64, (40, 7, 9, 39)),
+        (["train.steps=40", "checkpoint.save_every=null", "optim.warmup_steps=0"], 64, (40, 1, None, 0)),
+        (
+            ["train.steps=40", "train.eval_every=7", "checkpoint.save_every=9", "optim.warmup_steps=39"],
+            64,
+            (40, 7, 9, 39),
+        ),
         (["train.steps=2000", "recipe=digits", "data=folder"], 1280, (2000, 300, 40, 100)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -53,7 +57,12 @@ def test_at_most_50_times_at_most_five_epochs_and_what_is_set_holds(settings, nu
 def test_the_embedded_digits_keep_the_recipes_numbers():
     assert often(compose([]), num_samples=1437) == (1500, 300, None, 100)
     assert often(compose(["recipe=null", "train.steps=30"]), num_samples=1437) == (30, None, None, 0)
-    assert often(compose(["train.eval_every=auto", "checkpoint.every=auto"]), num_samples=1437) == (1500, 30, 30, 100)
+    assert often(compose(["train.eval_every=auto", "checkpoint.save_every=auto"]), num_samples=1437) == (
+        1500,
+        30,
+        30,
+        100,
+    )
 
 
 # All 28 take 8 s; these have the longest and the shortest warm-up, of a source with a path and without one.
@@ -81,7 +90,7 @@ def test_a_warmup_that_was_typed_is_not_shortened_but_refused(length):
     ("setting", "message"),
     [
         ("train.eval_every=often", "train.eval_every=often must be a number of steps or auto"),
-        ("checkpoint.every=0", "checkpoint.every=0 must be a finite number at least 1"),
+        ("checkpoint.save_every=0", "checkpoint.save_every=0 must be a finite number at least 1"),
         ("optim.warmup_steps=-1", "optim.warmup_steps=-1 must be a finite number at least 0"),
         ("optim.warmup_steps=1.5", "optim.warmup_steps: .*1.5"),
     ],
@@ -93,7 +102,7 @@ def test_a_number_of_steps_that_is_none_is_refused(setting, message):
 
 def test_more_decaying_steps_than_the_run_has_are_refused():
     with pytest.raises(ConfigError, match=r"optim\.decay_steps=30 is more than the run's 20 steps"):
-        compose(["train.steps=20", "optim.decay=wsd", "optim.decay_steps=30"]).check(1)
+        compose(["train.steps=20", "optim.schedule=wsd", "optim.decay_steps=30"]).check(1)
 
 
 SMALL = [
@@ -124,7 +133,7 @@ def test_a_run_says_what_it_found_and_how_often_it_saves_and_goes_on_by_the_same
     first = said.splitlines()[:8]
     assert f"data folder {tmp_path}/images: 32 images of 2 classes, 24 for training and 8 for validation" in first
     assert (
-        "by default train.eval_every=3 and checkpoint.every=3 of 21 steps: once an epoch, at most 50 times a run"
+        "by default train.eval_every=3 and checkpoint.save_every=3 of 21 steps: once an epoch, at most 50 times a run"
         in first
     )
     assert "by default optim.warmup_steps=1 of 21 steps: 5 %, at most 5 epochs" in first
@@ -132,7 +141,7 @@ def test_a_run_says_what_it_found_and_how_often_it_saves_and_goes_on_by_the_same
     saved = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
     assert [int(name.rpartition("_")[2]) for name in saved] == list(range(3, 22, 3))
     config = from_yaml((run_dir / "config.yaml").read_text())
-    assert (config.train.eval_every, config.checkpoint.every, config.optim.warmup_steps) == ("auto",) * 3
+    assert (config.train.eval_every, config.checkpoint.save_every, config.optim.warmup_steps) == ("auto",) * 3
 
 
 def test_without_validation_images_a_run_trains_on_all_saves_once_an_epoch_and_paints(tmp_path):
@@ -154,7 +163,7 @@ def test_without_validation_images_a_run_trains_on_all_saves_once_an_epoch_and_p
     assert sorted([*done["due"][0], *done["due"][1]]) == list(range(16))
     said = (tmp_path / "run" / "train.log").read_text()
     assert "16 images, 16 for training and none for validation" in said
-    assert "by default checkpoint.every=2 of 8 steps" in said
+    assert "by default checkpoint.save_every=2 of 8 steps" in said
     assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 4
     assert (tmp_path / "run" / "pictures" / "train_00000008.png").exists()
     with pytest.raises(ConfigError, match=r"data.val_fraction=0 leaves no images of .*images to validate on"):

@@ -49,10 +49,10 @@ def refused(run_dir, *overrides: str, ranks: int = 1) -> str:
 
 
 def test_checkpoints_that_the_disk_cannot_hold_are_refused_with_the_arithmetic(tmp_path):
-    message = refused(tmp_path, "train.steps=1000000000", "checkpoint.every=1")
+    message = refused(tmp_path, "train.steps=1000000000", "checkpoint.save_every=1")
     assert "ConfigError" in message
     assert "has no room for 1000000000 checkpoints of about " in message
-    assert "raise checkpoint.every, set checkpoint.keep_last=3, make room, or choose another run.dir" in message
+    assert "raise checkpoint.save_every, set checkpoint.keep_last=3, make room, or choose another run.dir" in message
 
 
 def check_another_folder(run_dir: str) -> str:

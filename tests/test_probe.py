@@ -148,7 +148,9 @@ def probed(tmp_path_factory):
     """A probe on the encoder of a run, and what it said of itself."""
     root = tmp_path_factory.mktemp("probe")
     train_small(root / "run")
-    run = train_small(root / "probe", "task=linear_probe", "optim.lr=0.05", "data.shift=0", f"init_from={root / 'run'}")
+    run = train_small(
+        root / "probe", "task=linear_probe", "optim.lr=0.05", "data.random_shift=0", f"init_from={root / 'run'}"
+    )
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return run, next(row for row in reversed(rows) if row["split"] == "val")
 

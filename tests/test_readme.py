@@ -89,7 +89,7 @@ def test_unlabelled_images_become_a_classifier_as_the_readme_says(tmp_path, figu
     )
     decoder = (
         "task.decoder_hidden_size=32 task.decoder_ffn_size=64 task.decoder_num_heads=4 task.decoder_num_layers=1 "
-        "task.norm_pix=false"
+        "task.norm_pix_loss=false"
     )
     said = {}
     for line in commands.splitlines():

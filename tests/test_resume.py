@@ -9,7 +9,7 @@ from tests import ranks
 from tests.reference import SMALL
 
 # Stopped after 3, and 10 more.
-THIRTEEN_STEPS = [*SMALL, "train.steps=13", "data.shift=1"]
+THIRTEEN_STEPS = [*SMALL, "train.steps=13", "data.random_shift=1"]
 PROBE = ["task=linear_probe", "optim=lars", "optim.lr=1", "optim.ema=0.9"]
 TUNED = ["optim.layer_decay=0.7", "optim.freeze=[patch_embed.*,blocks.0.*]"]
 DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1", "model.drop_path=0.2"]
@@ -165,7 +165,7 @@ def test_raised_steps_go_on_and_settings_come_from_the_configuration(tmp_path):
 @pytest.mark.slow
 def test_a_run_may_start_from_another_runs_checkpoint_and_then_goes_on_from_its_own(tmp_path):
     overrides = [*SMALL, "train.steps=8"]
-    want = run_ranks(ranks.train_and_keep, 1, [*overrides, f"run.dir={tmp_path}/whole", "checkpoint.every=4"])[0]
+    want = run_ranks(ranks.train_and_keep, 1, [*overrides, f"run.dir={tmp_path}/whole", "checkpoint.save_every=4"])[0]
     checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000004"
     assert checkpoint.is_dir()
     branch = [*overrides, f"run.dir={tmp_path}/branch", f"checkpoint.resume={checkpoint}"]
@@ -198,7 +198,14 @@ def test_a_momentum_that_begins_on_a_resume_is_refused(optimizer, tmp_path):
 
 
 def test_a_norm_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(tmp_path):
-    run = [*SMALL, f"run.dir={tmp_path}", "optim.lr=1e30", "optim.warmup_steps=0", "checkpoint.every=1", "optim.clip=0"]
+    run = [
+        *SMALL,
+        f"run.dir={tmp_path}",
+        "optim.lr=1e30",
+        "optim.warmup_steps=0",
+        "checkpoint.save_every=1",
+        "optim.clip_grad=0",
+    ]
     with pytest.raises(
         AssertionError,
         match=r"the gradient norm is nan; .* The step was not taken and the last checkpoint is untouched",

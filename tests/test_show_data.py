@@ -17,7 +17,7 @@ from megavit.parallel.layout import ParallelLayout
 from megavit.task.masking import random_keep
 from tests.test_verbs import call
 
-MIXED = ["recipe=digits", "data.mixup=0.8", "data.cutmix=1.0", "data.erase=0.5"]
+MIXED = ["recipe=digits", "data.mixup=0.8", "data.cutmix=1.0", "data.random_erasing=0.5"]
 
 
 @pytest.fixture

@@ -11,7 +11,14 @@ from tests.reference import SMALL
 
 def train_small(run_dir: Path, *overrides: str) -> Path:
     """A run of a few steps on the digits, which shifts its training images."""
-    keys = [*SMALL, "model.num_layers=2", "data.shift=1", "train.steps=20", "train.global_batch=64", "optim.lr=3e-3"]
+    keys = [
+        *SMALL,
+        "model.num_layers=2",
+        "data.random_shift=1",
+        "train.steps=20",
+        "train.global_batch=64",
+        "optim.lr=3e-3",
+    ]
     train([*keys, "train.micro_batch=64", *overrides, f"run.dir={run_dir}"])
     return run_dir
 

@@ -60,8 +60,8 @@ class Baseline:
         self._optimizer = torch.optim.AdamW(
             groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True
         )
-        assert optim.clip is not None
-        self._clip = optim.clip
+        assert optim.clip_grad is not None
+        self._clip = optim.clip_grad
 
     def step(self, *, alike: bool = False) -> None:
         self._judged(self._images(), alike)[1].backward()
@@ -209,7 +209,7 @@ def _plain(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Module, Any
         ids_keep_BK = _everyones_masks(work)
         pixels_BPV = autoencoder(images_BCYX, ids_keep_BK).float()
         target_BPV = _channels_last(patchify(images_BCYX.float(), patch), channels)
-        if config.task.norm_pix:
+        if config.task.norm_pix_loss:
             mean, deviation = patch_statistics(target_BPV)
             target_BPV = (target_BPV - mean) / deviation
         errors_BP = (pixels_BPV - target_BPV).square().mean(dim=2)

@@ -11,10 +11,10 @@ _COMMON = (
     "model.attention_dropout=0",
     "model.drop_path=0",
     "optim.lr=1e-4",
-    "optim.decay=constant",
+    "optim.schedule=constant",
     "optim.warmup_steps=0",
     "optim.weight_decay=0.05",
-    "optim.clip=1.0",
+    "optim.clip_grad=1.0",
     "train.steps=1000000",
 )
 _CLASSIFY = ("task=classify", "task.label_smoothing=0")
@@ -32,8 +32,8 @@ _MAE = (
 OWN = {
     "megavit": (),
     "megavit+compile": ("train.compile=layer",),
-    "megavit+onednn": ("model.linears=onednn",),
-    "megavit+onednn+compile": ("model.linears=onednn", "train.compile=layer"),
+    "megavit+onednn": ("model.linear_backend=onednn",),
+    "megavit+onednn+compile": ("model.linear_backend=onednn", "train.compile=layer"),
 }
 CLASSIFIERS = (*OWN, "timm", "timm+compile", "hf", "hf+compile", "plain")
 AUTOENCODERS = (*OWN, "hf", "hf+compile", "plain")

@@ -106,8 +106,8 @@ class CaseRunner:
         config = replace(
             config,
             run=replace(config.run, dir=run_dir, preflight=False),
-            checkpoint=replace(config.checkpoint, every=None, best=False),
-            metrics=replace(config.metrics, every=steps),
+            checkpoint=replace(config.checkpoint, save_every=None, best=False),
+            metrics=replace(config.metrics, log_every=steps),
         )
         with redirect_stdout(StringIO()):
             return time_loop(config, bare, rounds=rounds, steps=steps, until=until)

@@ -11,7 +11,7 @@ class CheckpointConfig:
     """Group `checkpoint`.
 
     Attributes:
-        every: steps between saves; null saves at the end alone, auto once an epoch and at most 50 times a run.
+        save_every: steps between saves; null saves at the end alone, auto once an epoch and at most 50 times a run.
         resume: `auto` goes on from the newest checkpoint of the run if there is one, `never` starts anew in a run
             folder without checkpoints, a path starts from that checkpoint or run; once the run has a checkpoint of its
             own it goes on from that, so that a restarted job does not fall back.
@@ -23,7 +23,7 @@ class CheckpointConfig:
             before is removed, unless it was due anyway.
     """
 
-    every: int | str | None = None
+    save_every: int | str | None = None
     resume: str = "auto"
     keep_last: int | None = None
     keep_every: int | None = None
@@ -32,7 +32,7 @@ class CheckpointConfig:
 
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
-        require_steps("checkpoint", self, "every", at_least=1)
+        require_steps("checkpoint", self, "save_every", at_least=1)
         require_number("checkpoint", self, "keep_last", "keep_every", at_least=1)
         if self.keep_every is not None and self.keep_last is None:
             raise ConfigError(

@@ -34,13 +34,13 @@ class AugmentConfig:
         randaugment_prob: share of the operations drawn that are carried out; timm's is 0.5.
         color_jitter: largest change of [brightness, contrast, saturation, hue] of training images, after auto_augment,
             the first three as shares, the hue of the whole circle, at most 0.5; null for none.
-        erase: share of the training images of which a box, 0.02 to 1/3 of the area, becomes normal noise.
+        random_erasing: share of the training images of which a box, 0.02 to 1/3 of the area, becomes normal noise.
         mixup: training images are blended with their neighbour in the batch, and so are their labels, in shares drawn
             from Beta(mixup, mixup); null to not.
         cutmix: a box is cut from the neighbour instead, of a share of the area drawn from Beta(cutmix, cutmix); null to
             not.
-        mix_prob: share of the images that are mixed at all, where mixup or cutmix is set.
-        mix_switch: share of the mixed ones that get cutmix, where both are set.
+        mixup_prob: share of the images that are mixed at all, where mixup or cutmix is set.
+        mixup_switch_prob: share of the mixed ones that get cutmix, where both are set.
     """
 
     auto_augment: AutoAugment | None = None
@@ -49,11 +49,11 @@ class AugmentConfig:
     randaugment_magnitude_std: float = 0.5
     randaugment_prob: float = 1.0
     color_jitter: list[float] | None = None
-    erase: float = 0.0
+    random_erasing: float = 0.0
     mixup: float | None = None
     cutmix: float | None = None
-    mix_prob: float = 1.0
-    mix_switch: float = 0.5
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
 
     @property
     def mixes(self) -> bool:
@@ -99,13 +99,13 @@ class AugmentConfig:
             )
 
     def _check_mixing(self) -> None:
-        require_number("data", self, "erase", "mix_switch", at_least=0, below=1.0000001)
+        require_number("data", self, "random_erasing", "mixup_switch_prob", at_least=0, below=1.0000001)
         require_number("data", self, "mixup", "cutmix", above=0)
-        require_number("data", self, "mix_prob", above=0, below=1.0000001)
+        require_number("data", self, "mixup_prob", above=0, below=1.0000001)
         if not self.mixes:
-            self._refuse_unused("mix_prob", "data.mixup or data.cutmix")
+            self._refuse_unused("mixup_prob", "data.mixup or data.cutmix")
         if self.mixup is None or self.cutmix is None:
-            self._refuse_unused("mix_switch", "data.mixup and data.cutmix, between which it chooses")
+            self._refuse_unused("mixup_switch_prob", "data.mixup and data.cutmix, between which it chooses")
 
     def _refuse_unused(self, key: str, needs: str) -> None:
         """Refuse a setting that was changed and would be ignored."""

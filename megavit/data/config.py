@@ -25,7 +25,7 @@ class OnBadSample(Enum):
 
 
 # What says which pixels the network sees of an image, beside its size.
-PIXEL_SETTINGS = ("data.mean", "data.std", "data.eval_crop", "data.interpolation")
+PIXEL_SETTINGS = ("data.mean", "data.std", "data.crop_pct", "data.interpolation")
 
 _BY_PATH = ("folder", "csv", "images", "tar", "parquet", "arrow", "hub")
 
@@ -69,12 +69,12 @@ class DataConfig(AugmentConfig):
             at a half, a quarter or an eighth of its scale; false decodes it in full. Evaluation always does.
         flip: training images are mirrored, left and right, half of the time.
         interpolation: of every resizing, with antialiasing.
-        eval_crop: images are resized to cover a frame larger than image_size by 1 / eval_crop, and its centre is
+        crop_pct: images are resized to cover a frame larger than image_size by 1 / crop_pct, and its centre is
             taken, both in timm's rounding; null resizes the whole image, whatever its proportions. Also for training
             without crop_scale.
         transform: package.module:name of a function or torchvision transform of one's own that training images pass
             after crop, flip, auto_augment and color_jitter, uint8 to uint8 of the same shape; null for none.
-        shift: training images are moved by up to this many pixels down and across; what enters is black.
+        random_shift: training images are moved by up to this many pixels down and across; what enters is black.
         workers: processes that load beside the training process; 0 loads in it.
         timeout_s: seconds to wait for a micro batch from those processes; then the image is named that one hangs at.
     """
@@ -100,9 +100,9 @@ class DataConfig(AugmentConfig):
     reduced_decode: bool = True
     flip: bool = False
     interpolation: Interpolation = Interpolation.bicubic
-    eval_crop: float | None = None
+    crop_pct: float | None = None
     transform: str | None = None
-    shift: int = 0
+    random_shift: int = 0
     workers: int = 0
     timeout_s: float = 300.0
 
@@ -135,8 +135,10 @@ class DataConfig(AugmentConfig):
                 f"data.crop_scale={self.crop_scale} must be [smallest, largest] share of the area, in (0, 1]"
             )
         self.check_pixels()
-        if not 0 <= self.shift < min(self.image_size):
-            raise ConfigError(f"data.shift={self.shift} must be in [0, {min(self.image_size)}), the image's side")
+        if not 0 <= self.random_shift < min(self.image_size):
+            raise ConfigError(
+                f"data.random_shift={self.random_shift} must be in [0, {min(self.image_size)}), the image's side"
+            )
         for key in ("num_classes", "num_samples"):
             if (getattr(self, key) is None) == (self.source == "synthetic") and not is_plugin(self.source):
                 raise ConfigError(
@@ -146,7 +148,7 @@ class DataConfig(AugmentConfig):
 
     def check_pixels(self) -> None:
         """Raise ConfigError where `PIXEL_SETTINGS` do not fit."""
-        require_number("data", self, "eval_crop", above=0, below=1.0000001)
+        require_number("data", self, "crop_pct", above=0, below=1.0000001)
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
                 raise ConfigError(

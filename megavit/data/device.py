@@ -24,7 +24,7 @@ class DeviceTransforms:
 
     def __init__(self, config: DataConfig, *, seed: int, device: torch.device) -> None:
         self.normalize = Normalize(config.mean, config.std).to(device)
-        self._erasing = Erasing(config, seed=seed) if config.erase else None
+        self._erasing = Erasing(config, seed=seed) if config.random_erasing else None
         self._mixing = MixupCutmix(config, seed=seed) if config.mixes else None
 
     def __call__(self, batch: Batch) -> Tensor:

@@ -48,7 +48,7 @@ class Erasing:
     """
 
     def __init__(self, config: DataConfig, *, seed: int) -> None:
-        self.share, self.seed = config.erase, seed
+        self.share, self.seed = config.random_erasing, seed
         self.height, self.width = config.image_size
         low, high = (math.log(aspect) for aspect in _ASPECTS)
         self.aspects = torch.linspace(low, high, 2**12, dtype=torch.float64).exp()

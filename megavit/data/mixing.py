@@ -63,9 +63,9 @@ class MixupCutmix:
     """
 
     def __init__(self, config: DataConfig, *, seed: int) -> None:
-        self.seed, self.prob = seed, config.mix_prob
+        self.seed, self.prob = seed, config.mixup_prob
         self.height, self.width = config.image_size
-        self.cut_share = config.mix_switch
+        self.cut_share = config.mixup_switch_prob
         if config.mixup is None or config.cutmix is None:
             self.cut_share = float(config.mixup is None)
         self.blends, self.cuts = (

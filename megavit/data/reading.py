@@ -122,8 +122,8 @@ class SampleDataset(Dataset[MicroBatch]):
         draws = self.view.sample_seeds(keys, seed=self.seed)
         with self.view.drawing():
             images = [self.view.augment(self._cut(key, draw, bad)) for key, draw in zip(keys, draws, strict=True)]
-        if self.augment and self.config.shift:
-            shifts = draw_shifts(keys, pixels=self.config.shift, seed=self.seed)
+        if self.augment and self.config.random_shift:
+            shifts = draw_shifts(keys, pixels=self.config.random_shift, seed=self.seed)
             images = [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]
         # Not torch.stack: in a worker this writes into memory that is shared, which else is one more copy.
         return MicroBatch(default_collate(images), labels, bad)

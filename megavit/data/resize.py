@@ -39,18 +39,18 @@ def named_if_too_large(name: Callable[[], str]) -> Iterator[None]:
         raise ConfigError(f"{name()} cannot be resized: {reason}; resize it or take it away") from error
 
 
-def eval_frame(size: tuple[int, int], crop_size: list[int], eval_crop: float) -> list[int]:
+def eval_frame(size: tuple[int, int], crop_size: list[int], crop_pct: float) -> list[int]:
     """Height and width that an image is resized to before its centre is cut out, in timm's rounding.
 
     Args:
         size: height and width of the image.
         crop_size: height and width that are cut out.
-        eval_crop: their share of the frame.
+        crop_pct: their share of the frame.
 
     Source: timm 1.0.31, `transforms_imagenet_eval`: for a square torchvision's `Resize` of the shorter side, which
     Hugging Face's processors round as well; else timm's own `ResizeKeepRatio`.
     """
-    covered = [math.floor(side / eval_crop) for side in crop_size]
+    covered = [math.floor(side / crop_pct) for side in crop_size]
     if covered[0] == covered[1]:
         return [int(covered[0] * side / min(size)) for side in size]
     ratio = min(side / cover for side, cover in zip(size, covered, strict=True))

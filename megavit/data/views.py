@@ -31,7 +31,7 @@ class ImageTransform:
     """
 
     def __init__(self, config: DataConfig, *, augment: bool) -> None:
-        self.size, self.eval_crop = config.image_size, config.eval_crop
+        self.size, self.crop_pct = config.image_size, config.crop_pct
         self.interpolation = InterpolationMode(config.interpolation.value)
         self.random: list[Callable[[Tensor], Tensor]] = []
         self.reduces = config.reduced_decode
@@ -117,11 +117,11 @@ class ImageTransform:
         )
 
     def _fit(self, opened: Tensor | Jpeg) -> Tensor:
-        """Resize the whole image; or, with `eval_crop`, cover a frame larger by as much and cut its centre out."""
+        """Resize the whole image; or, with `crop_pct`, cover a frame larger by as much and cut its centre out."""
         image = opened.decode() if isinstance(opened, Jpeg) else opened
-        if self.eval_crop is None:
+        if self.crop_pct is None:
             return resize(image, self.size, self.interpolation)
-        frame = eval_frame((image.shape[1], image.shape[2]), self.size, self.eval_crop)
+        frame = eval_frame((image.shape[1], image.shape[2]), self.size, self.crop_pct)
         return resize_part(image, frame, center_box(frame, self.size), self.interpolation)
 
 

@@ -28,12 +28,14 @@ def check_training() -> list[Finding]:
 
 def check_flash_attn() -> list[Finding]:
     """Whether `flash_attn` computes."""
-    return [_usable("flash-attn", "model.attention=flash_attn", "pip install 'megavit[flash]'", _call_flash_attn)]
+    return [
+        _usable("flash-attn", "model.attention_backend=flash_attn", "pip install 'megavit[flash]'", _call_flash_attn)
+    ]
 
 
 def check_transformer_engine() -> list[Finding]:
     """Whether Transformer Engine computes."""
-    for_what = "model.attention=te, model.linears=te and optim.implementation=te"
+    for_what = "model.attention_backend=te, model.linear_backend=te and optim.implementation=te"
     return [_usable("transformer-engine", for_what, "pip install 'megavit[te]'", _call_transformer_engine)]
 
 

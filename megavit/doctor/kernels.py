@@ -1,4 +1,4 @@
-"""Which attention kernels run here, forward and backward, and which values of `model.attention` that allows.
+"""Which attention kernels run here, forward and backward, and which values of `model.attention_backend` that allows.
 
 Shapes: B images, A heads, N tokens, D head width.
 """
@@ -97,7 +97,7 @@ def _sdpa_flash(refusal: str | None, device: str) -> Finding:
         text = f"does not run: {refusal}"
     else:
         return Finding("kernels", "sdpa_flash", State.ok, "runs on cuda in bf16")
-    return Finding("kernels", "sdpa_flash", State.missing, text, "model.attention=sdpa")
+    return Finding("kernels", "sdpa_flash", State.missing, text, "model.attention_backend=sdpa")
 
 
 def _packages(attention: str, package: Finding) -> Finding:

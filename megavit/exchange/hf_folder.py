@@ -26,9 +26,9 @@ def check_hf_compatible(config: ExperimentConfig) -> None:
     for setting, differs in reasons.items():
         if differs:
             raise ConfigError(f"{setting}: Hugging Face's {'ViTMAE' if mae else 'ViT'} has no such; to=timm: may have")
-    if config.data.eval_crop is not None and len(set(config.data.image_size)) > 1:
+    if config.data.crop_pct is not None and len(set(config.data.image_size)) > 1:
         raise ConfigError(
-            f"data.eval_crop={config.data.eval_crop} with data.image_size={config.data.image_size}: Hugging Face's "
+            f"data.crop_pct={config.data.crop_pct} with data.image_size={config.data.image_size}: Hugging Face's "
             f"processor crops squares alone; to=timm: can say it"
         )
 
@@ -69,7 +69,7 @@ def hf_config(config: ExperimentConfig, classes: tuple[str, ...], dtype: str) ->
             "decoder_num_attention_heads": task.decoder_num_heads,
             "decoder_num_hidden_layers": task.decoder_num_layers,
             "mask_ratio": task.mask_ratio,
-            "norm_pix_loss": task.norm_pix,
+            "norm_pix_loss": task.norm_pix_loss,
         }
     if not classes:
         return settings | {"architectures": ["ViTModel"]}
@@ -83,10 +83,10 @@ def hf_preprocessor(config: ExperimentConfig) -> dict[str, Any]:
     """The content of `preprocessor_config.json`: images as the run evaluated them."""
     data = config.data
     full = {"height": data.image_size[0], "width": data.image_size[1]}
-    if data.eval_crop is None:
+    if data.crop_pct is None:
         view = {"size": full, "do_center_crop": False}
     else:
-        shorter = math.floor(data.image_size[0] / data.eval_crop)
+        shorter = math.floor(data.image_size[0] / data.crop_pct)
         view = {"size": {"shortest_edge": shorter}, "do_center_crop": True, "crop_size": full}
     return {
         "image_processor_type": "ViTImageProcessor",

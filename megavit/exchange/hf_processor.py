@@ -58,9 +58,9 @@ def read_processor(
     """
     found = _read(folder)
     if found is None:
-        return assumed_pixels(channels, eval_crop=None, interpolation=Interpolation.bilinear), []
+        return assumed_pixels(channels, crop_pct=None, interpolation=Interpolation.bilinear), []
     name, settings = found
-    pixels = assumed_pixels(channels, eval_crop=None, interpolation=Interpolation.bilinear)
+    pixels = assumed_pixels(channels, crop_pct=None, interpolation=Interpolation.bilinear)
     pixels.assumed = ()
     if set(PIXEL_SETTINGS) <= set(typed):
         return pixels, []
@@ -69,9 +69,9 @@ def read_processor(
         pixels.mean, pixels.std = processor.normalisation(channels)
     if "data.interpolation" not in typed:
         pixels.interpolation = processor.interpolation()
-    if "data.eval_crop" in typed:
+    if "data.crop_pct" in typed:
         return pixels, []
-    pixels.eval_crop = processor.eval_crop(image_size)
+    pixels.crop_pct = processor.crop_pct(image_size)
     return pixels, [] if processor.get("do_resize") else [
         f"{name}: do_resize=false takes images of {image_size} alone; here others are resized to it"
     ]
@@ -137,7 +137,7 @@ class _Processor:
             )
         return Interpolation(name)
 
-    def eval_crop(self, image_size: list[int]) -> float | None:
+    def crop_pct(self, image_size: list[int]) -> float | None:
         """The share that the centre crop keeps of an image resized by its shorter side; None where it is squashed."""
         if self._unknown is not None:
             raise self._unknown_class("may have steps of its own")
@@ -192,7 +192,7 @@ class _Processor:
     def _refusal(self, does: str) -> ConfigError:
         return ConfigError(
             f"{self._file} {does}; megavit resizes the whole image, or the shorter side of it to take a square centre. "
-            f"Type which: data.eval_crop=null, or data.eval_crop=0.875 for example"
+            f"Type which: data.crop_pct=null, or data.crop_pct=0.875 for example"
         )
 
     def _unknown_class(self, reason: str) -> ConfigError:

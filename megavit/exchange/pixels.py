@@ -15,36 +15,36 @@ class Pixels:
 
     Attributes:
         mean, std: per channel, of values in [0, 1].
-        eval_crop: share of the resized image that the centre crop keeps; None resizes the whole image.
+        crop_pct: share of the resized image that the centre crop keeps; None resizes the whole image.
         interpolation: of the resizing.
         assumed: which of `PIXEL_SETTINGS` the files do not state.
     """
 
     mean: list[float]
     std: list[float]
-    eval_crop: float | None
+    crop_pct: float | None
     interpolation: Interpolation = Interpolation.bicubic
     assumed: tuple[str, ...] = ()
 
 
-def assumed_pixels(channels: int, *, eval_crop: float | None, interpolation: Interpolation) -> Pixels:
+def assumed_pixels(channels: int, *, crop_pct: float | None, interpolation: Interpolation) -> Pixels:
     """Images in [-1, 1], as most of timm's ViTs and Google's take them."""
-    return Pixels([0.5] * channels, [0.5] * channels, eval_crop, interpolation, PIXEL_SETTINGS)
+    return Pixels([0.5] * channels, [0.5] * channels, crop_pct, interpolation, PIXEL_SETTINGS)
 
 
-def imagenet_pixels(channels: int, *, eval_crop: float | None) -> Pixels:
+def imagenet_pixels(channels: int, *, crop_pct: float | None) -> Pixels:
     """ImageNet's mean and deviation, which are of three channels; others take their average."""
     mean, std = list(IMAGENET_MEAN), list(IMAGENET_STD)
     if channels != len(mean):
         mean, std = [sum(mean) / len(mean)] * channels, [sum(std) / len(std)] * channels
-        return Pixels(mean, std, eval_crop, assumed=("data.mean", "data.std"))
-    return Pixels(mean, std, eval_crop)
+        return Pixels(mean, std, crop_pct, assumed=("data.mean", "data.std"))
+    return Pixels(mean, std, crop_pct)
 
 
 def crop_share(side: int, shorter: int) -> float:
-    """The `data.eval_crop` by which a crop of `side` is taken of images whose shorter side is `shorter`.
+    """The `data.crop_pct` by which a crop of `side` is taken of images whose shorter side is `shorter`.
 
-    Evaluation resizes to floor(side / eval_crop); of the shares that give `shorter` this is one of the fewest
+    Evaluation resizes to floor(side / crop_pct); of the shares that give `shorter` this is one of the fewest
     decimals: 0.875 for 224 of 256, 0.9 for 224 of 248.
     """
     for decimals in range(1, 16):

@@ -50,7 +50,7 @@ def read_foreign(kind: str, path: Path, *, num_heads: int | None, typed: Collect
     if external.decoder or kind == "mae":
         # facebookresearch/mae, util/datasets.py: larger images are not cropped.
         crop = 0.875 if max(external.image_size) <= 224 else 1.0
-        external.pixels = imagenet_pixels(external.channels, eval_crop=crop)
+        external.pixels = imagenet_pixels(external.channels, crop_pct=crop)
     elif stated is not None:
         external.pixels = stated.pixels(external.channels, typed=typed)
     return external
@@ -99,7 +99,7 @@ def _read_plain(path: Path, files: TensorFiles, *, num_heads: int | None, stated
         _class_names(path, files, stated),
         files,
         TimmMapping(files.read, files, num_patches=num_patches),
-        assumed_pixels(channels, eval_crop=0.9, interpolation=Interpolation.bicubic),
+        assumed_pixels(channels, crop_pct=0.9, interpolation=Interpolation.bicubic),
     )
     if stated is not None:
         words = ", ".join(network_words(model).values())
@@ -159,7 +159,7 @@ def _decoder(files: TensorFiles) -> dict[str, Any]:
         "decoder_num_heads": 16 if narrow % 16 == 0 else max(1, narrow // 32),
         "decoder_num_layers": 1 + max(int(name.split(".")[1]) for name in files if name.startswith("decoder_blocks.")),
         "mask_ratio": 0.75,
-        "norm_pix": True,
+        "norm_pix_loss": True,
     }
 
 

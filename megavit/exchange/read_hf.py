@@ -78,7 +78,7 @@ def read_hf(path: Path, *, typed: Collection[str]) -> ExternalModel:
             "decoder_num_heads": size("decoder_num_attention_heads"),
             "decoder_num_layers": size("decoder_num_hidden_layers"),
             "mask_ratio": config["mask_ratio"],
-            "norm_pix": config["norm_pix_loss"],
+            "norm_pix_loss": config["norm_pix_loss"],
         }
         choose_positions(external)
     elif "classifier.weight" in files:

@@ -52,6 +52,6 @@ def read_nemo(path: Path, files: TensorFiles, *, num_heads: int | None) -> Exter
         [str(index) for index in range(scores)],
         files,
         mapping,
-        imagenet_pixels(3, eval_crop=None),
+        imagenet_pixels(3, crop_pct=None),
         assumed={"model.num_heads": f"{model.num_heads} heads"},
     )

@@ -88,21 +88,21 @@ class TimmConfig:
                     f"data.interpolation=bicubic, for example"
                 )
             pixels.interpolation = Interpolation(resizing)
-        if "data.eval_crop" not in typed:
-            pixels.eval_crop = self._eval_crop()
+        if "data.crop_pct" not in typed:
+            pixels.crop_pct = self._eval_crop()
         return pixels
 
     def _eval_crop(self) -> float | None:
         share, mode = self.pretrained_cfg.get("crop_pct", 0.875), self.pretrained_cfg.get("crop_mode", "center")
         if not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ConfigError(f"{self.file}: crop_pct={share} must be above 0 and at most 1; type data.eval_crop=…")
+            raise ConfigError(f"{self.file}: crop_pct={share} must be above 0 and at most 1; type data.crop_pct=…")
         if mode == "center":
             return float(share)
         if mode == "squash" and share == 1:
             return None
         raise ConfigError(
             f"{self.file}: crop_mode={mode} with crop_pct={share}: megavit resizes the whole image, or the shorter "
-            f"side of it to take the centre; type which: data.eval_crop=null, or data.eval_crop={share}"
+            f"side of it to take the centre; type which: data.crop_pct=null, or data.crop_pct={share}"
         )
 
 
@@ -187,7 +187,7 @@ def _build(file: Path, architecture: str, arguments: dict[str, Any]) -> torch.nn
 
 def _other_encoder(network: Any) -> str | None:
     """How a network's encoder differs from ours beyond sizes, the first difference in words."""
-    from timm.layers import Attention, Mlp, PatchEmbed
+    from timm.layers import AttentionBackend, Mlp, PatchEmbed
     from timm.models import VisionTransformer
     from timm.models.vision_transformer import Block
 
@@ -200,13 +200,13 @@ def _other_encoder(network: Any) -> str | None:
     norms = {type(module) for module in network.modules() if "Norm" in type(module).__name__}
     for differs, words in (
         (type(network.patch_embed) is not PatchEmbed, f"patches by {type(network.patch_embed).__name__}"),
-        (type(block.attn) is not Attention, f"attention by {type(block.attn).__name__}"),
+        (type(block.attn) is not AttentionBackend, f"attention by {type(block.attn).__name__}"),
         (type(block.mlp) is not Mlp, f"an MLP by {type(block.mlp).__name__}"),
         (not _is_gelu(activation), f"the activation {type(activation).__name__}"),
         (not all(issubclass(norm, torch.nn.LayerNorm) for norm in norms), "norms other than LayerNorm"),
         (not isinstance(network.norm_pre, torch.nn.Identity), "a norm before its layers (pre_norm)"),
         (
-            type(block.attn) is Attention and block.attn.qkv.bias is None,
+            type(block.attn) is AttentionBackend and block.attn.qkv.bias is None,
             "queries, keys and values without bias (qkv_bias=false)",
         ),
     ):

@@ -51,7 +51,7 @@ def timm_config(config: ExperimentConfig, classes: tuple[str, ...], weights: dic
         "qk_norm": model.qk_norm,
         "init_values": model.layer_scale,
     }
-    squash = data.eval_crop is None
+    squash = data.crop_pct is None
     return {
         "architecture": _name(config),
         "num_classes": len(classes),
@@ -63,7 +63,7 @@ def timm_config(config: ExperimentConfig, classes: tuple[str, ...], weights: dic
             "input_size": [data.channels, *size],
             "fixed_input_size": True,
             "interpolation": data.interpolation.value,
-            "crop_pct": 1.0 if squash else data.eval_crop,
+            "crop_pct": 1.0 if squash else data.crop_pct,
             "crop_mode": "squash" if squash else "center",
             "mean": data.mean,
             "std": data.std,

@@ -98,8 +98,8 @@ def encoder_block(
         post_process: whether this is the last stage.
         vp_stage: virtual pipeline stage.
     """
-    column, row = parallel_linears(config.linears, device=layout.device)
-    kernel = attention_kernel(config.attention, mcore_config, layout.groups, device=layout.device)
+    column, row = parallel_linears(config.linear_backend, device=layout.device)
+    kernel = attention_kernel(config.attention_backend, mcore_config, layout.groups, device=layout.device)
     spec = encoder_layer_spec(
         EncoderLayerSubmodules(column=column, row=row, kernel=kernel),
         drop_path=config.drop_path,

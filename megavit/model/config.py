@@ -28,7 +28,7 @@ class Head(Enum):
     tanh_mlp = "tanh_mlp"
 
 
-class Attention(Enum):
+class AttentionBackend(Enum):
     """The attention kernel, by explicit name.
 
     `sdpa`: torch chooses. `sdpa_flash`: torch's FlashAttention-2 or an error. `flash_attn`: the package of that name,
@@ -41,7 +41,7 @@ class Attention(Enum):
     te = "te"
 
 
-class Linears(Enum):
+class LinearBackend(Enum):
     """Whose parallel linears the encoder layer is built of.
 
     `local`: Megatron-Core's own. `onednn`: the same, their fp32 products by oneDNN instead of MKL, on CPUs alone; on
@@ -73,8 +73,8 @@ class ModelConfig:
         head_std: deviation of the truncated normal that its last matrix is drawn from; 0 starts from zeros, as NeMo's
             fine-tuning does.
         patch_bias: whether the patch embedding has a bias.
-        attention: the kernel. Not run on a GPU: sdpa_flash, flash_attn, te.
-        linears: whose parallel linears. Not run on a GPU: fp8, te.
+        attention_backend: the kernel. Not run on a GPU: sdpa_flash, flash_attn, te.
+        linear_backend: whose parallel linears. Not run on a GPU: fp8, te.
         qk_norm: LayerNorm of queries and keys, per head.
         layer_scale: start value of the per-channel scale on each residual branch; null for none.
         hidden_dropout: after the embedding and after each residual branch.
@@ -95,8 +95,8 @@ class ModelConfig:
     head_bias: float = 0.0
     head_std: float = 0.02
     patch_bias: bool = True
-    attention: Attention = Attention.sdpa
-    linears: Linears = Linears.local
+    attention_backend: AttentionBackend = AttentionBackend.sdpa
+    linear_backend: LinearBackend = LinearBackend.local
     qk_norm: bool = False
     layer_scale: float | None = None
     hidden_dropout: float = 0.0

@@ -43,8 +43,8 @@ def require_fp8(device: torch.device) -> None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
         raise ConfigError(
-            f"model.linears=fp8 needs a GPU of compute capability 8.9 or higher (Ada, Hopper), and "
-            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; set model.linears=local"
+            f"model.linear_backend=fp8 needs a GPU of compute capability 8.9 or higher (Ada, Hopper), and "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; set model.linear_backend=local"
         )
 
 

@@ -14,14 +14,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megavit.errors import ConfigError
-from megavit.model.config import Attention
+from megavit.model.config import AttentionBackend
 
 # q_BAND, k_BAND, v_BAND, dropout probability → mixed_BAND.
 Kernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def attention_kernel(
-    attention: Attention, config: TransformerConfig, pg_collection: ProcessGroupCollection, *, device: torch.device
+    attention: AttentionBackend,
+    config: TransformerConfig,
+    pg_collection: ProcessGroupCollection,
+    *,
+    device: torch.device,
 ) -> Kernel:
     """The kernel that the configuration names.
 
@@ -34,16 +38,16 @@ def attention_kernel(
     Raises:
         ConfigError: if it cannot run here, with what to install or to set instead.
     """
-    if attention is Attention.sdpa:
+    if attention is AttentionBackend.sdpa:
         return _sdpa
     if device.type != "cuda":
         raise ConfigError(
-            f"model.attention={attention.value} runs on CUDA alone and this run is on {device.type}; set "
-            f"model.attention=sdpa"
+            f"model.attention_backend={attention.value} runs on CUDA alone and this run is on {device.type}; set "
+            f"model.attention_backend=sdpa"
         )
-    if attention is Attention.sdpa_flash:
+    if attention is AttentionBackend.sdpa_flash:
         return _sdpa_flash
-    if attention is Attention.flash_attn:
+    if attention is AttentionBackend.flash_attn:
         return _flash_attn()
     return _transformer_engine(config, pg_collection)
 
@@ -68,8 +72,10 @@ def _flash_attn() -> Kernel:
         from flash_attn import flash_attn_func
     except ImportError as error:
         raise ConfigError(
-            "model.attention=flash_attn needs the flash-attn package, version 2, which is not installed: pip install "
-            "'megavit[flash]' on a machine with CUDA's compiler, or set model.attention=sdpa_flash (torch's own copy)"
+            "model.attention_backend=flash_attn needs the flash-attn package, version 2, which is not installed: pip "
+            "install "
+            "'megavit[flash]' on a machine with CUDA's compiler, or set model.attention_backend=sdpa_flash (torch's "
+            "own copy)"
         ) from error
 
     def kernel(q_BAND: Tensor, k_BAND: Tensor, v_BAND: Tensor, dropout: float) -> Tensor:
@@ -84,8 +90,9 @@ def _transformer_engine(config: TransformerConfig, pg_collection: ProcessGroupCo
 
     if not te.HAVE_TE:
         raise ConfigError(
-            "model.attention=te needs Transformer Engine, which is not installed: pip install 'megavit[te]' on a "
-            "machine with CUDA, or set model.attention=sdpa_flash"
+            "model.attention_backend=te needs Transformer Engine, which is not installed: pip install 'megavit[te]' "
+            "on a "
+            "machine with CUDA, or set model.attention_backend=sdpa_flash"
         )
     from transformer_engine.pytorch import DotProductAttention
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from megavit.errors import ConfigError
 from megavit.model.accumulate import accumulating_linear
-from megavit.model.config import Linears
+from megavit.model.config import LinearBackend
 from megavit.model.fp8 import Fp8Column, Fp8Row, require_fp8
 from megavit.model.onednn import OneDnnColumn, OneDnnRow, require_onednn
 
 
-def parallel_linears(linears: Linears, *, device: torch.device) -> tuple[type, type]:
+def parallel_linears(linears: LinearBackend, *, device: torch.device) -> tuple[type, type]:
     """The column-parallel and the row-parallel class.
 
     Args:
@@ -24,20 +24,20 @@ def parallel_linears(linears: Linears, *, device: torch.device) -> tuple[type, t
     Raises:
         ConfigError: if they cannot run here.
     """
-    if linears is Linears.local:
+    if linears is LinearBackend.local:
         return ColumnParallelLinear, RowParallelLinear
-    if linears is Linears.onednn:
+    if linears is LinearBackend.onednn:
         require_onednn(device)
         return OneDnnColumn, OneDnnRow
-    if linears is Linears.fp8:
+    if linears is LinearBackend.fp8:
         require_fp8(device)
         return Fp8Column, Fp8Row
     from megatron.core.extensions import transformer_engine as te
 
     if not te.HAVE_TE:
         raise ConfigError(
-            "model.linears=te needs Transformer Engine, which is not installed: pip install 'megavit[te]' on a "
-            "machine with CUDA, or set model.linears=local"
+            "model.linear_backend=te needs Transformer Engine, which is not installed: pip install 'megavit[te]' on a "
+            "machine with CUDA, or set model.linear_backend=local"
         )
     return te.TEColumnParallelLinear, te.TERowParallelLinear
 

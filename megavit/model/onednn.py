@@ -22,11 +22,11 @@ from megavit.errors import ConfigError
 
 def require_onednn(device: torch.device) -> None:
     """Raise ConfigError where there is no oneDNN."""
-    way_out = "set model.linears=local"
+    way_out = "set model.linear_backend=local"
     if device.type != "cpu":
-        raise ConfigError(f"model.linears=onednn is for CPUs and this run is on {device.type}; {way_out}")
+        raise ConfigError(f"model.linear_backend=onednn is for CPUs and this run is on {device.type}; {way_out}")
     if not torch.backends.mkldnn.is_available():
-        raise ConfigError(f"model.linears=onednn: this torch was built without oneDNN; {way_out}")
+        raise ConfigError(f"model.linear_backend=onednn: this torch was built without oneDNN; {way_out}")
 
 
 class OneDnnColumn(ColumnParallelLinear):

@@ -18,7 +18,7 @@ class Optimizer(Enum):
     lars = "lars"
 
 
-class Decay(Enum):
+class Schedule(Enum):
     """How the learning rate falls after warm-up: over all steps, not at all, or linearly over the last `decay_steps`
     (warm-up, stable, decay).
     """
@@ -56,7 +56,7 @@ class OptimConfig:
         lr: peak learning rate; or null and base_lr.
         base_lr: peak learning rate per 256 images: lr = base_lr · global_batch / 256.
         min_lr: learning rate at the last step.
-        decay: how it falls from lr to min_lr.
+        schedule: how it falls from lr to min_lr.
         decay_steps: the last steps, over which `wsd` falls; null for the others.
         warmup_steps: steps of linear warm-up from 0; auto takes 5 % of the run's steps, at most 5 epochs.
         shorten_warmup: shorten a warm-up that does not end before the run to 5 % of its steps, so that a recipe can be
@@ -70,7 +70,7 @@ class OptimConfig:
             one's; the last norm and the head learn at the full rate. Null for one rate (arXiv 2106.08254, section A.3).
         freeze: patterns such as blocks.3.* of timm's weight names whose weights stay as they are; encoder stands for
             all but the head. Null trains everything.
-        clip: largest gradient norm over the whole model; 0 to not clip.
+        clip_grad: largest gradient norm over the whole model; 0 to not clip.
         ema: decay of a moving average of the weights, 0.9999 for example, which is evaluated too; null for none. The
             average starts from the initial weights, so the run should have at least 3 / (1 - ema) steps.
     """
@@ -80,7 +80,7 @@ class OptimConfig:
     lr: float | None = 1e-3
     base_lr: float | None = None
     min_lr: float = 0.0
-    decay: Decay = Decay.cosine
+    schedule: Schedule = Schedule.cosine
     decay_steps: int | None = None
     warmup_steps: int | str = 0
     shorten_warmup: bool = True
@@ -91,7 +91,7 @@ class OptimConfig:
     trust_coefficient: float | None = None
     layer_decay: float | None = None
     freeze: list[str] | None = None
-    clip: float = 1.0
+    clip_grad: float = 1.0
     ema: float | None = None
 
     def peak_lr(self, global_batch: int) -> float:
@@ -105,7 +105,7 @@ class OptimConfig:
         """Raise ConfigError where this group contradicts itself."""
         if (self.lr is None) == (self.base_lr is None):
             raise ConfigError(f"set one of optim.lr={self.lr} and optim.base_lr={self.base_lr}, and the other to null")
-        require_number("optim", self, "lr", "base_lr", "min_lr", "weight_decay", "clip", at_least=0)
+        require_number("optim", self, "lr", "base_lr", "min_lr", "weight_decay", "clip_grad", at_least=0)
         require_steps("optim", self, "warmup_steps", at_least=0)
         require_number("optim", self, "eps", "trust_coefficient", "layer_decay", above=0)
         if self.freeze == []:
@@ -128,10 +128,11 @@ class OptimConfig:
         if self.betas is not None and (len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas)):
             raise ConfigError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
         require_number("optim", self, "decay_steps", at_least=1)
-        if (self.decay is Decay.wsd) != (self.decay_steps is not None):
+        if (self.schedule is Schedule.wsd) != (self.decay_steps is not None):
             raise ConfigError(
-                f"optim.decay={self.decay.value} with optim.decay_steps={self.decay_steps}: wsd needs the number of "
+                f"optim.schedule={self.schedule.value} with optim.decay_steps={self.decay_steps}: wsd needs the "
+                "number of "
                 f"steps it falls over, the others have none"
             )
-        if self.decay is Decay.constant and self.min_lr:
-            raise ConfigError(f"optim.min_lr={self.min_lr} would be ignored by optim.decay=constant; set it to 0")
+        if self.schedule is Schedule.constant and self.min_lr:
+            raise ConfigError(f"optim.min_lr={self.min_lr} would be ignored by optim.schedule=constant; set it to 0")

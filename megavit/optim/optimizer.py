@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megavit.errors import ConfigError
 from megavit.optim import fused_adam, grad_norm
-from megavit.optim.config import Decay, Implementation, OptimConfig, Optimizer
+from megavit.optim.config import Implementation, OptimConfig, Optimizer, Schedule
 from megavit.optim.groups import group_overrides
 
 
@@ -50,7 +50,7 @@ def build_optimizer(
             min_lr=config.min_lr,
             weight_decay=config.weight_decay,
             # Also where nothing is clipped: the norm is logged, and a norm that is not finite stops the run.
-            clip_grad=config.clip or float("inf"),
+            clip_grad=config.clip_grad or float("inf"),
             bf16=mcore_config.bf16,
             params_dtype=mcore_config.params_dtype,
             use_distributed_optimizer=adam,
@@ -125,7 +125,7 @@ def build_schedule(
         min_lr=config.min_lr,
         lr_warmup_steps=warmup_steps,
         lr_decay_steps=num_steps,
-        lr_decay_style="WSD" if config.decay is Decay.wsd else config.decay.value,
+        lr_decay_style="WSD" if config.schedule is Schedule.wsd else config.schedule.value,
         wsd_decay_steps=config.decay_steps,
         lr_wsd_decay_style="linear",
         start_wd=config.weight_decay,

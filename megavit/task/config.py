@@ -38,7 +38,7 @@ _CLASSIFY = ("label_smoothing",)
 _CLASSIFY_MAY = ("loss", "class_weights")
 _MAE = (
     "mask_ratio",
-    "norm_pix",
+    "norm_pix_loss",
     "decoder_hidden_size",
     "decoder_ffn_size",
     "decoder_num_heads",
@@ -64,7 +64,7 @@ class TaskConfig:
         class_weights: one per class, in the order of the labels: what each class's part of the loss is multiplied by;
             the loss stays a mean over the images, not over the weights. Null for all 1.
         mask_ratio: share of the patches that the encoder does not see, in (0, 1).
-        norm_pix: compare with each patch's pixels less their mean, over their deviation; else with the pixels.
+        norm_pix_loss: compare with each patch's pixels less their mean, over their deviation; else with the pixels.
         decoder_hidden_size: the decoder's token width; null takes the encoder's, at most 512.
         decoder_ffn_size: width inside its MLP; null takes the encoder's, or 4 times the decoder's width if that is
             another.
@@ -80,7 +80,7 @@ class TaskConfig:
     loss: Loss | None = None
     class_weights: list[float] | None = None
     mask_ratio: float | None = None
-    norm_pix: bool | None = None
+    norm_pix_loss: bool | None = None
     decoder_hidden_size: int | None = None
     decoder_ffn_size: int | None = None
     decoder_num_heads: int | None = None
@@ -152,7 +152,7 @@ class TaskConfig:
         if weights is not None and not (all(0 <= weight < float("inf") for weight in weights) and any(weights)):
             raise ConfigError(f"task.class_weights={weights} must be at least 0 each, and one above 0")
         require_number("task", self, "mask_ratio", at_least=0, below=1)
-        require_number("task", self, *(key for key in _MAE if key not in ("mask_ratio", "norm_pix")), at_least=1)
+        require_number("task", self, *(key for key in _MAE if key not in ("mask_ratio", "norm_pix_loss")), at_least=1)
         if self.name is TaskName.mae:
             self._check_decoder()
 

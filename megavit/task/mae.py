@@ -51,8 +51,8 @@ class MaeTask:
     def __init__(
         self, config: TaskConfig, *, model: ModelConfig, data: DataConfig, layout: ParallelLayout, seed: int
     ) -> None:
-        assert config.norm_pix is not None and config.baseline_samples is not None
-        self.norm_pix, self.baseline_samples = config.norm_pix, config.baseline_samples
+        assert config.norm_pix_loss is not None and config.baseline_samples is not None
+        self.norm_pix_loss, self.baseline_samples = config.norm_pix_loss, config.baseline_samples
         self.model, self.data, self.layout, self.seed = model, data, layout, seed
         self.decoder = config.decoder(model)
         self.grid = model.patch_grid(data.image_size)
@@ -107,7 +107,7 @@ class MaeTask:
 
     def target(self, patches_BPV: Tensor) -> Tensor:
         """What the decoder is to predict, target_BPV, of normalised images' patches."""
-        if not self.norm_pix:
+        if not self.norm_pix_loss:
             return patches_BPV
         mean, deviation = patch_statistics(patches_BPV)
         return (patches_BPV - mean) / deviation
@@ -172,7 +172,7 @@ class MaeTask:
             images_BCYX: the originals, uint8.
             ids_keep_BK: what the encoder saw.
         """
-        if self.norm_pix:
+        if self.norm_pix_loss:
             mean, deviation = patch_statistics(self._patches(images_BCYX))
             pixels_BPV = pixels_BPV * deviation + mean
         guessed = unpatchify(pixels_BPV, self.grid, self.model.patch_size)

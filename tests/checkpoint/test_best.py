@@ -53,7 +53,7 @@ def checkpoints(run_dir) -> tuple[list[int], int, int]:
 
 
 def test_each_better_evaluation_saves_and_the_former_best_goes_unless_it_was_due(tmp_path):
-    overrides = [*SMALL, "train.eval_every=2", "checkpoint.every=4", "checkpoint.best=true", f"run.dir={tmp_path}"]
+    overrides = [*SMALL, "train.eval_every=2", "checkpoint.save_every=4", "checkpoint.best=true", f"run.dir={tmp_path}"]
     stopped = [*overrides, "train.steps=12", "train.stop_at=6"]
     assert run_ranks(train_with_results, 1, stopped, TOP1_AT)[0] == 0.3
     # 2 was saved as the best so far alone, and went; 4 was due, and 6 is where the run stopped.

@@ -16,7 +16,7 @@ from tests import ranks
 from tests.reference import SMALL
 from tests.test_mistakes import main_here
 
-RUN = [*SMALL, "train.steps=3", "checkpoint.every=1"]
+RUN = [*SMALL, "train.steps=3", "checkpoint.save_every=1"]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_resumed_run_falls_back_to_the_newest_whole_one_and_warns_once(saved, 
     flip(run_dir / "checkpoints" / "step_00000003" / "__1_0.distcp")
     (run_dir / "checkpoints" / "latest").write_text("ste")
     (run_dir / "train.log").unlink()
-    longer = [*RUN, "parallel.pp=2", "train.steps=5", "optim.decay=constant"]
+    longer = [*RUN, "parallel.pp=2", "train.steps=5", "optim.schedule=constant"]
     got = run_ranks(ranks.train_and_keep, 2, [*longer, f"run.dir={run_dir}"])[0]
     assert sorted(got["losses"]) == [1, 2, 3, 4, 5]
     log = (run_dir / "train.log").read_text()
@@ -196,7 +196,7 @@ def test_prune_keeps_the_newest_the_best_those_spared_and_the_last_whole_one(sav
 
 
 def test_a_run_keeps_as_many_as_it_is_told(tmp_path):
-    keys = [*SMALL, "train.steps=9", "checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=4"]
+    keys = [*SMALL, "train.steps=9", "checkpoint.save_every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=4"]
     run_ranks(ranks.train_and_keep, 1, [*keys, f"run.dir={tmp_path}"])
     assert sorted(path.name[-8:] for path in CheckpointManager(tmp_path / "checkpoints").all()) == [
         "00000004",

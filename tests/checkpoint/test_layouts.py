@@ -108,7 +108,7 @@ def overrides(setting, layout: str, run_dir: Path) -> list[str]:
     else:
         of_setting = [*TASK[task], *PRECISION[precision], *OPTIMIZER[optimizer]]
     of_setting = [*SMALL, *of_setting, "optim.ema=0.9"]
-    return [*of_setting, *LAYOUTS[layout][1], f"checkpoint.every={SAVED}", f"run.dir={run_dir}"]
+    return [*of_setting, *LAYOUTS[layout][1], f"checkpoint.save_every={SAVED}", f"run.dir={run_dir}"]
 
 
 def folder(root: Path, end: str, layout: str) -> Path:

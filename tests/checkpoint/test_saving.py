@@ -15,7 +15,7 @@ from megavit.testing import run_ranks
 from tests import ranks
 from tests.reference import SMALL
 
-EVERY_STEP = [*SMALL, "train.steps=6", "checkpoint.every=2", "optim.ema=0.9", "model.hidden_dropout=0.1"]
+EVERY_STEP = [*SMALL, "train.steps=6", "checkpoint.save_every=2", "optim.ema=0.9", "model.hidden_dropout=0.1"]
 
 
 def train_with_a_slow_disk(overrides: list[str], write_s: float) -> tuple[dict, float]:

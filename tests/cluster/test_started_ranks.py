@@ -54,7 +54,7 @@ def test_a_rank_that_comes_late_to_a_wrong_setting_does_not_report_it_again(late
 
 @pytest.mark.slow
 def test_ranks_without_torchrun_save_when_they_are_told_to_stop(tmp_path):
-    ranks = start_ranks(tmp_path, "train.steps=100000", "metrics.every=1")
+    ranks = start_ranks(tmp_path, "train.steps=100000", "metrics.log_every=1")
     assert ranks[0].stdout is not None
     for line in ranks[0].stdout:
         if line.startswith("step 2 "):
@@ -120,7 +120,7 @@ def test_two_pods_refuse_a_setting_in_one_message_and_are_not_started_again(tmp_
 
 @pytest.mark.slow
 def test_two_pods_save_when_one_of_them_is_told_to_stop_and_are_started_again(tmp_path):
-    nodes = start_nodes(tmp_path, "train.steps=100000", "metrics.every=1")
+    nodes = start_nodes(tmp_path, "train.steps=100000", "metrics.log_every=1")
     assert nodes[0].stdout is not None
     for line in nodes[0].stdout:
         if line.startswith("step 2 "):

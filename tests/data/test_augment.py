@@ -42,7 +42,7 @@ def pictures(size: int = 32) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_changes_pictures_by_their_keys_alone(kind):
-    config = colour(**KINDS[kind], crop_scale=None, flip=False, eval_crop=None)
+    config = colour(**KINDS[kind], crop_scale=None, flip=False, crop_pct=None)
     config.check()
     (image, *_), keys = pictures(), [SampleKey(number, 0) for number in range(40)]
     view = ImageTransform(config, augment=True)

@@ -45,7 +45,7 @@ def make_loader(source, *, dp=1, dp_rank=0, micro_batch=8, fields=None, **settin
         tp=1, tp_rank=0, pp=1, vpp=1, dp=dp, dp_rank=dp_rank, device=torch.device("cpu"), groups=None
     )
     fields = fields or RequiredFields(images=True, labels=True)
-    config = DataConfig(shift=1, **settings)
+    config = DataConfig(random_shift=1, **settings)
     return Loader(source, config, layout=layout, fields=fields, micro_batch=micro_batch, seed=3, train=True)
 
 

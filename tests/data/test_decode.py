@@ -216,8 +216,8 @@ def test_a_view_less_than_four_times_as_large_is_cut_from_the_image_in_full():
 def test_evaluation_decodes_in_full(monkeypatch):
     monkeypatch.setattr(Jpeg, "resized", None)  # a call would fail
     jpeg = open_image(encode(drawing(640, 480)), channels=3, name="x")
-    for eval_crop in (None, 0.875):
-        ImageTransform(config(image_size=[32, 32], eval_crop=eval_crop), augment=False)([jpeg], KEYS[:1], seed=0)
+    for crop_pct in (None, 0.875):
+        ImageTransform(config(image_size=[32, 32], crop_pct=crop_pct), augment=False)([jpeg], KEYS[:1], seed=0)
 
 
 def test_a_broken_jpeg_is_named_also_when_it_is_decoded_reduced():

@@ -158,7 +158,7 @@ def test_a_share_beside_two_folders_and_a_class_of_validation_alone_are_refused(
         ({"path": None}, "needs data.path=FOLDER"),
         ({"channels": 4}, "data.mean=.* has 3 values and data.channels=4"),
         ({"crop_scale": [0.5, 0.2]}, "data.crop_scale"),
-        ({"eval_crop": 1.5}, "data.eval_crop"),
+        ({"crop_pct": 1.5}, "data.crop_pct"),
         ({"source": "digits"}, "data.path=.* would be ignored by data.source=digits"),
     ],
 )
@@ -302,7 +302,7 @@ def test_a_training_view_seeds_no_device(tmp_path, monkeypatch):
 
 def test_half_of_the_images_are_mirrored(tmp_path):
     view, image = (
-        ImageTransform(folder_config(tmp_path, crop_scale=None, image_size=[8, 8], eval_crop=None), augment=True),
+        ImageTransform(folder_config(tmp_path, crop_scale=None, image_size=[8, 8], crop_pct=None), augment=True),
         noise(8, 8),
     )
     seen = view([image] * 1000, [SampleKey(i, 0) for i in range(1000)], seed=0)
@@ -322,7 +322,7 @@ def test_an_evaluation_view_covers_the_frame_and_is_always_alike(shape, tmp_path
 def test_the_centre_of_a_larger_frame_is_evaluated(tmp_path):
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     image[:, 16:48, 16:48] = 255
-    view = ImageTransform(folder_config(tmp_path, image_size=[32, 32], eval_crop=0.5), augment=False)
+    view = ImageTransform(folder_config(tmp_path, image_size=[32, 32], crop_pct=0.5), augment=False)
     assert (view([image], KEYS[:1], seed=0)[0] == 255).all()
 
 

@@ -20,7 +20,7 @@ def make_loader(*, dp=1, dp_rank=0, micro_batch=4, train=True, workers=0, shift=
     )
     return Loader(
         Digits("train"),
-        DataConfig(shift=shift, workers=workers),
+        DataConfig(random_shift=shift, workers=workers),
         layout=layout,
         fields=fields or RequiredFields(images=True, labels=True),
         micro_batch=micro_batch,

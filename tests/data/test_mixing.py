@@ -22,10 +22,10 @@ from megavit.trained import read_config
 
 CPU = torch.device("cpu")
 EVERYTHING = [
-    "data.erase=0.5",
+    "data.random_erasing=0.5",
     "data.mixup=0.8",
     "data.cutmix=1.0",
-    "data.mix_prob=0.9",
+    "data.mixup_prob=0.9",
     "data.auto_augment=randaugment",
 ]
 
@@ -120,14 +120,14 @@ def draw(count: int = 20_000, size: int = 32, **changes) -> MixParams:
 
 def test_images_are_mixed_as_often_as_stated():
     # Standard deviation of a share p of 20,000: sqrt(p (1 − p) / 20,000), 0.0035 at ½; five of them are allowed.
-    mix = draw(mixup=0.8, cutmix=1.0, mix_prob=0.6, mix_switch=0.25)
+    mix = draw(mixup=0.8, cutmix=1.0, mixup_prob=0.6, mixup_switch_prob=0.25)
     # A box may be of no pixels: of 32 × 32 one in a thousand or so.
     mixed = (mix.share_B < 1) | mix.cut_B
     assert mixed.double().mean() == pytest.approx(0.6, abs=0.0175)
     assert mix.cut_B.double().mean() == pytest.approx(0.15, abs=0.013)
     assert draw(cutmix=1.0).cut_B.all()
     assert not draw(mixup=0.2).cut_B.any()
-    assert draw(mixup=0.2, cutmix=1.0, mix_switch=0.0).cut_B.sum() == 0
+    assert draw(mixup=0.2, cutmix=1.0, mixup_switch_prob=0.0).cut_B.sum() == 0
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.8, 1.0, 3.0, 10.0])
@@ -176,7 +176,7 @@ def test_another_epoch_seed_or_occurrence_mixes_otherwise():
 
 def test_another_epoch_seed_or_occurrence_erases_with_other_noise():
     def noise(seed: int, some: list[SampleKey]) -> torch.Tensor:
-        erasing = Erasing(DataConfig(erase=1.0, image_size=[64, 64]), seed=seed)
+        erasing = Erasing(DataConfig(random_erasing=1.0, image_size=[64, 64]), seed=seed)
         return erasing(torch.zeros(4, 1, 64, 64), batch_of(some))
 
     base = noise(0, keys(4))
@@ -189,7 +189,7 @@ def test_another_epoch_seed_or_occurrence_erases_with_other_noise():
 
 
 def test_boxes_are_erased_as_often_and_as_large_as_stated():
-    erasing, batch = Erasing(DataConfig(erase=0.25, image_size=[224, 224]), seed=0), batch_of(keys(20_000))
+    erasing, batch = Erasing(DataConfig(random_erasing=0.25, image_size=[224, 224]), seed=0), batch_of(keys(20_000))
     # Standard deviation 61.
     assert abs(len(erasing.erased(batch)) - 5000) < 306
     top, left, bottom, right = (edge.double() for edge in erasing.boxes(batch))
@@ -210,7 +210,10 @@ def test_boxes_are_erased_as_often_and_as_large_as_stated():
 
 
 def test_an_erased_box_is_normal_noise_and_everything_else_stays():
-    erasing, batch = Erasing(DataConfig(erase=0.5, image_size=[64, 48], channels=3), seed=0), batch_of(keys(200))
+    erasing, batch = (
+        Erasing(DataConfig(random_erasing=0.5, image_size=[64, 48], channels=3), seed=0),
+        batch_of(keys(200)),
+    )
     images = torch.full((200, 3, 64, 48), 7.0)
     erased = erasing(images, batch)
     rows = erasing.erased(batch)
@@ -239,11 +242,19 @@ def test_an_erased_box_is_normal_noise_and_everything_else_stays():
         ),
         (["data.cutmix=1.0", "train.global_batch=6"], 2, "data.cutmix=1.0 mixes .* train.micro_batch=3 leaves"),
         (["data.mixup=0"], 1, "data.mixup=0.0 must be a finite number above 0"),
-        (["data.erase=1.5"], 1, "data.erase=1.5 must be"),
-        (["data.mix_prob=0.5"], 1, "data.mix_prob=0.5 would be ignored without data.mixup or data.cutmix"),
-        (["data.mixup=0.8", "data.mix_switch=1"], 1, "data.mix_switch=1.0 would be ignored without data.mixup and"),
+        (["data.random_erasing=1.5"], 1, "data.random_erasing=1.5 must be"),
+        (["data.mixup_prob=0.5"], 1, "data.mixup_prob=0.5 would be ignored without data.mixup or data.cutmix"),
+        (
+            ["data.mixup=0.8", "data.mixup_switch_prob=1"],
+            1,
+            "data.mixup_switch_prob=1.0 would be ignored without data.mixup and",
+        ),
         (["recipe=digits_mae", "data.mixup=0.8"], 1, "data.mixup=0.8 would be ignored by task.name=mae, .* to null"),
-        (["recipe=digits_mae", "data.erase=0.25"], 1, "data.erase=0.25 would be ignored by task.name=mae, .* to 0.0"),
+        (
+            ["recipe=digits_mae", "data.random_erasing=0.25"],
+            1,
+            "data.random_erasing=0.25 would be ignored by task.name=mae, .* to 0.0",
+        ),
     ],
 )
 def test_what_cannot_be_mixed_is_refused_with_the_way_out(overrides, world, message):
@@ -252,7 +263,7 @@ def test_what_cannot_be_mixed_is_refused_with_the_way_out(overrides, world, mess
 
 
 def test_a_run_that_mixed_is_evaluated_in_micro_batches_of_any_size(tmp_path):
-    config = compose(["data.mixup=0.8", "data.cutmix=1.0", "data.mix_switch=0.3"])
+    config = compose(["data.mixup=0.8", "data.cutmix=1.0", "data.mixup_switch_prob=0.3"])
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     evaluated = read_config(tmp_path)
     replace(evaluated, train=replace(evaluated.train, micro_batch=3, global_batch=3)).check(1)

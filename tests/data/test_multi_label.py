@@ -104,7 +104,7 @@ def score(settings: list[str]) -> dict[str, float]:
 def test_losses_and_counts_are_the_same_in_every_layout_and_the_colours_are_learned(insects, tmp_path, figure):
     own = [
         "model=vit_ti16", "model.patch_size=4", "data=csv", f"data.path={insects}", "data.multi_label=true",
-        "data.image_size=[8,8]", "data.crop_scale=null", "data.flip=false", "data.eval_crop=null", "data.workers=0",
+        "data.image_size=[8,8]", "data.crop_scale=null", "data.flip=false", "data.crop_pct=null", "data.workers=0",
         "task.loss=bce", "train.steps=40", "train.global_batch=16", "train.micro_batch=4", "optim.lr=3e-3",
     ]  # fmt: skip
     settings = [*SMALL, *own, *SMALL[:4]]

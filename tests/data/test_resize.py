@@ -55,7 +55,7 @@ def test_a_long_image_is_seen_as_if_it_were_resized_whole(shape, mode):
     frame = resize.eval_frame(shape, size, 0.875)
     assert max(frame) > resize._LONG * 24
     complete = functional.resize(image, frame, InterpolationMode(mode.value), antialias=True)
-    seen = ImageTransform(config(image_size=size, eval_crop=0.875, interpolation=mode), augment=False).crop(
+    seen = ImageTransform(config(image_size=size, crop_pct=0.875, interpolation=mode), augment=False).crop(
         image, draw=0
     )
     assert torch.equal(seen, functional.center_crop(complete, size))
@@ -70,8 +70,8 @@ def test_a_line_of_an_image_makes_no_frame_of_millions_of_pixels(shape, monkeypa
         return original(image, size, *rest, **more)
 
     monkeypatch.setattr(functional, "resize", small)
-    for eval_crop in (0.875, None):
-        view = ImageTransform(config(image_size=[224, 224], eval_crop=eval_crop), augment=False)
+    for crop_pct in (0.875, None):
+        view = ImageTransform(config(image_size=[224, 224], crop_pct=crop_pct), augment=False)
         (seen,) = view([torch.full((3, *shape), 7, dtype=torch.uint8)], [SampleKey(0, 0)], seed=0)
         assert (seen == 7).all()
 
@@ -105,12 +105,12 @@ def test_frame_and_centre_are_those_of_timm():
 
 @needs_data
 @pytest.mark.parametrize("size", [[64, 64], [48, 96]])
-@pytest.mark.parametrize("eval_crop", [0.875, None])
-def test_photographs_are_seen_as_by_timms_transform_but_for_pillows_rounding(size, eval_crop, figure):
+@pytest.mark.parametrize("crop_pct", [0.875, None])
+def test_photographs_are_seen_as_by_timms_transform_but_for_pillows_rounding(size, crop_pct, figure):
     paths = sorted(path for path in (Path(DATA) / "imagenet_sample").rglob("*") if path.is_file())[:25]
-    view = ImageTransform(config(image_size=size, eval_crop=eval_crop), augment=False)
-    mode = "center" if eval_crop else "squash"
-    theirs = transforms_imagenet_eval(tuple(size), eval_crop or 1.0, mode, interpolation="bicubic", normalize=False)
+    view = ImageTransform(config(image_size=size, crop_pct=crop_pct), augment=False)
+    mode = "center" if crop_pct else "squash"
+    theirs = transforms_imagenet_eval(tuple(size), crop_pct or 1.0, mode, interpolation="bicubic", normalize=False)
     off = torch.stack(
         [
             view.crop(decode_image(path, channels=3, name="x"), draw=0).int()
@@ -118,7 +118,7 @@ def test_photographs_are_seen_as_by_timms_transform_but_for_pillows_rounding(siz
             for path in paths
         ]
     ).abs()
-    figure(f"{size}, eval_crop={eval_crop}: {float((off > 0).float().mean()):.2%} differ, at most by {int(off.max())}")
+    figure(f"{size}, crop_pct={crop_pct}: {float((off > 0).float().mean()):.2%} differ, at most by {int(off.max())}")
     # Measured: 0.4 %, by 2.
     assert float((off > 0).float().mean()) < 0.01
     assert int(off.max()) <= 2

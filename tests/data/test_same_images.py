@@ -16,7 +16,7 @@ RUN = [
     "recipe=null", "data=cifar10", "model.hidden_size=32", "model.ffn_size=64", "model.num_heads=4",
     "model.num_layers=2", "model.patch_size=8", "model.drop_path=0.1", "data.crop_scale=[0.5,1]",
     "train.global_batch=32", "optim.lr=1e-3",
-    "optim.warmup_steps=10", "metrics.every=1", "metrics.tensorboard=false", "checkpoint.best=false",
+    "optim.warmup_steps=10", "metrics.log_every=1", "metrics.tensorboard=false", "checkpoint.best=false",
 ]  # fmt: skip
 
 

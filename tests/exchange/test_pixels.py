@@ -31,7 +31,7 @@ def read(folder: Path, settings: dict, *, channels: int = 3, typed: tuple[str, .
 
 def seen(pixels: Pixels, image_CYX: torch.Tensor) -> torch.Tensor:
     """What the network gets of one image in a run of these settings."""
-    data = DataConfig(image_size=[32, 32], channels=3, eval_crop=pixels.eval_crop, interpolation=pixels.interpolation)
+    data = DataConfig(image_size=[32, 32], channels=3, crop_pct=pixels.crop_pct, interpolation=pixels.interpolation)
     view = ImageTransform(data, augment=False).crop(image_CYX, 0)
     return Normalize(pixels.mean, pixels.std)(view.unsqueeze(0))[0]
 
@@ -70,7 +70,7 @@ def test_deits_own_defaults_squash_and_then_crop_which_is_refused_unless_typed(t
     stated = {"image_processor_type": "DeiTImageProcessor", "image_mean": [0.485, 0.456, 0.406], "crop_size": 32}
     with pytest.raises(ConfigError, match=r"resizes to \[256, 256\], whatever its proportions, and takes \[32, 32\]"):
         read(tmp_path, stated)
-    pixels = read(tmp_path, stated, typed=("data.eval_crop",))
+    pixels = read(tmp_path, stated, typed=("data.crop_pct",))
     assert (pixels.mean, pixels.std) == ([0.485, 0.456, 0.406], [0.5] * 3)
 
 
@@ -101,7 +101,7 @@ def test_what_a_view_cannot_be_is_refused_in_a_line(message, tmp_path):
 
 def test_typed_settings_take_the_place_of_what_is_stated(tmp_path):
     strange = {"image_processor_type": "BlipImageProcessor", "size": 7}
-    every = ("data.mean", "data.std", "data.eval_crop", "data.interpolation")
+    every = ("data.mean", "data.std", "data.crop_pct", "data.interpolation")
     assert read(tmp_path, strange, typed=every).assumed == ()
 
 
@@ -114,7 +114,7 @@ def test_a_processor_within_the_models_own_file_is_read_before_the_other(tmp_pat
 
 def test_a_torn_processor_is_refused_and_a_missing_one_assumed(tmp_path):
     pixels, _ = read_processor(tmp_path, image_size=[32, 32], channels=1, typed=())
-    assert (pixels.mean, pixels.eval_crop, len(pixels.assumed)) == ([0.5], None, 4)
+    assert (pixels.mean, pixels.crop_pct, len(pixels.assumed)) == ([0.5], None, 4)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, ')
     with pytest.raises(ConfigError, match=r"preprocessor_config.json is no valid JSON"):
         read_processor(tmp_path, image_size=[32, 32], channels=3, typed=())
@@ -123,7 +123,7 @@ def test_a_torn_processor_is_refused_and_a_missing_one_assumed(tmp_path):
 def test_images_that_are_not_resized_must_have_the_size_which_is_said(tmp_path):
     folder = write(tmp_path, {"do_resize": False})
     pixels, notes = read_processor(folder, image_size=[32, 32], channels=3, typed=())
-    assert pixels.eval_crop is None
+    assert pixels.crop_pct is None
     assert "do_resize=false takes images of [32, 32] alone" in notes[0]
 
 

@@ -43,7 +43,7 @@ def test_a_folder_of_save_for_hf_states_heads_pooling_and_pixels(tmp_path):
         assert external.classes == list("abcdefg")
         pixels = external.pixels
         assert (pixels.mean, pixels.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
-        assert (pixels.eval_crop, pixels.interpolation) == (0.95, Interpolation.bilinear)
+        assert (pixels.crop_pct, pixels.interpolation) == (0.95, Interpolation.bilinear)
         assert external.assumptions() == []
         assert "states: vit_tiny_patch16_224, 4 heads, GELU, eps 1e-6, mean of the patches" in external.notes[0]
 
@@ -53,7 +53,7 @@ def test_what_is_read_is_what_timms_own_transform_does(tmp_path):
     stated = resolve_data_config({"img_size": 32}, model=model)
     resize, crop, _, normalize = create_transform(**stated).transforms
     pixels = read(tmp_path).pixels
-    assert (int(32 / pixels.eval_crop), crop.size[0]) == (resize.size, 32)
+    assert (int(32 / pixels.crop_pct), crop.size[0]) == (resize.size, 32)
     assert resize.interpolation.value == pixels.interpolation.value
     assert (normalize.mean.tolist(), normalize.std.tolist()) == (pixels.mean, pixels.std)
 
@@ -169,4 +169,4 @@ def test_maes_own_files_are_seen_as_it_sees_images(tmp_path):
     torch.save({"model": model.state_dict()}, tmp_path / "ft.pth")
     pixels = read_foreign("mae", tmp_path / "ft.pth", num_heads=4).pixels
     assert (pixels.mean, pixels.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    assert (pixels.eval_crop, pixels.interpolation, pixels.assumed) == (0.875, Interpolation.bicubic, ())
+    assert (pixels.crop_pct, pixels.interpolation, pixels.assumed) == (0.875, Interpolation.bicubic, ())

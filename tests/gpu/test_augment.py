@@ -26,7 +26,9 @@ def test_noise_has_the_same_bits_on_both_devices():
 def test_a_micro_batch_is_erased_and_mixed_alike_and_without_waiting():
     keys = [SampleKey(number, 1) for number in range(64)]
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
-    config = compose(["data=cifar10", "data.path=/data", "data.erase=0.5", "data.mixup=0.8", "data.cutmix=1"]).data
+    config = compose(
+        ["data=cifar10", "data.path=/data", "data.random_erasing=0.5", "data.mixup=0.8", "data.cutmix=1"]
+    ).data
     seen = []
     for device in (torch.device("cpu"), torch.device("cuda")):
         batch = Batch(images.to(device), None, torch.ones(64, dtype=torch.bool, device=device), keys, augmented=True)

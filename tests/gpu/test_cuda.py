@@ -63,7 +63,7 @@ def test_a_kernel_agrees_with_attention_in_fp32(attention):
     if attention == "flash_attn":
         pytest.importorskip("flash_attn")
     asked = [] if attention == "sdpa" else ["experimental=true"]
-    on_gpu("compare_kernel", f"model.attention={attention}", *asked, *BF16, *LAYER, "model.class_tokens=1")
+    on_gpu("compare_kernel", f"model.attention_backend={attention}", *asked, *BF16, *LAYER, "model.class_tokens=1")
 
 
 def compare_kernel(overrides: list[str]) -> None:
@@ -76,7 +76,7 @@ def compare_kernel(overrides: list[str]) -> None:
     config.check(1)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
     mcore_config = transformer_config(config.model, config.parallel, layout, stages=[4], dtype=torch.bfloat16)
-    kernel = attention_kernel(config.model.attention, mcore_config, layout.groups, device=layout.device)
+    kernel = attention_kernel(config.model.attention_backend, mcore_config, layout.groups, device=layout.device)
     q, k, v = (torch.randn(8, 16, 197, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     scores = (q.float() @ k.float().transpose(-1, -2) / 8).softmax(-1)
     # bf16 keeps 8 bits: values of order 1 differ by 4e-3.
@@ -105,7 +105,7 @@ def compare_eight_bit_products(arguments: list[str]) -> None:
 
 
 def test_a_step_waits_for_the_device_once(tmp_path):
-    on_gpu("count_synchronisations", *SMALL, "metrics.every=100", f"run.dir={tmp_path}")
+    on_gpu("count_synchronisations", *SMALL, "metrics.log_every=100", f"run.dir={tmp_path}")
 
 
 def count_synchronisations(overrides: list[str]) -> None:
@@ -127,7 +127,7 @@ def count_synchronisations(overrides: list[str]) -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_peak_memory_of_the_layers_follows_the_formula(recompute, figure):
-    options = [f"parallel.recompute={recompute}", "model.attention=sdpa_flash", "experimental=true"]
+    options = [f"parallel.recompute={recompute}", "model.attention_backend=sdpa_flash", "experimental=true"]
     output = on_gpu("peak_memory", *LAYER, *BF16, *options)
     measured, formula = map(float, output.split()[-2:])
     figure(

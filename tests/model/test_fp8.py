@@ -10,7 +10,7 @@ from megavit.compose import compose
 from megavit.errors import ConfigError
 from tests.reference import SMALL
 
-FP8 = ["train.precision=bf16_o2", "model.linears=fp8"]
+FP8 = ["train.precision=bf16_o2", "model.linear_backend=fp8"]
 # Half a step of a normal number, as a share of it: 3 and 2 bits of mantissa.
 HALF_STEP = {torch.float8_e4m3fn: 2**-4, torch.float8_e5m2: 2**-3}
 # Rows that are no multiple of 16 among them: 197 tokens of 3 images.
@@ -159,7 +159,7 @@ def test_layouts_and_sizes_are_those_that_cuda_takes(shape, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["train.precision=fp32"], "set train.precision=bf16_o2 or model.linears=local"),
+        (["train.precision=fp32"], "set train.precision=bf16_o2 or model.linear_backend=local"),
         (["model.hidden_size=40"], r"model\.hidden_size=40 over parallel\.tp=1 is none: 40 mod 16 = 8; set model\.l"),
         (
             ["model.ffn_size=48", "parallel.tp=2"],
@@ -188,5 +188,7 @@ def test_on_a_gpu_without_eight_bit_products_it_is_refused(capability, fits, mon
     if fits:
         require_fp8(torch.device("cuda"))
         return
-    with pytest.raises(ConfigError, match=r"capability 8\.9 or higher .* and A100 has 8\.0; set model\.linears=local"):
+    with pytest.raises(
+        ConfigError, match=r"capability 8\.9 or higher .* and A100 has 8\.0; set model\.linear_backend=local"
+    ):
         require_fp8(torch.device("cuda"))

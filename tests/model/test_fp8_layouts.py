@@ -10,7 +10,7 @@ from megavit.compose import compose
 from megavit.testing import run_ranks
 from tests.reference import SMALL
 
-BF16, FP8 = "train.precision=bf16_o2", "model.linears=fp8"
+BF16, FP8 = "train.precision=bf16_o2", "model.linear_backend=fp8"
 TOKENS = "model.class_tokens=8"
 
 

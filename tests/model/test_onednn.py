@@ -57,7 +57,7 @@ def loss_with(overrides: list[str]) -> float:
 def test_where_it_is_not_for_it_is_refused(settings, says):
     from megavit.compose import compose
 
-    config = compose([*SMALL, "model.linears=onednn", *settings])
+    config = compose([*SMALL, "model.linear_backend=onednn", *settings])
     with pytest.raises(ConfigError, match=says):
         config.check(config.parallel.tp)
 
@@ -65,13 +65,13 @@ def test_where_it_is_not_for_it_is_refused(settings, says):
 def test_on_a_gpu_it_is_refused():
     from megavit.model.onednn import require_onednn
 
-    with pytest.raises(ConfigError, match=r"for CPUs and this run is on cuda; set model\.linears=local"):
+    with pytest.raises(ConfigError, match=r"for CPUs and this run is on cuda; set model\.linear_backend=local"):
         require_onednn(torch.device("cuda"))
 
 
 @pytest.mark.slow
 def test_a_compiled_layer_of_it_learns_the_same(tmp_path):
-    overrides = [*SMALL, "model.linears=onednn"]
+    overrides = [*SMALL, "model.linear_backend=onednn"]
     plain = run_ranks(loss_with, 1, [*overrides, f"run.dir={tmp_path}/plain"])[0]
     compiled = run_ranks(loss_with, 1, [*overrides, "train.compile=layer", f"run.dir={tmp_path}/compiled"])[0]
     # Measured: 2.4e-7.

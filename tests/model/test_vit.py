@@ -212,8 +212,8 @@ def test_patchify_is_a_strided_convolution():
 
 def test_transformer_engine_is_asked_for_by_name_and_named_when_missing():
     pytest.importorskip("megatron.core")
-    with pytest.raises(AssertionError, match=r"pip install 'megavit\[te\]'.*model\.linears=local"):
-        run_ranks(build_only, 1, [*SMALL, "model.linears=te"])
+    with pytest.raises(AssertionError, match=r"pip install 'megavit\[te\]'.*model\.linear_backend=local"):
+        run_ranks(build_only, 1, [*SMALL, "model.linear_backend=te"])
 
 
 def build_only(overrides: list[str]) -> None:

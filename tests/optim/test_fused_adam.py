@@ -49,7 +49,7 @@ def test_gradients_are_divided_in_the_next_step_and_in_it_alone():
 
 @pytest.mark.parametrize(("overrides", "passes"), [([], 0), (["optim=sgd", "optim.lr=0.1"], 10)])
 def test_adam_clips_in_its_own_launch_and_others_in_a_pass_before(overrides, passes, tmp_path):
-    settings = [*SMALL, *overrides, "optim.clip=0.1", f"run.dir={tmp_path}"]
+    settings = [*SMALL, *overrides, "optim.clip_grad=0.1", f"run.dir={tmp_path}"]
     assert run_ranks(clipping_passes, 1, settings) == [passes]
 
 
@@ -84,11 +84,11 @@ def test_base_lr_is_scaled_by_the_batch():
         (["optim.momentum=0.9"], "optim.momentum=0.9 would be ignored by optim.name=adamw"),
         (["optim.betas=[0.9]"], "must be two numbers"),
         (["optim.lr=1e-3", "optim.base_lr=1e-3"], "set one of optim.lr"),
-        (["optim.decay=constant", "optim.min_lr=1e-5"], "would be ignored by optim.decay=constant"),
-        (["optim.decay=wsd"], "wsd needs the number of steps"),
+        (["optim.schedule=constant", "optim.min_lr=1e-5"], "would be ignored by optim.schedule=constant"),
+        (["optim.schedule=wsd"], "wsd needs the number of steps"),
         (["optim.decay_steps=5"], "the others have none"),
         (
-            ["optim.decay=wsd", "optim.decay_steps=1450", "optim.warmup_steps=100"],
+            ["optim.schedule=wsd", "optim.decay_steps=1450", "optim.warmup_steps=100"],
             r"100 \+ optim.decay_steps=1450 = 1550 is more than",
         ),
         (["optim=sgd", "optim.lr=1", "optim.implementation=te"], "would be ignored by optim.name=sgd"),

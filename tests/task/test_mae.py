@@ -26,7 +26,7 @@ SIZES = [
 ]
 SHAPES = {
     "square, normalised": [],
-    "square, pixels": ["task.norm_pix=false"],
+    "square, pixels": ["task.norm_pix_loss=false"],
     "12×20 pixels, 3 channels": [
         "data=synthetic",
         "train.steps=10",
@@ -197,7 +197,7 @@ def test_the_papers_recipes_have_the_papers_decoder_and_do_not_clip(size, epochs
     config = compose([f"recipe=mae_{size}_{epochs}ep", "data.path=/data"])
     task = config.task
     assert (task.decoder_hidden_size, task.decoder_ffn_size) == (512, 2048)
-    assert (task.decoder_num_heads, task.decoder_num_layers, config.optim.clip) == (16, 8, 0)
+    assert (task.decoder_num_heads, task.decoder_num_layers, config.optim.clip_grad) == (16, 8, 0)
 
 
 def costly_decoder(overrides: list[str]) -> str:
