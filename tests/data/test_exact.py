@@ -10,7 +10,7 @@ from tests.reference import SMALL
 IMAGES = 80
 EVERYTHING = [
     "task.implementation=tests.data.hashing:Hashing", "task.label_smoothing=0.1", "data.samples_per_class=8",
-    "data.random_shift=1", "data.random_erasing=0.25", "data.mixup=0.8", "data.cutmix=1", 
+    "data.random_shift=1", "data.random_erasing=0.25", "data.mixup=0.8", "data.cutmix=1",
     "train.steps=14", "checkpoint.best=false",
 ]  # fmt: skip
 
