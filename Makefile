@@ -23,7 +23,7 @@ train: $(INSTALLED)
 	$(BIN)/megavit train $(LAYOUT) $(ARGS)
 
 bench: $(INSTALLED)
-	$(BIN)/megavit bench $(ARGS)
+	$(BIN)/python -m benchmarks.step $(ARGS)
 
 # By file on two processes: each starts its own ranks, once. As they come: by the number of their tests, which xdist would
 # sort them by, files of few long ones were left for the end.

@@ -21,9 +21,9 @@ setup(
     package_data={
         "megavit.conf": ["*.yaml", "*/*.yaml"],
         "megavit.launch": ["*.j2", "*.yaml"],
-        "megavit.data": ["digits.npz"],
+        "megavit.data.sources": ["digits.npz"],
     },
-    entry_points={"console_scripts": ["megavit=megavit.__main__:main"]},
+    entry_points={"console_scripts": ["megavit=megavit.cli.main:main"]},
     install_requires=[
         # Read and measured in exactly this version; the CPU retarget counts what it rewrites in it.
         "megatron-core==0.16.1",

@@ -2,7 +2,7 @@
 
 import sys
 
-from megavit.__main__ import main
+from megavit.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["submit", *sys.argv[1:]]))

@@ -3,10 +3,10 @@
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from megavit.parallel import cpu as _cpu
+from megavit.parallel import cpu_backend as _cpu
 
 if _TYPE_CHECKING:
-    from megavit.loading import TrainedEncoder
+    from megavit.inference.load import TrainedEncoder
 
 __version__ = "0.1.0"
 
@@ -15,13 +15,13 @@ _cpu.install_import_hook()
 
 
 def load(path: "str | _Path", *settings: str) -> "TrainedEncoder":
-    """Load a trained network as an ordinary torch module (see `megavit.loading.load`)."""
+    """Load a trained network as an ordinary torch module (see `megavit.inference.load.load`)."""
     import warnings
 
-    from megavit.importing import silence_import_warnings
+    from megavit.runtime.startup import silence_import_warnings
 
     with warnings.catch_warnings():
         silence_import_warnings()
-        from megavit.loading import load as load_run
+        from megavit.inference.load import load as load_run
 
         return load_run(path, *settings)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megavit.importing import gc_paused
+from megavit.runtime.startup import gc_paused
 
 # Before anything imports Megatron-Core: the tests replay the layouts on CPU processes, also on a GPU machine.
 os.environ.setdefault("MEGAVIT_DEVICE", "cpu")

@@ -6,9 +6,9 @@ import time
 
 import torch
 
-from megavit import outcome
 from megavit.errors import ConfigError
 from megavit.parallel.layout import join_world
+from megavit.runtime import exit_handler as outcome
 
 
 def work() -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megavit.config import ExperimentConfig
+from megavit.config.validate import ExperimentConfig
 
 # Plain name, theirs; `#` is the layer.
 LAYER = {

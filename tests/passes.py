@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 from zlib import crc32
 
-from megavit.plan.bubble import Pass, StageCost, Timeline
+from megavit.planner.pipeline_timeline import Pass, StageCost, Timeline
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 def train(overrides: list[str], *, evaluates: bool = False) -> dict:
     """Train through the real Trainer; losses and norms of each step, whole weights in the plain form on rank 0."""
-    from megavit.checkpoint.names import to_timm
-    from megavit.checkpoint.whole import gather_full_state_dict
-    from megavit.compose import compose
+    from megavit.checkpoint.full_state import gather_full_state_dict
+    from megavit.checkpoint.param_mapping import to_timm
+    from megavit.config.compose import compose
     from megavit.model.vit import parameter_names
     from megavit.parallel.layout import world_size_from_environment
-    from megavit.trainer import Trainer
+    from megavit.train.trainer import Trainer
     from tests.reference import dims_of
 
     config = compose(overrides)
@@ -60,9 +60,9 @@ def resume(*runs: list[str]) -> dict:
 
 def train_and_keep(overrides: list[str]) -> dict:
     """Train and save; this rank's weights and optimizer state, every logged loss, the samples that were due."""
-    from megavit.compose import compose
+    from megavit.config.compose import compose
     from megavit.parallel.layout import world_size_from_environment
-    from megavit.trainer import Trainer
+    from megavit.train.trainer import Trainer
 
     config = compose(overrides)
     config.check(world_size_from_environment())
@@ -107,8 +107,8 @@ def train_and_keep(overrides: list[str]) -> dict:
 
 def dtypes(overrides: list[str]) -> dict:
     """The number formats of weights, fp32 masters, Adam's moments and gradients."""
-    from megavit.compose import compose
-    from megavit.trainer import Trainer
+    from megavit.config.compose import compose
+    from megavit.train.trainer import Trainer
 
     trainer = Trainer(compose(overrides))
     trainer.checkpointer.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
@@ -126,9 +126,9 @@ def dtypes(overrides: list[str]) -> dict:
 
 def masks(overrides: list[str]) -> dict:
     """Train and save; the patches kept of every sample that was due, by (sample, epoch), on this rank, and losses."""
-    from megavit.compose import compose
+    from megavit.config.compose import compose
     from megavit.parallel.layout import world_size_from_environment
-    from megavit.trainer import Trainer
+    from megavit.train.trainer import Trainer
 
     config = compose(overrides)
     config.check(world_size_from_environment())

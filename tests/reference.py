@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from timm.optim import Lars
 
-from megavit.checkpoint.names import Dims, to_timm
-from megavit.compose import compose
-from megavit.config import ExperimentConfig
-from megavit.data.digits import Digits
-from megavit.data.order import DeterministicSampler, SampleKey
-from megavit.model.plain import TorchViT
-from megavit.model.plain_mae import TorchMae
+from benchmarks.step.torch_mae import TorchMae
+from megavit.checkpoint.param_mapping import Dims, to_timm
+from megavit.config.compose import compose
+from megavit.config.validate import ExperimentConfig
+from megavit.data.sampler import DeterministicSampler, SampleKey
+from megavit.data.sources.digits import Digits
+from megavit.model.torch_vit import TorchViT
 from megavit.optim.config import Optimizer, Schedule
 from megavit.task.config import TaskName
 from megavit.task.masking import random_keep
@@ -67,7 +67,7 @@ def plain_model(config: ExperimentConfig) -> TorchViT | TorchMae:
 
 
 def initial_weights(model: torch.nn.Module, config: ExperimentConfig, initial_weight) -> dict[str, torch.Tensor]:
-    from megavit.checkpoint.names import from_timm
+    from megavit.checkpoint.param_mapping import from_timm
 
     ours = from_timm(model.state_dict(), dims_of(config))
     return {

@@ -10,12 +10,12 @@ import yaml
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
-from megavit.auto_model import resolve_auto
 from megavit.cluster.job import plan_job
-from megavit.cluster.settings import get_backend
-from megavit.compose import compose
+from megavit.cluster.registry import get_backend
+from megavit.config.compose import compose
 from megavit.errors import ConfigError
 from megavit.model.config import Pool, Positions
+from megavit.train.auto_model import resolve_auto
 from tests.reference import SMALL
 from tests.test_mae_parity import MAE
 from tests.trained import refusal, run_command, train_small

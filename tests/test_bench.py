@@ -1,4 +1,4 @@
-"""`megavit bench`: who is timed, what is written down, and what happens when time or a contestant runs out."""
+"""`python -m benchmarks.step`: who is timed, what is written, and what happens when time or a candidate runs out."""
 
 import json
 import subprocess
@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-import megavit.bench.measure
-import megavit.bench.verb
-from megavit.bench.gate import Difference, StepOutput, difference
-from megavit.bench.memory import saved_bytes, storage_bytes
-from megavit.bench.parking import CpuOffload
-from megavit.bench.profile import kind_of
-from megavit.bench.rows import ON_CPU, ROWS, overrides_of
-from megavit.bench.verb import bench, read_arguments
+import benchmarks.step.__main__
+import benchmarks.step.measure
+from benchmarks.step.__main__ import bench, read_arguments
+from benchmarks.step.cases import ON_CPU, ROWS, overrides_of
+from benchmarks.step.memory import saved_bytes, storage_bytes
+from benchmarks.step.offload import CpuOffload
+from benchmarks.step.parity_check import Difference, StepOutput, difference
+from benchmarks.step.profile import kind_of
 from megavit.errors import ConfigError
-from megavit.testing import run_ranks
+from tests.distributed import run_ranks
 
 SMALL = [
     "model.hidden_size=32",
@@ -30,7 +30,7 @@ SMALL = [
     "data.image_size=[32,32]",
     "data.num_classes=10",
 ]
-QUICK = ["bench.rounds=2", "bench.block_s=0", "bench.contestants=megavit,megavit+onednn,timm,hf,plain"]
+QUICK = ["rounds=2", "block_s=0", "candidates=megavit,megavit+onednn,timm,hf,plain"]
 
 
 def lines_in(folder) -> list[dict]:
@@ -38,12 +38,12 @@ def lines_in(folder) -> list[dict]:
 
 
 def test_everyone_does_the_same_work_and_has_figures_a_table_and_a_picture(tmp_path, capsys):
-    rows = "bench.rows=vit_b16:fp32,mae_b16:bf16"
-    assert bench([rows, *QUICK, f"bench.dir={tmp_path}", *SMALL]) == 0
+    rows = "rows=vit_b16:fp32,mae_b16:bf16"
+    assert bench([rows, *QUICK, f"dir={tmp_path}", *SMALL]) == 0
     lines = lines_in(tmp_path)
-    start, timed = lines[0], [line for line in lines if line["kind"] == "contestant"]
+    start, timed = lines[0], [line for line in lines if line["kind"] == "candidate"]
     assert start["versions"]["megatron-core"] == "0.16.1"
-    names = {row: [line["contestant"] for line in timed if line["row"] == row] for row in start["rows"]}
+    names = {row: [line["candidate"] for line in timed if line["row"] == row] for row in start["rows"]}
     assert names == {
         "vit_b16:fp32": ["megavit", "megavit+onednn", "timm", "hf", "plain"],
         # oneDNN is for fp32.
@@ -56,7 +56,7 @@ def test_everyone_does_the_same_work_and_has_figures_a_table_and_a_picture(tmp_p
         assert line["held_bytes"] > 0 and line["saved_bytes"] > 0
         ratio = line.get("over plain") or line["over megavit"]
         assert ratio["min"] <= ratio["median"] <= ratio["max"]
-    looked_into = [line["contestant"].split("+")[0] for line in timed if sum(line["kinds_s"].values()) > 0]
+    looked_into = [line["candidate"].split("+")[0] for line in timed if sum(line["kinds_s"].values()) > 0]
     assert looked_into.count("megavit") == len(looked_into) - 2 == 2
     rounds = [line for line in lines if line["kind"] == "round"]
     assert [line["row"] for line in rounds] == ["vit_b16:fp32"] * 2 + ["mae_b16:bf16"] * 2
@@ -68,9 +68,9 @@ def test_everyone_does_the_same_work_and_has_figures_a_table_and_a_picture(tmp_p
 
 @pytest.mark.slow
 def test_two_ranks_and_the_trainers_loop_are_timed_beside_one_rank(tmp_path):
-    assert bench(["bench.rows=tp2:fp32,loop:bf16", *QUICK[:2], f"bench.dir={tmp_path}", *SMALL]) == 0
-    timed = [line for line in lines_in(tmp_path) if line["kind"] == "contestant"]
-    assert [line["contestant"] for line in timed] == [
+    assert bench(["rows=tp2:fp32,loop:bf16", *QUICK[:2], f"dir={tmp_path}", *SMALL]) == 0
+    timed = [line for line in lines_in(tmp_path) if line["kind"] == "candidate"]
+    assert [line["candidate"] for line in timed] == [
         "megavit",
         "megavit tp2",
         "megavit+onednn",
@@ -82,46 +82,46 @@ def test_two_ranks_and_the_trainers_loop_are_timed_beside_one_rank(tmp_path):
 
 
 def test_a_deadline_leaves_what_was_measured_and_says_what_was_not(tmp_path, capsys):
-    assert bench(["bench.rows=vit_b16:fp32", "bench.deadline_s=0.1", f"bench.dir={tmp_path}", *SMALL]) == 0
-    assert "bench.deadline_s=0.1 is over" in capsys.readouterr().out
-    timed = [line for line in lines_in(tmp_path) if line["kind"] == "contestant"]
-    assert {line["without"] for line in timed} == {"not reached before bench.deadline_s"}
+    assert bench(["rows=vit_b16:fp32", "deadline_s=0.1", f"dir={tmp_path}", *SMALL]) == 0
+    assert "deadline_s=0.1 is over" in capsys.readouterr().out
+    timed = [line for line in lines_in(tmp_path) if line["kind"] == "candidate"]
+    assert {line["without"] for line in timed} == {"not reached before deadline_s"}
 
 
 @pytest.mark.parametrize(
     ("argument", "says"),
     [
-        ("bench.row=vit_b16:fp32", "the setting bench.row does not exist; did you mean bench.rows?"),
-        ("bench.rows=vit_b17:fp32", "there is no row vit_b17:fp32; a row is NAME:PRECISION, of vit_b16,"),
-        ("bench.rows=vit_b16:fp8", "there is no row vit_b16:fp8"),
-        ("bench.rounds=0", "bench.rounds=0 must be a finite number at least 1"),
-        ("bench.rounds=many", "bench.rounds=many: "),
-        ("bench.contestants=tim", "bench.contestants: nobody is called tim; known: megavit,"),
+        ("row=vit_b16:fp32", "the argument row does not exist; did you mean rows?"),
+        ("rows=vit_b17:fp32", "there is no row vit_b17:fp32; a row is NAME:PRECISION, of vit_b16,"),
+        ("rows=vit_b16:fp8", "there is no row vit_b16:fp8"),
+        ("rounds=0", "rounds=0 must be a finite number at least 1"),
+        ("rounds=many", "rounds=many: "),
+        ("candidates=tim", "candidates: there is no tim; known: megavit,"),
         ("model.hidden_sise=3", "did you mean model.hidden_size"),
     ],
 )
 def test_a_mistake_gives_one_message(argument, says, tmp_path):
     with pytest.raises(ConfigError) as output:
-        bench([argument, f"bench.dir={tmp_path}"])
+        bench([argument, f"dir={tmp_path}"])
     assert says in str(output.value)
     assert not (tmp_path / "bench.jsonl").exists()
 
 
 def test_the_verb_leaves_code_2_and_one_line_without_a_stack():
     done = subprocess.run(
-        [sys.executable, "-m", "megavit", "bench", "bench.rows=nothing"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "benchmarks.step", "rows=nothing"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("megavit: bench.rows: there is no row nothing")
+    assert done.stderr.startswith("benchmarks.step: rows: there is no row nothing")
     assert "Traceback" not in done.stderr
 
 
 def sabotaged() -> dict[str, bool]:
     """A peer whose work is not megavit's: another weight, another weight decay, no clipping; and one that is."""
-    from megavit.bench.stand import CaseRunner
+    from benchmarks.step.runner import CaseRunner
 
-    stand = CaseRunner([*overrides_of(ROWS["vit_b16"], "fp32", 8), *SMALL])
-    stand.build("megavit")
+    runner = CaseRunner([*overrides_of(ROWS["vit_b16"], "fp32", 8), *SMALL])
+    runner.build("megavit")
 
     def spoil_weight(peer) -> None:
         with torch.no_grad():
@@ -137,16 +137,16 @@ def sabotaged() -> dict[str, bool]:
         peer._judged = lambda images, alike: (judged(images, alike)[0], judged(images, alike)[1] * 1.001)
 
     def outputs(name: str) -> list[StepOutput]:
-        seen = [StepOutput(*stand.outputs(name))]
-        stand.warm_up(name, 2)
-        return [*seen, StepOutput(*stand.outputs(name))]
+        seen = [StepOutput(*runner.outputs(name))]
+        runner.warm_up(name, 2)
+        return [*seen, StepOutput(*runner.outputs(name))]
 
     reference = outputs("megavit")
     admitted = {}
     spoils = {"none": lambda peer: None, "weight": spoil_weight, "rate": spoil_decay, "loss": spoil_loss}
     for spoil, how in spoils.items():
-        stand.build("plain")
-        how(stand._contestants["plain"])
+        runner.build("plain")
+        how(runner._candidates["plain"])
         apart = [difference(mine, theirs) for mine, theirs in zip(outputs("plain"), reference, strict=True)]
         admitted[spoil] = all(one is not None and one.is_small("fp32") for one in apart)
     return admitted
@@ -225,14 +225,14 @@ def test_kernels_are_sorted_by_kind(name, kind):
 
 
 def test_settings_of_the_bench_are_read_beside_those_of_the_network():
-    config, others = read_arguments(["bench.rows=[vit_b16:fp32,tp2:fp32]", "bench.batch=null", "model.num_layers=3"])
+    config, others = read_arguments(["rows=[vit_b16:fp32,tp2:fp32]", "batch=null", "model.num_layers=3"])
     assert config.rows == ["vit_b16:fp32", "tp2:fp32"]
     assert config.batch is None
     assert others == ["model.num_layers=3"]
 
 
-def test_a_process_that_is_gone_is_a_fault_of_its_contestants_and_no_stack():
-    from megavit.bench.world import Fault, WorkerPool
+def test_a_process_that_is_gone_is_a_fault_of_its_candidates_and_no_stack():
+    from benchmarks.step.processes import Fault, WorkerPool
 
     world = WorkerPool([*overrides_of(ROWS["vit_b16"], "fp32", 8), *SMALL])
     try:
@@ -256,7 +256,7 @@ class Pretended:
     Args:
         overrides: of the row.
         clock: seconds, in a list of one.
-        ready_s: until a contestant is ready, and until the process has started.
+        ready_s: until a candidate is ready, and until the process has started.
         step_s: of a step in fp32; half of it in bf16.
     """
 
@@ -286,13 +286,13 @@ class Pretended:
 @pytest.mark.parametrize(("ready_s", "step_s", "fewest"), [(5, 3, 3), (10, 3, 1), (5, 5, 1)])
 def test_on_a_slow_machine_rows_have_fewer_rounds_and_none_is_left_out(ready_s, step_s, fewest, tmp_path, monkeypatch):
     clock = [0.0]
-    for module in (megavit.bench.run_command, megavit.bench.measure):
+    for module in (benchmarks.step.run_command, benchmarks.step.measure):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(
-        megavit.bench.measure, "WorkerPool", partial(Pretended, clock=clock, ready_s=ready_s, step_s=step_s)
+        benchmarks.step.measure, "WorkerPool", partial(Pretended, clock=clock, ready_s=ready_s, step_s=step_s)
     )
-    assert bench([f"bench.dir={tmp_path}"]) == 0
-    timed = [line for line in lines_in(tmp_path) if line["kind"] == "contestant"]
+    assert bench([f"dir={tmp_path}"]) == 0
+    timed = [line for line in lines_in(tmp_path) if line["kind"] == "candidate"]
     assert {line["row"] for line in timed} == set(ON_CPU)
     assert min(line["rounds"] for line in timed) == fewest
     assert clock[0] <= 840

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megavit.compose import flatten
-from megavit.config import ExperimentConfig
-from megavit.resume_rules import RULES
+from megavit.config.compose import flatten
+from megavit.config.validate import ExperimentConfig
+from megavit.train.resume_rules import RULES
 from tests.trained import refusal, run_command, train
 
 TWELVE = [str(number) for number in range(12)]

@@ -15,10 +15,10 @@ import pytest
 from rich.console import Console
 
 from megavit import __version__
-from megavit.__main__ import main
-from megavit.outcome import run_rank
-from megavit.rank_log import RankLog
-from megavit.testing import run_ranks
+from megavit.cli.main import main
+from megavit.runtime.exit_handler import run_rank
+from megavit.runtime.rank_log import RankLog
+from tests.distributed import run_ranks
 
 
 def test_version_names_megavit_torch_and_megatron_core(capsys):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from megavit import compose as composing
-from megavit.compose import compose, from_yaml, to_yaml
-from megavit.config import ExperimentConfig
+from megavit.config import compose as composing
+from megavit.config.compose import compose, from_yaml, to_yaml
+from megavit.config.validate import ExperimentConfig
 from megavit.errors import ConfigError
 
 CHOICES = [(group, choice) for group in composing.groups() for choice in composing.choices(group)]
@@ -151,7 +151,7 @@ def test_a_recipe_may_be_left_away():
 
 
 def test_data_that_does_not_match_the_settings_is_named():
-    from megavit.data.opening import open_source
+    from megavit.data.sources.registry import open_source
 
     config = compose(["data.image_size=[16,16]"])
     with pytest.raises(ConfigError, match=r"images have 1 channels and \[8, 8\] pixels; set data.channels=1"):
@@ -159,7 +159,7 @@ def test_data_that_does_not_match_the_settings_is_named():
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
-    from megavit.parallel.cpu import run_on_cpu
+    from megavit.parallel.cpu_backend import run_on_cpu
 
     monkeypatch.setenv("MEGAVIT_DEVICE", "tpu")
     run_on_cpu.cache_clear()

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megavit.testing import run_ranks
+from tests.distributed import run_ranks
 from tests.test_mistakes import main_here
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1, num_classes=5)
@@ -56,12 +56,12 @@ def logits_at(run_dir: str, images: torch.Tensor) -> torch.Tensor | None:
     """A converted run's scores of normalised images, in the layout of this world: tensor-parallel over its ranks."""
     from dataclasses import replace
 
+    from megavit.checkpoint.find import find_checkpoint
     from megavit.checkpoint.shards import load_weights
-    from megavit.network import build_model
+    from megavit.inference.trained_run import read_config
     from megavit.parallel.config import ParallelConfig
     from megavit.parallel.layout import ParallelLayout, world_size_from_environment
-    from megavit.search import find_checkpoint
-    from megavit.trained import read_config
+    from megavit.train.setup import build_model
 
     checkpoint = find_checkpoint(Path(run_dir))
     config = replace(read_config(checkpoint), parallel=ParallelConfig(tp=world_size_from_environment()))
@@ -169,7 +169,7 @@ def mae_model() -> torch.nn.Module:
         decoder_intermediate_size=40,
     )
     model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**HF, **sizes, norm_pix_loss=True))
-    from megavit.model.embedding import sincos_positions
+    from megavit.model.layers.patch_embed import sincos_positions
 
     with torch.no_grad():
         # Their own start leaves both at zero (5.23).
@@ -344,9 +344,9 @@ def test_wrong_arguments_and_strange_files_are_refused_in_one_line(tmp_path):
 
 
 def load_pretrained(overrides: list[str]) -> dict:
-    from megavit.compose import compose
+    from megavit.config.compose import compose
     from megavit.parallel.layout import world_size_from_environment
-    from megavit.trainer import Trainer
+    from megavit.train.trainer import Trainer
 
     config = compose(overrides)
     config.check(world_size_from_environment())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megavit.testing import run_ranks
+from tests.distributed import run_ranks
 from tests.test_convert import assert_same, logits_at, megavit
 
 

@@ -6,10 +6,10 @@ from functools import cache
 import pytest
 import torch
 
-from megavit.compose import compose
+from megavit.config.compose import compose
 from megavit.errors import ConfigError
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 from tests.test_parity import SP, largest_differences, train_both
 from tests.test_resume import DROPOUT, THIRTEEN_STEPS, assert_bit_equal
@@ -183,8 +183,8 @@ def test_layer_compiles_as_one_graph_and_trains_alike(world, layout, tmp_path):
 def test_without_a_compiler_it_is_refused_with_the_way_out(monkeypatch):
     from torch._inductor import config
 
-    from megavit.network import build_model
     from megavit.parallel.layout import ParallelLayout
+    from megavit.train.setup import build_model
 
     # As torch reads it when it is imported, which it is by now.
     monkeypatch.setenv("CXX", "/nowhere/g++")

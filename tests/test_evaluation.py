@@ -2,9 +2,9 @@
 
 import pytest
 
-from megavit.data.digits import Digits
-from megavit.testing import run_ranks
+from megavit.data.sources.digits import Digits
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL, train_torch
 
 
@@ -17,7 +17,7 @@ def test_evaluation_equals_plain_torch_over_the_whole_split(world, overrides, tm
     import torch
     import torch.nn.functional as F
 
-    from megavit.compose import compose
+    from megavit.config.compose import compose
     from tests.reference import plain_model
 
     # 360 images in micro batches of 7 leave 3 for the last; over 2 data-parallel ranks the last pair is uneven too.

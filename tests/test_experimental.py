@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megavit.compose import compose, to_yaml
+from megavit.config.compose import compose, to_yaml
+from megavit.config.experiment import RunSettings
+from megavit.config.untested import UNTESTED, list_untested
 from megavit.errors import ConfigError
-from megavit.experimental import UNTESTED, list_untested
-from megavit.parallel import cpu
-from megavit.run_settings import RunSettings
-from megavit.testing import run_ranks
+from megavit.parallel import cpu_backend as cpu
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 from tests.trained import refusal, run_command
 
@@ -157,7 +157,7 @@ def _on_gpu(arguments: list[str]) -> tuple[int, str]:
 
 def test_to_look_at_a_run_asks_for_nothing(tmp_path):
     """What training asked for is not needed then, and is set back to what has no need to be asked for."""
-    from megavit.trained import read_config
+    from megavit.inference.trained_run import read_config
 
     for option in FITS:
         world, settings = settings_of(option)
@@ -177,10 +177,10 @@ def test_the_introduction_says_in_a_line_what_has_not_been_run():
 
 def _introduced(options: list[str]) -> dict[str, list[str]]:
     """What a run with these options would say on a device, from a network without the kernel that the CPU lacks."""
-    from megavit.data.opening import open_splits
-    from megavit.introduce import describe_run
-    from megavit.network import build_model
+    from megavit.data.sources.registry import open_splits
     from megavit.parallel.layout import ParallelLayout
+    from megavit.train.setup import build_model
+    from megavit.train.summary import describe_run
 
     config = compose([*SMALL, *options])
     layout = ParallelLayout.create(config.parallel, timeout_s=60)

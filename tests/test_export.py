@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
 
 import megavit
-from megavit.compose import compose
-from megavit.config import ExperimentConfig
-from megavit.data.resize import center_box, eval_frame
+from megavit.checkpoint.convert.hf_hub import check_hf_compatible, hf_preprocessor
+from megavit.checkpoint.convert.write import write_tensors
+from megavit.config.compose import compose
+from megavit.config.validate import ExperimentConfig
+from megavit.data.transforms.resize import center_box, eval_frame
 from megavit.errors import ConfigError
-from megavit.exchange.hf_folder import check_hf_compatible, hf_preprocessor
-from megavit.exchange.write import write_tensors
 from tests.test_convert import HF, SIZES, refused, shake
 from tests.trained import run_command, train, train_small
 

@@ -5,17 +5,17 @@ import sys
 import pytest
 import torch
 
-from megavit.compose import compose
+from megavit.config.compose import compose
 from megavit.errors import ConfigError
-from megavit.extension import by_name, check_name
-from megavit.testing import run_ranks
+from megavit.plugins import by_name, check_name
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 MODULE = '''
 import torch
 from torchvision.transforms import v2
 
-from megavit.task.classify import Classify
+from megavit.task.classification import Classify
 
 
 class Stripes:
@@ -126,9 +126,9 @@ def train_there(folder: str, overrides: list[str]) -> dict:
     import sys
     from pathlib import Path
 
-    from megavit.compose import compose
+    from megavit.config.compose import compose
     from megavit.parallel.layout import world_size_from_environment
-    from megavit.trainer import Trainer
+    from megavit.train.trainer import Trainer
 
     before, path = os.getcwd(), list(sys.path)
     sys.modules.pop("my_parts", None)
@@ -169,8 +169,8 @@ def test_a_source_a_transform_and_a_task_of_ones_own_train(mine):
 
 def test_a_transforms_draws_are_functions_of_the_sample_and_torchvisions_objects_serve(mine):
     config = compose([*OWN, "data.transform=my_parts:randomly"]).data
-    from megavit.data.order import SampleKey
-    from megavit.data.views import ImageTransform
+    from megavit.data.sampler import SampleKey
+    from megavit.data.transforms.image import ImageTransform
 
     def see(name: str, keys: list[SampleKey]) -> list[torch.Tensor]:
         from dataclasses import replace
@@ -190,7 +190,7 @@ def test_a_transforms_draws_are_functions_of_the_sample_and_torchvisions_objects
 
 
 def test_a_source_that_lacks_something_is_refused(mine):
-    from megavit.data.opening import open_source
+    from megavit.data.sources.registry import open_source
 
     with pytest.raises(ConfigError, match="my_parts:NoSource lacks classes, image_shape, __len__, image, label"):
         open_source(compose([*OWN, "data.source=my_parts:NoSource"]).data, "train")

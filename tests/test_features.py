@@ -10,12 +10,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megavit.compose import compose
-from megavit.data.digits import Digits
-from megavit.data.opening import open_source
+from megavit.config.compose import compose
+from megavit.data.sources.digits import Digits
+from megavit.data.sources.registry import open_source
 from megavit.model.config import Pool
-from megavit.model.plain import TorchViT
-from megavit.testing import run_ranks
+from megavit.model.torch_vit import TorchViT
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 from tests.test_mae_parity import MAE
 from tests.trained import refusal, run_command, train_small

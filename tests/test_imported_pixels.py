@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.models import save_for_hf
 
-from megavit.testing import run_ranks
+from tests.distributed import run_ranks
 from tests.test_convert import shake
 from tests.trained import refusal, run_command
 

@@ -6,7 +6,7 @@ import sys
 PROGRAM = """
 import gc
 from weakref import ref
-from megavit.importing import uncollected
+from megavit.runtime.startup import uncollected
 
 class Thing:
     pass

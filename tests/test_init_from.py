@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from megavit.model.embedding import resize_positions, sincos_positions
-from megavit.testing import run_ranks
+from megavit.model.layers.patch_embed import resize_positions, sincos_positions
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 from tests.test_convert_nemo import nemo_weights
 from tests.test_mae_parity import MAE
@@ -22,11 +22,11 @@ LARGER = ["data.source=synthetic", "data.num_classes=10", "data.num_samples=64",
 
 def begin(overrides: list[str]) -> dict:
     """A run's whole weights by timm's names before its first step, on rank 0; what it says; its optimizer's copy."""
-    from megavit.checkpoint.names import to_timm
-    from megavit.checkpoint.whole import gather_full_state_dict
-    from megavit.compose import compose
+    from megavit.checkpoint.full_state import gather_full_state_dict
+    from megavit.checkpoint.param_mapping import to_timm
+    from megavit.config.compose import compose
     from megavit.parallel.layout import world_size_from_environment
-    from megavit.trainer import Trainer
+    from megavit.train.trainer import Trainer
     from tests.reference import dims_of
 
     config = compose(overrides)

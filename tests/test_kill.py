@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megavit.testing import run_ranks
 from tests.data.hashing import hashes, train_and_hash
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 from tests.test_signals import STOPPED, losses, start
 

@@ -132,7 +132,7 @@ def test_under_torchrun_the_same_job_runs_and_the_code_is_in_exit_json(tmp_path)
 )
 def test_an_error_on_one_rank_ends_all_ranks_with_that_error(kind, code, message):
     script = (
-        "from megavit.workers import start_ranks; import sys;"
+        "from megavit.runtime.workers import start_ranks; import sys;"
         f"sys.exit(start_ranks(['{kind}'], ranks=3, module='tests.failing_rank'))"
     )
     started = time.monotonic()

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.test_mae_parity import GRID, MAE, SP
 from tests.test_resume import DROPOUT, THIRTEEN_STEPS, assert_bit_equal
 

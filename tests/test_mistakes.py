@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from megavit.checkpoint.manifest import FILE, describe, write_manifest
-from megavit.testing import run_ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 from tests.test_launch import assert_one_message, exit_record, run
 
@@ -29,7 +29,7 @@ OWN = ["recipe=null", "data=folder", "model.patch_size=8", "data.image_size=[16,
 
 def main_here(arguments: list[str]) -> tuple[int, str]:
     """The command line, in a process of the pool: its code, and what it printed to stderr."""
-    from megavit.__main__ import main
+    from megavit.cli.main import main
 
     sys.argv = ["megavit", *arguments]
     with contextlib.redirect_stderr(io.StringIO()) as output:
@@ -326,7 +326,7 @@ def test_two_runs_in_one_folder_at_once_the_second_is_refused_and_the_first_goes
 
 
 def test_a_claim_ends_with_its_process(tmp_path):
-    from megavit.run_folder import claim_folder
+    from megavit.runtime.run_dir import claim_folder
 
     claim_folder(tmp_path).close()
     with (tmp_path / ".lock").open() as other:

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from megavit.testing import run_ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 LAYERS = ["embed.proj.weight", "blocks.layers.0.attn.qkv.weight", "blocks.layers.2.mlp.fc2.bias", "head.out.weight"]
@@ -16,9 +16,9 @@ def inject(overrides: list[str], plan: dict[int, tuple[int, str, float]]) -> dic
     """Train; at each planned step one rank puts a value into one gradient of its own, after the backward pass and
     before the ranks add theirs up: that is where such a value would arise.
     """
-    from megavit.compose import compose
+    from megavit.config.compose import compose
     from megavit.model.vit import parameter_names
-    from megavit.trainer import Trainer
+    from megavit.train.trainer import Trainer
     from tests.ranks import no_evaluation
 
     trainer = Trainer(compose(overrides))

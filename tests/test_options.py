@@ -12,8 +12,8 @@ from functools import cache
 
 import pytest
 
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.test_engine import BF16, OVERLAP, VPP
 
 STEPS = 200

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megavit.compose import choices, compose, flatten, from_yaml, groups, to_yaml
-from megavit.config import ExperimentConfig
+from megavit.config.compose import choices, compose, flatten, from_yaml, groups, to_yaml
+from megavit.config.validate import ExperimentConfig
 from megavit.errors import ConfigError
 
 KEYS = list(flatten(ExperimentConfig()))

@@ -3,12 +3,12 @@
 import pytest
 from PIL import Image
 
-from megavit.compose import compose, from_yaml, to_yaml
-from megavit.config import ExperimentConfig
-from megavit.data.opening import open_source
+from megavit.config.compose import compose, from_yaml, to_yaml
+from megavit.config.validate import ExperimentConfig
+from megavit.data.sources.registry import open_source
 from megavit.errors import ConfigError
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 
 OWN = ("folder", "csv", "images", "parquet", "tar", "arrow", "hub")
 

@@ -4,8 +4,8 @@ from functools import cache
 
 import pytest
 
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL, Result, train_torch
 
 EIGHT_TOKENS = ["model.class_tokens=8"]

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megavit import preflight
-from megavit.compose import compose
+from megavit.config.compose import compose
 from megavit.errors import ConfigError
-from megavit.preflight import check_batch
-from megavit.testing import RankFailed, run_ranks
+from megavit.train import preflight
+from megavit.train.preflight import check_batch
+from tests.distributed import RankFailed, run_ranks
 from tests.ranks import train_and_keep
 from tests.reference import SMALL
 
@@ -61,9 +61,9 @@ def check_another_folder(run_dir: str) -> str:
 
     import torch.distributed as dist
 
-    from megavit.config import ExperimentConfig
+    from megavit.config.validate import ExperimentConfig
     from megavit.parallel.layout import ParallelLayout, rank_from_environment
-    from megavit.preflight import check_folder
+    from megavit.train.preflight import check_folder
 
     config = ExperimentConfig()
     ParallelLayout.create(config.parallel, timeout_s=60)
@@ -96,7 +96,7 @@ def test_a_disk_that_fills_up_in_the_rehearsal_is_told_and_leaves_nothing(small_
 
 
 def train_on_a_full_disk(overrides: list[str]) -> None:
-    from megavit import preflight
+    from megavit.train import preflight
 
     preflight.check_disk = lambda *_, **__: ""
     train_and_keep(overrides)

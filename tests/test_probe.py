@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 
-from megavit.data.digits import Digits
-from megavit.model.embedding import patchify
-from megavit.testing import run_ranks
+from megavit.data.sources.digits import Digits
+from megavit.model.layers.patch_embed import patchify
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL, train_torch
 from tests.test_parity import largest_differences
 from tests.trained import refusal, run_command, train_small
@@ -86,7 +86,7 @@ def test_a_pattern_is_of_timms_names_alone(tmp_path):
 def norm_a_bad_batch() -> tuple[bool, bool]:
     import torch.distributed as dist
 
-    from megavit.model.heads import FeatureNorm
+    from megavit.model.layers.head import FeatureNorm
     from megavit.parallel.config import ParallelConfig
     from megavit.parallel.layout import ParallelLayout
 
@@ -117,8 +117,8 @@ def test_a_run_does_not_go_on_with_other_weights_frozen_and_does_not_warn_once_i
 
 def kept_for_the_backward_pass(overrides: list[str]) -> tuple[int, bool]:
     """Bytes that the first stage keeps for the backward pass, and whether its output wants a gradient."""
-    from megavit.compose import compose
-    from megavit.trainer import Trainer
+    from megavit.config.compose import compose
+    from megavit.train.trainer import Trainer
 
     trainer = Trainer(compose(overrides))
     (chunk,) = trainer.chunks.values()

@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
-from megavit.compose import compose
+from megavit.config.compose import compose
 from megavit.errors import ConfigError
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL, train_torch
 
 STEPS = 6

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megavit.data.digits import Digits
+from megavit.data.sources.digits import Digits
 from tests.trained import run_command
 
 ROOT = Path(__file__).parent.parent

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megavit.checkpoint.manifest import describe, write_manifest
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 # Stopped after 3, and 10 more.

@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from megavit import show_data as run_command
-from megavit.compose import compose
-from megavit.data.device import DeviceTransforms
-from megavit.data.digits import Digits
+from megavit.cli import show_data as run_command
+from megavit.config.compose import compose
 from megavit.data.loader import Loader
-from megavit.data.reading import RequiredFields
+from megavit.data.prefetch import RequiredFields
+from megavit.data.sources.digits import Digits
+from megavit.data.transforms.device import DeviceTransforms
 from megavit.errors import ConfigError
 from megavit.parallel.layout import ParallelLayout
 from megavit.task.masking import random_keep

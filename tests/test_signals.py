@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 STOPPED = 75

@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.distributed.elastic.utils.api import macros
 
+from megavit.cli.arguments import parse_arguments, split_from, split_own
 from megavit.cluster.azureml_config import AzureMLConfig
 from megavit.cluster.config import LocalConfig, SlurmConfig
 from megavit.cluster.job import plan_job, split_sweep
 from megavit.cluster.kubernetes_config import KubernetesConfig
-from megavit.cluster.settings import get_backend
-from megavit.compose import compose, flatten, from_yaml, merge, run_types, to_yaml
-from megavit.config import ExperimentConfig
-from megavit.data.opening import open_source
+from megavit.cluster.registry import get_backend
+from megavit.config.compose import compose, flatten, from_yaml, merge, run_types, to_yaml
+from megavit.config.overrides import read_setting, read_text, types_of, write_text
+from megavit.config.validate import ExperimentConfig
+from megavit.data.sources.registry import open_source
 from megavit.errors import ConfigError
-from megavit.overrides import read_setting, read_text, types_of, write_text
-from megavit.verb_arguments import parse_arguments, split_from, split_own
-from megavit.workers import literal
+from megavit.runtime.workers import literal
 
 TEXTS = [key for key, kind in run_types().items() if kind in (str, str | None)]
 LISTS = [key for key, kind in run_types().items() if kind == list[str] | None]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from megavit.data.digits import Digits
-from megavit.list_recipes import recipe_header
-from megavit.testing import run_ranks
+from megavit.cli.recipes import recipe_header
+from megavit.data.sources.digits import Digits
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 from tests.test_launch import run
 from tests.trained import run_command, train
@@ -129,15 +129,15 @@ def test_classes_whose_names_are_no_utf8_are_evaluated_and_predicted(tmp_path):
 
 
 def evaluate_in_process(arguments: list[str]) -> int:
-    from megavit.evaluate import evaluate
+    from megavit.inference.evaluate import evaluate
 
     return evaluate(arguments)
 
 
 def load_and_look(run_dir: str, pictures: list[str]) -> dict:
     import megavit
-    from megavit.search import resolve_checkpoint
-    from megavit.trained import open_run, read_config
+    from megavit.checkpoint.find import resolve_checkpoint
+    from megavit.inference.trained_run import open_run, read_config
 
     model = megavit.load(run_dir)
     images = model.read(*pictures)
@@ -166,9 +166,9 @@ def test_a_loaded_model_scores_as_the_engine_does(trained, tmp_path, figure):
 
 def load_and_compare_encoder(overrides: list[str]) -> float:
     import megavit
-    from megavit.compose import compose
-    from megavit.model.plain_mae import TorchMae
-    from megavit.trainer import Trainer
+    from benchmarks.step.torch_mae import TorchMae
+    from megavit.config.compose import compose
+    from megavit.train.trainer import Trainer
     from tests.reference import dims_of
 
     config = compose(overrides)
@@ -178,7 +178,7 @@ def load_and_compare_encoder(overrides: list[str]) -> float:
     images = torch.stack([Digits("val").image(index) for index in range(8)])
     # Another way to the same: the plain autoencoder that is shown every patch, up to what its decoder would read.
     plain = TorchMae(config.model, config.task.decoder(config.model), image_size=[8, 8], channels=1)
-    from megavit.checkpoint.names import to_timm
+    from megavit.checkpoint.param_mapping import to_timm
     from megavit.model.vit import parameter_names
 
     weights = {name: weight.detach() for name, weight in parameter_names(trainer.chunks["model"]).items()}
@@ -240,7 +240,7 @@ def test_wrong_input_leaves_with_2_and_one_message(command, message, trained, mo
 
 def call(arguments: list[str], monkeypatch, capsys) -> tuple[int, str, str]:
     """The command line in this process: for what starts no ranks."""
-    from megavit.__main__ import main
+    from megavit.cli.main import main
 
     monkeypatch.setattr("sys.argv", ["megavit", *arguments])
     code = main()
@@ -248,7 +248,7 @@ def call(arguments: list[str], monkeypatch, capsys) -> tuple[int, str, str]:
 
 
 def test_every_recipe_opens_with_its_command_and_a_sentence():
-    from megavit.compose import choices
+    from megavit.config.compose import choices
 
     for name in choices("recipe"):
         command, about = recipe_header(name)
@@ -272,8 +272,8 @@ def test_a_masked_autoencoder_is_evaluated_too(tmp_path):
 
 
 def train_and_evaluate_and_save(overrides: list[str]) -> dict:
-    from megavit.compose import compose
-    from megavit.trainer import Trainer
+    from megavit.config.compose import compose
+    from megavit.train.trainer import Trainer
 
     trainer = Trainer(compose(overrides))
     trainer.run()

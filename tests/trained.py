@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 from unittest import mock
 
-from megavit.testing import run_ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 
@@ -29,9 +29,9 @@ def train(overrides: list[str], *, ranks: int = 1) -> None:
 
 
 def _train(overrides: list[str]) -> None:
-    from megavit.compose import compose
+    from megavit.config.compose import compose
     from megavit.parallel.layout import world_size_from_environment
-    from megavit.trainer import Trainer
+    from megavit.train.trainer import Trainer
 
     config = compose(overrides)
     config.check(world_size_from_environment())
@@ -49,7 +49,7 @@ def run_command(*arguments: object, folder: Path | None = None) -> tuple[int, st
 
 
 def _verb(arguments: list[str], folder: Path | None) -> tuple[int, str, str]:
-    from megavit.__main__ import main
+    from megavit.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
     with (

@@ -15,7 +15,7 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
 from megavit.checkpoint.optimizer_shards import use_per_rank_shards
-from megavit.checkpoint.safety import check_pickles
+from megavit.checkpoint.safe_pickle import check_pickles
 from megavit.errors import ConfigError
 
 # Of Megatron-Core's forms of the distributed optimizer's state, the one that loads in every layout (0.16.1).

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megavit.classes import are_numbers
+from megavit.data.class_names import are_numbers
 from megavit.errors import ConfigError
-from megavit.output import printable
+from megavit.runtime.output import printable
 
 SCHEMA_VERSION = 3
 _FILE = "state.json"

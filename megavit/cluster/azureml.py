@@ -11,7 +11,7 @@ from megavit.cluster.azureml_config import AzureMLConfig
 from megavit.cluster.backend import Submitted
 from megavit.cluster.config import ClusterConfig
 from megavit.cluster.job import Job
-from megavit.cluster.places import RUNS, local_init_from, own_data_path, with_settings
+from megavit.cluster.paths import RUNS, local_init_from, own_data_path, with_settings
 from megavit.cluster.render import render_yaml
 from megavit.errors import ConfigError
 

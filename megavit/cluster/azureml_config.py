@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from megavit.checks import require_number
 from megavit.cluster.config import ClusterConfig, Kind, require_form
 from megavit.errors import ConfigError
+from megavit.validation import require_number
 
 
 @dataclass

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-from megavit.checks import require_number
 from megavit.errors import ConfigError
+from megavit.validation import require_number
 
 
 class Kind(Enum):

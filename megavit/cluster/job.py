@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavit.cluster.config import ClusterConfig, Kind
-from megavit.compose import AUTO_MODEL, compose, run_types
-from megavit.config import ExperimentConfig
-from megavit.data.remote import bare, is_url
+from megavit.config.compose import AUTO_MODEL, compose, run_types
+from megavit.config.overrides import key_of, sweep, write_home_out, write_text
+from megavit.config.validate import ExperimentConfig
+from megavit.data.sources.remote import bare, is_url
 from megavit.errors import ConfigError
-from megavit.overrides import key_of, sweep, write_home_out, write_text
 
 
 @dataclass(frozen=True)
@@ -148,13 +148,13 @@ def _resolved(overrides: list[str]) -> tuple[list[str], str | None]:
     """The settings without `model=auto`: the weights are read here, at the desk."""
     if AUTO_MODEL not in overrides:
         return overrides, None
-    from megavit.auto_model import resolve_auto
+    from megavit.train.auto_model import resolve_auto
 
     return resolve_auto(overrides)
 
 
 def _count_gpus() -> int:
-    from megavit.parallel.cpu import run_on_cpu
+    from megavit.parallel.cpu_backend import run_on_cpu
 
     if run_on_cpu():
         return 0

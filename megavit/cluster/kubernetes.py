@@ -12,7 +12,7 @@ from megavit.cluster.backend import Submitted
 from megavit.cluster.config import ClusterConfig
 from megavit.cluster.job import Job
 from megavit.cluster.kubernetes_config import Api, KubernetesConfig
-from megavit.cluster.places import RUNS, local_init_from, own_data_path, with_settings
+from megavit.cluster.paths import RUNS, local_init_from, own_data_path, with_settings
 from megavit.cluster.render import render_yaml
 from megavit.errors import ConfigError
 
@@ -43,7 +43,7 @@ class Kubernetes:
             ConfigError: if the container would not see the job's files.
         """
         kubernetes = self._kubernetes
-        words = [kubernetes.python or "python", "-m", "megavit.torchrun", "-m", "megavit.train"]
+        words = [kubernetes.python or "python", "-m", "megavit.runtime.torchrun", "-m", "megavit.train"]
         return render_yaml(
             "kubernetes.yaml.j2",
             {

@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-from megavit.checks import require_number
 from megavit.cluster.config import ClusterConfig, Kind, require_form
 from megavit.errors import ConfigError
+from megavit.validation import require_number
 
 
 class Api(Enum):

@@ -11,7 +11,7 @@ from typing import ClassVar
 from megavit.cluster.backend import Submitted
 from megavit.cluster.config import ClusterConfig, Container, SlurmConfig
 from megavit.cluster.job import Job
-from megavit.cluster.places import local_init_from, own_data_path
+from megavit.cluster.paths import local_init_from, own_data_path
 from megavit.cluster.render import render_shell
 from megavit.errors import ConfigError
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from megavit.checks import require_number
 from megavit.errors import ConfigError
+from megavit.validation import require_number
 
 
 class AutoAugment(Enum):

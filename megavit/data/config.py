@@ -4,10 +4,10 @@ import difflib
 from dataclasses import dataclass, field
 from enum import Enum
 
-from megavit.checks import format_value, require_number
 from megavit.data.augment_config import AugmentConfig
 from megavit.errors import ConfigError
-from megavit.extension import check_name, is_plugin
+from megavit.plugins import check_name, is_plugin
+from megavit.validation import format_value, require_number
 
 
 class Interpolation(Enum):

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megavit.data.config import DataConfig
-from megavit.data.order import DeterministicSampler, SampleKey
-from megavit.data.reading import BadSample, MicroBatch, RequiredFields, SampleDataset, prefetch
-from megavit.data.source import Source, all_labels
+from megavit.data.prefetch import BadSample, MicroBatch, RequiredFields, SampleDataset, prefetch
+from megavit.data.sampler import DeterministicSampler, SampleKey
+from megavit.data.sources.base import Source, all_labels
 from megavit.errors import ConfigError
 from megavit.parallel.layout import ParallelLayout
 

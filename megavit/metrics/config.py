@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from megavit.checks import require_number
 from megavit.errors import ConfigError
+from megavit.validation import require_number
 
 
 @dataclass

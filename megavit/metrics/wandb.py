@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from megavit.checks import format_value
 from megavit.errors import ConfigError
-from megavit.output import printable
+from megavit.runtime.output import printable
+from megavit.validation import format_value
 
 _START_S = 60
 

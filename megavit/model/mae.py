@@ -10,9 +10,9 @@ import torch
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
-from megavit.model.block import encoder_block, transformer_config
 from megavit.model.config import ModelConfig
-from megavit.model.embedding import no_weight_decay, sincos_positions
+from megavit.model.layers.patch_embed import no_weight_decay, sincos_positions
+from megavit.model.transformer_block import encoder_block, transformer_config
 from megavit.model.vit import EncoderStage, Stage
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout

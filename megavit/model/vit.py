@@ -18,10 +18,10 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import ModelType
 from torch import Tensor
 
-from megavit.model.block import encoder_block
 from megavit.model.config import ModelConfig, Pool
-from megavit.model.embedding import PatchEmbed, patchify
-from megavit.model.heads import ClassifierHead, FeatureNorm
+from megavit.model.layers.head import ClassifierHead, FeatureNorm
+from megavit.model.layers.patch_embed import PatchEmbed, patchify
+from megavit.model.transformer_block import encoder_block
 from megavit.parallel.config import Recompute
 from megavit.parallel.layout import ParallelLayout
 

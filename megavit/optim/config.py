@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from megavit.checks import require_number, require_steps
 from megavit.errors import ConfigError
+from megavit.validation import require_number, require_steps
 
 # The word for all but what stands on the encoder, among the patterns of what is frozen.
 ENCODER = "encoder"

@@ -13,7 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from megavit.errors import ConfigError
 from megavit.optim import fused_adam, grad_norm
 from megavit.optim.config import Implementation, OptimConfig, Optimizer, Schedule
-from megavit.optim.groups import group_overrides
+from megavit.optim.param_groups import group_overrides
 
 
 def build_optimizer(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megavit.errors import ConfigError
-from megavit.parallel import cpu
+from megavit.parallel import cpu_backend as cpu
 from megavit.parallel.config import ParallelConfig
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from megavit.errors import ConfigError
 from megavit.parallel.config import ParallelConfig, Recompute, RecomputeMethod
-from megavit.plan.flops import NetworkShape, embedding_flops, head_flops, layer_flops
-from megavit.plan.stages import balance_layers
+from megavit.planner.flops import NetworkShape, embedding_flops, head_flops, layer_flops
+from megavit.planner.stage_balance import balance_layers
 
 
 def plan_stages(config: ParallelConfig, shape: NetworkShape) -> list[int]:

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from megavit.checks import format_value, require_number
 from megavit.errors import ConfigError
-from megavit.extension import check_name
 from megavit.model.config import ModelConfig
+from megavit.plugins import check_name
+from megavit.validation import format_value, require_number
 
 
 class TaskName(Enum):

@@ -1,6 +1,6 @@
 """A linear classifier on an encoder that stays as it is: how much of the classes its features tell."""
 
-from megavit.task.classify import ClassificationTask
+from megavit.task.classification import ClassificationTask
 
 
 class LinearProbe(ClassificationTask):

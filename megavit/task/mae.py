@@ -13,19 +13,19 @@ from torch import Tensor
 
 from megavit.data.config import DataConfig
 from megavit.data.loader import Batch
-from megavit.data.reading import RequiredFields
-from megavit.data.transforms import Normalize
+from megavit.data.prefetch import RequiredFields
+from megavit.data.transforms.normalize import Normalize
 from megavit.model.config import ModelConfig
-from megavit.model.embedding import patchify, unpatchify
+from megavit.model.layers.patch_embed import patchify, unpatchify
 from megavit.model.mae import MaskedAutoencoder
 from megavit.model.vit import EncoderStage
-from megavit.parallel.boundary import ActivationSpec, tokens_boundary
+from megavit.parallel.activation import ActivationSpec, tokens_boundary
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.task.chunks import build_model_chunks
 from megavit.task.config import TaskConfig
-from megavit.task.goal import MonitoredMetric
 from megavit.task.masking import hidden_mask, random_keep
+from megavit.task.monitor import MonitoredMetric
 
 
 class MaeTask:

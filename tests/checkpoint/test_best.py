@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from megavit.task.goal import MonitoredMetric
-from megavit.testing import run_ranks
+from megavit.task.monitor import MonitoredMetric
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 TOP1, RATIO = MonitoredMetric("top1", higher=True), MonitoredMetric("loss_ratio", higher=False)
@@ -35,8 +35,8 @@ TOP1_AT = {2: 0.1, 4: 0.3, 6: 0.2, 8: 0.5, 10: 0.4, 12: 0.5}
 
 
 def train_with_results(overrides: list[str], results: dict[int, float]) -> float:
-    from megavit.compose import compose
-    from megavit.trainer import Trainer
+    from megavit.config.compose import compose
+    from megavit.train.trainer import Trainer
 
     trainer = Trainer(compose(overrides))
     trainer.evaluate = lambda: {"loss": 1.0, "top1": results[trainer.step], "count": 360.0}
@@ -68,7 +68,7 @@ def test_the_best_alone_stays_beside_the_last(tmp_path):
     overrides = [*SMALL, "train.eval_every=2", "checkpoint.best=true", "train.steps=12", f"run.dir={tmp_path}"]
     run_ranks(train_with_results, 1, overrides, TOP1_AT)
     assert checkpoints(tmp_path) == ([8, 12], 12, 8)
-    from megavit.search import find_checkpoint
+    from megavit.checkpoint.find import find_checkpoint
 
     assert find_checkpoint(tmp_path / "checkpoints" / "best").name == "step_00000008"
     assert find_checkpoint(tmp_path).name == "step_00000012"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.manifest import FILE, find_fault, find_faults
 from megavit.checkpoint.state import read_state
-from megavit.checkpoint.store import CheckpointManager
 from megavit.errors import ConfigError
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 from tests.test_mistakes import main_here
 

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 from tests.test_mae_parity import MAE
 
@@ -121,9 +121,9 @@ def load_each(checkpoints: list[str], settings: list[str]) -> list[float]:
     """
     from megavit.checkpoint import shards
     from megavit.checkpoint.state import TrainingState
-    from megavit.compose import compose
+    from megavit.config.compose import compose
     from megavit.parallel.rng import seed_step
-    from megavit.trainer import Trainer
+    from megavit.train.trainer import Trainer
 
     config = compose(settings)
     trainer = Trainer(config)

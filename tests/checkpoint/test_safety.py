@@ -15,10 +15,10 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesSto
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from megavit.checkpoint.manifest import FILE, describe, find_fault, write_manifest
-from megavit.checkpoint.safety import check_pickles
+from megavit.checkpoint.safe_pickle import check_pickles
 from megavit.errors import ConfigError
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 from tests.test_mistakes import main_here
 

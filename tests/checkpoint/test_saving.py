@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megavit.checkpoint.manifest import find_fault
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 EVERY_STEP = [*SMALL, "train.steps=6", "checkpoint.save_every=2", "optim.ema=0.9", "model.hidden_dropout=0.1"]
@@ -20,7 +20,7 @@ EVERY_STEP = [*SMALL, "train.steps=6", "checkpoint.save_every=2", "optim.ema=0.9
 
 def train_with_a_slow_disk(overrides: list[str], write_s: float) -> tuple[dict, float]:
     """Train; each of the files takes longer to write than the steps to the next save, beginning late."""
-    from megavit.checkpoint import writer
+    from megavit.checkpoint import shard_writer as writer
 
     quick = writer._write_file
 
@@ -74,9 +74,9 @@ def save_until_it_fits(disk: str, room: int) -> list[str]:
     import torch.distributed as dist
 
     from megavit.checkpoint.state import TrainingState
-    from megavit.compose import compose
+    from megavit.config.compose import compose
     from megavit.errors import ConfigError
-    from megavit.trainer import Trainer
+    from megavit.train.trainer import Trainer
 
     trainer = Trainer(
         compose([*SMALL, "train.stop_at=1", "run.preflight=false", "parallel.tp=2", f"run.dir={disk}/run"])

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megavit.cluster.azureml_config import AzureMLConfig
-from megavit.cluster.settings import get_backend
-from megavit.compose import flatten
-from megavit.config import ExperimentConfig
+from megavit.cluster.registry import get_backend
+from megavit.config.compose import flatten
+from megavit.config.validate import ExperimentConfig
 from megavit.errors import ConfigError
 from tests.cluster.manifest import (
     EVIL,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megavit.__main__ import main
+from megavit.cli.main import main
 from tests.cluster.test_azureml import BASE as AZURE
 from tests.cluster.test_kubernetes import APIS
 from tests.cluster.test_kubernetes import BASE as KUBERNETES

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megavit.cli.submit import submit
 from megavit.cluster.config import ClusterConfig, LocalConfig, SlurmConfig
 from megavit.cluster.job import plan_job
+from megavit.cluster.registry import get_backend
 from megavit.cluster.render import refuse_secrets
-from megavit.cluster.settings import get_backend
-from megavit.cluster.submit import submit
-from megavit.compose import flatten
-from megavit.config import ExperimentConfig
+from megavit.config.compose import flatten
+from megavit.config.validate import ExperimentConfig
 from megavit.errors import ConfigError
 from tests.cluster.stage import Stage
 

@@ -8,9 +8,9 @@ import pytest
 
 from megavit.cluster.kubernetes import job_name
 from megavit.cluster.kubernetes_config import KubernetesConfig
-from megavit.cluster.settings import get_backend
-from megavit.compose import flatten
-from megavit.config import ExperimentConfig
+from megavit.cluster.registry import get_backend
+from megavit.config.compose import flatten
+from megavit.config.validate import ExperimentConfig
 from megavit.errors import ConfigError
 from tests.cluster.manifest import (
     EVIL,
@@ -104,7 +104,7 @@ def test_every_recipe_renders(recipe):
         backend = get_backend([*BASE, f"cluster.api={api}"])
         pod = container(parsed(backend.render(job)))
         assert pod["args"] == [f"recipe={recipe}", *path, f"run.dir=/runs/{recipe}"]
-        assert pod["command"] == ["python", "-m", "megavit.torchrun", "-m", "megavit.train"]
+        assert pod["command"] == ["python", "-m", "megavit.runtime.torchrun", "-m", "megavit.train"]
 
 
 @pytest.mark.parametrize("nodes", [1, 3])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megavit.cluster.job import plan_job
-from megavit.cluster.settings import get_backend
+from megavit.cluster.registry import get_backend
 from megavit.errors import ConfigError
 from tests.cluster.stage import Played, Stage
 
@@ -48,8 +48,8 @@ def test_one_torchrun_on_each_node_meets_on_the_first(play):
     played = play(script(*CPU, "cluster.nodes=2", "cluster.ranks_per_node=2", "parallel.tp=2"), flatten='{"code": 0, ')
     (srun,) = played.of("srun")
     assert srun[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=2"]
-    assert srun[srun.index("megavit.torchrun") :] == [
-        "megavit.torchrun",
+    assert srun[srun.index("megavit.runtime.torchrun") :] == [
+        "megavit.runtime.torchrun",
         "--nnodes=2",
         "--nproc-per-node=2",
         "--rdzv-backend=c10d",
@@ -174,7 +174,7 @@ def test_pyxis_and_apptainer_see_the_folders_they_need(play, tmp_path):
         f"--container-workdir={tmp_path}",
         "--no-container-mount-home",
     ]
-    assert srun[6:9] == ["python", "-m", "megavit.torchrun"]
+    assert srun[6:9] == ["python", "-m", "megavit.runtime.torchrun"]
     apptainer = play(script(*common, "cluster.container=apptainer", "cluster.image=/img/megavit.sif"))
     (srun,) = apptainer.of("srun")
     assert srun[2:][: srun.index("python") - 2] == [

@@ -69,7 +69,7 @@ def test_ranks_without_torchrun_save_when_they_are_told_to_stop(tmp_path):
 # Put into a rank, not into the torchrun that starts it: it comes to its settings seconds after the other.
 LATE = """
 import sys, time
-if "megavit.torchrun" not in sys.orig_argv:
+if "megavit.runtime.torchrun" not in sys.orig_argv:
     time.sleep(4)
 """
 
@@ -91,7 +91,15 @@ def start_nodes(folder: Path, *settings: str, late: bool = False) -> list[subpro
         "WORLD_SIZE": "2",
         "MEGAVIT_MAX_RESTARTS": "3",
     }
-    words = ["-m", "megavit.torchrun", "-m", "megavit.train", f"run.dir={folder}/run", "parallel.tp=2", *settings]
+    words = [
+        "-m",
+        "megavit.runtime.torchrun",
+        "-m",
+        "megavit.train",
+        f"run.dir={folder}/run",
+        "parallel.tp=2",
+        *settings,
+    ]
     return [
         subprocess.Popen(
             [sys.executable, *words],

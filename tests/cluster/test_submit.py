@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from megavit.cli.submit import submit
 from megavit.cluster.azureml_config import AzureMLConfig
 from megavit.cluster.config import SlurmConfig
 from megavit.cluster.job import plan_job, split_sweep
 from megavit.cluster.kubernetes_config import KubernetesConfig
-from megavit.cluster.settings import get_backend
-from megavit.cluster.submit import submit
-from megavit.compose import choices
+from megavit.cluster.registry import get_backend
+from megavit.config.compose import choices
 from megavit.errors import ConfigError
 from tests.cluster.stage import Stage
 from tests.reference import SMALL

@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from megavit.task.classify import ClassificationTask
+from megavit.task.classification import ClassificationTask
 
 
 class Hashing(ClassificationTask):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from megavit.compose import compose
-from megavit.data.augment import RandAugment, colour_transforms
+from megavit.config.compose import compose
 from megavit.data.augment_config import AutoAugment
 from megavit.data.config import DataConfig
-from megavit.data.order import SampleKey
-from megavit.data.views import ImageTransform
+from megavit.data.sampler import SampleKey
+from megavit.data.transforms.auto_augment import RandAugment, colour_transforms
+from megavit.data.transforms.image import ImageTransform
 from megavit.errors import ConfigError
 
 DATA = os.environ.get("MEGAVIT_TEST_DATA")

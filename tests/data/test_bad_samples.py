@@ -11,14 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from megavit.data import reading, resize
+from megavit.data import prefetch as reading
 from megavit.data.config import DataConfig, OnBadSample
-from megavit.data.digits import Digits
 from megavit.data.loader import Loader
-from megavit.data.reading import RequiredFields
+from megavit.data.prefetch import RequiredFields
+from megavit.data.sources.digits import Digits
+from megavit.data.transforms import resize
 from megavit.errors import ConfigError
-from megavit.testing import RankFailed, run_ranks
 from tests import ranks
+from tests.distributed import RankFailed, run_ranks
 from tests.reference import SMALL
 
 SKIP = {"on_bad_sample": OnBadSample.skip, "max_bad_fraction": 0.5}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 

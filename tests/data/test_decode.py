@@ -18,14 +18,14 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from megavit.compose import compose
+from megavit.config.compose import compose
 from megavit.data import decode
 from megavit.data.decode import Box, Jpeg, decode_image, open_image
 from megavit.data.loader import Loader
-from megavit.data.opening import open_source
-from megavit.data.order import SampleKey
-from megavit.data.reading import RequiredFields
-from megavit.data.views import ImageTransform
+from megavit.data.prefetch import RequiredFields
+from megavit.data.sampler import SampleKey
+from megavit.data.sources.registry import open_source
+from megavit.data.transforms.image import ImageTransform
 from megavit.errors import ConfigError
 
 DATA = os.environ.get("MEGAVIT_TEST_DATA")

@@ -4,7 +4,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from megavit.data.digits import Digits
+from megavit.data.sources.digits import Digits
 
 
 def test_the_digits_and_their_split_are_scikit_learns():

@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-from megavit.testing import run_ranks
 from tests.data.hashing import hashes, train_and_hash
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 # 80 images are five steps of 16: every stop is in mid-epoch.

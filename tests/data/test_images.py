@@ -14,14 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from megavit.compose import compose
+from megavit.config.compose import compose
 from megavit.data.decode import decode_image
-from megavit.data.files import find_images
 from megavit.data.loader import Loader
-from megavit.data.opening import open_source
-from megavit.data.order import SampleKey
-from megavit.data.reading import RequiredFields
-from megavit.data.views import ImageTransform
+from megavit.data.prefetch import RequiredFields
+from megavit.data.sampler import SampleKey
+from megavit.data.sources.image_files import find_images
+from megavit.data.sources.registry import open_source
+from megavit.data.transforms.image import ImageTransform
 from megavit.errors import ConfigError
 
 DATA = os.environ.get("MEGAVIT_TEST_DATA")

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megavit.data import folder as folder_module
-from megavit.data import tars as tars_module
-from megavit.data.folder import open_folder
-from megavit.data.index import Index, load_or_build, settled
-from megavit.data.opening import open_source, prepare_index
-from megavit.data.walk import in_order
+from megavit.data.sources import image_folder as folder_module
+from megavit.data.sources import webdataset as tars_module
+from megavit.data.sources.image_folder import open_folder
+from megavit.data.sources.index_cache import Index, load_or_build, settled
+from megavit.data.sources.list_files import in_order
+from megavit.data.sources.registry import open_source, prepare_index
 from megavit.errors import ConfigError
-from megavit.testing import run_ranks
 from tests.data.tars import labelled, png, shard
 from tests.data.test_sources import config, pairs
+from tests.distributed import run_ranks
 
 LONG_AGO_NS = 10**18
 
@@ -148,7 +148,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("damage", BROKEN)
 def test_a_broken_listing_is_made_anew(damage, images, tmp_path, built, monkeypatch):
-    from megavit.data import index as index_module
+    from megavit.data.sources import index_cache as index_module
 
     expected, file = seen(images, tmp_path / "index"), tmp_path / "index" / "all.index"
     if BROKEN[damage] is None:
@@ -224,8 +224,8 @@ def test_the_order_is_that_of_texts_and_numbers_in_turns():
 def open_as_a_rank(path: str, index: str) -> tuple[list, bool]:
     import torch.distributed as dist
 
-    from megavit.data import folder
-    from megavit.parallel.agree import wait_for_rank_zero
+    from megavit.data.sources import image_folder as folder
+    from megavit.parallel.collectives import wait_for_rank_zero
 
     dist.init_process_group("gloo")
     data, builds, full = config(Path(path), "folder", val_fraction=0.3), [], folder._list

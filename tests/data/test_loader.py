@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from megavit.data.config import DataConfig
-from megavit.data.digits import Digits
 from megavit.data.loader import Loader
-from megavit.data.order import SampleKey
-from megavit.data.reading import RequiredFields
-from megavit.data.transforms import Normalize, draw_shifts, shift_image
+from megavit.data.prefetch import RequiredFields
+from megavit.data.sampler import SampleKey
+from megavit.data.sources.digits import Digits
+from megavit.data.transforms.normalize import Normalize, draw_shifts, shift_image
 from megavit.errors import ConfigError
 
 

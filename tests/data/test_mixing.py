@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from megavit.compose import compose, to_yaml
+from megavit.config.compose import compose, to_yaml
 from megavit.data.config import DataConfig
-from megavit.data.device import DeviceTransforms
-from megavit.data.digits import Digits
-from megavit.data.erasing import Boxes, Erasing
 from megavit.data.loader import Batch, Loader
-from megavit.data.mixing import MixParams, MixupCutmix, beta_quantiles, neighbours
-from megavit.data.order import SampleKey
-from megavit.data.reading import RequiredFields
+from megavit.data.prefetch import RequiredFields
+from megavit.data.sampler import SampleKey
+from megavit.data.sources.digits import Digits
+from megavit.data.transforms.device import DeviceTransforms
+from megavit.data.transforms.mixup import MixParams, MixupCutmix, beta_quantiles, neighbours
+from megavit.data.transforms.random_erasing import Boxes, Erasing
 from megavit.errors import ConfigError
-from megavit.trained import read_config
+from megavit.inference.trained_run import read_config
 
 CPU = torch.device("cpu")
 EVERYTHING = [

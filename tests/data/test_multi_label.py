@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from megavit.compose import compose
+from megavit.config.compose import compose
 from megavit.data.config import DataConfig, OnBadSample
-from megavit.data.opening import open_source
+from megavit.data.sources.registry import open_source
 from megavit.errors import ConfigError
-from megavit.testing import run_ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 SETS = [["ant"], ["ant", "bee"], [], ["cat"], ["bee", "cat"], ["ant", "bee", "cat"], ["bee"], ["cat", "ant"]]
@@ -92,7 +92,7 @@ def test_it_needs_the_loss_that_judges_each_class_by_itself(insects):
 
 
 def score(settings: list[str]) -> dict[str, float]:
-    from megavit.trainer import Trainer
+    from megavit.train.trainer import Trainer
 
     trainer = Trainer(compose(settings))
     trainer.run()
@@ -129,7 +129,7 @@ def test_losses_and_counts_are_the_same_in_every_layout_and_the_colours_are_lear
 def test_the_loss_of_several_labels_is_the_mean_of_each_classs_own():
     from types import SimpleNamespace
 
-    from megavit.task.classify import ClassificationTask
+    from megavit.task.classification import ClassificationTask
 
     data = replace(DataConfig(), multi_label=True)
     task = SimpleNamespace(

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from megavit.data.oddities import describe_oddities
+from megavit.data.sources.label_checks import describe_oddities
 
 
 def source(classes, counts=None):

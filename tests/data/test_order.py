@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megavit.data.bijection import FeistelPermutation
-from megavit.data.order import DeterministicSampler
+from megavit.data.permutation import FeistelPermutation
+from megavit.data.sampler import DeterministicSampler
 
 
 def test_every_epoch_is_a_permutation_and_no_two_are_alike():

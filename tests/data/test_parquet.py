@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from megavit.compose import compose
-from megavit.data.opening import open_source
+from megavit.config.compose import compose
+from megavit.data.sources.registry import open_source
 from megavit.errors import ConfigError
 
 

@@ -8,10 +8,10 @@ import fsspec
 import pytest
 import torch
 
-from megavit.data import remote
 from megavit.data.loader import Loader
-from megavit.data.opening import open_source
-from megavit.data.reading import RequiredFields
+from megavit.data.prefetch import RequiredFields
+from megavit.data.sources import remote
+from megavit.data.sources.registry import open_source
 from megavit.errors import ConfigError
 from tests.data.tars import labelled, png, shard
 from tests.data.test_sources import config, pairs

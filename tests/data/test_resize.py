@@ -12,11 +12,11 @@ from timm.data.transforms_factory import transforms_imagenet_eval
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from megavit.data import resize
 from megavit.data.config import DataConfig, Interpolation
 from megavit.data.decode import decode_image
-from megavit.data.order import SampleKey
-from megavit.data.views import ImageTransform
+from megavit.data.sampler import SampleKey
+from megavit.data.transforms import resize
+from megavit.data.transforms.image import ImageTransform
 from megavit.errors import ConfigError
 
 DATA = os.environ.get("MEGAVIT_TEST_DATA")

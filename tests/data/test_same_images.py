@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megavit.testing import run_ranks
 from tests.data.tars import shard
+from tests.distributed import run_ranks
 
 DATA = os.environ.get("MEGAVIT_TEST_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="MEGAVIT_TEST_DATA names no folder of real images")
@@ -45,8 +45,8 @@ def export(folder: Path, counts: dict[str, int]) -> None:
 
 
 def train(overrides: list[str]) -> list[tuple]:
-    from megavit.compose import compose
-    from megavit.trainer import Trainer
+    from megavit.config.compose import compose
+    from megavit.train.trainer import Trainer
 
     config = compose(overrides)
     config.check(1)

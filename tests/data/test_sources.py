@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from megavit.compose import compose
+from megavit.config.compose import compose
 from megavit.data.config import DataConfig
-from megavit.data.opening import open_source
+from megavit.data.sources.registry import open_source
 from megavit.errors import ConfigError
-from megavit.testing import run_ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 
@@ -226,8 +226,8 @@ def test_tables_without_labels_serve_what_needs_none(tmp_path):
 
 
 def train_unlabelled(overrides: list[str]) -> dict:
-    from megavit.compose import compose
-    from megavit.trainer import Trainer
+    from megavit.config.compose import compose
+    from megavit.train.trainer import Trainer
 
     trainer = Trainer(compose(overrides))
     code = trainer.run()

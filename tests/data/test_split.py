@@ -2,7 +2,7 @@
 
 import pytest
 
-from megavit.data.split import find_splits, parts_by_name
+from megavit.data.sources.train_val_split import find_splits, parts_by_name
 
 SPLITS = {
     ("train", "val"): ("train", "val"),

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megavit.compose import compose
-from megavit.data.opening import open_source
+from megavit.config.compose import compose
+from megavit.data.sources.registry import open_source
 from megavit.errors import ConfigError
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megavit.data.opening import open_source
-from megavit.data.tar_index import read_headers
+from megavit.data.sources.registry import open_source
+from megavit.data.sources.tar_index import read_headers
 from megavit.errors import ConfigError
 from tests.data.tars import labelled, png, shard
 from tests.data.test_sources import config as source_config
@@ -337,7 +337,7 @@ def test_a_shard_that_changes_while_it_is_read_is_named(tmp_path):
 
 
 def test_more_shards_than_may_stay_open_are_read(tmp_path, monkeypatch):
-    from megavit.data import shards
+    from megavit.data.sources import tar_shards as shards
 
     monkeypatch.setattr(shards, "_MAX_OPEN", 2)
     for number in range(6):

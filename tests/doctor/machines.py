@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megavit.doctor.finding import Finding, State
+from megavit.cli.doctor.finding import Finding, State
 
 
 def pretend(folder: Path, name: str, version: str, files: dict[str, str] | None = None) -> Path:

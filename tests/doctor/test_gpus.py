@@ -7,8 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megavit.doctor import devices
-from megavit.doctor.finding import Finding, State
+from megavit.cli.doctor import devices
+from megavit.cli.doctor.finding import Finding, State
 
 
 def one_gpu(*, name: str = "NVIDIA H100", major: int = 9, fails: bool = False) -> Finding:

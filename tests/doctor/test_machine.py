@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megavit.doctor.disk import check_disk
-from megavit.doctor.finding import State
-from megavit.doctor.settings import check_settings, check_tools
+from megavit.cli.doctor.disk import check_disk
+from megavit.cli.doctor.environment import check_settings, check_tools
+from megavit.cli.doctor.finding import State
 from megavit.parallel.host import cgroup_limits
 from tests.doctor.machines import only
 

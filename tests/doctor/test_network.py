@@ -10,12 +10,12 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from megavit.doctor import network
-from megavit.doctor.disk import check_shared_folder
-from megavit.doctor.finding import Finding, State
-from megavit.doctor.network import bandwidths, measure_network
-from megavit.doctor.start import check_network
-from megavit.testing import run_ranks
+from megavit.cli.doctor import network
+from megavit.cli.doctor.disk import check_shared_folder
+from megavit.cli.doctor.finding import Finding, State
+from megavit.cli.doctor.network import bandwidths, measure_network
+from megavit.cli.doctor.ranks import check_network
+from tests.distributed import run_ranks
 from tests.doctor.machines import on_cpu, only
 
 
@@ -93,8 +93,8 @@ def test_hosts_are_named_with_what_differs_and_must_share_the_run_folder(tmp_pat
 START = """
 import json, signal, sys, threading, time
 import psutil
-from megavit.doctor.finding import Finding
-from megavit.doctor.start import check_network
+from megavit.cli.doctor.finding import Finding
+from megavit.cli.doctor.ranks import check_network
 
 before, rank, name, timeout_s = json.loads(sys.argv[1]), *sys.argv[2:]
 
@@ -102,7 +102,7 @@ def hit():
     while True:
         for child in psutil.Process().children():
             try:
-                if "megavit.doctor.rank" in child.cmdline() and child.environ().get("RANK") == rank:
+                if "megavit.cli.doctor.rank" in child.cmdline() and child.environ().get("RANK") == rank:
                     child.send_signal(getattr(signal, name))
                     return
             except psutil.Error:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from megavit.doctor import versions
-from megavit.doctor.apart import CHECKS, run_in_subprocess
-from megavit.doctor.finding import State
-from megavit.doctor.versions import check_versions
+from megavit.cli.doctor import versions
+from megavit.cli.doctor.finding import State
+from megavit.cli.doctor.isolated import CHECKS, run_in_subprocess
+from megavit.cli.doctor.versions import check_versions
 from tests.doctor.machines import only, pretend
 
 
@@ -111,7 +111,7 @@ def test_a_torch_that_cannot_be_imported_breaks_each_check_that_needs_it(tmp_pat
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cuda.so: undefined symbol')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     findings = list(run_in_subprocess(list(CHECKS)))
-    for name in ("torch", "megavit.trainer", "training on", "attention"):
+    for name in ("torch", "megavit.train.trainer", "training on", "attention"):
         assert only(findings, name).state is State.broken
         assert "libtorch_cuda.so: undefined symbol" in only(findings, name).text
     assert only(findings, "processor").state is State.ok

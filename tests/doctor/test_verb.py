@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from megavit.doctor import run_command
-from megavit.doctor.finding import Finding, State
-from megavit.doctor.report import Report
-from megavit.doctor.verb import doctor
+from megavit.cli.doctor import run_command
+from megavit.cli.doctor.command import doctor
+from megavit.cli.doctor.finding import Finding, State
+from megavit.cli.doctor.report import Report
 from megavit.errors import ConfigError
 from tests.doctor.machines import on_cpu, pretend
 
@@ -51,7 +51,7 @@ def test_a_healthy_machine_is_told_0_and_json_says_what_the_table_says_without_a
 
 @pytest.mark.slow
 def test_under_torchrun_the_first_rank_tells_it(tmp_path):
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megavit.doctor.rank"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megavit.cli.doctor.rank"]
     result = run(*launcher, f"run.dir={tmp_path}", "out=-")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
@@ -75,7 +75,7 @@ def test_a_broken_torch_is_told_without_a_stack_and_everything_else_is_looked_at
     found = {name: state for state, name in states(report["findings"])}
     assert report["code"] == 1
     assert {name for name, state in found.items() if state == "broken"} == {
-        "megatron-core", "torch", "megavit.trainer", "training on", "attention", "all-reduce",
+        "megatron-core", "torch", "megavit.train.trainer", "training on", "attention", "all-reduce",
     }  # fmt: skip
     assert found["run folder"] == found["processor"] == "ok"
 
@@ -100,7 +100,7 @@ def test_a_wrong_argument_is_refused_before_anything_is_looked_at(argument, mess
 
 def test_the_verb_is_reached_without_torch():
     reach = (
-        "import sys; sys.argv = ['megavit', 'doctor', 'run.rank=2']; from megavit.__main__ import main; code = main();"
+        "import sys; sys.argv = ['megavit', 'doctor', 'run.rank=2']; from megavit.cli.main import main; code = main();"
         "assert not {'torch', 'megatron'} & set(sys.modules); sys.exit(code)"
     )
     result = subprocess.run([sys.executable, "-c", reach], capture_output=True, text=True, timeout=60)

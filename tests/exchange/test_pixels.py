@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import DeiTImageProcessor, ViTImageProcessor
 
+from megavit.checkpoint.convert.hf_processor import read_processor
+from megavit.checkpoint.convert.pixels import Pixels, crop_share
 from megavit.data.config import DataConfig
-from megavit.data.transforms import Normalize
-from megavit.data.views import ImageTransform
+from megavit.data.transforms.image import ImageTransform
+from megavit.data.transforms.normalize import Normalize
 from megavit.errors import ConfigError
-from megavit.exchange.hf_processor import read_processor
-from megavit.exchange.pixels import Pixels, crop_share
 
 CROP = {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
 SQUARE = {"height": 32, "width": 32}

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
+from megavit.checkpoint.convert.external_model import ExternalModel
+from megavit.checkpoint.convert.read import read_foreign
 from megavit.data.config import Interpolation
 from megavit.errors import ConfigError
-from megavit.exchange.foreign_model import ExternalModel
-from megavit.exchange.read import read_foreign
 from megavit.model.config import Pool
 
 # Heads that nobody would guess.

@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-from megavit.compose import compose
-from megavit.data.device import DeviceTransforms
+from megavit.config.compose import compose
 from megavit.data.loader import Batch
-from megavit.data.order import SampleKey
+from megavit.data.sampler import SampleKey
+from megavit.data.transforms.device import DeviceTransforms
 from megavit.parallel.rng import normal
 
 pytestmark = [

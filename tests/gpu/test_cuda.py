@@ -67,9 +67,9 @@ def test_a_kernel_agrees_with_attention_in_fp32(attention):
 
 
 def compare_kernel(overrides: list[str]) -> None:
-    from megavit.compose import compose
-    from megavit.model.block import transformer_config
-    from megavit.model.kernels import attention_kernel
+    from megavit.config.compose import compose
+    from megavit.model.layers.attention_backends import attention_kernel
+    from megavit.model.transformer_block import transformer_config
     from megavit.parallel.layout import ParallelLayout
 
     config = compose(overrides)
@@ -95,7 +95,7 @@ def test_products_in_fp8_are_those_of_the_cpu(rows, figure):
 
 
 def compare_eight_bit_products(arguments: list[str]) -> None:
-    from megavit.model.fp8 import require_fp8
+    from megavit.model.layers.linear_fp8 import require_fp8
     from tests.model.test_fp8 import by_fp8, operands, with_gradients
 
     require_fp8(torch.device("cuda"))
@@ -111,8 +111,8 @@ def test_a_step_waits_for_the_device_once(tmp_path):
 def count_synchronisations(overrides: list[str]) -> None:
     import warnings
 
-    from megavit.compose import compose
-    from megavit.trainer import Trainer
+    from megavit.config.compose import compose
+    from megavit.train.trainer import Trainer
 
     trainer = Trainer(compose(overrides))
     trainer.checkpointer.save, trainer.evaluate = lambda *_, **__: None, lambda: {"loss": 0.0, "top1": 0.0}
@@ -137,9 +137,9 @@ def test_peak_memory_of_the_layers_follows_the_formula(recompute, figure):
 
 
 def peak_memory(overrides: list[str]) -> None:
-    from megavit.compose import compose
-    from megavit.model.block import transformer_config
+    from megavit.config.compose import compose
     from megavit.model.init import initialise
+    from megavit.model.transformer_block import transformer_config
     from megavit.model.vit import Stage, VisionTransformer
     from megavit.parallel.layout import ParallelLayout
     from megavit.parallel.rng import seed_step

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megavit.compose import compose
-from megavit.plan.traffic import Collective, Split, Work, data_exchanges, tensor_exchanges
-from megavit.testing import run_ranks
+from megavit.config.compose import compose
+from megavit.planner.communication import Collective, Split, Work, data_exchanges, tensor_exchanges
+from tests.distributed import run_ranks
 from tests.launch.two_hosts import ADDRESSES, CABLE, Host, two_hosts
 from tests.parallel.test_traffic import FP32, MICRO_BATCH, Seen, record_run
 from tests.reference import SMALL
@@ -66,7 +66,7 @@ class Ended:
 
 
 # What jobs are started by, and torch's own as people start it.
-OURS, TORCHS = ["megavit.torchrun"], ["torch.distributed.run", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]
+OURS, TORCHS = ["megavit.runtime.torchrun"], ["torch.distributed.run", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]
 
 
 def torchrun(launcher: list[str], *overrides: str) -> list[str]:

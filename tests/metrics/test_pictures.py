@@ -7,8 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from megavit.metrics.config import MetricsConfig
-from megavit.metrics.pictures import draw_curves
-from megavit.metrics.reporter import MetricLogger
+from megavit.metrics.logger import MetricLogger
+from megavit.metrics.plots import draw_curves
 
 
 @pytest.fixture

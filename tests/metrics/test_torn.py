@@ -2,8 +2,8 @@
 
 import json
 
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 
@@ -29,8 +29,8 @@ def run_here(overrides: list[str]) -> int:
 
 
 def code_of(overrides: list[str]) -> int:
-    from megavit.compose import compose
-    from megavit.trainer import Trainer
+    from megavit.config.compose import compose
+    from megavit.train.trainer import Trainer
 
     trainer = Trainer(compose(overrides))
     trainer.evaluate = ranks.no_evaluation

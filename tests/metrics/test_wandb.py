@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megavit.testing import run_ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 from tests.test_launch import assert_one_message, run
 
@@ -13,8 +13,8 @@ from tests.test_launch import assert_one_message, run
 def train_offline(overrides: list[str]) -> None:
     import os
 
-    from megavit.compose import compose
-    from megavit.trainer import Trainer
+    from megavit.config.compose import compose
+    from megavit.train.trainer import Trainer
 
     os.environ["WANDB_MODE"] = "offline"
     Trainer(compose(overrides)).run()

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megavit.model.accumulate import accumulating_linear
-from megavit.testing import run_ranks
+from megavit.model.layers.accumulate import accumulating_linear
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 
@@ -54,8 +54,8 @@ class Written(TorchDispatchMode):
 
 
 def writers_of_a_step(overrides: list[str]) -> tuple[set[str], bool]:
-    from megavit.compose import compose
-    from megavit.trainer import Trainer
+    from megavit.config.compose import compose
+    from megavit.train.trainer import Trainer
 
     trainer = Trainer(compose(overrides))
     (chunk,) = trainer.chunks.values()

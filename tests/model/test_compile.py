@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 from tests.test_resume import assert_bit_equal
 
@@ -34,11 +34,11 @@ def step_of(overrides: list[str], evaluates: bool = False) -> dict:
     """One training step's loss and gradients, each layer's output in each pass, the number of graphs."""
     from torch._dynamo.utils import counters
 
-    from megavit.compose import compose
-    from megavit.freezing import freeze
-    from megavit.network import build_model
+    from megavit.config.compose import compose
     from megavit.parallel.layout import ParallelLayout
     from megavit.parallel.rng import seed_step
+    from megavit.train.freeze import freeze
+    from megavit.train.setup import build_model
 
     torch._dynamo.reset()
     counters.clear()

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megavit.compose import compose
+from megavit.config.compose import compose
 from megavit.errors import ConfigError
 from tests.reference import SMALL
 
@@ -36,7 +36,7 @@ def with_gradients(product, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def by_fp8(x, weight, bias):
-    from megavit.model.fp8 import _Product
+    from megavit.model.layers.linear_fp8 import _Product
 
     return _Product.apply(x, weight, bias, None)
 
@@ -44,7 +44,7 @@ def by_fp8(x, weight, bias):
 @pytest.mark.parametrize("dtype", HALF_STEP, ids=str)
 @pytest.mark.parametrize("size", [1e-30, 3e-4, 1.0, 500.0, 1e30])
 def test_each_number_becomes_the_nearest_of_the_format_at_a_scale_at_which_the_largest_just_fits(dtype, size):
-    from megavit.model.fp8 import rounded, scale_of
+    from megavit.model.layers.linear_fp8 import rounded, scale_of
 
     torch.manual_seed(0)
     x = (size * torch.randn(2000) * torch.logspace(-8, 0, 2000)).bfloat16()
@@ -61,7 +61,7 @@ def test_each_number_becomes_the_nearest_of_the_format_at_a_scale_at_which_the_l
 @pytest.mark.parametrize("largest", [1.0, 1.75, 1.7578125, 448.0, 450.0])
 def test_a_coarser_scale_rounds_all_but_the_smallest_alike(largest):
     """Why tensor-parallel ranks need not agree on one."""
-    from megavit.model.fp8 import rounded, scale_of
+    from megavit.model.layers.linear_fp8 import rounded, scale_of
 
     x = largest * torch.cat([torch.linspace(-1, 1, 4001), torch.logspace(-8, -4, 100)]).bfloat16()
     dtype = torch.float8_e4m3fn
@@ -136,7 +136,7 @@ def test_layouts_and_sizes_are_those_that_cuda_takes(shape, monkeypatch):
     """By torch's own description of the product on a GPU, of tensors without values."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from megavit.model.fp8 import _across, _Product
+    from megavit.model.layers.linear_fp8 import _across, _Product
 
     context = SimpleNamespace(needs_input_grad=(True, True, True, False))
     context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
@@ -151,7 +151,7 @@ def test_layouts_and_sizes_are_those_that_cuda_takes(shape, monkeypatch):
         # The description does refuse: rows that are not filled up.
         assert _across(torch.empty(rows, inputs, dtype=torch.float8_e4m3fn, device="cuda")).shape[1] % 16 == 0
         if rows % 16:
-            monkeypatch.setattr("megavit.model.fp8._MULTIPLE", 1)
+            monkeypatch.setattr("megavit.model.layers.linear_fp8._MULTIPLE", 1)
             with pytest.raises(RuntimeError, match="to be divisible by 16"):
                 _Product.backward(context, upstream)
 
@@ -181,7 +181,7 @@ def test_a_decoder_of_a_width_that_does_not_fit_is_refused():
 
 @pytest.mark.parametrize(("capability", "fits"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((10, 0), True)])
 def test_on_a_gpu_without_eight_bit_products_it_is_refused(capability, fits, monkeypatch):
-    from megavit.model.fp8 import require_fp8
+    from megavit.model.layers.linear_fp8 import require_fp8
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")

@@ -6,8 +6,8 @@ from functools import cache
 import pytest
 import torch
 
-from megavit.compose import compose
-from megavit.testing import run_ranks
+from megavit.config.compose import compose
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 BF16, FP8 = "train.precision=bf16_o2", "model.linear_backend=fp8"
@@ -78,10 +78,10 @@ SIZES = ["model.hidden_size=64", "model.ffn_size=256", "model.num_layers=1", TOK
 
 def mlp_of(overrides: list[str]) -> dict[str, torch.Tensor] | None:
     """What one MLP makes of tokens, and its gradients, those of its weights put together."""
-    from megavit.checkpoint.whole import gather_full_state_dict
+    from megavit.checkpoint.full_state import gather_full_state_dict
     from megavit.model.vit import parameter_names
-    from megavit.network import build_model
     from megavit.parallel.layout import ParallelLayout
+    from megavit.train.setup import build_model
 
     config = compose(overrides)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megavit.testing import run_ranks
+from tests.distributed import run_ranks
 
 N, B, H, F = 24, 8, 256, 1024
 SETTINGS = [
@@ -21,8 +21,8 @@ def saved_bytes(overrides: list[str]) -> tuple[int, int]:
     """Bytes of distinct storages that the encoder keeps on this rank, weights left out: after its forward pass, and
     the most that the backward pass keeps anew, which is what recompute brings to life.
     """
-    from megavit.compose import compose
-    from megavit.model.block import transformer_config
+    from megavit.config.compose import compose
+    from megavit.model.transformer_block import transformer_config
     from megavit.model.vit import Stage, VisionTransformer
     from megavit.parallel.layout import ParallelLayout
 

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from megavit.errors import ConfigError
-from megavit.testing import run_ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_values_and_gradients_are_those_of_torch(bias):
-    from megavit.model.onednn import _Product
+    from megavit.model.layers.linear_onednn import _Product
 
     torch.manual_seed(0)
     shapes = (3, 17, 48), (40, 48), (40,)
@@ -33,7 +33,7 @@ def test_values_and_gradients_are_those_of_torch(bias):
 
 
 def test_of_frozen_weights_no_gradient_is_computed():
-    from megavit.model.onednn import _Product
+    from megavit.model.layers.linear_onednn import _Product
 
     x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(4, 8)
     _Product.apply(x, weight, None).sum().backward()
@@ -55,7 +55,7 @@ def loss_with(overrides: list[str]) -> float:
     ],
 )
 def test_where_it_is_not_for_it_is_refused(settings, says):
-    from megavit.compose import compose
+    from megavit.config.compose import compose
 
     config = compose([*SMALL, "model.linear_backend=onednn", *settings])
     with pytest.raises(ConfigError, match=says):
@@ -63,7 +63,7 @@ def test_where_it_is_not_for_it_is_refused(settings, says):
 
 
 def test_on_a_gpu_it_is_refused():
-    from megavit.model.onednn import require_onednn
+    from megavit.model.layers.linear_onednn import require_onednn
 
     with pytest.raises(ConfigError, match=r"for CPUs and this run is on cuda; set model\.linear_backend=local"):
         require_onednn(torch.device("cuda"))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megavit.compose import compose
-from megavit.testing import run_ranks
+from megavit.config.compose import compose
+from tests.distributed import run_ranks
 
 IMAGENET = ["data=synthetic", "train.steps=10", "optim.warmup_steps=0"]
 # Hand-checked: V·h + h patches, tokens·h positions, h class token, 12h² + … layers; 224 px, 1000 classes.
@@ -43,7 +43,7 @@ def parameters_per_rank(overrides: list[str], tp: int, pp: int) -> list[int]:
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megavit.model.block import transformer_config
+    from megavit.model.transformer_block import transformer_config
     from megavit.model.vit import Stage, VisionTransformer
     from megavit.parallel.layout import ParallelLayout
     from megavit.parallel.stages import plan_stages, rank_stages

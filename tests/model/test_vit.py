@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from megavit.checkpoint.names import from_timm, to_timm
-from megavit.compose import compose
-from megavit.model.embedding import patchify
-from megavit.model.plain import TorchViT
-from megavit.testing import run_ranks
+from megavit.checkpoint.param_mapping import from_timm, to_timm
+from megavit.config.compose import compose
+from megavit.model.layers.patch_embed import patchify
+from megavit.model.torch_vit import TorchViT
+from tests.distributed import run_ranks
 from tests.reference import SMALL, dims_of
 
 
 def build_chunk(overrides: list[str]):
     """This rank's chunk of the model, in the layout that the overrides ask for."""
-    from megavit.model.block import transformer_config
     from megavit.model.init import initialise
+    from megavit.model.transformer_block import transformer_config
     from megavit.model.vit import Stage, VisionTransformer
     from megavit.parallel.layout import ParallelLayout
     from megavit.parallel.rng import seed_step
@@ -175,7 +175,7 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
 
 
 def drop_path_branch() -> torch.Tensor:
-    from megavit.model.residual import DropPath, Residual
+    from megavit.model.layers.drop_path import DropPath, Residual
 
     chunk, _, _ = build_chunk(SMALL)
     residual, branch = Residual(chunk.config, layer_scale=None).train(), torch.ones(4000, 3, 8)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from megavit.compose import compose
+from megavit.config.compose import compose
 from megavit.errors import ConfigError
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 from tests.test_parity import reference
 
@@ -44,8 +44,8 @@ def test_average_goes_on_in_another_layout_and_is_evaluated_beside_the_weights(t
 
 def test_an_average_that_was_not_saved_is_refused_and_so_is_one_of_weights_under_way(tmp_path):
     run_ranks(ranks.train_and_keep, 1, [*SMALL, "train.steps=4", "train.stop_at=2", f"run.dir={tmp_path}"])
-    from megavit.checkpoint.store import CheckpointManager
-    from megavit.restore import find_resume_point
+    from megavit.checkpoint.manager import CheckpointManager
+    from megavit.train.resume import find_resume_point
 
     with pytest.raises(ConfigError, match="holds no average of the weights"):
         find_resume_point(

@@ -2,14 +2,14 @@
 
 import torch
 
-from megavit.testing import run_ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 
 def gradients_of_two_steps(overrides: list[str]) -> dict:
     """The first step trains all, in the second one weight takes no part; what its gradient is, and another's."""
-    from megavit.compose import compose
-    from megavit.trainer import Trainer
+    from megavit.config.compose import compose
+    from megavit.train.trainer import Trainer
 
     trainer = Trainer(compose(overrides))
     trainer.checkpointer.save = lambda *_, **__: None

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from megavit.compose import compose
+from megavit.config.compose import compose
 from megavit.errors import ConfigError
 from megavit.optim.fused_adam import FusedAdam
-from megavit.testing import run_ranks
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 

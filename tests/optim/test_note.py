@@ -2,11 +2,11 @@
 
 import pytest
 
-from megavit.compose import compose
+from megavit.config.compose import compose
 from megavit.optim.config import OptimConfig
-from megavit.optim.note import describe_optimizer, state_bytes, warn_of_average, warn_of_optimizer
-from megavit.testing import run_ranks
+from megavit.train.optimizer_summary import describe_optimizer, state_bytes, warn_of_average, warn_of_optimizer
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 

@@ -6,8 +6,8 @@ from datetime import timedelta
 import pytest
 
 from megavit.errors import ConfigError
-from megavit.parallel import agree
-from megavit.testing import run_ranks
+from megavit.parallel import collectives as agree
+from tests.distributed import run_ranks
 
 LIMIT_S = 2.5
 

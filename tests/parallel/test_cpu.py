@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from megavit.parallel import cpu
+from megavit.parallel import cpu_backend as cpu
 from megavit.parallel.layout import choose_device
 
 
@@ -20,7 +20,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 def test_another_count_of_rewrites_is_refused():
     code = """
 import megavit
-from megavit.parallel import cpu
+from megavit.parallel import cpu_backend as cpu
 cpu._EXPECTED_REWRITES["timers"] += 1
 import megatron.core.timers
 """
@@ -31,7 +31,7 @@ import megatron.core.timers
 def test_importing_megatron_first_is_named():
     code = """
 import megatron.core.parallel_state
-from megavit.parallel import cpu
+from megavit.parallel import cpu_backend as cpu
 cpu.finish_retarget()
 """
     assert "import megavit first" in run_python(code, MEGAVIT_DEVICE="cpu").stderr
@@ -43,7 +43,7 @@ import torch
 before = {name: id(getattr(torch.cuda, name)) for name in dir(torch.cuda)}
 import megavit
 import megatron.core.parallel_state
-from megavit.parallel import cpu
+from megavit.parallel import cpu_backend as cpu
 cpu.finish_retarget()
 assert before == {name: id(getattr(torch.cuda, name)) for name in before}
 assert isinstance(megatron.core.parallel_state.__loader__, cpu._Loader)

@@ -5,8 +5,8 @@ import pytest
 from megavit.errors import ConfigError
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.stages import megatron_layout, plan_stages
-from megavit.plan.flops import NetworkShape
-from megavit.plan.stages import balance_layers
+from megavit.planner.flops import NetworkShape
+from megavit.planner.stage_balance import balance_layers
 
 SHAPE = NetworkShape(hidden=64, ffn=256, layers=8, tokens=17, patches=16, patch_values=4, classes=10)
 

@@ -1,4 +1,4 @@
-"""What a real run sends, call by call and byte by byte, against the arithmetic of `megavit.plan.traffic`."""
+"""What a real run sends, call by call and byte by byte, against the arithmetic of `megavit.planner.communication`."""
 
 from collections import Counter
 from contextlib import nullcontext
@@ -9,15 +9,15 @@ from itertools import product
 import pytest
 import torch
 
-from megavit.compose import compose
-from megavit.config import ExperimentConfig
+from megavit.config.compose import compose
+from megavit.config.train import GradReduce, Precision
+from megavit.config.validate import ExperimentConfig
 from megavit.optim.config import Optimizer
 from megavit.parallel.config import Recompute, RecomputeMethod
-from megavit.plan.flops import NetworkShape
-from megavit.plan.traffic import Axis, Share, Split, Work, step_exchanges, summed_values
-from megavit.sections import GradReduce, Precision
+from megavit.planner.communication import Axis, Share, Split, Work, step_exchanges, summed_values
+from megavit.planner.flops import NetworkShape
 from megavit.task.config import TaskName
-from megavit.testing import run_ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL, plain_model
 from tests.test_engine import GRID, OVERLAP, VPP
 from tests.test_mae_parity import MAE
@@ -90,7 +90,7 @@ def record_run(config: ExperimentConfig, *, profiles: bool) -> Seen:
     import torch.distributed as dist
 
     from megavit.parallel.layout import world_size_from_environment
-    from megavit.trainer import Trainer
+    from megavit.train.trainer import Trainer
     from tests.ranks import no_evaluation
     from tests.traffic import as_gloo_counts, counted_by_gloo, recorded
 

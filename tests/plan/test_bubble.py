@@ -6,9 +6,10 @@ from itertools import product
 
 import pytest
 
-from megavit.compose import compose
-from megavit.config import ExperimentConfig
-from megavit.plan.bubble import (
+from megavit.config.compose import compose
+from megavit.config.validate import ExperimentConfig
+from megavit.planner.flops import DecoderShape, NetworkShape, training_flops
+from megavit.planner.pipeline_timeline import (
     Pass,
     StageCost,
     even_idle_fraction,
@@ -16,9 +17,8 @@ from megavit.plan.bubble import (
     simulate,
     stage_costs,
 )
-from megavit.plan.flops import DecoderShape, NetworkShape, training_flops
-from megavit.plan.stages import balance_layers
-from megavit.testing import run_ranks
+from megavit.planner.stage_balance import balance_layers
+from tests.distributed import run_ranks
 from tests.passes import Log, logged, replay
 from tests.reference import SMALL
 from tests.test_mae_parity import MAE
@@ -42,7 +42,7 @@ def odd_costs(num_stages: int) -> list[StageCost]:
 def log_steps(runs: list[ExperimentConfig]) -> list[tuple[Log, NetworkShape, list[int]]]:
     """Train a step of each run; what this rank's schedule did, and the network and its stages."""
     from megavit.parallel.layout import world_size_from_environment
-    from megavit.trainer import Trainer
+    from megavit.train.trainer import Trainer
     from tests.ranks import no_evaluation
 
     steps = []

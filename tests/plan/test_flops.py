@@ -1,4 +1,4 @@
-from megavit.plan.flops import NetworkShape, forward_flops, training_flops
+from megavit.planner.flops import NetworkShape, forward_flops, training_flops
 
 B16 = NetworkShape(hidden=768, ffn=3072, layers=12, tokens=197, patches=196, patch_values=768, classes=1000)
 
@@ -13,7 +13,7 @@ def test_flops_agree_with_torchs_own_count():
     from torch.utils.flop_counter import FlopCounterMode
 
     from megavit.model.config import ModelConfig
-    from megavit.model.plain import TorchViT
+    from megavit.model.torch_vit import TorchViT
 
     config = ModelConfig(hidden_size=32, ffn_size=96, num_heads=4, num_layers=3, patch_size=4)
     shape = NetworkShape(hidden=32, ffn=96, layers=3, tokens=17, patches=16, patch_values=48, classes=10)

@@ -1,7 +1,7 @@
 import pytest
 
-from megavit.plan.flops import NetworkShape
-from megavit.plan.traffic import Share, Split, Work, padded_values, tensor_exchanges
+from megavit.planner.communication import Share, Split, Work, padded_values, tensor_exchanges
+from megavit.planner.flops import NetworkShape
 
 B16 = NetworkShape(hidden=768, ffn=3072, layers=12, tokens=204, patches=196, patch_values=768, classes=1000)
 WORK = Work(micro_batch=16, num_microbatches=8, value_bytes=2, grad_bytes=4, image_bytes=150_528, label_bytes=8)

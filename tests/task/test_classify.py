@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megavit.compose import compose
+from megavit.config.compose import compose
 from megavit.data.loader import Batch
-from megavit.data.order import SampleKey
+from megavit.data.sampler import SampleKey
 from megavit.errors import ConfigError
-from megavit.task.task import build_task
-from megavit.testing import run_ranks
+from megavit.task.registry import build_task
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 LABELS = torch.tensor([0, 3, 3, 9, 5, 1])

@@ -5,14 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-from megavit.compose import compose, from_yaml, to_yaml
-from megavit.data.digits import Digits
+from megavit.config.compose import compose, from_yaml, to_yaml
+from megavit.data.sources.digits import Digits
 from megavit.errors import ConfigError
-from megavit.model.embedding import patchify, unpatchify
-from megavit.plan.flops import head_flops, layer_flops
-from megavit.plan.stages import useful_stages
-from megavit.testing import run_ranks
+from megavit.model.layers.patch_embed import patchify, unpatchify
+from megavit.planner.flops import head_flops, layer_flops
+from megavit.planner.stage_balance import useful_stages
 from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 from tests.test_mae_parity import GRID, MAE
 from tests.trained import run_command, train
@@ -41,11 +41,11 @@ SHAPES = {
 
 def compare(overrides: list[str]) -> dict[str, float]:
     """Loss and gradients of our engine beside Hugging Face's: the largest relative differences."""
-    from megavit.checkpoint.names import from_timm, to_timm
-    from megavit.model.plain_mae import TorchMae
+    from benchmarks.step.torch_mae import TorchMae
+    from megavit.checkpoint.param_mapping import from_timm, to_timm
     from megavit.model.vit import parameter_names
-    from megavit.network import build_model
     from megavit.parallel.layout import ParallelLayout
+    from megavit.train.setup import build_model
     from tests import huggingface
     from tests.reference import dims_of
 
@@ -132,8 +132,8 @@ def test_the_mean_image_is_the_best_constant_guess(tmp_path):
 
 
 def guess_constants(overrides: list[str]) -> dict:
-    from megavit.data.transforms import Normalize
-    from megavit.trainer import Trainer
+    from megavit.data.transforms.normalize import Normalize
+    from megavit.train.trainer import Trainer
 
     config = compose(overrides)
     trainer = Trainer(config)
@@ -201,7 +201,7 @@ def test_the_papers_recipes_have_the_papers_decoder_and_do_not_clip(size, epochs
 
 
 def costly_decoder(overrides: list[str]) -> str:
-    from megavit.introduce import describe_costly_decoder
+    from megavit.train.summary import describe_costly_decoder
 
     return describe_costly_decoder(compose(overrides).network_shape(num_classes=0))
 
@@ -221,7 +221,7 @@ def test_stages_that_only_wait_for_the_decoder_are_named():
 
 
 def idle_stages(overrides: list[str]) -> list[str]:
-    from megavit.introduce import idle_stages
+    from megavit.train.summary import idle_stages
 
     config = compose(overrides)
     return list(idle_stages(config, config.network_shape(num_classes=0)))
@@ -306,7 +306,7 @@ def test_a_run_paints_and_its_checkpoint_reconstructs_pictures_of_ones_own(tmp_p
     ],
 )
 def test_reconstruct_refuses_what_it_cannot_read(arguments, message):
-    from megavit.reconstruct import reconstruct
+    from megavit.cli.reconstruct import reconstruct
 
     with pytest.raises(ConfigError, match=message):
         reconstruct(arguments)

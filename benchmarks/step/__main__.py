@@ -1,0 +1,140 @@
+"""Time megavit's training step beside timm's, Hugging Face's and plain torch's on the same work.
+
+python -m benchmarks.step [rows=vit_b16:fp32,… candidates=… rounds=5 block_s=0.5 deadline_s=840 batch=N dir=FOLDER]
+[key=value …]
+"""
+
+import difflib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from benchmarks.step.cases import ON_CPU, ON_GPU, PRECISIONS, ROWS, TP2, overrides_of
+from benchmarks.step.config import KEYS, BenchConfig
+from benchmarks.step.measure import Measured, RowMeasurement, to_come
+from megavit.config.compose import compose
+from megavit.config.overrides import read_text
+from megavit.errors import ConfigError
+from megavit.metrics.provenance import provenance
+from megavit.runtime.exits import USER_ERROR
+
+
+def bench(arguments: list[str]) -> int:
+    """Measure every row, print the table, leave figures and picture in `dir`.
+
+    Args:
+        arguments: `bench.KEY=value`, and settings that are laid over those of each row.
+
+    Raises:
+        ConfigError: for a setting that is wrong.
+    """
+    from rich.console import Console
+
+    from benchmarks.step.report import append, draw, flops_per_image, lines_of, print_table
+    from megavit.parallel.cpu_backend import run_on_cpu
+
+    start = time.monotonic()
+    config, overrides = read_arguments(arguments)
+    device = "cpu" if run_on_cpu() else "cuda"
+    rows = config.rows or list(ON_CPU if device == "cpu" else ON_GPU)
+    for label in rows:
+        _check_row(label, overrides)
+    known = list(dict.fromkeys(name for row in ROWS.values() for name in row.candidates))
+    for name in config.candidates:
+        if name not in known:
+            raise ConfigError(f"candidates: there is no {name}; known: {', '.join(known)}")
+    folder = Path(config.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = folder / "bench.jsonl"
+        append(lines, {"kind": "start", "rows": rows, "overrides": overrides, **provenance()})
+    except OSError as error:
+        raise ConfigError(f"dir={config.dir} cannot be written: {error.strerror}; choose another") from error
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(f"[dim]{time.monotonic() - start:5.0f} s  {text}[/dim]", highlight=False, soft_wrap=True)
+
+    measured: list[Measured] = []
+    flops: dict[int, int] = {}
+    until = start + config.deadline_s
+    for place, label in enumerate(rows):
+        row = RowMeasurement(
+            label,
+            config,
+            overrides,
+            device=device,
+            until=until,
+            to_come=to_come(rows, place, config, device=device),
+            say=say,
+            keep=lambda line: append(lines, line),
+        ).run()
+        measured.append(row)
+        flops[id(row)] = flops_per_image(row, overrides)
+        for line in lines_of(row, flops[id(row)]):
+            append(lines, line)
+    print_table(measured, flops, console)
+    draw(measured, folder / "bench.png")
+    console.print(f"{lines} has every figure, {folder / 'bench.png'} the picture", highlight=False)
+    return 0
+
+
+def read_arguments(arguments: list[str]) -> tuple[BenchConfig, list[str]]:
+    """The bench section, checked, and the other settings as typed.
+
+    Raises:
+        ConfigError: for a key or a value that is wrong.
+    """
+    options: dict[str, Any] = {}
+    overrides = []
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if "." in key or not sign:
+            overrides.append(argument)
+        elif key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
+            raise ConfigError(
+                f"the argument {key} does not exist; "
+                + (f"did you mean {near[0]}?" if near else f"known: {', '.join(KEYS)}")
+            )
+        else:
+            name = key
+            options[name] = value.strip("[]").split(",") if name in ("rows", "candidates") else read_text(value)
+    options = {name: None if value == "null" else value for name, value in options.items()}
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchConfig), options))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}={options[error.full_key or '']}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, BenchConfig)
+    config.check()
+    return config, overrides
+
+
+def _check_row(label: str, overrides: list[str]) -> None:
+    name, _, precision = label.partition(":")
+    if name not in ROWS or precision not in PRECISIONS:
+        raise ConfigError(
+            f"rows: there is no row {label}; a row is NAME:PRECISION, of {', '.join(ROWS)} and of "
+            f"{', '.join(PRECISIONS)}"
+        )
+    settings = [*overrides_of(ROWS[name], precision, 8), *overrides]
+    compose(settings).check(1)
+    if name == "tp2":
+        compose([*settings, TP2]).check(2)
+
+
+def main() -> int:
+    """Run the benchmark; the exit code is 2 for a wrong argument."""
+    try:
+        return bench(sys.argv[1:])
+    except ConfigError as error:
+        print(f"benchmarks.step: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

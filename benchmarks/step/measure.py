@@ -1,0 +1,299 @@
+"""One row: everyone built and judged, then timed by turns."""
+
+import math
+import operator
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.step.cases import ON_TWO, ROWS, TP2, BenchmarkCase, overrides_of
+from benchmarks.step.config import BenchConfig
+from benchmarks.step.parity_check import STEPS, Difference, StepOutput, difference
+from benchmarks.step.processes import Fault, WorkerPool
+
+# What has been begun may take so much longer than the deadline, so that its figure is not lost.
+_GRACE_S = 20.0
+_CPU_ROUNDS, _GPU_ROUNDS = 3, 7
+Say = Callable[[str], None]
+Keep = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Figures:
+    """What is known of one candidate.
+
+    Attributes:
+        steps: of a turn.
+        seconds: of a step, in each turn.
+        memory: bytes.
+        kinds: seconds of a step by kind of kernel.
+        differs: from the first candidate, the output of its largest value and the loss of itself, after some steps.
+        without: why it was not timed.
+    """
+
+    steps: int = 1
+    seconds: list[float] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, float] = field(default_factory=dict)
+    differs: Difference | None = None
+    without: str | None = None
+
+
+@dataclass
+class Measured:
+    """What is known of one row.
+
+    Attributes:
+        name, precision, batch: which work.
+        about: of the device.
+        candidates: by name.
+        rates: the device's own, once before the turns and once after each round.
+        reference: the candidate that the others are compared with.
+    """
+
+    name: str
+    precision: str
+    batch: int
+    about: dict[str, Any] = field(default_factory=dict)
+    candidates: dict[str, Figures] = field(default_factory=dict)
+    rates: list[dict[str, float]] = field(default_factory=list)
+    reference: str = "megavit"
+
+    @property
+    def timed(self) -> dict[str, Figures]:
+        """The candidates with figures."""
+        return {name: one for name, one in self.candidates.items() if one.seconds}
+
+    @property
+    def leader(self) -> str:
+        """The fastest of megavit's candidates, which the others are put beside."""
+        return self._fastest(ours=True) or self.reference
+
+    @property
+    def leaders(self) -> list[str]:
+        """The fastest of megavit's candidates and of the others."""
+        return [name for name in (self._fastest(ours=True), self._fastest(ours=False)) if name is not None]
+
+    def _fastest(self, *, ours: bool) -> str | None:
+        medians = {name: statistics.median(one.seconds) for name, one in self.timed.items() if is_own(name) is ours}
+        return min(medians, key=lambda name: medians[name], default=None)
+
+    def ratios(self, name: str, to: str) -> list[float]:
+        """A candidate's time over another's, round by round."""
+        mine, theirs = self.candidates[name].seconds, self.candidates[to].seconds
+        return [one / other for one, other in zip(mine, theirs, strict=False)]
+
+    def rate(self, name: str) -> float:
+        """The median of one of the device's own rates."""
+        return statistics.median(rates[name] for rates in self.rates) if self.rates else math.nan
+
+    @property
+    def drift(self) -> float:
+        """The largest of the device's matmul rates over the smallest, less 1: what the turns were exposed to."""
+        found = [rates["matmul_flops"] for rates in self.rates]
+        return max(found) / min(found) - 1 if found else math.nan
+
+
+def is_own(name: str) -> bool:
+    """Whether a candidate is megavit."""
+    return name.startswith(("megavit", "trainer"))
+
+
+def taking_part(label: str, config: BenchConfig, *, device: str) -> list[str]:
+    """Who is measured in a row, its reference first: those who are wanted, but for oneDNN where it is not for the work.
+
+    Args:
+        label: NAME:PRECISION.
+        config: the bench section.
+        device: cpu or cuda.
+    """
+    name, precision = label.split(":")
+    wanted, (reference, *_) = config.candidates, ROWS[name].candidates
+    onednn_fits = device == "cpu" and precision == "fp32"
+    return [
+        one
+        for one in ROWS[name].candidates
+        if (onednn_fits or "onednn" not in one) and (not wanted or one in wanted or one == reference)
+    ]
+
+
+def to_come(rows: list[str], place: int, config: BenchConfig, *, device: str) -> float:
+    """What the rows after one cost at one round each, in units of that one.
+
+    A candidate costs about as much as the start of a process: getting it ready takes longer than its steps. One in
+    fp32 costs one to two times as much as one in bf16; what is reckoned is what makes the rows to come the dearer.
+
+    Args:
+        rows: as NAME:PRECISION, in their order.
+        place: index of the row that is measured.
+        config: the bench section.
+        device: cpu or cuda.
+    """
+
+    def cost(label: str) -> int:
+        names = taking_part(label, config, device=device)
+        processes = 2 if "trainer" in names or any(name.endswith(ON_TWO) for name in names) else 1
+        return len(names) + processes
+
+    here_in_bf16 = rows[place].endswith("bf16")
+    dearer = [2 if here_in_bf16 and label.endswith("fp32") else 1 for label in rows[place + 1 :]]
+    return sum(map(operator.mul, map(cost, rows[place + 1 :]), dearer)) / cost(rows[place])
+
+
+class RowMeasurement:
+    """Measures one row.
+
+    Args:
+        label: NAME:PRECISION.
+        config: the bench section.
+        overrides: more settings, as typed.
+        device: cpu or cuda.
+        until: `time.monotonic()` after which nothing new is begun.
+        to_come: what the rows after it cost, in units of this one; for their sake a slow machine does fewer rounds.
+        say: tells whoever waits.
+        keep: writes a line of figures down.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        config: BenchConfig,
+        overrides: list[str],
+        *,
+        device: str,
+        until: float,
+        to_come: float,
+        say: Say,
+        keep: Keep,
+    ) -> None:
+        name, precision = label.split(":")
+        self.row: BenchmarkCase = ROWS[name]
+        batch = config.batch or (self.row.gpu_batch if device == "cuda" else self.row.cpu_batch)
+        self.measured = Measured(name, precision, batch, reference=self.row.candidates[0])
+        self._overrides = [*overrides_of(self.row, precision, batch), *overrides]
+        self._config, self._until, self._say, self._keep = config, until, say, keep
+        self._started, self._to_come = time.monotonic(), to_come
+        self._rounds = config.rounds or (_CPU_ROUNDS if device == "cpu" else _GPU_ROUNDS)
+        self._device, self._label, self._run_dir = device, label, f"{config.dir}/loop"
+        self._worlds: dict[str, WorkerPool] = {}
+
+    def run(self) -> Measured:
+        """Measure; what is not reached before the deadline is left out, and says so."""
+        try:
+            self._measure()
+        except TimeoutError:
+            self._say(f"{self._label}: deadline_s={self._config.deadline_s:g} is over")
+        except Fault as error:
+            self._say(f"{self._label}: {error}")
+        finally:
+            for world in {id(world): world for world in self._worlds.values()}.values():
+                world.close()
+        for figures in self.measured.candidates.values():
+            if not figures.seconds and figures.without is None:
+                figures.without = "not reached before deadline_s"
+        return self.measured
+
+    def _measure(self) -> None:
+        names = taking_part(self._label, self._config, device=self._device)
+        self.measured.candidates = {name: Figures() for name in names}
+        main = WorkerPool(self._overrides)
+        self._worlds = dict.fromkeys(names, main)
+        split = [name for name in names if name.endswith(ON_TWO)]
+        if split:
+            self._worlds |= dict.fromkeys(split, WorkerPool([*self._overrides, TP2], ranks=2))
+        self.measured.about = self._call(self._worlds[names[0]], "about")
+        if "trainer" in names:
+            self._measure_loop(main)
+            return
+        reference: tuple[StepOutput, StepOutput] | None = None
+        for name in names:
+            reference = self._admit(name, reference)
+        self._take_turns()
+        # Before anyone's memory is looked at: that leaves free memory in other sizes, and a step which must ask the
+        # system for some spends a fifth of its time in what looks like copies.
+        for name in self.measured.leaders:
+            kinds = self._call(self._worlds[name], "profile", self._there(name))
+            self.measured.candidates[name].kinds = kinds
+        for name, figures in self.measured.timed.items():
+            figures.memory = self._call(self._worlds[name], "memory", self._there(name))
+
+    def _admit(
+        self, name: str, reference: tuple[StepOutput, StepOutput] | None
+    ) -> tuple[StepOutput, StepOutput] | None:
+        """Build a candidate and see whether it does megavit's work; who does not, or cannot, is not timed."""
+        world, there, figures = self._worlds[name], self._there(name), self.measured.candidates[name]
+        try:
+            start = time.monotonic()
+            self._call(world, "build", there)
+            before = StepOutput(*self._call(world, "judge", there))
+            seconds = self._call(world, "practise", there, STEPS)
+            after = StepOutput(*self._call(world, "judge", there))
+            took = time.monotonic() - start
+        except Fault as error:
+            figures.without = str(error)
+            self._say(f"{self._label}: {name}: {error}")
+            return reference
+        if reference is None:
+            reference = (before, after)
+        precision = self.measured.precision
+        before_they = difference(before, reference[0])
+        figures.differs = difference(after, reference[1])
+        if not all(one is not None and one.is_small(precision) for one in (before_they, figures.differs)):
+            figures.without = (
+                f"not the same work: {before_they or 'its output has another shape'}, then {figures.differs}"
+            )
+            self._call(world, "drop", there)
+        figures.steps = max(1, math.ceil(self._config.block_s / seconds))
+        self._say(
+            f"{self._label}: {name}: {figures.without or f'ready after {took:.0f} s, a step takes {seconds:.3g} s'}"
+        )
+        return reference
+
+    def _take_turns(self) -> None:
+        names = [name for name, figures in self.measured.candidates.items() if figures.without is None]
+        machine = self._worlds[names[0]]
+        self.measured.rates.append(self._call(machine, "rates"))
+        with_one_round = 0.0
+        for number in range(self._rounds):
+            began = time.monotonic()
+            # Each in turn is first.
+            turn = number % len(names)
+            round_s = {}
+            for name in names[turn:] + names[:turn]:
+                figures = self.measured.candidates[name]
+                spent = self._call(self._worlds[name], "run", self._there(name), figures.steps)
+                round_s[name] = spent / figures.steps
+            # Whole rounds alone: what is compared was done side by side.
+            for name, seconds in round_s.items():
+                self.measured.candidates[name].seconds.append(seconds)
+            self.measured.rates.append(self._call(machine, "rates"))
+            self._keep({"kind": "round", "row": self._label, "seconds": round_s, **self.measured.rates[-1]})
+            now = time.monotonic()
+            round_took = now - began
+            # Profile and memory, which follow, take about as long as a round.
+            with_one_round = with_one_round or now - self._started + round_took
+            then = now + 2 * round_took + self._to_come * with_one_round
+            if number + 1 < self._rounds and then > self._until:
+                self._say(f"{self._label}: {number + 1} of {self._rounds} rounds, so that every row has one")
+                return
+
+    def _measure_loop(self, world: WorkerPool) -> None:
+        self._call(world, "build", "megavit")
+        seconds = self._call(world, "practise", "megavit", STEPS)
+        self.measured.rates.append(self._call(world, "rates"))
+        steps = max(1, math.ceil(self._config.block_s / seconds))
+        found = self._call(world, "loop", self._run_dir, self._rounds, steps, self._until)
+        self.measured.rates.append(self._call(world, "rates"))
+        for name, spent in found.items():
+            self.measured.candidates[name] = Figures(steps, [one / steps for one in spent])
+
+    def _there(self, name: str) -> str:
+        """A candidate's name in its own world."""
+        return name.removesuffix(ON_TWO)
+
+    def _call(self, world: WorkerPool, name: str, *arguments: Any) -> Any:
+        if time.monotonic() > self._until:
+            raise TimeoutError
+        return world.call(name, *arguments, until=self._until, patience_s=_GRACE_S)

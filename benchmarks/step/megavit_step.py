@@ -1,0 +1,134 @@
+"""megavit among the candidates: the parts that its trainer is built of, and the trainer itself."""
+
+import time
+from collections.abc import Callable
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.step.device_rates import synchronize
+from benchmarks.step.workload import Work
+from megavit.checkpoint.full_state import gather_full_state_dict
+from megavit.checkpoint.param_mapping import Dims, to_timm
+from megavit.config.validate import ExperimentConfig
+from megavit.optim.optimizer import build_optimizer, build_schedule
+from megavit.parallel.layout import ParallelLayout
+from megavit.train.engine import Engine, wrap_network
+from megavit.train.setup import build_model
+
+
+class Megavit:
+    """megavit's own step, as the trainer takes it.
+
+    Args:
+        work: what to train on.
+        config: the row's settings and this candidate's options.
+        layout: this rank's place.
+    """
+
+    def __init__(self, work: Work, config: ExperimentConfig, layout: ParallelLayout) -> None:
+        self._work, self._layout, self._config = work, layout, config
+        self._network = network = build_model(config, layout, num_classes=config.data.num_classes or 0)
+        self._task = network.task
+        self._model = wrap_network(network, config)
+        self._engine = Engine(network, self._model, layout=layout, micro_batch=config.train.global_batch)
+        self._task.prepare(iter([work.batch]))
+        peak_lr = config.optim.peak_lr(config.train.global_batch)
+        self._optimizer = build_optimizer(
+            self._model, network.mcore_config, config.optim, names=network.parameters, peak_lr=peak_lr
+        )
+        # It writes the weight decay of each group.
+        build_schedule(self._optimizer, config.optim, peak_lr=peak_lr, warmup_steps=0, num_steps=1_000_000).step(1)
+        self._batches = repeat(work.batch)
+
+    def step(self, *, alike: bool = False) -> None:
+        _, _, updated = self._engine.train_step(self._batches, 1, self._optimizer)
+        assert updated
+
+    def outputs(self) -> tuple[Tensor, float]:
+        with torch.no_grad():
+            output, loss = self._task.forward(self._work.batch, self._model[0])
+            return output.float().cpu(), float(loss(output)[0])
+
+    def forward(self) -> Tensor:
+        output, loss = self._task.forward(self._work.batch, self._model[0])
+        return loss(output)[0]
+
+    def held(self) -> list[Tensor]:
+        tensors: list[Tensor] = []
+        for chunk in self._model:
+            tensors += [*chunk.parameters(), *(buffer.grad_data for buffer in chunk.buffers)]
+        for part in self._optimizer.chained_optimizers:
+            inner = part.optimizer
+            tensors += [param for group in inner.param_groups for param in group["params"]]
+            tensors += [value for state in inner.state.values() for value in state.values() if torch.is_tensor(value)]
+        return tensors
+
+    def plain_weights(self) -> dict[str, Tensor] | None:
+        """The whole network's weights in the plain model's names, fp32, on rank 0."""
+        names = {name: parameter for parameter, name in self._network.parameters.items()}
+        full = gather_full_state_dict(names, self._layout)
+        if full is None:
+            return None
+        model, task = self._config.model, self._config.task
+        dims = Dims(model.num_heads, model.patch_size, task.decoder_num_heads or 0)
+        return {name: weight.float() for name, weight in to_timm(full, dims).items()}
+
+
+def time_loop(
+    config: ExperimentConfig, bare: Megavit, *, rounds: int, steps: int, until: float
+) -> dict[str, list[float]]:
+    """Seconds of so many steps of the whole trainer, data and log included, and of as many bare ones, by turns.
+
+    Args:
+        config: of the row; its run lasts as long as is measured.
+        bare: the same network's step alone.
+        rounds: turns of each.
+        steps: of a turn.
+        until: `time.monotonic()` after which no new turn is begun.
+    """
+    from megavit.train.trainer import Trainer
+
+    trainer = Trainer(config)
+    seconds: dict[str, list[float]] = {"megavit": [], "trainer": []}
+    device, schedule_step = trainer.layout.device, trainer.schedule.step
+    started, count = 0.0, 0
+
+    def at_start_of_step(increment: int) -> Any:
+        """Called by the trainer at the start of each step: at the end of a turn the bare steps have theirs."""
+        nonlocal started, count
+        if count % steps == 0:
+            synchronize(device)
+            # The first turn warms up.
+            if count > steps:
+                seconds["trainer"].append(time.perf_counter() - started)
+            seconds["megavit"].append(timed(bare.step, steps, device))
+            if len(seconds["trainer"]) >= rounds or time.monotonic() > until:
+                raise _Enough
+            started = time.perf_counter()
+        count += 1
+        return schedule_step(increment)
+
+    trainer.schedule.step = at_start_of_step  # type: ignore[method-assign]
+    try:
+        trainer.run()
+    except _Enough:
+        # Each turn of the trainer with the bare one right after it.
+        seconds["megavit"] = seconds["megavit"][-len(seconds["trainer"]) :] if seconds["trainer"] else []
+    return seconds
+
+
+class _Enough(Exception):
+    """The trainer has been seen for long enough."""
+
+
+def timed(step: Callable[[], Any], steps: int, device: torch.device) -> float:
+    """Seconds of so many steps, until the device has done them."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,121 @@
+"""A model of another library: its sizes as ours, its weights by plain name."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from megavit.checkpoint.convert.hf_mapping import NameMapping
+from megavit.checkpoint.convert.pixels import Pixels
+from megavit.checkpoint.convert.tensor_files import TensorFiles
+from megavit.checkpoint.param_mapping import TABLE
+from megavit.errors import ConfigError
+from megavit.model.config import ModelConfig, Pool, Positions
+from megavit.validation import format_value
+
+# Heads cannot be seen in the weights: width and layers tell the named sizes; others have heads of 64.
+_HEADS = {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16, (1152, 27): 16}
+
+# What theirs has and the network does not need.
+_UNUSED = ("pooler.dense.weight", "pooler.dense.bias", "vit.pooler.dense.weight", "vit.pooler.dense.bias")
+
+
+@dataclass
+class ExternalModel:
+    """A model of another library.
+
+    Attributes:
+        model: its sizes, as ours.
+        image_size: [height, width] in pixels.
+        channels: of an image.
+        classes: names, in the order of the scores; empty of a masked autoencoder or a model without a head.
+        files: with its weights.
+        mapping: of the names there.
+        pixels: how it sees an image.
+        assumed: settings of the model group that its files do not state, each with what was taken, in words.
+        notes: for the user, a line each.
+        other_pooling: how its classifier pools, in words, where ours cannot pool like that.
+        decoder: a masked autoencoder's other sizes: settings of the task group.
+    """
+
+    model: ModelConfig
+    image_size: list[int]
+    channels: int
+    classes: list[str]
+    files: TensorFiles
+    mapping: NameMapping
+    pixels: Pixels
+    assumed: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    other_pooling: str | None = None
+    decoder: dict[str, Any] = field(default_factory=dict)
+
+    def assumptions(self, *, typed: Iterable[str] = ()) -> list[str]:
+        """What its files do not state and was taken as usual, a line for the network and one for the pixels.
+
+        Args:
+            typed: settings that the user types.
+        """
+        lines, taken = [], set(typed)
+        words = [word for key, word in self.assumed.items() if key not in taken]
+        if words:
+            lines.append(f"assumed: {', '.join(words)}")
+        pixels = [key for key in self.pixels.assumed if key not in taken]
+        if pixels:
+            lines.append(f"assumed: {', '.join(pixels)}; type others where they are wrong")
+        return lines
+
+    def weight(self, timm_name: str) -> Tensor:
+        """One weight by its plain name.
+
+        Raises:
+            ConfigError: if it is not there.
+        """
+        try:
+            return self.mapping.weight(timm_name)
+        except KeyError as error:
+            raise ConfigError(f"the model has no weight {error}, which {timm_name} is made of") from error
+
+    def unread(self, wanted: Iterable[str]) -> list[str]:
+        """Their names that none of the wanted plain ones is made of."""
+        fixed = ["decoder_pos_embed"] if self.decoder else []
+        if self.model.positions is Positions.sincos:
+            fixed.append("pos_embed")
+        used = {name for timm_name in (*wanted, *fixed) for name in self.mapping.names(timm_name)}
+        return sorted(name for name in self.files if name not in used and name not in _UNUSED)
+
+    def unknown(self) -> list[str]:
+        """Their names that no network of ours has a place for, whatever stands on its encoder."""
+        layers, decoder = self.model.num_layers, self.decoder.get("decoder_num_layers", 0)
+        known = []
+        for row in TABLE:
+            count = 1 if "#" not in row.timm_name else decoder if row.timm_name.startswith("decoder_") else layers
+            known += [row.timm_name.replace("#", str(layer)) for layer in range(count)]
+        return self.unread(timm_name for timm_name in known if self._is_mapped(timm_name))
+
+    def _is_mapped(self, timm_name: str) -> bool:
+        try:
+            return bool(self.mapping.names(timm_name))
+        except ConfigError:
+            # Theirs has no such part at all.
+            return False
+
+
+def usual_heads(width: int, layers: int) -> int:
+    """How many heads a model of these sizes has where nobody says."""
+    return _HEADS.get((width, layers), max(1, width // 64))
+
+
+def network_words(model: ModelConfig) -> dict[str, str]:
+    """What weights alone do not tell of a network, each setting in words."""
+    pooled = "class token" if model.pool is Pool.cls else "mean of the patches"
+    heads = f"{model.num_heads} head{'s' if model.num_heads > 1 else ''}"
+    eps = f"eps {model.norm_eps:g}".replace("e-0", "e-")
+    return {"model.num_heads": heads, "activation": "GELU", "model.norm_eps": eps, "model.pool": pooled}
+
+
+def written(key: str, value: Any) -> str:
+    """A setting as it is typed."""
+    text = str(format_value(value)).lower() if isinstance(value, bool) else str(format_value(value))
+    return f"{key}={text}".replace(" ", "")

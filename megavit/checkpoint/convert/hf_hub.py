@@ -1,0 +1,141 @@
+"""What goes beside the weights into Hugging Face's folder, and onto its hub."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from megavit.config.validate import ExperimentConfig
+from megavit.errors import ConfigError
+from megavit.model.config import Head, Pool
+from megavit.task.config import TaskName
+
+
+def check_hf_compatible(config: ExperimentConfig) -> None:
+    """Raise ConfigError, naming the setting, where Hugging Face's ViT or ViTMAE has no such part."""
+    model, mae = config.model, config.task.name is TaskName.mae
+    reasons = {
+        f"model.class_tokens={model.class_tokens}": model.class_tokens != 1,
+        f"model.pool={model.pool.value}": model.pool is not Pool.cls and not mae,
+        f"model.head={model.head.value}": model.head is not Head.linear and not mae,
+        "model.patch_bias=false": not model.patch_bias,
+        "model.qk_norm=true": model.qk_norm,
+        f"model.layer_scale={model.layer_scale}": model.layer_scale is not None,
+        f"data.image_size={config.data.image_size}": mae and len(set(config.data.image_size)) > 1,
+    }
+    for setting, differs in reasons.items():
+        if differs:
+            raise ConfigError(f"{setting}: Hugging Face's {'ViTMAE' if mae else 'ViT'} has no such; to=timm: may have")
+    if config.data.crop_pct is not None and len(set(config.data.image_size)) > 1:
+        raise ConfigError(
+            f"data.crop_pct={config.data.crop_pct} with data.image_size={config.data.image_size}: Hugging Face's "
+            f"processor crops squares alone; to=timm: can say it"
+        )
+
+
+def hf_config(config: ExperimentConfig, classes: tuple[str, ...], dtype: str) -> dict[str, Any]:
+    """The content of `config.json`.
+
+    Args:
+        config: of the run.
+        classes: names, in the order of the scores; empty of a masked autoencoder or a model without a classifier.
+        dtype: fp32, bf16 or fp16.
+    """
+    model, task = config.model, config.task
+    size = config.data.image_size
+    settings: dict[str, Any] = {
+        "architectures": ["ViTForImageClassification"],
+        "model_type": "vit",
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_size,
+        "num_attention_heads": model.num_heads,
+        "num_hidden_layers": model.num_layers,
+        "patch_size": model.patch_size,
+        "image_size": size[0] if size[0] == size[1] else size,
+        "num_channels": config.data.channels,
+        "layer_norm_eps": model.norm_eps,
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "dtype": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype],
+    }
+    if config.task.name is TaskName.mae:
+        return settings | {
+            "architectures": ["ViTMAEForPreTraining"],
+            "model_type": "vit_mae",
+            "decoder_hidden_size": task.decoder_hidden_size,
+            "decoder_intermediate_size": task.decoder_ffn_size,
+            "decoder_num_attention_heads": task.decoder_num_heads,
+            "decoder_num_hidden_layers": task.decoder_num_layers,
+            "mask_ratio": task.mask_ratio,
+            "norm_pix_loss": task.norm_pix_loss,
+        }
+    if not classes:
+        return settings | {"architectures": ["ViTModel"]}
+    return settings | {
+        "id2label": {str(index): name for index, name in enumerate(classes)},
+        "label2id": {name: index for index, name in enumerate(classes)},
+    }
+
+
+def hf_preprocessor(config: ExperimentConfig) -> dict[str, Any]:
+    """The content of `preprocessor_config.json`: images as the run evaluated them."""
+    data = config.data
+    full = {"height": data.image_size[0], "width": data.image_size[1]}
+    if data.crop_pct is None:
+        view = {"size": full, "do_center_crop": False}
+    else:
+        shorter = math.floor(data.image_size[0] / data.crop_pct)
+        view = {"size": {"shortest_edge": shorter}, "do_center_crop": True, "crop_size": full}
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": data.channels == 3,
+        "do_resize": True,
+        **view,
+        "resample": 3 if data.interpolation.value == "bicubic" else 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": data.mean,
+        "image_std": data.std,
+    }
+
+
+def model_card(config: ExperimentConfig, checkpoint: Path) -> str:
+    """The content of the folder's `README.md`."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    results = "\n".join(f"- {name}: {value}" for name, value in state["metrics"].items()) or "- none"
+    model = config.model
+    return (
+        f"---\nlibrary_name: transformers\ntags: [megavit, vit]\n---\n\n# {config.run.name}\n\n"
+        f"{model.num_layers} layers of {model.hidden_size}, patch {model.patch_size}, trained with megavit for "
+        f"{state['step']} steps on {state['consumed_samples']:,} images of `data.source={config.data.source}`.\n\n"
+        f"Validation at that step:\n\n{results}\n"
+    )
+
+
+def push(folder: Path, repository: str) -> None:
+    """Copy a folder to the hub; a repository that is made for it is private.
+
+    Raises:
+        ConfigError: if the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Converted by megavit")
+    except Exception as error:
+        # Without a network its HTTP library raises errors of its own, which are no OSError.
+        known = (OSError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError)
+        if not isinstance(error, known) and not type(error).__module__.startswith("httpx"):
+            raise
+        message = next((line for line in str(error).splitlines() if line), type(error).__name__)
+        raise ConfigError(
+            f"push={repository}: the Hugging Face hub does not take it: {message}. {folder} is whole; `hf auth login` "
+            f"and `hf upload {repository} {folder}` do the rest"
+        ) from error
+    print(f"https://huggingface.co/{repository}: a new repository is private until you publish it")

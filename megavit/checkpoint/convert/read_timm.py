@@ -1,0 +1,232 @@
+"""What timm's `config.json` states of the weights beside it, read off the network that timm itself builds of it.
+
+The network is built without memory (torch's meta device): activation, norms, pooling and heads stand in it, whichever
+of the architecture's defaults and `model_args` they come from.
+"""
+
+import inspect
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megavit.checkpoint.convert.json_files import height_width, numbers, read_object
+from megavit.checkpoint.convert.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
+from megavit.checkpoint.convert.tensor_files import TensorFiles
+from megavit.data.config import Interpolation
+from megavit.errors import ConfigError
+
+_FILE = "config.json"
+# timm's own order, with what training scripts leave.
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+
+# Another resolution or another number of classes is still the same network.
+_MAY_DIFFER = ("pos_embed", "head.")
+
+
+@dataclass
+class TimmConfig:
+    """What a `config.json` states.
+
+    Attributes:
+        file: the config.json.
+        architecture: timm's name of it.
+        num_heads, norm_eps, image_size: of the network.
+        other_encoder: how its encoder differs from ours, in words; None where it does not.
+        other_pooling: how its classifier pools, in words, where ours cannot pool like that.
+        shapes: of its weights by name, but for positions and classifier.
+        classes: names, in the order of the scores; empty where it names none.
+        pretrained_cfg: how it sees an image, as stated.
+    """
+
+    file: Path
+    architecture: str
+    num_heads: int
+    norm_eps: float
+    image_size: list[int]
+    other_encoder: str | None
+    other_pooling: str | None
+    shapes: dict[str, tuple[int, ...]]
+    classes: list[str]
+    pretrained_cfg: dict[str, Any]
+
+    def refuse_other_weights(self, files: TensorFiles) -> None:
+        """Raise ConfigError, naming the first that differs, for weights that are not this network's."""
+        there = {name: files.shape(name) for name in files if not name.startswith(_MAY_DIFFER)}
+        for name in sorted(there.keys() | self.shapes.keys()):
+            stated, found = self.shapes.get(name), there.get(name)
+            if stated != found:
+                words = [list(shape) if shape is not None else "missing" for shape in (stated, found)]
+                raise ConfigError(
+                    f"{self.file} is of another network than the weights beside it: {name} is {words[0]} in it and "
+                    f"{words[1]} there; mend it, or take it away, and what the weights do not tell is assumed"
+                )
+
+    def pixels(self, channels: int, *, typed: Collection[str]) -> Pixels:
+        """How the network sees an image, as `timm.data.create_transform` makes it.
+
+        Args:
+            channels: of an image.
+            typed: data settings that the user types; what the file says of them is not read.
+
+        Raises:
+            ConfigError: if megavit cannot see the same pixels.
+        """
+        stated, name = self.pretrained_cfg, f"{self.file}: "
+        pixels = Pixels([0.5] * channels, [0.5] * channels, None)
+        if "data.mean" not in typed:
+            pixels.mean = numbers(stated.get("mean", IMAGENET_MEAN), channels, f"{name}mean")
+        if "data.std" not in typed:
+            pixels.std = numbers(stated.get("std", IMAGENET_STD), channels, f"{name}std")
+        if "data.interpolation" not in typed:
+            resizing = stated.get("interpolation", "bicubic")
+            if resizing not in {choice.value for choice in Interpolation}:
+                raise ConfigError(
+                    f"{name}interpolation={resizing}: megavit resizes bilinear or bicubic; type one: "
+                    f"data.interpolation=bicubic, for example"
+                )
+            pixels.interpolation = Interpolation(resizing)
+        if "data.crop_pct" not in typed:
+            pixels.crop_pct = self._eval_crop()
+        return pixels
+
+    def _eval_crop(self) -> float | None:
+        share, mode = self.pretrained_cfg.get("crop_pct", 0.875), self.pretrained_cfg.get("crop_mode", "center")
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ConfigError(f"{self.file}: crop_pct={share} must be above 0 and at most 1; type data.crop_pct=…")
+        if mode == "center":
+            return float(share)
+        if mode == "squash" and share == 1:
+            return None
+        raise ConfigError(
+            f"{self.file}: crop_mode={mode} with crop_pct={share}: megavit resizes the whole image, or the shorter "
+            f"side of it to take the centre; type which: data.crop_pct=null, or data.crop_pct={share}"
+        )
+
+
+def find_weights_file(folder: Path) -> Path:
+    """The file of weights in a folder that timm's `save_for_hf` wrote.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(f"timm:{folder} is a folder without {' or '.join(_WEIGHTS)}; name the file of weights")
+
+
+def read_timm_config(weights: Path) -> TimmConfig | None:
+    """The `config.json` beside a file of weights; None where there is none, or it is not timm's.
+
+    Raises:
+        ConfigError: if it cannot be read, or timm builds no network of it.
+    """
+    file = weights.parent / _FILE
+    if not file.is_file():
+        return None
+    config = read_object(file)
+    if not isinstance(config.get("architecture"), str):
+        return None
+    # An earlier form has all keys in one.
+    pretrained = config.get("pretrained_cfg", config)
+    arguments, count = config.get("model_args", {}), config.get("num_classes", pretrained.get("num_classes", 1000))
+    if not isinstance(pretrained, dict) or not isinstance(arguments, dict):
+        raise ConfigError(f"{file}: pretrained_cfg and model_args must be JSON objects")
+    names = config.get("label_names", pretrained.get("label_names", pretrained.get("labels")))
+    network = _build(file, config["architecture"], {"num_classes": count, **arguments})
+    other = _other_encoder(network)
+    blocks = getattr(network, "blocks", None)
+    eps = sorted({module.eps for module in network.modules() if isinstance(module, torch.nn.LayerNorm)})
+    if other is None and len(eps) != 1:
+        other = f"LayerNorms of several epsilons, {eps}"
+    size = arguments.get("img_size") or list(pretrained.get("input_size", (3, 224, 224)))[1:]
+    return TimmConfig(
+        file,
+        config["architecture"],
+        num_heads=blocks[0].attn.num_heads if other is None and blocks is not None else 1,
+        norm_eps=eps[0] if eps else 1e-6,
+        image_size=list(height_width(size, f"{file}: img_size")),
+        other_encoder=other,
+        other_pooling=_other_pooling(network) if other is None else None,
+        shapes={
+            name: tuple(weight.shape)
+            for name, weight in network.state_dict().items()
+            if not name.startswith(_MAY_DIFFER)
+        },
+        classes=[str(name) for name in names] if isinstance(names, list) and len(names) == count else [],
+        pretrained_cfg=pretrained,
+    )
+
+
+def _build(file: Path, architecture: str, arguments: dict[str, Any]) -> torch.nn.Module:
+    import timm
+    from timm.models import VisionTransformer
+
+    name = architecture.partition(".")[0]
+    if not timm.is_model(name):
+        raise ConfigError(
+            f"{file}: timm {timm.__version__} knows no architecture={architecture}; upgrade timm, or take config.json "
+            f"away, and what the weights do not tell is assumed"
+        )
+    # Of a stranger's file only what makes a network, and nothing that makes timm open another file.
+    known = inspect.signature(VisionTransformer).parameters
+    unknown = sorted(set(arguments) - set(known))
+    if unknown:
+        raise ConfigError(f"{file}: model_args holds {unknown[0]}, which timm's VisionTransformer does not take")
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, pretrained=False, **arguments)
+    except Exception as error:
+        # Whatever timm's constructors raise of wrong arguments.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"{file}: timm builds no architecture={architecture} of it: {reason}") from error
+
+
+def _other_encoder(network: Any) -> str | None:
+    """How a network's encoder differs from ours beyond sizes, the first difference in words."""
+    from timm.layers import AttentionBackend, Mlp, PatchEmbed
+    from timm.models import VisionTransformer
+    from timm.models.vision_transformer import Block
+
+    if type(network) is not VisionTransformer:
+        return f"a {type(network).__name__}"
+    block = network.blocks[0]
+    if type(block) is not Block:
+        return f"layers of {type(block).__name__}"
+    activation = block.mlp.act if type(block.mlp) is Mlp else None
+    norms = {type(module) for module in network.modules() if "Norm" in type(module).__name__}
+    for differs, words in (
+        (type(network.patch_embed) is not PatchEmbed, f"patches by {type(network.patch_embed).__name__}"),
+        (type(block.attn) is not AttentionBackend, f"attention by {type(block.attn).__name__}"),
+        (type(block.mlp) is not Mlp, f"an MLP by {type(block.mlp).__name__}"),
+        (not _is_gelu(activation), f"the activation {type(activation).__name__}"),
+        (not all(issubclass(norm, torch.nn.LayerNorm) for norm in norms), "norms other than LayerNorm"),
+        (not isinstance(network.norm_pre, torch.nn.Identity), "a norm before its layers (pre_norm)"),
+        (
+            type(block.attn) is AttentionBackend and block.attn.qkv.bias is None,
+            "queries, keys and values without bias (qkv_bias=false)",
+        ),
+    ):
+        if differs:
+            return words
+    return None
+
+
+def _is_gelu(activation: Any) -> bool:
+    return type(activation).__name__ == "GELU" and getattr(activation, "approximate", "none") == "none"
+
+
+def _other_pooling(network: Any) -> str | None:
+    """How a classifier pools, in words, where ours pools neither the class token nor the patches before its norm."""
+    pool, norms_after = network.global_pool, not isinstance(network.fc_norm, torch.nn.Identity)
+    settings = f"global_pool={pool}, fc_norm={str(norms_after).lower()}"
+    if pool == "token" and network.has_class_token and not norms_after:
+        return None
+    if pool == "avg" and norms_after and not network.pool_include_prefix:
+        return None
+    if pool == "avg" and network.pool_include_prefix:
+        settings += ", pool_include_prefix=true"
+    return settings

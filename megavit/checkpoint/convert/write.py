@@ -1,0 +1,102 @@
+"""A run's weights written as other libraries' files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megavit.checkpoint.convert.hf_mapping import split_prefix, to_hf
+from megavit.checkpoint.convert.nemo_mapping import PREFIX, nemo_row
+from megavit.checkpoint.convert.timm_config import timm_config
+from megavit.checkpoint.param_mapping import Dims
+from megavit.config.validate import ExperimentConfig
+from megavit.errors import ConfigError
+from megavit.model.config import Pool, Positions
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a .safetensors file, with the mode of any file that the user makes."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise ConfigError(f"{path} cannot be written: {error}; make room there, or choose another place") from error
+    # safetensors 0.8 renames a temporary file, which nobody else may read.
+    path.chmod(mode)
+
+
+def write_timm(path: Path, timm_weights: dict[str, Tensor], config: ExperimentConfig, classes: tuple[str, ...]) -> None:
+    """Write one .safetensors file that `timm.create_model(…, checkpoint_path=…)` reads, and timm's config.json beside.
+
+    Args:
+        path: the file.
+        timm_weights: weights of the plain model, `pos_embed` among them also where it is fixed; taken out one by one.
+        config: of the run.
+        classes: names, in the order of the scores; empty of a model without a classifier.
+    """
+    model = config.model
+    split = split_prefix(
+        timm_weights, pools_class_token=model.pool is Pool.cls, learned=model.positions is Positions.learned
+    )
+    for name in ("cls_token", "pos_embed"):
+        timm_weights.pop(name, None)
+    weights = {**timm_weights, **split}
+    if not model.patch_bias:
+        # timm's patch embedding always has a bias.
+        weights["patch_embed.proj.bias"] = torch.zeros_like(weights["patch_embed.proj.weight"][:, 0, 0, 0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, weights, {"format": "pt"})
+    settings = timm_config(config, classes, weights)
+    (path.parent / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def write_nemo(path: Path, timm_weights: dict[str, Tensor], dims: Dims) -> None:
+    """Write one file with a state dict of NeMo's names.
+
+    Args:
+        path: the file.
+        timm_weights: weights of the plain model; taken out one by one.
+        dims: of the model.
+
+    Raises:
+        ConfigError: for a weight that theirs has no place for.
+    """
+    two_matrices = "pre_logits.0.weight" in timm_weights
+    theirs = {}
+    for name in list(timm_weights):
+        try:
+            row, spelled = nemo_row(name, two_matrices=two_matrices)
+        except KeyError as error:
+            raise ConfigError(f"NeMo's ViT has no place for {name}; to=timm: may have") from error
+        theirs[f"{PREFIX}{spelled}"] = row.from_timm(timm_weights.pop(name), dims).contiguous().clone()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": theirs}, path)
+
+
+def write_hf(
+    folder: Path, timm_weights: dict[str, Tensor], settings: dict[str, Any], preprocessor: dict[str, Any]
+) -> None:
+    """Write a folder that `from_pretrained(folder)` reads.
+
+    Args:
+        folder: where to.
+        timm_weights: weights of the plain model; taken out one by one.
+        settings: of config.json.
+        preprocessor: of preprocessor_config.json.
+
+    Raises:
+        ConfigError: for a weight that theirs has no place for.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    theirs: dict[str, Tensor] = {}
+    for name in list(timm_weights):
+        # Taken out: never are both whole in memory.
+        theirs |= to_hf(name, timm_weights.pop(name))
+    write_tensors(folder / "model.safetensors", theirs, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")

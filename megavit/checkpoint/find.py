@@ -1,0 +1,70 @@
+"""A checkpoint by whatever a user names: a run, the checkpoint itself, or the pointer to one."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megavit.checkpoint.manager import CheckpointManager
+from megavit.checkpoint.manifest import find_fault
+from megavit.errors import ConfigError
+
+# Before a run, its moving average.
+_AVERAGE = "ema:"
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """The weights that a user names.
+
+    Attributes:
+        checkpoint: whose they are.
+        averaged: the moving average, in place of the weights themselves.
+    """
+
+    checkpoint: Path
+    averaged: bool = False
+
+    def __str__(self) -> str:
+        return f"the moving average of {self.checkpoint}" if self.averaged else str(self.checkpoint)
+
+
+def resolve_checkpoint(place: str, *, setting: str = "from") -> CheckpointRef:
+    """A run's newest weights, or a checkpoint's; their moving average where `ema:` stands before.
+
+    Args:
+        place: what `find_checkpoint` takes, as typed, and perhaps `ema:` before it.
+        setting: that named it, for the error.
+
+    Raises:
+        ConfigError: if there is no checkpoint, or it is broken.
+    """
+    path = Path(place.removeprefix(_AVERAGE))
+    return CheckpointRef(find_checkpoint(path, setting=setting), averaged=place.startswith(_AVERAGE))
+
+
+def find_checkpoint(path: Path, *, setting: str = "from") -> Path:
+    """The newest checkpoint of a run's folder, or the checkpoint itself, or the one that `latest` or `best` names.
+
+    Args:
+        path: one of those.
+        setting: that named it, for the error.
+
+    Raises:
+        ConfigError: if there is none, or it is broken.
+    """
+    if path.is_file() and path.name in ("latest", "best"):
+        path = path.parent / path.read_text().strip()
+    found: Path | None = path
+    if (path / "checkpoints").is_dir():
+        found, warnings = CheckpointManager(path / "checkpoints").latest_valid()
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    fault = find_fault(found) if found is not None else None
+    if fault is not None and fault.file.name != "metadata.json":
+        raise ConfigError(f"{setting}={path} is broken: {fault}; choose another checkpoint")
+    if found is None or fault is not None:
+        raise ConfigError(
+            f"{setting}={path} holds no checkpoint; give a run's folder, its checkpoints/best or one of its "
+            f"checkpoints/step_… folders"
+        )
+    return found

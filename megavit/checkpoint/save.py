@@ -1,0 +1,147 @@
+"""One checkpoint on its way to the disk: under a temporary name, synced, renamed, and then named as the latest."""
+
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megavit.checkpoint.manifest import describe, write_manifest
+from megavit.checkpoint.shard_writer import ShardWriter, Written
+from megavit.checkpoint.state import TrainingState, write_state
+from megavit.errors import ConfigError
+from megavit.parallel.collectives import gather_objects, raise_on_all_ranks
+
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def name_of(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether it is that of a complete checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    found = _NAME.fullmatch(checkpoint.name)
+    assert found is not None
+    return int(found.group(1))
+
+
+def point_to(checkpoint: Path, *, by: str) -> None:
+    """Have a file beside a checkpoint name it, at once or not at all."""
+    new = checkpoint.with_name(f".{by}.tmp")
+    new.write_text(checkpoint.name)
+    os.replace(new, checkpoint.with_name(by))
+
+
+class PendingSave:
+    """A checkpoint that is being written in the background; every rank makes one together.
+
+    Args:
+        final: its path, once complete.
+        shards: of this rank.
+        state: where the run stands.
+        run_yaml: the resolved configuration.
+        copy_to_host: whether the shards' tensors will change before it is finished.
+
+    Raises:
+        ConfigError: on every rank, if there is no room for it.
+    """
+
+    def __init__(
+        self, final: Path, shards: dict[str, Any], state: TrainingState, *, run_yaml: str, copy_to_host: bool
+    ) -> None:
+        self.final, self.state, self.num_bytes = final, state, 0
+        self._run_yaml, self._temporary = run_yaml, final.with_name(f".{final.name}.tmp")
+        self._speaks = dist.get_rank() == 0
+
+        def make_room() -> None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary.mkdir(parents=True)
+
+        with self._describe():
+            _together(make_room if self._speaks else None)
+        self._writer = ShardWriter(shards, self._temporary, copy_to_host=copy_to_host)
+        self._written = self._writer.start()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has nothing left to write, or has failed to."""
+        return self._written.done()
+
+    def finish(self) -> Path:
+        """Wait for every rank's files and make them a checkpoint; every rank calls this.
+
+        Returns:
+            Its final path.
+
+        Raises:
+            ConfigError: on every rank, if the disk of any of them is full or refuses; what was there is whole.
+        """
+        with self._describe():
+            written = _together(self._written.result)
+            everyone = gather_objects(written)
+            self.num_bytes = sum(int(entry["size"]) for part in everyone for entry in part.files.values())
+            _together((lambda: self._complete(everyone)) if self._speaks else None)
+        return self.final
+
+    def _complete(self, everyone: list[Written]) -> None:
+        folder, final = self._temporary, self.final
+        self._writer.write_metadata(everyone)
+        (folder / "run.yaml").write_text(self._run_yaml)
+        write_state(folder, self.state)
+        files = {name: entry for written in everyone for name, entry in written.files.items()}
+        beside = [path.name for path in folder.iterdir() if path.name not in files]
+        write_manifest(folder, {**files, **describe(folder, beside)})
+        _sync(folder)
+        # A checkpoint of this very step is moved aside first: at no moment is `latest` without a whole one.
+        aside = final.with_name(f".{final.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        if final.exists():
+            os.replace(final, aside)
+        os.replace(folder, final)
+        point_to(final, by="latest")
+        shutil.rmtree(aside, ignore_errors=True)
+
+    @contextmanager
+    def _describe(self) -> Iterator[None]:
+        """Tell of a disk's refusal what it leaves behind."""
+        try:
+            yield
+        except ConfigError as error:
+            if self._speaks:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            beside = sorted(path.name for path in self.final.parent.glob("step_*") if is_checkpoint_name(path.name))
+            remedy = f"{beside[-1]} is whole, run again to go on from it" if beside else "none was there yet"
+            raise ConfigError(f"the checkpoint {self.final} cannot be written: {error}; {remedy}") from error
+
+
+def _together(part: Callable[[], Any] | None) -> Any:
+    """Do this rank's part of a save, if it has one, and raise on every rank what a disk had against any of them."""
+    done, refused = None, None
+    try:
+        done = part() if part is not None else None
+    except OSError as error:
+        refused = f"{error.strerror} on {socket.gethostname()}"
+    raise_on_all_ranks(refused)
+    return done
+
+
+def _sync(folder: Path) -> None:
+    """Have the files of this rank's machine on the disk before the folder's new name says that they are."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,79 @@
+"""`key=value` arguments of the verbs that open a run instead of composing one."""
+
+import difflib
+from collections.abc import Iterable
+
+from megavit.config.overrides import read_text
+from megavit.errors import ConfigError
+
+
+def parse_arguments(
+    command: str, arguments: list[str], *, needed: Iterable[str], optional: Iterable[str]
+) -> dict[str, str]:
+    """Split arguments into a dictionary; values are text, as a run's text settings (see `overrides.py`).
+
+    Args:
+        command: for the messages.
+        arguments: as typed.
+        needed: keys that must be there.
+        optional: keys that may be.
+
+    Raises:
+        ConfigError: for an argument that is no `key=value`, an unknown key, or a missing one.
+    """
+    needed, known = list(needed), [*needed, *optional]
+    usage = " ".join([f"{key}=…" for key in needed] + [f"[{key}=…]" for key in optional])
+    args: dict[str, str] = {}
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if not sign:
+            raise ConfigError(f"'{argument}' is no setting: megavit {command} {usage}")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}=?" if near else f"megavit {command} {usage}"
+            raise ConfigError(f"megavit {command} knows no {key}=; {hint}")
+        args[key] = read_text(value)
+    missing = [key for key in needed if not args.get(key)]
+    if missing:
+        raise ConfigError(f"megavit {command} needs {missing[0]}=: megavit {command} {usage}")
+    return args
+
+
+def split_from(command: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """`from=RUN` apart from the settings beside it.
+
+    Raises:
+        ConfigError: if it is missing.
+    """
+    args = [argument for argument in arguments if argument.startswith("from=")]
+    if len(args) != 1 or args[0] == "from=":
+        raise ConfigError(f"megavit {command} needs from=RUN once, then settings as in megavit train: key=value …")
+    return read_text(args[0].removeprefix("from=")), [argument for argument in arguments if argument != args[0]]
+
+
+def split_own(command: str, arguments: list[str], *, known: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """A verb's own arguments apart from `from=RUN` and the settings beside them.
+
+    Args:
+        command: for the messages.
+        arguments: as typed.
+        known: keys that are the verb's own.
+
+    Raises:
+        ConfigError: for an own argument that is empty or given twice, or a key that seems to be a mistyped one.
+    """
+    known, rest = list(known), []
+    args: dict[str, str] = {}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        # Settings are known further on; nearly all of them have a dot.
+        near = [] if "." in key or key in ("from", "init_from") else difflib.get_close_matches(key, known, n=1)
+        if key in known:
+            if not value or key in args:
+                raise ConfigError(f"{argument}: megavit {command} takes {key}= once, with a value")
+            args[key] = read_text(value)
+        elif near:
+            raise ConfigError(f"megavit {command} knows no {key}=; did you mean {near[0]}=?")
+        else:
+            rest.append(argument)
+    return args, rest

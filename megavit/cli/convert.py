@@ -1,0 +1,290 @@
+"""`megavit convert from=… to=…`: weights of other libraries into a run, and a run's weights into theirs."""
+
+import ctypes
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavit.checkpoint.convert.external_model import ExternalModel, written
+from megavit.checkpoint.convert.hf_hub import check_hf_compatible, hf_config, hf_preprocessor, model_card, push
+from megavit.checkpoint.convert.read import KINDS, fetch, read_foreign
+from megavit.checkpoint.convert.timm_config import TIMM_NORM_EPS
+from megavit.checkpoint.convert.write import write_hf, write_nemo, write_timm
+from megavit.checkpoint.find import resolve_checkpoint
+from megavit.checkpoint.manager import CheckpointManager
+from megavit.checkpoint.param_mapping import Dims, from_timm, to_timm, to_timm_name
+from megavit.checkpoint.state import TrainingState, read_state
+from megavit.cli.arguments import parse_arguments
+from megavit.config.compose import compose, to_yaml
+from megavit.config.validate import ExperimentConfig
+from megavit.data.config import PIXEL_SETTINGS
+from megavit.errors import ConfigError
+from megavit.inference.trained_run import TrainedRun, open_run, read_classes, read_config, split_settings, with_settings
+from megavit.model.config import Head, Positions
+from megavit.model.layers.patch_embed import sincos_positions
+from megavit.model.vit import parameter_names
+from megavit.parallel.layout import ParallelLayout
+from megavit.runtime.exits import FINISHED
+from megavit.runtime.run_dir import lock_folder
+from megavit.train.setup import build_model
+from megavit.validation import format_value, parse_int
+
+# Of glibc's malloc.h.
+_M_MMAP_THRESHOLD = -3
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def convert(arguments: list[str]) -> int:
+    """Convert in the direction that the arguments name.
+
+    Args:
+        arguments: `from=KIND:PATH to=RUN` or `from=RUN to=KIND:PATH`, KIND one of hf, timm, mae, nemo; optionally
+            `dtype=fp32|bf16|fp16` and `push=ORG/NAME` on the way out; on the way in `num_heads=N` and data.mean,
+            data.std, data.crop_pct, data.interpolation, where files do not state them. `from=ema:RUN` takes the moving
+            average of the weights.
+
+    Raises:
+        ConfigError: if one of them cannot be read, or the other has no place for what it holds.
+    """
+    _return_freed_memory()
+    pixels, rest = split_settings(arguments)
+    args = parse_arguments("convert", rest, needed=("from", "to"), optional=("dtype", "num_heads", "push"))
+    kinds = {key: args[key].partition(":")[0] for key in ("from", "to") if args[key].partition(":")[0] in KINDS}
+    if len(kinds) != 1:
+        raise ConfigError(
+            f"megavit convert takes one run and one of {', '.join(f'{kind}:PATH' for kind in KINDS)}, not "
+            f"from={args['from']} to={args['to']}"
+        )
+    if "from" in kinds:
+        if "dtype" in args:
+            raise ConfigError(f"dtype={args['dtype']} would be ignored: a run's weights are fp32")
+        heads = parse_int("num_heads", args["num_heads"]) if "num_heads" in args else None
+        place = args["from"].partition(":")[2]
+        return _into_run(kinds["from"], place, Path(args["to"]), num_heads=heads, pixels=pixels)
+    repository = args.get("push")
+    if repository is not None and (kinds["to"] != "hf" or repository.count("/") != 1):
+        raise ConfigError(f"push={repository} takes ORG/NAME, where to=hf:FOLDER goes on the Hugging Face hub")
+    if "num_heads" in args:
+        raise ConfigError(f"num_heads={args['num_heads']} would be ignored: a run knows its heads")
+    if pixels:
+        raise ConfigError(f"{pixels[0]} would be ignored: a run knows how it sees an image")
+    dtype = args.get("dtype", "fp32")
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype={dtype} is not known; known: {', '.join(_DTYPES)}")
+    target = Path(args["to"].partition(":")[2])
+    _out_of_run(args["from"], kinds["to"], target, dtype=dtype)
+    if repository is not None:
+        push(target, repository)
+    return FINISHED
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give a tensor's memory back when it is freed; those up to 32 MB it would keep, half a model's size."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+def _into_run(kind: str, place: str, run_dir: Path, *, num_heads: int | None, pixels: list[str]) -> int:
+    typed = {text.partition("=")[0] for text in pixels}
+    external = read_foreign(kind, fetch(kind, place, setting="from"), num_heads=num_heads, typed=typed)
+    if num_heads is not None:
+        typed.add("model.num_heads")
+        if num_heads != external.model.num_heads:
+            raise ConfigError(f"num_heads={num_heads}, and {kind}:{place} states {external.model.num_heads}")
+    if external.other_pooling is not None and external.classes:
+        raise ConfigError(
+            f"from={kind}:{place} pools with {external.other_pooling}; megavit's classifiers read the normed class "
+            f"token, or norm the patches' mean (fc_norm). Its encoder can be trained on: init_from={kind}:{place}"
+        )
+    config = with_settings(_config_of(external, run_dir), pixels)
+    # Where the data are is nobody's business yet; everything else must fit before it is saved.
+    replace(config, data=replace(config.data, path=str(run_dir))).check(1)
+    store = CheckpointManager(run_dir / "checkpoints")
+    with lock_folder(run_dir):
+        if store.all():
+            raise ConfigError(f"to={run_dir} already holds checkpoints; choose another folder")
+        layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
+        network = build_model(config, layout, num_classes=len(external.classes) or 1)
+        _fill(network.chunks["model"], external, config)
+        assumed = [key for key in (*external.assumed, *external.pixels.assumed) if key not in typed]
+        state = TrainingState(0, 0, {}, classes=external.classes, optimizer=False, assumed=assumed)
+        path = store.save(network.chunks, None, state, run_yaml=to_yaml(config))
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+    count = sum(p.numel() for chunk in network.chunks.values() for p in chunk.parameters())
+    print(f"{path}: {count:,} weights of {kind}:{place}; init_from={run_dir} starts a run from them")
+    for line in (*external.notes, _seen(config), *external.assumptions(typed=typed)):
+        print(line)
+    return FINISHED
+
+
+def _seen(config: ExperimentConfig) -> str:
+    """How the run sees an image, as it is typed."""
+    return "sees images with " + " ".join(
+        written(key, getattr(config.data, key.removeprefix("data."))) for key in ("data.image_size", *PIXEL_SETTINGS)
+    )
+
+
+def _config_of(external: ExternalModel, run_dir: Path) -> ExperimentConfig:
+    task = "mae" if external.decoder else "classify"
+    config = compose(["recipe=null", "data=folder", f"task={task}", "train.epochs=1"])
+    data = replace(
+        config.data,
+        image_size=external.image_size,
+        channels=external.channels,
+        mean=external.pixels.mean,
+        std=external.pixels.std,
+        crop_pct=external.pixels.crop_pct,
+        interpolation=external.pixels.interpolation,
+    )
+    return replace(
+        config,
+        run=replace(config.run, name=run_dir.name or "run", dir=str(run_dir)),
+        model=external.model,
+        data=data,
+        task=replace(config.task, **external.decoder),
+    )
+
+
+def _dims(config: ExperimentConfig) -> Dims:
+    return Dims(config.model.num_heads, config.model.patch_size, config.task.decoder_num_heads or 0)
+
+
+@torch.no_grad()
+def _fill(chunk: Any, external: ExternalModel, config: ExperimentConfig) -> None:
+    """Read the weights one by one into a network.
+
+    Raises:
+        ConfigError: naming the first that does not fit, is missing or is left over.
+    """
+    dims, wanted = _dims(config), []
+    for name, parameter in parameter_names(chunk).items():
+        theirs = to_timm_name(name)
+        if not external.classes and not external.decoder and theirs.startswith("head."):
+            # A model without a classifier: ours keeps its first weights, under the one class that must be.
+            continue
+        wanted.append(theirs)
+        weight = external.weight(theirs)
+        shape = to_timm({name: parameter}, dims)[theirs].shape
+        if weight.shape != shape:
+            raise ConfigError(
+                f"{theirs} is {list(weight.shape)} there and {list(shape)} here: the sizes read from it do not fit it"
+            )
+        parameter.copy_(from_timm({theirs: weight}, dims)[name])
+    left = external.unread(wanted)
+    if left:
+        raise ConfigError(f"{left[0]} has no place in megavit's network ({len(left)} weights are left over)")
+
+
+def _out_of_run(run: str, kind: str, target: Path, *, dtype: str) -> None:
+    weights = resolve_checkpoint(run)
+    config = read_config(weights.checkpoint)
+    is_mae = not config.task.name.classifies
+    if kind == "mae" and not is_mae:
+        raise ConfigError(
+            f"from={run} is a run of task.name={config.task.name.value}; to=mae: takes a masked autoencoder's"
+        )
+    _refuse_target(kind, target)
+    state = read_state(weights.checkpoint)
+    # Converted from a model without a classifier, it has a head that nobody trained.
+    headless = is_mae or not (state.classes or state.optimizer)
+    classes = () if headless else read_classes(weights.checkpoint)
+    if kind == "hf":
+        check_hf_compatible(config)
+    trained = open_run(config, weights, num_classes=0 if is_mae else len(classes) or 1)
+    dropped = ["mae_decoder."] if kind in ("timm", "nemo") else []
+    if headless:
+        dropped += ["head.pre.", "head.out."]
+    timm_weights = _timm_weights(trained, config, dropped=tuple(dropped), dtype=_DTYPES[dtype])
+    if kind == "hf":
+        write_hf(target, timm_weights, hf_config(config, classes, dtype), hf_preprocessor(config))
+        (target / "README.md").write_text(model_card(config, weights.checkpoint))
+    elif kind == "timm":
+        if config.model.head is not Head.linear:
+            raise ConfigError(f"model.head={config.model.head.value}: timm's ViT has one matrix for a head")
+        write_timm(target, timm_weights, config, classes)
+    elif kind == "nemo":
+        write_nemo(target, timm_weights, _dims(config))
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"model": timm_weights}, target)
+    print(f"{target}: {kind}, {dtype}, of {weights}")
+    for line in _unsaid(kind, config):
+        print(line)
+
+
+def _refuse_target(kind: str, target: Path) -> None:
+    """Raise ConfigError where the output, or what is written beside it, is there already."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"to={kind}:{target} is there already; choose another place")
+    if kind != "hf" and target.is_dir():
+        raise ConfigError(f"to={kind}:{target} is a folder; name the file in it: to={kind}:{target / 'weights'}")
+    beside = target.parent / "config.json"
+    if kind == "timm" and beside.exists():
+        raise ConfigError(
+            f"to=timm:{target} writes timm's config.json beside it, and {beside} is there already; choose another "
+            f"folder: to=timm:FOLDER/{target.name}"
+        )
+
+
+def _unsaid(kind: str, config: ExperimentConfig) -> list[str]:
+    """What the other library's files cannot say of the run, a line each."""
+    model, data = config.model, config.data
+    lines = []
+    if kind in ("mae", "nemo"):
+        values = {key: getattr(data, key) for key in ("mean", "std", "image_size", "crop_pct")}
+        settings = " ".join(f"data.{key}={format_value(value)}".replace(" ", "") for key, value in values.items())
+        lines.append(
+            f"{kind}: files carry no mean, std or crop; this run has {settings} "
+            f"data.interpolation={data.interpolation.value}"
+        )
+    if kind == "timm" and model.norm_eps != TIMM_NORM_EPS:
+        lines.append(f"timm: config.json cannot say model.norm_eps={model.norm_eps:g}; timm takes {TIMM_NORM_EPS:g}")
+    if kind == "hf" and data.crop_pct is not None:
+        lines.append(
+            "hf: its processors round the place of a centre crop down, timm, torchvision and megavit to the even "
+            "neighbour: of one image in four or fewer the crop lies a pixel further left or up; with "
+            "data.crop_pct=null none does"
+        )
+    if kind == "hf" and data.channels not in (1, 3):
+        lines.append(
+            f"hf: data.channels={data.channels}: give Hugging Face's processor arrays of [channel, row, column] and "
+            f"input_data_format='channels_first'"
+        )
+    return lines
+
+
+def _timm_weights(
+    run: TrainedRun, config: ExperimentConfig, *, dropped: tuple[str, ...], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Every weight by its plain name, ours given up one by one; fixed positions too, which theirs keep as weights.
+
+    Those whose names begin with one of `dropped` are left out.
+
+    What normalises a linear probe's features becomes part of its matrix, since theirs have no place for it.
+    """
+    dims, chunk = _dims(config), run.network.chunks["model"]
+    head = getattr(chunk, "head", None)
+    changed = head.weights_without_norm() if head is not None else {}
+    timm_weights: dict[str, Tensor] = {}
+    for name, parameter in parameter_names(chunk).items():
+        if name.startswith(dropped):
+            continue
+        timm_weights |= {
+            key: weight.to(dtype).contiguous().clone()
+            for key, weight in to_timm({name: changed.get(name, parameter.data)}, dims).items()
+        }
+        parameter.data = torch.empty(0)
+    grid, tokens = config.model.patch_grid(config.data.image_size), config.model.class_tokens
+    if config.model.positions is Positions.sincos:
+        timm_weights["pos_embed"] = (
+            sincos_positions(grid, config.model.hidden_size, class_tokens=tokens).unsqueeze(0).to(dtype)
+        )
+    if "decoder_embed.weight" in timm_weights:
+        narrow = config.task.decoder_hidden_size
+        assert narrow is not None
+        timm_weights["decoder_pos_embed"] = sincos_positions(grid, narrow, class_tokens=tokens).unsqueeze(0).to(dtype)
+    return timm_weights

@@ -1,0 +1,93 @@
+"""`megavit predict from=RUN images=PATH`: names and probabilities for images of one's own."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from megavit.cli.arguments import parse_arguments
+from megavit.data.sources.image_files import find_images
+from megavit.errors import ConfigError
+from megavit.inference.trained_run import open_run, read_classes, read_run, split_settings, with_settings
+from megavit.runtime.output import check_writable, complete_file, printable
+from megavit.task.config import Loss
+from megavit.validation import parse_int
+
+_AT_ONCE = 64
+
+
+def predict(arguments: list[str]) -> int:
+    """Classify images and write a row for each; one that cannot be read is named, and the others are classified.
+
+    Args:
+        arguments: `from=RUN images=PATH`, and optionally `out=FILE.csv|FILE.jsonl top=5`; without `out` to the console.
+            data.mean, data.std, data.crop_pct and data.interpolation may be others than the run's.
+
+    Raises:
+        ConfigError: if the run is no classifier's, or images cannot be read: then after all others have been written.
+    """
+    pixels, rest = split_settings(arguments)
+    args = parse_arguments("predict", rest, needed=("from", "images"), optional=("out", "top"))
+    weights, config = read_run(args["from"], classifies=True, does="predicts")
+    config = with_settings(config, pixels)
+    classes = read_classes(weights.checkpoint)
+    top = min(parse_int("top", args.get("top", "5")), len(classes))
+    out = Path(args["out"]) if "out" in args else None
+    if out is not None and out.suffix not in (".csv", ".jsonl"):
+        raise ConfigError(f"out={out} must end in .csv or .jsonl")
+    if out is not None:
+        check_writable(out)
+    paths = find_images(Path(args["images"]))
+    trained = open_run(config, weights, num_classes=len(classes))
+    rows, unread = [], list[ConfigError]()
+    for first in range(0, len(paths), _AT_ONCE):
+        some, images = [], []
+        for path in paths[first : first + _AT_ONCE]:
+            try:
+                images.append(trained.read(path))
+                some.append(path)
+            except ConfigError as error:
+                unread.append(error)
+                if len(paths) > 1:
+                    print(f"megavit: {error}", file=sys.stderr)
+        if not images:
+            continue
+        with torch.no_grad():
+            logits, _ = trained.network.task.forward(trained.collate(images), trained.network.chunks["model"])
+        # Trained with binary cross-entropy, each class has a probability of its own.
+        chances = logits.sigmoid() if config.task.loss is Loss.bce else logits.softmax(dim=1)
+        best = chances.topk(top, dim=1)
+        for path, scores, labels in zip(some, best.values.tolist(), best.indices.tolist(), strict=True):
+            guesses = [{"class": classes[k], "probability": p} for k, p in zip(labels, scores, strict=True)]
+            rows.append({"image": printable(str(path)), "guesses": guesses})
+    if len(paths) == 1 and unread:
+        raise unread[0]
+    if rows:
+        _write(rows, out, top)
+    if unread:
+        rest = f"; {out or 'the output'} has the other {len(rows):,}" if rows else ""
+        raise ConfigError(f"{len(unread):,} of {len(paths):,} images could not be read, see above{rest}")
+    return 0
+
+
+def _write(rows: list[dict], out: Path | None, top: int) -> None:
+    if out is None:
+        _write_csv(rows, sys.stdout, top)
+        return
+    with complete_file(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        if out.suffix == ".jsonl":
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            _write_csv(rows, file, top)
+    print(f"{out}: {len(rows)} images")
+
+
+def _write_csv(rows: list[dict], file: TextIO, top: int) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["image", *(name for k in range(1, top + 1) for name in (f"class_{k}", f"probability_{k}"))])
+    for row in rows:
+        cells = [cell for guess in row["guesses"] for cell in (guess["class"], f"{guess['probability']:.6f}")]
+        writer.writerow([row["image"], *cells])

@@ -1,0 +1,104 @@
+"""`megavit show-data key=value …`: the first training images as the network will see them, as a picture."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megavit.cli.arguments import split_own
+from megavit.config.compose import compose
+from megavit.config.validate import ExperimentConfig
+from megavit.data.loader import Batch, Loader
+from megavit.data.prefetch import RequiredFields
+from megavit.data.sources.label_checks import describe_oddities
+from megavit.data.sources.registry import open_source
+from megavit.data.transforms.device import DeviceTransforms
+from megavit.errors import ConfigError
+from megavit.metrics.plots import draw_samples
+from megavit.parallel.layout import ParallelLayout
+from megavit.runtime.output import complete_file
+from megavit.task.config import TaskName
+from megavit.task.masking import hidden_mask, random_keep
+from megavit.validation import parse_int
+
+_HIDDEN = 127
+
+
+def show_data(arguments: list[str]) -> int:
+    """Draw the first training images, in the order of training: what they are, and what the network gets.
+
+    They come from the loader and the transforms that a run has; which samples they are, and what is drawn for them,
+    does not depend on the layout, so this one process shows what any number of ranks will see.
+
+    Args:
+        arguments: settings as in `megavit train`, and optionally `out=PICTURE.png count=16`.
+
+    Raises:
+        ConfigError: if a setting does not fit, or the data cannot be read.
+    """
+    options, settings = split_own("show-data", arguments, options=("out", "count"))
+    config = compose(settings)
+    for group in (config.model, config.task, config.data):
+        group.check()
+    config.check_task()
+    count = parse_int("count", options.get("count", "16"))
+    if config.data.mixes and count % 2:
+        raise ConfigError(f"count={count} is odd, and images are mixed in pairs; set count={count + 1}")
+    source = open_source(config.data, "train")
+    labelled = bool(source.classes) and config.task.name.classifies
+    loader = Loader(
+        source,
+        replace(config.data, workers=0),
+        layout=ParallelLayout.alone(),
+        fields=RequiredFields(images=True, labels=labelled),
+        micro_batch=count,
+        seed=config.run.seed,
+        train=True,
+    )
+    (batch,) = loader.train_batches(0, num_steps=1, global_batch=count)
+    device = DeviceTransforms(config.data, seed=config.run.seed, device=torch.device("cpu"))
+    seen_BCYX = (device.normalize.undo(device(batch)).clamp(0, 1) * 255).round().to(torch.uint8)
+    rows = {"original": [source.image(key.sample_id) for key in batch.keys], "seen": list(seen_BCYX)}
+    if config.task.name is TaskName.mae:
+        rows["masked"] = list(_masked(seen_BCYX, batch, config))
+    captions = {}
+    if labelled:
+        assert batch.labels_B is not None
+        names = _names(source.classes, batch.labels_B)
+        mix = device.mix(batch)
+        captions["original"] = names
+        if mix is not None:
+            captions["seen"] = [_shares(names, row, share) for row, share in enumerate(mix.share_B.tolist())]
+    out = Path(options.get("out") or Path(config.run.dir) / "pictures" / "data.png")
+    with complete_file(out) as temporary:
+        draw_samples(rows, captions=captions, path=temporary)
+    for line in describe_oddities({"train": source}):
+        print(line)
+    print(f"{out}: the first {count} of {len(source):,} training images of data.source={config.data.source}")
+    return 0
+
+
+def _names(classes: tuple[str, ...], labels_B: Tensor) -> list[str]:
+    """Each image's class, or its classes, joined by commas."""
+    if labels_B.ndim == 1:
+        return [classes[label] for label in labels_B.tolist()]
+    return [", ".join(classes[label] for label in row.nonzero().flatten().tolist()) or "none" for row in labels_B]
+
+
+def _shares(names: list[str], row: int, share: float) -> str:
+    """What a mixed image is of: `cat 0.70 + dog 0.30`, the second in a line of its own."""
+    return names[row] if share == 1 else f"{names[row]} {share:.2f}\n+ {names[row ^ 1]} {1 - share:.2f}"
+
+
+def _masked(images_BCYX: Tensor, batch: Batch, config: ExperimentConfig) -> Tensor:
+    """The images with the patches grey that the autoencoder does not see."""
+    num_visible, side = config.task.num_visible_patches(config.num_patches), config.model.patch_size
+    ids_B, epochs_B, occurrences_B = batch.key_columns()
+    ids_keep_BK = random_keep(
+        ids_B, epochs_B, occurrences_B, config.num_patches, num_kept=num_visible, seed=config.run.seed
+    )
+    rows, columns = config.model.patch_grid(config.data.image_size)
+    hidden_BYX = hidden_mask(ids_keep_BK, config.num_patches).view(-1, rows, columns)
+    hidden_BYX = hidden_BYX.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
+    return images_BCYX.masked_fill(hidden_BYX.unsqueeze(1), _HIDDEN)

@@ -1,0 +1,83 @@
+"""`megavit submit cluster=… key=value …`: check a job here, write it down, hand it to a cluster."""
+
+import sys
+from pathlib import Path
+
+from megavit.cluster.backend import Backend, Submitted
+from megavit.cluster.job import Job, plan_job, split_sweep
+from megavit.cluster.registry import get_backend, split_cluster
+from megavit.cluster.render import refuse_secret_names, refuse_secrets
+from megavit.config.compose import flatten
+from megavit.errors import ConfigError
+
+_FOLDER = "launch"
+
+
+def submit(arguments: list[str]) -> int:
+    """Submit one job, or with --multirun one for each combination of settings; nothing unless all of them are right.
+
+    Args:
+        arguments: `cluster=NAME`, `cluster.KEY=VALUE`, the run's settings, `--multirun`.
+
+    Raises:
+        ConfigError: for a setting that is wrong, or a cluster that takes no such job.
+    """
+    cluster_args, overrides = split_cluster([text for text in arguments if text not in ("--multirun", "-m")])
+    backend = get_backend(cluster_args)
+    refuse_secret_names(backend.config.env)
+    runs = split_sweep(overrides) if len(cluster_args) + len(overrides) < len(arguments) else [overrides]
+    jobs = [plan_job(run, backend.config) for run in runs]
+    _refuse_shared_folders(jobs)
+    # Before the quoting, which would hide a secret that holds a quote.
+    refuse_secrets("\n".join([*arguments, *map(str, flatten(backend.config).values())]))
+    texts = [backend.render(job) for job in jobs]
+    for text in texts:
+        refuse_secrets(text)
+    if backend.config.dry_run:
+        for job, text in zip(jobs, texts, strict=True):
+            print(f"# {job.run_dir / _FOLDER / backend.file_name}: {job}, not submitted (cluster.dry_run=true)")
+            print(text)
+        return 0
+    backend.try_out(texts)
+    files = [_keep(job, text, file_name=backend.file_name) for job, text in zip(jobs, texts, strict=True)]
+    return max(submitted.code for submitted in _hand_over(backend, files, jobs))
+
+
+def _hand_over(backend: Backend, files: list[Path], jobs: list[Job]) -> list[Submitted]:
+    """Submit all, or none."""
+    taken: list[Submitted] = []
+    for file, job in zip(files, jobs, strict=True):
+        print(f"{job}\n  script  {file}", flush=True)
+        try:
+            submitted = backend.submit(file, job)
+        except ConfigError:
+            for earlier in taken:
+                backend.take_back(earlier)
+                print(f"megavit: job {earlier.job_id} was taken back", file=sys.stderr)
+            raise
+        taken.append(submitted)
+        for name, text in submitted.lines.items():
+            print(f"  {name:<6}  {text}", flush=True)
+    return taken
+
+
+def _refuse_shared_folders(jobs: list[Job]) -> None:
+    folders = [job.run_dir for job in jobs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise ConfigError(
+                f"{folders.count(folder)} of the jobs would share the folder {folder}; sweep run.name too"
+            )
+
+
+def _keep(job: Job, text: str, *, file_name: str) -> Path:
+    """Write what is submitted into the run's folder."""
+    file = job.run_dir / _FOLDER / file_name
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir={job.config.run.dir} cannot be written: {error.strerror}; choose another"
+        ) from error
+    return file

@@ -1,0 +1,296 @@
+"""From the command line to a ExperimentConfig: Hydra composes, we say what is wrong with it in one line."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megavit.config.overrides import Setting, key_of, read_setting, read_text, types_of
+from megavit.config.validate import ExperimentConfig
+from megavit.errors import ConfigError
+
+# What other trainers call a setting, by the last word of its path.
+_CALLED_ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "max_lr": "optim.lr",
+    "blr": "optim.base_lr",
+    "wd": "optim.weight_decay",
+    "warmup": "optim.warmup_steps",
+    "warmup_iters": "optim.warmup_steps",
+    "grad_clip": "optim.clip_grad",
+    "max_grad_norm": "optim.clip_grad",
+    "ema_decay": "optim.ema",
+    "optimizer": "optim.name",
+    "opt": "optim.name",
+    "batch_size": "train.global_batch",
+    "global_batch_size": "train.global_batch",
+    "micro_batch_size": "train.micro_batch",
+    "num_epochs": "train.epochs",
+    "max_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "num_steps": "train.steps",
+    "train_iters": "train.steps",
+    "iterations": "train.steps",
+    "amp": "train.precision",
+    "dtype": "train.precision",
+    "num_workers": "data.workers",
+    "img_size": "data.image_size",
+    "input_size": "data.image_size",
+    "resolution": "data.image_size",
+    "num_channels": "data.channels",
+    "in_chans": "data.channels",
+    "dataset": "data.path",
+    "data_path": "data.path",
+    "data_dir": "data.path",
+    "depth": "model.num_layers",
+    "embed_dim": "model.hidden_size",
+    "mlp_dim": "model.ffn_size",
+    "heads": "model.num_heads",
+    "dropout": "model.hidden_dropout",
+    "drop_path_rate": "model.drop_path",
+    "smoothing": "task.label_smoothing",
+    "tensor_parallel": "parallel.tp",
+    "tensor_model_parallel_size": "parallel.tp",
+    "pipeline_parallel": "parallel.pp",
+    "pipeline_model_parallel_size": "parallel.pp",
+    "output_dir": "run.dir",
+    "save_dir": "run.dir",
+    "num_gpus": "run.ranks",
+    "nproc_per_node": "run.ranks",
+    "save_interval": "checkpoint.save_every",
+    "log_interval": "metrics.log_every",
+    "wandb_project": "metrics.wandb",
+    "pretrained": "init_from",
+}
+
+# Settings that had another name before the first release; a run's saved configuration is read with them.
+_RENAMED = {
+    "optim.decay": "optim.schedule",
+    "optim.clip": "optim.clip_grad",
+    "checkpoint.every": "checkpoint.save_every",
+    "metrics.every": "metrics.log_every",
+    "data.eval_crop": "data.crop_pct",
+    "data.erase": "data.random_erasing",
+    "data.shift": "data.random_shift",
+    "data.mix_prob": "data.mixup_prob",
+    "data.mix_switch": "data.mixup_switch_prob",
+    "model.linears": "model.linear_backend",
+    "model.attention": "model.attention_backend",
+    "task.norm_pix": "task.norm_pix_loss",
+}
+
+# Of each pair one is null; to override one clears the other.
+_EITHER_OR = (("train.steps", "train.epochs"), ("optim.lr", "optim.base_lr"))
+
+# Resolved by `megavit.train.auto_model`, before a configuration is composed.
+AUTO_MODEL = "model=auto"
+
+
+def config_dir() -> Path:
+    """The folder of YAML files, in the repository or in the installed package."""
+    return Path(str(files("megavit.conf").joinpath("train.yaml"))).parent
+
+
+def choices(group: str) -> list[str]:
+    """What can be chosen for a group, `model` or `recipe` for example."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def groups() -> list[str]:
+    """The groups one can choose from; `cluster` is megavit submit's alone."""
+    folders = (path for path in config_dir().iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+    return sorted(path.name for path in folders if path.name != "cluster")
+
+
+def compose(overrides: list[str]) -> ExperimentConfig:
+    """Compose the configuration of a run.
+
+    Args:
+        overrides: `key=value`, as typed (see `overrides.py`).
+
+    Raises:
+        ConfigError: for a key or choice that is not there (the nearest one is named), or a value of a wrong type.
+    """
+    settings = _read(overrides)
+    typed = {setting.key for setting in settings}
+    cleared = [
+        f"{loser}=null"
+        for pair in _EITHER_OR
+        for winner, loser in (pair, pair[::-1])
+        if winner in typed and loser not in typed
+    ]
+    # Hydra deletes a group's choice with a tilde; to a user, null says the same.
+    typed_overrides = ["~recipe" if setting.hydra == "recipe=null" else setting.hydra for setting in settings]
+    if "recipe" not in typed and any(_is_other_data(setting) for setting in settings):
+        typed_overrides.append("~recipe")
+        if "data" not in typed:
+            # Else the digits' one channel, mean and deviation would stay.
+            typed_overrides.append("data=folder")
+    if "optim.warmup_steps" in typed and "optim.shorten_warmup" not in typed:
+        typed_overrides.append("optim.shorten_warmup=false")
+    _register()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            composed = hydra_compose("train", overrides=[*typed_overrides, *cleared])
+        OmegaConf.resolve(composed)
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, settings)) from error
+    assert isinstance(config, ExperimentConfig)
+    config.task = config.task.with_decoder(config.model)
+    return config
+
+
+@cache
+def _register() -> None:
+    """Let Hydra know the types of all settings; it keeps them for as long as the process lives."""
+    ConfigStore.instance().store(name="run_config", node=ExperimentConfig)
+
+
+def to_yaml(config: ExperimentConfig) -> str:
+    """The resolved configuration as YAML, as it is kept in the run folder."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def from_yaml(text: str) -> ExperimentConfig:
+    """Read what `to_yaml` wrote.
+
+    Raises:
+        ConfigError: if it does not fit this megavit's configuration.
+    """
+    if "${" in text:
+        raise ConfigError(
+            "a run's configuration holds ${…}, which is resolved before it is written; it was tampered with"
+        )
+    try:
+        saved = OmegaConf.create(text)
+        for old, new in _RENAMED.items():
+            group, _, name = old.partition(".")
+            if isinstance(saved.get(group), DictConfig) and name in saved[group]:
+                saved[group][new.partition(".")[2]] = saved[group].pop(name)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig), saved))
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"a run's configuration cannot be read: {_explain(error)}") from error
+    assert isinstance(config, ExperimentConfig)
+    return config
+
+
+def merge(config: ExperimentConfig, overrides: list[str]) -> ExperimentConfig:
+    """Put settings over a configuration that a run has left.
+
+    Args:
+        config: the run's.
+        overrides: `key=value`, as typed; a whole group cannot be chosen anew.
+
+    Raises:
+        ConfigError: for a key that is not there, or a value of a wrong type.
+    """
+    settings = _read(overrides)
+    for setting in settings:
+        if setting.key in groups():
+            hint = f", data.source={setting.value} for example" if setting.key == "data" else ""
+            raise ConfigError(f"{setting.typed}: a run's groups are as they were; set single keys of them{hint}")
+    try:
+        typed = OmegaConf.create({})
+        for setting in settings:
+            OmegaConf.update(typed, setting.key, setting.value)
+        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), typed))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, settings)) from error
+    assert isinstance(merged, ExperimentConfig)
+    return merged
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted path."""
+    found: dict[str, Any] = {}
+    for part in fields(config):
+        value = getattr(config, part.name)
+        path = f"{prefix}{part.name}"
+        found |= flatten(value, f"{path}.") if is_dataclass(value) else {path: value}
+    return found
+
+
+@cache
+def run_types() -> dict[str, Any]:
+    """The type of every setting of a run, by its dotted path."""
+    return types_of(ExperimentConfig)
+
+
+def _read(overrides: list[str]) -> list[Setting]:
+    settings = []
+    for text in overrides:
+        if "=" not in text and not text.startswith("~"):
+            raise ConfigError(f"'{text}' is no setting: write key=value, for example train.steps=100")
+        _check_key(text)
+        settings.append(read_setting(text, run_types()))
+        if settings[-1].override.is_sweep_override():
+            raise ConfigError(f"'{text}' gives several values, and a run takes one; a list goes in brackets: key=[a,b]")
+    return settings
+
+
+def _is_other_data(setting: Setting) -> bool:
+    """Whether a setting chooses other data than the recipe that stands where none is typed, that of the digits."""
+    return setting.key in ("data", "data.path") and setting.value not in ("digits", None)
+
+
+def _check_key(typed: str) -> None:
+    """Refuse a key, or the choice of a group, that is not there."""
+    key, value = key_of(typed), typed.partition("=")[2]
+    if key in groups():
+        if typed == AUTO_MODEL:
+            raise ConfigError(
+                f"{AUTO_MODEL} is for megavit train and megavit submit, which read init_from's weights; choose one of "
+                f"{', '.join(choices(key))}"
+            )
+        if typed not in ("recipe=null", "~recipe") and read_text(value) not in choices(key):
+            raise ConfigError(_unknown(f"{key}={value}", value, choices(key), form=f"{key}={{}}"))
+        return
+    known = list(run_types())
+    if key in known:
+        return
+    if key in _RENAMED:
+        raise ConfigError(f"{key} is renamed to {_RENAMED[key]}: write {_RENAMED[key]}={value}")
+    if key.partition(".")[0] == "cluster":
+        raise ConfigError(f"{typed} says where a job runs, which is read by megavit submit alone")
+    if keys := [path for path in known if path.startswith(f"{key}.")]:
+        raise ConfigError(f"{typed} sets a whole section; set its keys: {', '.join(keys)}")
+    raise ConfigError(_unknown(f"the setting {key}", key, [*known, *groups()], form="{}"))
+
+
+def _unknown(what: str, typed: str, known: list[str], *, form: str) -> str:
+    last = typed.rpartition(".")[2].lower()
+    # `lr` where `optim.lr` was meant, or `trainer.steps`; of several the one whose whole path is nearest.
+    same = [path for path in known if path.rpartition(".")[2] == last]
+    elsewhere = [path for path in known if path == _CALLED_ELSEWHERE.get(last)]
+    near = difflib.get_close_matches(typed, same, n=1, cutoff=0) or elsewhere
+    near = near or difflib.get_close_matches(typed, known, n=1, cutoff=0.5)
+    hint = f"did you mean {form.format(near[0])}?" if near else f"known: {', '.join(known)}"
+    return f"{what} does not exist; {hint}"
+
+
+def _explain(error: Exception, settings: Iterable[Setting] = ()) -> str:
+    """The setting, the value and what was expected, out of Hydra's and OmegaConf's messages."""
+    # OmegaConf's own message, at the bottom of the chain, names value and type; Hydra's above it names the file.
+    cause: BaseException = error
+    while cause.__cause__ is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    text = str(cause)
+    found = re.search(r"full_key: (\S+)", text) or re.search(r"full_key: (\S+)", str(error))
+    key, first = found.group(1) if found else getattr(cause, "full_key", None), text.splitlines()[0]
+    typed = next((setting.typed for setting in settings if setting.key == key), "")
+    # 1e3 is shown as 1000.0 there.
+    as_typed = f" ({typed})" if typed and typed.partition("=")[2] not in first else ""
+    return f"{key}: {first}{as_typed}" if key else first

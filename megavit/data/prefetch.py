@@ -1,0 +1,270 @@
+"""Sample keys to images as the network sees them, here or in worker processes."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+
+from megavit.data.config import DataConfig, OnBadSample
+from megavit.data.decode import Jpeg
+from megavit.data.sampler import SampleKey
+from megavit.data.sources.base import Source, all_labels, label_set, name_of, open_sample
+from megavit.data.transforms.image import ImageTransform
+from megavit.data.transforms.normalize import draw_shifts, shift_image
+from megavit.data.transforms.resize import named_if_too_large
+from megavit.errors import ConfigError
+from megavit.parallel.rng import hash_int64
+
+# What the draws are for (see transforms.py).
+_REPLACE = 4
+
+# A class of which so many in a row cannot be read has more wrong with it than an image.
+_TRIES = 20
+
+# How often a wait for the workers looks whether they live, and what torch 2.15 says of those that do not.
+_LOOK_S = 5.0
+_TIMED_OUT, _DIED = "DataLoader timed out", "DataLoader worker (pid"
+
+
+@dataclass(frozen=True)
+class RequiredFields:
+    """What this rank's pipeline stage reads of a batch."""
+
+    images: bool
+    labels: bool
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """An image that could not be read, and the one in its place.
+
+    Attributes:
+        sample_id: its index in the source.
+        reason: its name and what is wrong with it.
+        replaced_by: the other's index.
+    """
+
+    sample_id: int
+    reason: str
+    replaced_by: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro batch as it was read.
+
+    Attributes:
+        images: uint8 images_BCYX, or nothing.
+        labels: int64 labels_B, or uint8 labels_BK, or nothing.
+        bad: what was replaced in it.
+    """
+
+    images: Tensor | None
+    labels: Tensor | None
+    bad: list[BadSample]
+
+    def pin_memory(self) -> "MicroBatch":
+        """The same in memory that a GPU copies from by itself; DataLoader asks for it."""
+        images, labels = (None if tensor is None else tensor.pin_memory() for tensor in (self.images, self.labels))
+        return replace(self, images=images, labels=labels)
+
+
+class SampleDataset(Dataset[MicroBatch]):
+    """What DataLoader asks for micro batches.
+
+    Args:
+        source: the samples.
+        config: the data group.
+        fields: what this rank's stage reads.
+        seed: `run.seed`.
+        augment: look at them at random, or alike always.
+    """
+
+    def __init__(self, source: Source, config: DataConfig, fields: RequiredFields, *, seed: int, augment: bool) -> None:
+        self.source, self.config, self.fields, self.seed, self.augment = (
+            source,
+            config,
+            fields,
+            seed,
+            augment,
+        )
+        self.view = ImageTransform(config, augment=augment)
+        self._labels: np.ndarray | None = None
+        # Which sample each worker is at, for whoever asks after its end; −1 for none.
+        self.at = torch.full((max(1, config.workers),), -1, dtype=torch.int64).share_memory_()
+
+    def __getitems__(self, keys: list[SampleKey]) -> MicroBatch | ConfigError:
+        """Read a micro batch, called by DataLoader.
+
+        A user's error comes back as a value: raised in a worker, DataLoader would bury its message in a traceback.
+        """
+        try:
+            return self._read(keys)
+        except ConfigError as error:
+            return error
+
+    def _read(self, keys: list[SampleKey]) -> MicroBatch:
+        labels = None
+        if self.fields.labels:
+            labels = self._labels_of(keys)
+        if not self.fields.images:
+            return MicroBatch(None, labels, [])
+        bad: list[BadSample] = []
+        # Draws are made for all of the micro batch at once. Images are read one by one: as they were taken, the memory
+        # may not hold them together.
+        draws = self.view.sample_seeds(keys, seed=self.seed)
+        with self.view.drawing():
+            images = [self.view.augment(self._cut(key, draw, bad)) for key, draw in zip(keys, draws, strict=True)]
+        if self.augment and self.config.random_shift:
+            shifts = draw_shifts(keys, pixels=self.config.random_shift, seed=self.seed)
+            images = [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]
+        # Not torch.stack: in a worker this writes into memory that is shared, which else is one more copy.
+        return MicroBatch(default_collate(images), labels, bad)
+
+    def _labels_of(self, keys: list[SampleKey]) -> Tensor:
+        """int64 labels_B; or uint8 labels_BK, 1 for each of an image's labels, where it may have several."""
+        if not self.config.multi_label:
+            return torch.tensor([self.source.label(key.sample_id) for key in keys])
+        labels_BK = torch.zeros(len(keys), len(self.source.classes), dtype=torch.uint8)
+        for row, key in enumerate(keys):
+            labels_BK[row, label_set(self.source, key.sample_id)] = 1
+        return labels_BK
+
+    def _cut(self, key: SampleKey, draw: int, bad: list[BadSample]) -> Tensor:
+        """What the view cuts from the sample's image; where that cannot be read and the user wants it so, another's."""
+        tried: list[tuple[int, str]] = []
+        for sample_id in self._candidates(key):
+            try:
+                with self._told_of(sample_id):
+                    image = open_sample(self.source, sample_id)
+                    with named_if_too_large(partial(name_of, self.source, sample_id)):
+                        cut = self.view.crop(image, draw) if self._fits(image) else None
+            except ConfigError as error:
+                if self.config.on_bad_sample is OnBadSample.stop:
+                    raise
+                tried.append((sample_id, str(error)))
+                continue
+            bad += [BadSample(failed, reason, replaced_by=sample_id) for failed, reason in tried]
+            if cut is None:
+                assert isinstance(image, Tensor)
+                raise ConfigError(
+                    f"sample {sample_id} of data.source={self.config.source} is {image.dtype} {list(image.shape)}, "
+                    f"and uint8 [{self.config.channels}, rows, columns] is due (data.channels={self.config.channels})"
+                )
+            return cut
+        raise ConfigError(
+            f"{tried[0][1]}; nor can {len(tried) - 1} others of its class be read that were to take its place"
+        )
+
+    def _candidates(self, key: SampleKey) -> Iterator[int]:
+        """The sample, and what takes its place: a function of its key, like it in class.
+
+        The last pipeline stage reads labels alone, and would have to be told of another label.
+        """
+        yield key.sample_id
+        alike = self._of_class(self.source.label(key.sample_id))
+        for number in range(_TRIES):
+            draw = int(hash_int64(self.seed, key.epoch, key.sample_id, key.occurrence, _REPLACE, number))
+            yield int(alike[draw % len(alike)])
+
+    def _of_class(self, label: int) -> np.ndarray:
+        # Only where an image is bad: a million labels take a second to ask for.
+        if self._labels is None:
+            self._labels = all_labels(self.source)
+        return np.flatnonzero(self._labels == label)
+
+    @contextmanager
+    def _told_of(self, sample_id: int) -> Iterator[None]:
+        worker = get_worker_info()
+        if worker is None:
+            yield
+            return
+        self.at[worker.id] = sample_id
+        try:
+            yield
+        finally:
+            self.at[worker.id] = -1
+
+    def _fits(self, image: Tensor | Jpeg) -> bool:
+        if isinstance(image, Jpeg):
+            return True
+        return image.ndim == 3 and image.shape[0] == self.config.channels and image.dtype == torch.uint8
+
+
+def prefetch(samples: SampleDataset, batches: Iterator[list[SampleKey]], *, pins: bool) -> Iterator[MicroBatch]:
+    """Read micro batches in order, in `data.workers` processes beside this one.
+
+    Args:
+        samples: what is read.
+        batches: the keys of each.
+        pins: leave them in memory that a GPU copies from by itself.
+
+    Raises:
+        ConfigError: if an image cannot be read.
+        RuntimeError: if a worker process dies or hangs; it names the images that were being read.
+    """
+    workers = samples.config.workers
+    before = signal.getsignal(signal.SIGCHLD)
+    reads = iter(
+        DataLoader(
+            samples,
+            batch_sampler=batches,  # type: ignore[arg-type]
+            num_workers=workers,
+            timeout=min(_LOOK_S, samples.config.timeout_s) if workers else 0,
+            pin_memory=pins,
+            # DataLoader draws a seed for its workers when it starts; from the default generator that would move the
+            # dropout of the step in which it happens to start, and a resumed run would not be bit-equal.
+            generator=torch.Generator(),
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
+        )
+    )
+    # torch's own handler raises wherever this process happens to be when a worker ends, even where it cleans up.
+    signal.signal(signal.SIGCHLD, before)
+    while True:
+        try:
+            read = _next(reads, samples)
+        except StopIteration:
+            return
+        if isinstance(read, ConfigError):
+            raise read
+        yield read
+
+
+def _next(reads: Iterator[MicroBatch | ConfigError], samples: SampleDataset) -> MicroBatch | ConfigError:
+    """Wait for the next micro batch, looking now and then whether all workers live."""
+    started = time.monotonic()
+    while True:
+        try:
+            return next(reads)
+        except (RuntimeError, OSError, EOFError) as error:
+            waited_s = time.monotonic() - started
+            hangs, died = _TIMED_OUT in str(error), _tells_of_a_dead_worker(error, samples)
+            if hangs and waited_s < samples.config.timeout_s:
+                continue
+            if not (hangs or died):
+                raise
+            names = [name_of(samples.source, at) for at in samples.at.tolist() if at >= 0]
+            what = f"no micro batch came for {waited_s:.0f} s" if hangs else "a loading process died"
+            raise RuntimeError(
+                f"{what}; being read: {', '.join(names) or 'nothing'}. Look at these images; where memory has run out "
+                f"lower data.workers, where reading is slow raise data.timeout_s={samples.config.timeout_s:g}"
+            ) from error
+
+
+def _tells_of_a_dead_worker(error: Exception, samples: SampleDataset) -> bool:
+    if _DIED in str(error):
+        return True
+    # What it had read before lies in its memory, and cannot be fetched any more. An error of the source in a worker
+    # says where it was caught.
+    return samples.config.workers > 0 and not isinstance(error, RuntimeError) and "Caught " not in str(error)
+
+
+def _as_it_is(read: MicroBatch | ConfigError) -> MicroBatch | ConfigError:
+    return read

@@ -1,0 +1,115 @@
+"""Images that lie in files of their own: what every source that lists files has in common."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from megavit.data.decode import Jpeg, decode_image, open_image
+from megavit.data.sources import remote
+from megavit.data.sources.list_files import SUFFIXES, list_images
+from megavit.errors import ConfigError
+from megavit.runtime.output import printable
+
+
+class ImageFileSource:
+    """Image files and their labels.
+
+    Args:
+        names: paths relative to the folder, or whole, or URLs; as bytes of a fixed width (see `as_bytes`).
+        labels: theirs, in [0, number of classes); without classes all 0.
+        classes: names, in label order; empty where nothing is labelled.
+        channels: that each image is to have.
+        folder: that the names are relative to.
+        part: which of the files are meant, by their places; None for all. An index that is mapped into memory is not
+            copied for it.
+        label_sets: all labels of each file, where it may have several; the labels are not looked at then.
+    """
+
+    image_shape: tuple[int, ...] | None = None
+
+    def __init__(
+        self,
+        names: np.ndarray,
+        labels: np.ndarray,
+        *,
+        classes: tuple[str, ...],
+        channels: int,
+        folder: Path | None = None,
+        part: np.ndarray | None = None,
+        label_sets: list[list[int]] | None = None,
+    ) -> None:
+        self._names, self._labels, self.classes = names, labels, classes
+        self._folder, self._channels = b"" if folder is None else os.fsencode(folder), channels
+        self._part = np.arange(len(names)) if part is None else part
+        self._label_sets = label_sets
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    def image(self, index: int) -> Tensor:
+        """One image_CYX, uint8, of its natural size."""
+        return decode_image(self._encoded(index), channels=self._channels, name=self.name(index))
+
+    def opened(self, index: int) -> Tensor | Jpeg:
+        """The same, a JPEG not decoded yet."""
+        return open_image(self._encoded(index), channels=self._channels, name=self.name(index))
+
+    def label(self, index: int) -> int:
+        """Its label."""
+        return int(self._labels[self._part[index]])
+
+    def labels(self, index: int) -> list[int]:
+        """All its labels."""
+        assert self._label_sets is not None
+        return self._label_sets[self._part[index]]
+
+    def label_counts(self) -> np.ndarray:
+        """Images of each class."""
+        if self._label_sets is None:
+            labels = self._labels[self._part]
+        else:
+            labels = np.array([label for place in self._part for label in self._label_sets[place]], dtype=np.int64)
+        return np.bincount(labels, minlength=len(self.classes))
+
+    def name(self, index: int) -> str:
+        """Its path."""
+        return printable(self._path(index))
+
+    def _encoded(self, index: int) -> Path | bytes:
+        path = self._path(index)
+        return remote.read(path) if remote.is_url(path) else Path(path)
+
+    def _path(self, index: int) -> str:
+        return os.fsdecode(os.path.join(self._folder, bytes(self._names[self._part[index]])))
+
+
+def as_bytes(names: Sequence[str]) -> np.ndarray:
+    """Names as one array, of the longest one's width.
+
+    Not a list: it is copied into every worker, and ImageNet has more than a million. Not text: that takes four bytes
+    a letter, and cannot hold every name that a file may have.
+    """
+    return np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+
+
+def find_images(path: Path, *, setting: str = "images") -> list[Path]:
+    """The images in a folder and in the folders within, sorted; or the one image that the path is.
+
+    Args:
+        path: a folder or an image.
+        setting: that gave the path, for the error.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ConfigError(f"{setting}={path} is neither an image nor a folder")
+    found = sorted(path / walked.path / name for walked in list_images(path) for name in walked.images)
+    if not found:
+        raise ConfigError(f"{setting}={path} holds no image ({', '.join(SUFFIXES)})")
+    return found

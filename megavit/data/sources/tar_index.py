@@ -1,0 +1,183 @@
+"""What lies where in a tar: its samples as WebDataset groups them, found by reading the headers once."""
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO
+
+from megavit.data.sources.list_files import SUFFIXES
+from megavit.errors import ConfigError
+from megavit.runtime.output import printable
+
+_ENDINGS = tuple(suffix[1:] for suffix in SUFFIXES)
+
+# Labels count from 0, and each up to the largest becomes a class: far more than there are is a slip of the pen.
+_MAX_LABEL = 1_000_000
+
+# How much is looked at behind the end: tar fills its last record, of 10,240 bytes as a rule, with zeros.
+_TRAILER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One image.
+
+    Attributes:
+        name: its member's path, without a leading ./
+        offset: of its first byte in the tar.
+        size: in bytes.
+        label: None where it has none.
+    """
+
+    name: str
+    offset: int
+    size: int
+    label: int | None
+
+
+@dataclass
+class _Sample:
+    endings: set[str] = field(default_factory=set)
+    image: tuple[str, int, int] | None = None
+    label: int | None = None
+
+
+def read_headers(file: IO[bytes], shard: str) -> list[Placed]:
+    """The images of a tar, in its order.
+
+    A sample's members share their path up to the first dot of the file's own name: an image, and `.cls`, a whole
+    number, or `.json` with a whole number as "label". Other members are left away, and what is hidden or lies
+    in a hidden folder.
+
+    Args:
+        file: the tar, not compressed.
+        shard: its path, for the errors.
+
+    Raises:
+        ConfigError: if it is no whole tar, holds what is neither file nor folder or lies outside it, or a sample has
+            two images, none beside its label, a member twice, or a label that is no whole number.
+    """
+    samples: dict[str, _Sample] = {}
+    try:
+        for member in _members(file, shard):
+            _add(member, file, samples, shard)
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{shard} cannot be read: {error.strerror or error}") from error
+    except Exception as error:
+        # Of any type: tarfile takes numbers, texts and recursion from the file.
+        raise ConfigError(f"{shard} cannot be read as a tar: {error}; is it whole, and not compressed?") from error
+    placed = []
+    for key, sample in samples.items():
+        if sample.image is not None:
+            placed.append(Placed(*sample.image, label=sample.label))
+        elif any(ending in ("cls", "json") or ending.endswith(_ENDINGS) for ending in sample.endings):
+            has = ", ".join(f".{ending}" for ending in sorted(sample.endings))
+            raise ConfigError(
+                f"{shard}: the sample {printable(key)} has no image, but {printable(has)}; a name counts up to its "
+                f"first dot, and an image ends in one of {', '.join(SUFFIXES)}"
+            )
+    return placed
+
+
+def _members(file: IO[bytes], shard: str) -> Iterator[tarfile.TarInfo]:
+    """The files of a tar, each checked before the next is looked for."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+        while (member := tar.next()) is not None:
+            # Else it keeps them all, a kilobyte each.
+            tar.members = []  # type: ignore[attr-defined]
+            _refuse_unsafe(member, shard)
+            if not 0 <= member.size <= size - member.offset_data:
+                raise ConfigError(
+                    f"{shard} ends within {printable(member.name)}, at {size:,} of "
+                    f"{member.offset_data + member.size:,} bytes; copy it again"
+                )
+            if member.isfile():
+                yield member
+        end = tar.offset
+    file.seek(end)
+    trailer = file.read(_TRAILER_BYTES)
+    if len(trailer) < tarfile.BLOCKSIZE:
+        raise ConfigError(
+            f"{shard} ends at {size:,} bytes without tar's mark of the end: part is missing; copy it again"
+        )
+    if trailer.strip(b"\0"):
+        raise ConfigError(f"{shard} has no readable header at byte {end:,}, and more behind it; copy or pack it again")
+
+
+def _refuse_unsafe(member: tarfile.TarInfo, shard: str) -> None:
+    name = member.name
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ConfigError(
+            f"{shard}: the member {printable(name)} lies outside the tar; pack it again with paths within a folder"
+        )
+    if member.issparse() or not (member.type in tarfile.REGULAR_TYPES or member.isdir()):
+        kinds = {
+            tarfile.SYMTYPE: "a link",
+            tarfile.LNKTYPE: "a link",
+            tarfile.CHRTYPE: "a device",
+            tarfile.BLKTYPE: "a device",
+            tarfile.FIFOTYPE: "a pipe",
+        }
+        kind = "a sparse file" if member.issparse() else kinds.get(member.type, f"of type {member.type!r}")
+        raise ConfigError(
+            f"{shard}: the member {printable(name)} is {kind}; a shard holds files alone, pack it again without "
+            f"(tar -h follows links)"
+        )
+
+
+def _add(member: tarfile.TarInfo, file: IO[bytes], samples: dict[str, _Sample], shard: str) -> None:
+    name = member.name
+    while name.startswith("./"):
+        name = name[2:]
+    folder, slash, file_name = name.rpartition("/")
+    stem, dot, ending = file_name.partition(".")
+    if not dot or name.startswith(".") or "/." in name:
+        return
+    key, ending = f"{folder}{slash}{stem}", ending.lower()
+    sample = samples.setdefault(key, _Sample())
+    if ending in sample.endings:
+        raise ConfigError(
+            f"{shard}: {printable(key)}.{printable(ending)} is there twice; of each sample's members one may end so"
+        )
+    sample.endings.add(ending)
+    if ending in _ENDINGS:
+        if sample.image is not None:
+            raise ConfigError(
+                f"{shard}: the sample {printable(key)} has two images, {printable(sample.image[0])} and "
+                f"{printable(name)}; leave one"
+            )
+        sample.image = (name, member.offset_data, member.size)
+    elif ending in ("cls", "json"):
+        file.seek(member.offset_data)
+        label = _label(file.read(member.size), ending, f"{shard}: {printable(name)}")
+        if label is not None:
+            if sample.label not in (None, label):
+                raise ConfigError(f"{shard}: the sample {printable(key)} has two labels, {sample.label} and {label}")
+            sample.label = label
+
+
+def _label(content: bytes, ending: str, name: str) -> int | None:
+    """The label that a member tells; None of a .json without one."""
+    if ending == "cls":
+        text = content.strip()
+        # Not int() alone: it takes 1_0, +1 and the digits of other scripts.
+        label: object = (
+            int(text) if text.isdigit() and len(text) < 20 else text.decode("utf-8", "backslashreplace")[:40]
+        )
+    else:
+        try:
+            about = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{name} cannot be read as JSON: {error}") from error
+        label = about.get("label") if isinstance(about, dict) else None
+        if label is None:
+            return None
+    if type(label) is not int or not 0 <= label < _MAX_LABEL:
+        raise ConfigError(f"{name} has the label {label}; labels are whole numbers from 0 to {_MAX_LABEL - 1:,}")
+    return label

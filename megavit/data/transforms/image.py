@@ -1,0 +1,159 @@
+"""Images of any size to the size that the network sees: at random for training, always alike for evaluation."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
+
+from megavit.data.config import DataConfig
+from megavit.data.decode import Box, Jpeg
+from megavit.data.sampler import SampleKey
+from megavit.data.transforms.auto_augment import colour_transforms
+from megavit.data.transforms.resize import center_box, eval_frame, named_if_too_large, resize, resize_part
+from megavit.errors import ConfigError
+from megavit.parallel.rng import hash_int64
+from megavit.plugins import import_plugin
+
+# What the draws are for (see transforms.py).
+_VIEW = 3
+
+
+class ImageTransform:
+    """An image as the network sees it, uint8.
+
+    Args:
+        config: the data group.
+        augment: crop and flip at random, or resize and crop alike always.
+    """
+
+    def __init__(self, config: DataConfig, *, augment: bool) -> None:
+        self.size, self.crop_pct = config.image_size, config.crop_pct
+        self.interpolation = InterpolationMode(config.interpolation.value)
+        self.random: list[Callable[[Tensor], Tensor]] = []
+        self.reduces = config.reduced_decode
+        self.resample = Image.Resampling[config.interpolation.value.upper()]
+        self.crop: v2.RandomResizedCrop | None = None
+        if augment and config.crop_scale is not None:
+            low, high = config.crop_scale
+            self.crop = v2.RandomResizedCrop(
+                tuple(config.image_size), scale=(low, high), interpolation=self.interpolation, antialias=True
+            )
+        if augment and config.flip:
+            self.random.append(v2.RandomHorizontalFlip())
+        if augment:
+            self.random += colour_transforms(config)
+        if augment and config.transform is not None:
+            self.random.append(_Own(config.transform))
+
+    def __call__(self, images: Iterable[Tensor | Jpeg], keys: list[SampleKey], *, seed: int) -> list[Tensor]:
+        """See each image; what is random is a function of its key and the seed alone.
+
+        Args:
+            images: uint8 images_CYX of any sizes, or JPEGs to be decoded; taken one by one.
+            keys: theirs.
+            seed: `run.seed`.
+        """
+        draws = self.sample_seeds(keys, seed=seed)
+        with self.drawing():
+            return [self.augment(self.crop(image, draw)) for image, draw in zip(images, draws, strict=True)]
+
+    def preprocess(self, image: Tensor | Jpeg, *, name: str) -> Tensor:
+        """One image in the size that the network sees, of a view that draws nothing.
+
+        Args:
+            image: uint8 image_CYX of any size, or a JPEG to be decoded.
+            name: of the image, for the error.
+
+        Raises:
+            ConfigError: if it cannot be decoded, or is too large to be resized.
+        """
+        with named_if_too_large(lambda: name):
+            return self.crop(image, draw=0)
+
+    def sample_seeds(self, keys: list[SampleKey], *, seed: int) -> list[int]:
+        """For each key what its image's view is drawn from."""
+        columns = torch.tensor([(key.epoch, key.sample_id, key.occurrence) for key in keys]).unbind(dim=1)
+        return (hash_int64(seed, *columns, _VIEW) & (2**62 - 1)).tolist()
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """Within it images are cut and changed; after it torch's generator is as it was."""
+        return _as_in_any_process() if self.crop is not None or self.random else nullcontext()
+
+    def crop(self, image: Tensor | Jpeg, draw: int) -> Tensor:
+        """One image in the size that the network sees, before it is changed at random.
+
+        Raises:
+            ConfigError: if it is a JPEG and cannot be decoded.
+            MemoryError, RuntimeError: if it is too large to be resized.
+        """
+        if self.crop is None and not self.random:
+            return self._fit(image).contiguous()
+        # Not torch.manual_seed: that seeds every GPU too, and this process's dropout with it.
+        torch.default_generator.manual_seed(draw)
+        return (self._fit(image) if self.crop is None else self._cut(image, self.crop)).contiguous()
+
+    def augment(self, image: Tensor) -> Tensor:
+        """What was cut last, changed at random: it goes on from where the cut's draws have ended."""
+        for transform in self.random:
+            image = transform(image)
+        return image
+
+    def _cut(self, opened: Tensor | Jpeg, crop: v2.RandomResizedCrop) -> Tensor:
+        """A part of the image drawn at random, resized. What is drawn depends on the image's size alone."""
+        size = (opened.height, opened.width) if isinstance(opened, Jpeg) else opened.shape[1:]
+        drawn = crop.make_params([torch.empty(1, 1, 1).expand(1, *size)])
+        box = Box(**{side: int(drawn[side]) for side in ("top", "left", "height", "width")})
+        if isinstance(opened, Jpeg):
+            reduced = opened.resized(box, self.size, resample=self.resample) if self.reduces else None
+            if reduced is not None:
+                return reduced
+        image = opened.decode() if isinstance(opened, Jpeg) else opened
+        return functional.resized_crop(
+            image, box.top, box.left, box.height, box.width, self.size, self.interpolation, antialias=True
+        )
+
+    def _fit(self, opened: Tensor | Jpeg) -> Tensor:
+        """Resize the whole image; or, with `crop_pct`, cover a frame larger by as much and cut its centre out."""
+        image = opened.decode() if isinstance(opened, Jpeg) else opened
+        if self.crop_pct is None:
+            return resize(image, self.size, self.interpolation)
+        frame = eval_frame((image.shape[1], image.shape[2]), self.size, self.crop_pct)
+        return resize_part(image, frame, center_box(frame, self.size), self.interpolation)
+
+
+class _Own:
+    """A user's transform, held to what it promises."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._transform = name, import_plugin(name, "data.transform")
+        if isinstance(self._transform, type):
+            self._transform = self._transform()
+        if not callable(self._transform):
+            raise ConfigError(f"data.transform={name} is a {type(self._transform).__name__}; a function is needed")
+
+    def __call__(self, image: Tensor) -> Tensor:
+        changed = self._transform(image)
+        if not isinstance(changed, Tensor) or (changed.shape, changed.dtype) != (image.shape, image.dtype):
+            got = f"{changed.dtype} {list(changed.shape)}" if isinstance(changed, Tensor) else type(changed).__name__
+            raise ConfigError(
+                f"data.transform={self._name} made {got} of an image of {image.dtype} {list(image.shape)}; it must "
+                f"keep type and shape"
+            )
+        return changed
+
+
+@contextmanager
+def _as_in_any_process() -> Iterator[None]:
+    # torchvision draws from torch's default generator, which in this process also drives the dropout. A worker process
+    # has one thread; with one here too, an image's sums are added up in the same order.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(num_threads)

@@ -1,0 +1,50 @@
+"""What is done to an image before the network sees it.
+
+Shapes: B images, C channels, Y rows, X columns.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megavit.data.sampler import SampleKey
+from megavit.parallel.rng import uniform
+
+# What a draw is for; drawn numbers of different purposes are independent.
+_SHIFT_DOWN, _SHIFT_ACROSS = 1, 2
+
+
+def draw_shifts(keys: list[SampleKey], *, pixels: int, seed: int) -> list[list[int]]:
+    """Draw how far each image is moved, [down, across] in pixels, a function of its key and the seed alone."""
+    columns = torch.tensor([(key.epoch, key.sample_id, key.occurrence) for key in keys]).unbind(dim=1)
+    draws_B2 = torch.stack([uniform(seed, *columns, purpose) for purpose in (_SHIFT_DOWN, _SHIFT_ACROSS)], dim=1)
+    return ((draws_B2 * (2 * pixels + 1)).long() - pixels).tolist()
+
+
+def shift_image(image_CYX: Tensor, down: int, across: int) -> Tensor:
+    """Move an image; what leaves is lost, what enters is black."""
+    return F.pad(image_CYX, (across, -across, down, -down))
+
+
+class Normalize(torch.nn.Module):
+    """uint8 images to floats of zero mean and unit deviation, on the device that trains.
+
+    Args:
+        mean: per channel, of values in [0, 1].
+        std: per channel, of values in [0, 1].
+    """
+
+    mean_C11: Tensor
+    std_C11: Tensor
+
+    def __init__(self, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean_C11", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std_C11", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images_BCYX: Tensor) -> Tensor:
+        return (images_BCYX.float() / 255 - self.mean_C11) / self.std_C11
+
+    def undo(self, normalized_BCYX: Tensor) -> Tensor:
+        """Back to values of which [0, 1] can be visible."""
+        return normalized_BCYX * self.std_C11 + self.mean_C11

@@ -1,0 +1,121 @@
+"""Tokens to class scores.
+
+Shapes: N tokens (all of them, on every rank), B images, H hidden, K classes.
+"""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megavit.model.config import Head, ModelConfig, Pool
+from megavit.model.layers.norm import LayerNorm
+
+
+class FeatureNorm(torch.nn.Module):
+    """Batch norm without weights, of features whose encoder is frozen.
+
+    In training the statistics are those of a micro batch over all data-parallel ranks, so that they depend on how many
+    images these are together, and not on which rank holds which. They are kept in fp32 whatever the network's format.
+
+    Args:
+        hidden_size: H.
+        group: the data-parallel ranks.
+
+    Source: arXiv 2111.06377, section A.1.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    eps = 1e-6
+    momentum = 0.1
+
+    def __init__(self, hidden_size: int, *, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(hidden_size))
+        self.register_buffer("running_var", torch.ones(hidden_size))
+        self._group = group
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.running_mean, self.running_var = self.running_mean.float(), self.running_var.float()
+        return self
+
+    def forward(self, features_BH: Tensor) -> Tensor:
+        """Normalise features_BH, in fp32."""
+        features_BH = features_BH.float()
+        mean_H, var_H = self._measure(features_BH) if self.training else (self.running_mean, self.running_var)
+        return F.batch_norm(features_BH, mean_H, var_H, eps=self.eps)
+
+    @torch.no_grad()
+    def _measure(self, features_BH: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance over the ranks' images, taken into the running ones."""
+        count = features_BH.shape[0] * self._group.size()
+        mean_H = features_BH.sum(dim=0)
+        dist.all_reduce(mean_H, group=self._group)
+        mean_H /= count
+        var_H = (features_BH - mean_H).square().sum(dim=0)
+        dist.all_reduce(var_H, group=self._group)
+        # As torch's batch norm: divided by one less where it is kept than where it is used. What is not finite would
+        # stay for good, though the step is refused.
+        for running_H, new_H in ((self.running_mean, mean_H), (self.running_var, var_H / max(count - 1, 1))):
+            running_H.lerp_(new_H.where(new_H.isfinite(), running_H), self.momentum)
+        return mean_H, var_H / count
+
+
+class ClassifierHead(torch.nn.Module):
+    """Pool, norm what the block has not normed, classify; whole on every tensor-parallel rank.
+
+    Args:
+        config: the model group.
+        mcore_config: Megatron-Core's configuration, for dtype and epsilon.
+        num_classes: K.
+        feature_norm: what features pass before the last matrix, if anything.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        mcore_config: TransformerConfig,
+        num_classes: int,
+        feature_norm: FeatureNorm | None = None,
+    ) -> None:
+        super().__init__()
+        self.class_tokens = config.class_tokens
+        hidden, dtype = config.hidden_size, mcore_config.params_dtype
+        self.fc_norm: LayerNorm | None = None
+        if config.pool is Pool.mean:
+            self.fc_norm = LayerNorm(mcore_config, hidden, config.norm_eps, splits_tokens=False)
+        self.pre: torch.nn.Linear | None = None
+        if config.head is Head.tanh_mlp:
+            self.pre = torch.nn.Linear(hidden, hidden, dtype=dtype)
+        self.feature_norm = feature_norm
+        self.out = torch.nn.Linear(hidden, num_classes, dtype=dtype)
+
+    def forward(self, tokens_BNH: Tensor) -> Tensor:
+        """Score every class: logits_BK in fp32."""
+        if self.fc_norm is not None:
+            pooled_BH = self.fc_norm(tokens_BNH[:, self.class_tokens :].mean(dim=1))
+        else:
+            pooled_BH = tokens_BNH[:, 0]
+        if self.pre is not None:
+            pooled_BH = self.pre(pooled_BH).tanh()
+        if self.feature_norm is not None:
+            pooled_BH = self.feature_norm(pooled_BH).to(self.out.weight.dtype)
+        return self.out(pooled_BH).float()
+
+    def weights_without_norm(self) -> dict[str, Tensor]:
+        """The last matrix and its bias in fp32, by their names in the whole model, as they are after a feature norm has
+        been multiplied into them; without one, as they are.
+        """
+        weight_KH, bias_K = self.out.weight.detach().float(), self.out.bias.detach().float()
+        if self.feature_norm is not None:
+            norm = self.feature_norm
+            weight_KH = weight_KH / (norm.running_var + norm.eps).sqrt()
+            bias_K = bias_K - weight_KH @ norm.running_mean
+        return {"head.out.weight": weight_KH, "head.out.bias": bias_K}

@@ -1,0 +1,353 @@
+"""What one rank and its peers send each other in a training step, by arithmetic alone.
+
+Of a network that is trained as a whole by Adam or SGD. What an evaluation, a save or the start of a run sends is not in
+here. N tokens, b images of a micro batch, h hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from math import lcm
+
+from megavit.planner.flops import DecoderShape, NetworkShape
+
+
+class Collective(Enum):
+    """What the ranks do together, in torch.distributed's words."""
+
+    all_reduce = "all_reduce"
+    all_gather = "all_gather"
+    reduce_scatter = "reduce_scatter"
+    broadcast = "broadcast"
+    send = "send"
+    recv = "recv"
+
+
+class Axis(Enum):
+    """The ranks that it is done with: those along a dimension of the layout, a neighbour along the pipeline, those that
+    hold one copy of the network (`model`), or all.
+    """
+
+    tp = "tp"
+    dp = "dp"
+    next_stage = "next_stage"
+    previous_stage = "previous_stage"
+    model = "model"
+    world = "world"
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Calls alike that a rank makes in a training step.
+
+    Attributes:
+        purpose: what they are for.
+        collective: what is done.
+        axis: with whom.
+        ranks: how many take part, this one included.
+        num_bytes: of one call's whole tensor: as every rank has it before a reduction and after a gather.
+        calls: in the step.
+    """
+
+    purpose: str
+    collective: Collective
+    axis: Axis
+    ranks: int
+    num_bytes: int
+    calls: int
+
+    @property
+    def sent_bytes(self) -> float:
+        """What leaves this rank in the step where rings carry what all do; of a broadcast, the mean over the ranks."""
+        share = {
+            Collective.all_reduce: 2 * (self.ranks - 1) / self.ranks,
+            Collective.all_gather: (self.ranks - 1) / self.ranks,
+            Collective.reduce_scatter: (self.ranks - 1) / self.ranks,
+            Collective.broadcast: (self.ranks - 1) / self.ranks,
+            Collective.send: 1.0,
+            Collective.recv: 0.0,
+        }
+        return share[self.collective] * self.num_bytes * self.calls
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the ranks share the work, in the words of the group `parallel`.
+
+    Attributes:
+        tp: tensor-parallel size.
+        pp: pipeline-parallel size.
+        vpp: stages of a pipeline rank.
+        dp: data-parallel size.
+        sequence_parallel: whether the tensor-parallel ranks split the tokens between the matrices.
+        recomputes_layers: whether the backward pass computes layers again as a whole (full recompute).
+        recomputed_layers: with it, how many of each stage's encoder layers (the method `mcore_config`); None for all.
+        recomputes_widened: whether it computes the MLP's wide half again (selective recompute).
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    recomputes_layers: bool = False
+    recomputed_layers: int | None = None
+    recomputes_widened: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.tp * self.pp * self.dp
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a data-parallel rank works on in a step.
+
+    Attributes:
+        micro_batch: images that pass the model at once.
+        num_microbatches: of the step.
+        value_bytes: of a value of tokens or weights: 4 in fp32, 2 in bf16.
+        grad_bytes: of a weight's gradient as it is added up and reduced.
+        image_bytes: of an image as it is read.
+        label_bytes: of its label as it is read, 0 where nobody asks for it.
+    """
+
+    micro_batch: int
+    num_microbatches: int
+    value_bytes: int
+    grad_bytes: int
+    image_bytes: int
+    label_bytes: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a pipeline rank holds.
+
+    Attributes:
+        pp_rank: which one.
+        stages: encoder layers of all stages, in the order of the layers; stage s is on pipeline rank s mod pp.
+        weights: values of each of its weights as it is on one tensor-parallel rank, by stage of this rank.
+        summed: values of its weights of which each tensor-parallel rank has a part of the gradient (`summed_values`).
+    """
+
+    pp_rank: int
+    stages: Sequence[int]
+    weights: Sequence[Sequence[int]]
+    summed: int
+
+
+def layer_calls(
+    *, sequence_parallel: bool, recomputes_layer: bool = False, recomputes_widened: bool = False
+) -> dict[Collective, int]:
+    """Count what the tensor-parallel ranks do for one layer and micro batch, each time with N·b·h values.
+
+    Forward, the outputs of the two row-parallel matrices are added up; backward, the gradients of the inputs of the two
+    column-parallel ones. Where tokens are split, a sum is scattered, and each matrix gathers the tokens that it reads:
+    column-parallel ones again in the backward pass, which has kept this rank's tokens alone.
+
+    Args:
+        sequence_parallel: whether tokens are split between the matrices.
+        recomputes_layer: whether the backward pass computes the layer again: its forward pass is sent twice.
+        recomputes_widened: whether it computes norm, fc1 and GELU again, for which fc1 gathers its input anew.
+
+    Source: arXiv 2205.05198, section 4.2.2; the third gather of a column-parallel matrix's input is Megatron-Core's
+    (0.16.1, tensor_parallel/layers.py).
+    """
+    again = 2 if recomputes_layer else 0
+    if not sequence_parallel:
+        return {Collective.all_reduce: 4 + again}
+    gathers = 6 + again + (1 if recomputes_widened and not recomputes_layer else 0)
+    return {Collective.all_gather: gathers, Collective.reduce_scatter: 4 + again}
+
+
+def summed_values(
+    hidden: int,
+    num_layers: int,
+    *,
+    sequence_parallel: bool,
+    layer_scale: bool = False,
+    qk_norm_dim: int = 0,
+    final_norm: bool = False,
+) -> int:
+    """Count the values of a rank's weights of which each tensor-parallel rank has a part of the gradient.
+
+    Where tokens are split these are all that sees its tokens alone: norms, the biases after row-parallel matrices,
+    layer scales. The norms of queries and keys see some of the heads, split or not.
+
+    Args:
+        hidden: token width.
+        num_layers: layers of the rank.
+        sequence_parallel: whether tokens are split between the matrices.
+        layer_scale: whether the residual branches are scaled.
+        qk_norm_dim: width of a head where queries and keys are normed, else 0.
+        final_norm: whether the rank norms its tokens after the last layer.
+    """
+    split = num_layers * (6 + 2 * layer_scale) * hidden + 2 * hidden * final_norm
+    return split * sequence_parallel + 4 * qk_norm_dim * num_layers
+
+
+def padded_values(weights: Sequence[int], *, dp: int) -> int:
+    """Size in values of the buffer in which Megatron-Core lays one stage's gradients, or weights, for Adam.
+
+    Each weight starts at a multiple of 64 values, and the data-parallel ranks have equal parts in multiples of 128
+    together. One bucket holds them all: gradients reduced while the backward pass runs are in several, each padded.
+
+    Args:
+        weights: values of each, in the model's order.
+        dp: data-parallel size.
+
+    Source: Megatron-LM, megatron/core/distributed/param_and_grad_buffer.py (0.16.1).
+    """
+    end = 0
+    for values in reversed(weights):
+        end = _round_up(end, 64) + values
+    return _round_up(end, lcm(dp, 128))
+
+
+def _round_up(number: int, divisor: int) -> int:
+    return -(-number // divisor) * divisor
+
+
+def step_exchanges(
+    shape: NetworkShape, split: Split, work: Work, share: Share, *, num_sums: int, shards_optimizer: bool = True
+) -> list[Exchange]:
+    """All that one rank sends and is sent in a step that is logged.
+
+    Args:
+        shape: the network.
+        split: over the ranks.
+        work: of a data-parallel rank.
+        share: of the network that this rank holds.
+        num_sums: numbers that the task adds up for the log.
+        shards_optimizer: whether the data-parallel ranks share the optimizer's state, as Adam's do.
+    """
+    exchanges = [
+        *data_exchanges(share.weights, split=split, work=work, shards_optimizer=shards_optimizer),
+        *agreement_exchanges(split, num_sums=num_sums, shards_optimizer=shards_optimizer),
+    ]
+    if split.tp > 1:
+        exchanges += tensor_exchanges(shape, split=split, work=work, share=share)
+    if split.pp > 1:
+        exchanges += pipeline_exchanges(shape, split=split, work=work, pp_rank=share.pp_rank)
+    return exchanges
+
+
+def tensor_exchanges(shape: NetworkShape, *, split: Split, work: Work, share: Share) -> list[Exchange]:
+    """What the tensor-parallel ranks of one pipeline rank do together in a step.
+
+    A decoder's tokens are never split. Images and labels are read by one rank and given to the others.
+
+    Args:
+        shape, split, work, share: see `step_exchanges`.
+    """
+    first, last = share.pp_rank == 0, share.pp_rank == split.pp - 1
+    local, decoder, most = share.stages[share.pp_rank :: split.pp], shape.decoder, split.recomputed_layers
+    again = sum(count if most is None else min(count, most) for count in local) if split.recomputes_layers else 0
+
+    def calls(purpose: str, collective: Collective, num_bytes: int, count: int) -> Exchange:
+        return Exchange(purpose, collective, Axis.tp, split.tp, num_bytes, count)
+
+    def layers(of: NetworkShape | DecoderShape, count: int, *, splits: bool, recomputes: bool) -> list[Exchange]:
+        each = layer_calls(
+            sequence_parallel=splits, recomputes_layer=recomputes, recomputes_widened=split.recomputes_widened
+        )
+        size = _tokens_bytes(of, work)
+        return [calls("layers", what, size, count * times * work.num_microbatches) for what, times in each.items()]
+
+    exchanges = layers(shape, sum(local) - again, splits=split.sequence_parallel, recomputes=False)
+    exchanges += layers(shape, again, splits=split.sequence_parallel, recomputes=True)
+    if last and decoder is not None:
+        exchanges += layers(decoder, decoder.layers, splits=False, recomputes=split.recomputes_layers)
+    if split.sequence_parallel:
+        # The embedding's gradient; the tokens for the head or the decoder.
+        edges = (first + last) * work.num_microbatches
+        exchanges.append(calls("edges", Collective.all_gather, _tokens_bytes(shape, work), edges))
+    if share.summed:
+        exchanges.append(calls("summed gradients", Collective.all_reduce, share.summed * work.grad_bytes, 1))
+    if first or (last and decoder is not None):
+        size = work.image_bytes * work.micro_batch
+        exchanges.append(calls("images", Collective.broadcast, size, work.num_microbatches))
+    if last and work.label_bytes:
+        size = work.label_bytes * work.micro_batch
+        exchanges.append(calls("labels", Collective.broadcast, size, work.num_microbatches))
+    return [exchange for exchange in exchanges if exchange.calls]
+
+
+def pipeline_exchanges(shape: NetworkShape, *, split: Split, work: Work, pp_rank: int) -> list[Exchange]:
+    """What a pipeline rank sends and is sent in a step: over each boundary of stages, and for each micro batch, one
+    activation forwards and its gradient backwards.
+
+    Without sequence parallelism every tensor-parallel rank sends the whole of it to its like on the other stage.
+
+    Args:
+        shape, split, work: see `step_exchanges`.
+        pp_rank: which pipeline rank.
+    """
+    size = _tokens_bytes(shape, work) // (split.tp if split.sequence_parallel else 1)
+    local, last = range(pp_rank, split.pp * split.vpp, split.pp), split.pp * split.vpp - 1
+    after = sum(stage < last for stage in local) * work.num_microbatches
+    before = sum(stage > 0 for stage in local) * work.num_microbatches
+    crossing = [
+        Exchange("activations", Collective.send, Axis.next_stage, 2, size, after),
+        Exchange("activations", Collective.recv, Axis.previous_stage, 2, size, before),
+        Exchange("gradients", Collective.send, Axis.previous_stage, 2, size, before),
+        Exchange("gradients", Collective.recv, Axis.next_stage, 2, size, after),
+    ]
+    return [exchange for exchange in crossing if exchange.calls]
+
+
+def data_exchanges(
+    weights: Sequence[Sequence[int]], *, split: Split, work: Work, shards_optimizer: bool = True
+) -> list[Exchange]:
+    """What the data-parallel ranks do together in a step, however many its micro batches: reduce the gradients and,
+    where each has updated its part of the weights, gather those.
+
+    Nothing where no other rank holds the same weights.
+
+    Args:
+        weights: see `Share`.
+        split, work, shards_optimizer: see `step_exchanges`.
+    """
+
+    def calls(purpose: str, collective: Collective, num_bytes: int) -> Exchange:
+        return Exchange(purpose, collective, Axis.dp, split.dp, num_bytes, 1)
+
+    exchanges: list[Exchange] = []
+    for stage in weights if split.dp > 1 else ():
+        if shards_optimizer:
+            values = padded_values(stage, dp=split.dp)
+            exchanges.append(calls("gradients", Collective.reduce_scatter, values * work.grad_bytes))
+            exchanges.append(calls("weights", Collective.all_gather, values * work.value_bytes))
+        else:
+            exchanges.append(calls("gradients", Collective.all_reduce, sum(stage) * work.grad_bytes))
+    return exchanges
+
+
+def agreement_exchanges(split: Split, *, num_sums: int, shards_optimizer: bool = True) -> list[Exchange]:
+    """The few bytes on which the ranks agree in a step: the gradients' norm, whether those that it leaves out are
+    finite, whether to stop, and in a step that is logged the sums of its metrics.
+
+    Args:
+        split, num_sums, shards_optimizer: see `step_exchanges`.
+    """
+    world = split.world_size
+
+    def calls(purpose: str, num_bytes: int, axis: Axis, ranks: int) -> Exchange:
+        return Exchange(purpose, Collective.all_reduce, axis, ranks, num_bytes, 1)
+
+    exchanges = [calls("metrics", 8 * num_sums, Axis.world, world)]
+    if split.tp > 1:
+        exchanges.append(calls("finite", 4, Axis.world, world))
+    if shards_optimizer:
+        exchanges.append(calls("norm", 4, Axis.world, world))
+    else:
+        exchanges.append(calls("norm", 4, Axis.model, split.tp * split.pp))
+    if world > 1:
+        exchanges.append(calls("stop", 8, Axis.world, world))
+    return exchanges
+
+
+def _tokens_bytes(of: NetworkShape | DecoderShape, work: Work) -> int:
+    return of.tokens * work.micro_batch * of.hidden * work.value_bytes

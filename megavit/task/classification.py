@@ -1,0 +1,200 @@
+"""Supervised classification.
+
+Shapes: B images, K classes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megavit.data.config import DataConfig
+from megavit.data.loader import Batch
+from megavit.data.prefetch import RequiredFields
+from megavit.data.transforms.device import DeviceTransforms
+from megavit.errors import ConfigError
+from megavit.model.config import ModelConfig
+from megavit.model.vit import EncoderStage, VisionTransformer
+from megavit.parallel.activation import ActivationSpec, tokens_boundary
+from megavit.parallel.config import ParallelConfig
+from megavit.parallel.layout import ParallelLayout
+from megavit.task.chunks import build_model_chunks
+from megavit.task.config import Loss, TaskConfig
+from megavit.task.monitor import MonitoredMetric
+
+
+class ClassificationTask:
+    """Cross-entropy of the head's scores, of all classes at once or of each by itself, and how many of them are right.
+
+    Args:
+        config: the task group.
+        model: the model group.
+        data: the data group.
+        num_classes: K.
+        layout: this rank's place.
+        seed: `run.seed`, of what the device draws.
+
+    Raises:
+        ConfigError: if there are not as many class weights as classes.
+    """
+
+    metric_sums: tuple[str, ...]
+    baseline_samples = 0
+    monitor: MonitoredMetric
+    image_grid: tuple[str, ...] = ()
+    # Whether the classifier sees features by their statistics, as it may where no gradient flows through them.
+    norms_features = False
+
+    def __init__(
+        self,
+        config: TaskConfig,
+        *,
+        model: ModelConfig,
+        data: DataConfig,
+        num_classes: int,
+        layout: ParallelLayout,
+        seed: int,
+    ) -> None:
+        assert config.label_smoothing is not None
+        self.label_smoothing, self.by_class = config.label_smoothing, config.loss is Loss.bce
+        self.weights_K = _class_weights(config, data, num_classes, layout)
+        self.model, self.data, self.num_classes, self.layout = model, data, num_classes, layout
+        self.preprocess = DeviceTransforms(data, seed=seed, device=layout.device)
+        # Of an image with several labels: whether the best guess, or one of the best five, is among them.
+        self.hits = ("hit1", "hit5") if data.multi_label else ("top1", "top5")
+        self.metric_sums, self.monitor = ("loss", self.hits[0], "count"), MonitoredMetric(self.hits[0], higher=True)
+        self.metric_shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(("loss", *self.hits, "count"), ())
+        if not data.multi_label:
+            self.metric_shapes = {**self.metric_shapes, "confusion": (num_classes, num_classes)}
+        self.fields = RequiredFields(images=layout.holds_first_stage, labels=layout.holds_last_stage)
+
+    def build_chunks(
+        self, mcore_config: TransformerConfig, *, parallel: ParallelConfig, stage_layers: list[int]
+    ) -> dict[str, EncoderStage]:
+        """Build this rank's stages of the classifier (see `Task`)."""
+        return build_model_chunks(
+            lambda stage: VisionTransformer(
+                self.model,
+                mcore_config=mcore_config,
+                layout=self.layout,
+                stage=stage,
+                num_classes=self.num_classes,
+                norms_features=self.norms_features,
+            ),
+            parallel=parallel,
+            data=self.data,
+            stage_layers=stage_layers,
+        )
+
+    def boundary(self, micro_batch: int, mcore_config: TransformerConfig) -> ActivationSpec:
+        """All tokens cross."""
+        tokens = self.model.num_tokens(self.data.image_size)
+        return tokens_boundary(tokens, micro_batch, mcore_config)
+
+    def prepare(self, batches: Iterator[Batch]) -> None:
+        """Nothing to compare with."""
+
+    def forward(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+        """Images on the first stage to scores on the last."""
+        images = None if batch is None or batch.images_BCYX is None else self.preprocess(batch)
+        return model(images), lambda logits_BK: self.loss(logits_BK, batch)
+
+    def loss(self, logits_BK: Tensor, batch: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of a micro batch, for the gradient, and sums over its counted images, for the metrics.
+
+        Label smoothing and class weights are for training; an evaluation's loss has neither, as in timm, DeiT and MAE.
+
+        Returns:
+            The loss, and sums `loss`, `top1` and `count`; dividing by `count` is left to whoever has added them all.
+            Of a mixed image the class of the larger share is the right one. Of several labels each is, and the sum is
+            called `hit1`: top-1 is a word for one label.
+        """
+        assert batch is not None and batch.labels_B is not None
+        labels_B, mix = batch.labels_B, self.preprocess.mix(batch)
+        shares_BK = labels_B.float() if self.data.multi_label else None
+        if mix is not None:
+            whole_BK = shares_BK if shares_BK is not None else F.one_hot(labels_B, self.num_classes).float()
+            shares_BK = mix.targets(whole_BK)
+            labels_B = labels_B if self.data.multi_label else shares_BK.argmax(dim=1)
+        losses_B = self._losses(logits_BK, labels_B, shares_BK, trains=batch.augmented)
+        with torch.no_grad():
+            counted_B = batch.counted_B
+            sums = {
+                "loss": (losses_B * counted_B).sum(),
+                self.hits[0]: (self._are_right(logits_BK, labels_B, best=1) & counted_B).sum().float(),
+                "count": counted_B.sum().float(),
+            }
+        return losses_B.mean(), sums
+
+    def _losses(self, logits_BK: Tensor, labels_B: Tensor, shares_BK: Tensor | None, *, trains: bool) -> Tensor:
+        """Each image's loss; where there are shares, the labels stand for nothing else."""
+        smoothing, weights_K = (self.label_smoothing, self.weights_K) if trains else (0.0, None)
+        if not self.by_class:
+            return F.cross_entropy(
+                logits_BK,
+                labels_B if shares_BK is None else shares_BK,
+                weight=weights_K,
+                label_smoothing=smoothing,
+                reduction="none",
+            )
+        if shares_BK is None:
+            shares_BK = F.one_hot(labels_B, self.num_classes).float()
+        smooth_BK = shares_BK * (1 - smoothing) + smoothing / self.num_classes
+        losses_BK = F.binary_cross_entropy_with_logits(logits_BK, smooth_BK, weight=weights_K, reduction="none")
+        return losses_BK.mean(dim=1)
+
+    def _are_right(self, logits_BK: Tensor, labels_B: Tensor, *, best: int) -> Tensor:
+        """Whether one of the best guesses for each image is a label of its."""
+        if best == 1:
+            # As the confusion counts; of equal scores topk may take another.
+            guesses = logits_BK.argmax(dim=1, keepdim=True)
+        else:
+            guesses = logits_BK.topk(min(best, self.num_classes), dim=1).indices
+        if self.data.multi_label:
+            return labels_B.gather(1, guesses).any(dim=1)
+        return (guesses == labels_B.unsqueeze(1)).any(dim=1)
+
+    def evaluate_sums(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+        """Beside the loss and top-1: `top5` (`hit5`), and `confusion`, images by [label, guess] of one label each."""
+        output, _ = self.forward(batch, model)
+        return output, lambda logits_BK: self._scores(logits_BK, batch)
+
+    def _scores(self, logits_BK: Tensor, batch: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, sums = self.loss(logits_BK, batch)
+        assert batch is not None and batch.labels_B is not None
+        counted_B, labels_B, classes = batch.counted_B, batch.labels_B, self.num_classes
+        among_B = self._are_right(logits_BK, labels_B, best=5)
+        sums[self.hits[1]] = (among_B & counted_B).sum().float()
+        if self.data.multi_label:
+            return loss, sums
+        cells = (labels_B * classes + logits_BK.argmax(dim=1))[counted_B]
+        confusion = torch.bincount(cells, minlength=classes * classes).view(classes, classes)
+        return loss, {**sums, "confusion": confusion}
+
+    def metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        """Mean `loss` and `top1`, or `hit1` of several labels."""
+        return {name: totals[name] / totals["count"] for name in ("loss", self.hits[0])}
+
+    def summary(self, validation: dict[str, float]) -> str:
+        """Top-1; of several labels how often the best guess is one of them."""
+        name = "best guess right" if self.data.multi_label else "top-1"
+        return f"validation {name} {validation[self.hits[0]]:.4f}"
+
+    def visualize(self, batch: Batch | None, model: torch.nn.Module) -> NoReturn:
+        """A classifier has no panels."""
+        raise AssertionError("a classifier paints nothing")
+
+
+def _class_weights(config: TaskConfig, data: DataConfig, num_classes: int, layout: ParallelLayout) -> Tensor | None:
+    weights = config.class_weights
+    if weights is None:
+        return None
+    if len(weights) != num_classes:
+        raise ConfigError(
+            f"task.class_weights has {len(weights)} values and data.source={data.source} has {num_classes} classes: "
+            f"give one for each class, in the order of the labels"
+        )
+    return torch.tensor(weights, device=layout.device)

@@ -1,0 +1,110 @@
+"""What a run keeps: checkpoints at their time, in the background if wished; the best one named, older ones removed."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+
+from megavit.checkpoint.manager import CheckpointManager
+from megavit.checkpoint.save import PendingSave
+from megavit.checkpoint.shard_writer import in_background
+from megavit.checkpoint.shards import Averages
+from megavit.checkpoint.state import TrainingState
+from megavit.config.compose import to_yaml
+from megavit.config.validate import ExperimentConfig
+from megavit.metrics.logger import MetricLogger
+from megavit.metrics.plots import draw_curves
+from megavit.model.vit import EncoderStage
+
+
+class Checkpointer:
+    """The checkpoints of a run in training; every rank calls its methods together.
+
+    Args:
+        store: of the run.
+        config: of the run.
+        chunks: this rank's stages by name.
+        optimizer: theirs.
+        averages: the weights' averages as they are when it is called, if any.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointManager,
+        config: ExperimentConfig,
+        *,
+        chunks: dict[str, EncoderStage],
+        optimizer: MegatronOptimizer,
+        averages: Callable[[], Averages | None],
+    ) -> None:
+        self._store, self._config = store, config
+        self._chunks, self._optimizer, self._averages = chunks, optimizer, averages
+        self._save: PendingSave | None = None
+        self._is_best = False
+        self._stall_s = 0.0
+        self._tidying: Future[None] | None = None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes its part of a checkpoint."""
+        return self._save is not None and not self._save.is_written
+
+    def save(self, state: TrainingState, logger: MetricLogger, *, is_best: bool, waits: bool) -> None:
+        """Save, as it stands, what is trained.
+
+        Args:
+            state: where the run stands.
+            logger: to tell it.
+            is_best: better than all before.
+            waits: see it complete before the training goes on; else `finish` must be called later.
+        """
+        self.finish(logger)
+        begun = time.perf_counter()
+        self._save = self._store.begin(
+            self._chunks,
+            self._optimizer,
+            state,
+            run_yaml=to_yaml(self._config),
+            averages=self._averages(),
+            copy_to_host=not waits,
+        )
+        self._is_best, self._stall_s = is_best, time.perf_counter() - begun
+        if waits:
+            self.finish(logger)
+
+    def finish(self, logger: MetricLogger) -> None:
+        """Make a checkpoint of what has been written, waiting for what has not."""
+        save, self._save = self._save, None
+        if save is None:
+            return
+        begun = time.perf_counter()
+        path = save.finish()
+        if dist.get_rank() == 0:
+            self._wait_for_tidying()
+            self._tidying = in_background(partial(self._tidy, path, is_best=self._is_best))
+        waited_s = self._stall_s + time.perf_counter() - begun
+        logger.log(save.state.step, "save", {"waited_s": waited_s, "bytes": save.num_bytes})
+        if self._is_best:
+            logger.info(f"step {save.state.step}  the best so far")
+
+    def close(self, logger: MetricLogger) -> None:
+        """See everything done; every rank calls this when no more is to be saved."""
+        self.finish(logger)
+        self._wait_for_tidying()
+
+    def _wait_for_tidying(self) -> None:
+        if self._tidying is not None:
+            self._tidying.result()
+        self._tidying = None
+
+    def _tidy(self, path: Path, *, is_best: bool) -> None:
+        """What nobody needs to wait for: gigabytes take a second to remove."""
+        if is_best:
+            self._store.name_best(path)
+        keeping, run_dir = self._config.checkpoint, Path(self._config.run.dir)
+        self._store.prune(keep_last=keeping.keep_last, keep_every=keeping.keep_every)
+        draw_curves(run_dir / "metrics.jsonl", run_dir / "pictures" / "curves.png")

@@ -1,0 +1,97 @@
+"""Weights that stay as they are, by patterns of their names."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatch
+
+from megavit.checkpoint.param_mapping import to_timm_name
+from megavit.errors import ConfigError
+from megavit.model.vit import EncoderStage, parameter_names
+from megavit.optim.config import ENCODER
+from megavit.parallel.collectives import gather_objects
+from megavit.parallel.layout import ParallelLayout
+
+# What stands on the encoder; the norm of its pooled features is a part of it.
+_ABOVE = ("head.", "mae_decoder.")
+_NOT_ABOVE = "head.fc_norm."
+
+
+def freeze(chunks: Mapping[str, EncoderStage], patterns: list[str], *, layout: ParallelLayout) -> None:
+    """Freeze the weights that the patterns name; every rank calls this.
+
+    Stages below which nothing is trained keep nothing for a backward pass.
+
+    Args:
+        chunks: this rank's stages by name.
+        patterns: of timm's names, `blocks.3.*` for example; or the word `encoder`.
+        layout: this rank's place.
+
+    Raises:
+        ConfigError: on every rank, for a pattern that names nothing, or where nothing would be left to train.
+    """
+    named = {name: param for chunk in chunks.values() for name, param in parameter_names(chunk).items()}
+    frozen = {name for name in named if any(_matches(name, pattern) for pattern in patterns)}
+    for name in frozen:
+        named[name].requires_grad_(False)
+    _check(patterns, list(named), frozen)
+    _tell_stages(list(chunks.values()), layout)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern == ENCODER:
+        return not name.startswith(_ABOVE) or name.startswith(_NOT_ABOVE)
+    return fnmatch(_plain(name), pattern)
+
+
+def _plain(name: str) -> str:
+    try:
+        return to_timm_name(name)
+    except KeyError:
+        # A part of somebody's own, which timm does not have.
+        return name
+
+
+def _check(patterns: list[str], names: list[str], frozen: set[str]) -> None:
+    names: set[str] = set()
+    frozen_anywhere: set[str] = set()
+    for theirs, of_theirs in gather_objects((names, frozen)):
+        names |= set(theirs)
+        frozen_anywhere |= of_theirs
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            near = get_close_matches(pattern, [_plain(name) for name in sorted(names)], n=1)
+            hint = f"did you mean {near[0]}?" if near else "blocks.0.*, patch_embed.*, pos_embed and encoder are such"
+            raise ConfigError(f"optim.freeze: {pattern} names no weight of this network; {hint}")
+    if frozen_anywhere == names:
+        raise ConfigError(f"optim.freeze={patterns} leaves nothing to train: leave something out of it")
+
+
+def _tell_stages(stages: list[EncoderStage], layout: ParallelLayout) -> None:
+    """Let each stage know whether anything of the encoder is trained in it or before it."""
+    trains = {
+        (stage.vp_stage or 0) * layout.pp + layout.pp_rank: any(
+            param.requires_grad
+            for part in (stage.embed, stage.blocks)
+            if part is not None
+            for param in part.parameters()
+        )
+        for stage in stages
+    }
+    everywhere: dict[int, bool] = {}
+    for theirs in gather_objects(trains):
+        everywhere |= theirs
+    for number, stage in zip(trains, stages, strict=True):
+        stage.is_frozen = not any(everywhere[before] for before in range(number + 1))
+
+
+def count_weights(chunks: Mapping[str, EncoderStage], *, layout: ParallelLayout) -> tuple[int, int]:
+    """How many weights of the whole model are trained, and how many there are; every rank calls this."""
+    trained, every = 0, 0
+    for chunk in chunks.values() if layout.dp_rank == 0 else ():
+        for param in chunk.parameters():
+            # What all tensor-parallel ranks hold alike, one of them counts.
+            if layout.tp_rank == 0 or getattr(param, "tensor_model_parallel", False):
+                trained += param.numel() * param.requires_grad
+                every += param.numel()
+    counts = gather_objects((trained, every))
+    return sum(one for one, _ in counts), sum(other for _, other in counts)

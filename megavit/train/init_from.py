@@ -1,0 +1,172 @@
+"""A new run's first weights: whatever of another network's this one has, positions resized."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from megavit.config.validate import ExperimentConfig
+from megavit.data.class_names import go_by_number
+from megavit.errors import ConfigError
+from megavit.model.config import Positions
+from megavit.model.layers.patch_embed import resize_positions, sincos_positions
+from megavit.model.vit import EncoderStage, parameter_names
+from megavit.parallel.collectives import gather_objects
+from megavit.parallel.layout import ParallelLayout
+from megavit.task.config import TaskName
+from megavit.train.pretrained import Shapes, WeightsInfo, open_weights
+from megavit.validation import format_value
+
+_POSITIONS = "embed.pos_embed"
+_CLASSIFIER = ("head.out.", "head.pre.")
+# What the donor need not have: what stands on the encoder, and the norm that ends it where the head does not.
+_MAY_BE_NEW = ("head.", "mae_decoder.", "blocks.final_layernorm.")
+# The last norm before the classifier, on which its features depend.
+_LAST_NORM = ("head.fc_norm.", "blocks.final_layernorm.")
+# What must be the same there; positions and classifier are seen to apart.
+_ALIKE = ("hidden_size", "ffn_size", "num_heads", "num_layers", "patch_size", "class_tokens", "patch_bias", "qk_norm")
+
+
+def load_pretrained(
+    place: str,
+    chunks: Mapping[str, EncoderStage],
+    config: ExperimentConfig,
+    layout: ParallelLayout,
+    *,
+    classes: tuple[str, ...],
+) -> list[str]:
+    """Take the weights that `init_from` names, in place; every rank calls this.
+
+    Args:
+        place: as typed (see `open_weights`).
+        chunks: this rank's stages by name, their weights drawn.
+        config: of the new run.
+        layout: this rank's place.
+        classes: names of the data's classes.
+
+    Returns:
+        What was taken and what was not, in words.
+
+    Raises:
+        ConfigError: on every rank, if the networks differ in more than resolution and what stands on the encoder.
+    """
+    weight_source = open_weights(place, num_heads=config.model.num_heads)
+    weights_info = weight_source.weights_info
+    _refuse_unlike(place, weights_info, config)
+    there, here = weight_source.shapes(chunks, layout)
+    expected = {name for chunk in chunks.values() for name in parameter_names(chunk)}
+    has_norm = all(name in there for name in expected if name.startswith(_LAST_NORM))
+    keeps_classifier = has_norm and _keeps_classifier(weights_info, config, classes)
+    left = set() if keeps_classifier else {name for name in expected if name.startswith(_CLASSIFIER)}
+    full: Shapes = {}
+    if _POSITIONS in expected and (_is_fixed(weights_info) or _grid(weights_info) != _own_grid(config)):
+        left.add(_POSITIONS)
+        full = {} if _is_fixed(weights_info) else {_POSITIONS: there[_POSITIONS]}
+    reinitialised = _agree(place, expected - left, there, here)
+    loaded = weight_source.load_into(chunks, expected - left - reinitialised, layout, full=full)
+    if _POSITIONS in left:
+        _fill_positions(chunks, loaded.get(_POSITIONS), weights_info, config)
+    drawn = sorted(set().union(*gather_objects((left - {_POSITIONS}) | reinitialised)))
+    return list(_describe(weights_info, config, drawn))
+
+
+def _refuse_unlike(place: str, weights_info: WeightsInfo, config: ExperimentConfig) -> None:
+    pairs = [(f"model.{key}", getattr(weights_info.model, key), getattr(config.model, key)) for key in _ALIKE]
+    pairs.append(("data.channels", weights_info.channels, config.data.channels))
+    scales = weights_info.model.layer_scale, config.model.layer_scale
+    if (scales[0] is None) != (scales[1] is None):
+        pairs.append(("model.layer_scale", *scales))
+    decoders = weights_info.decoder_heads, config.task.decoder_num_heads
+    if None not in decoders:
+        pairs.append(("task.decoder_num_heads", *decoders))
+    differ = [
+        f"{key} is {format_value(there)} there and {format_value(here)} here"
+        for key, there, here in pairs
+        if there != here
+    ]
+    if config.model.positions is Positions.sincos and not _is_fixed(weights_info):
+        differ.append("model.positions is learned there and sincos here")
+    if differ:
+        raise ConfigError(
+            f"init_from={place} does not fit this network: {'; '.join(differ)}; set them as they are there"
+        )
+
+
+def _agree(place: str, wanted: set[str], there: Shapes, here: Shapes) -> set[str]:
+    """Which of this rank's wanted weights are not there and may be new; on every rank an error where others are not."""
+    absent = {name for name in wanted if name not in there}
+    unlike = sorted(name for name in wanted - absent if there[name] != here[name])
+    wrong = [f"{name} is {list(there[name])} there and {list(here[name])} here" for name in unlike]
+    wrong += [f"{name} is not there" for name in sorted(absent) if not name.startswith(_MAY_BE_NEW)]
+    everyone = [text for texts in gather_objects(wrong) for text in texts]
+    if everyone:
+        raise ConfigError(f"init_from={place} does not fit this network: {everyone[0]}")
+    return absent
+
+
+def _keeps_classifier(weights_info: WeightsInfo, config: ExperimentConfig, classes: tuple[str, ...]) -> bool:
+    """Whether the donor's classifier is of the same classes and on the same features."""
+    of_probe = weights_info.is_probe or config.task.name is TaskName.linear_probe
+    alike = (weights_info.model.head, weights_info.model.pool) == (config.model.head, config.model.pool)
+    if of_probe or not config.task.name.classifies or not alike:
+        return False
+    return weights_info.classes == classes or (
+        not weights_info.names_classes and go_by_number(classes, weights_info.classes)
+    )
+
+
+def _is_fixed(weights_info: WeightsInfo) -> bool:
+    return weights_info.model.positions is Positions.sincos
+
+
+def _grid(weights_info: WeightsInfo) -> tuple[int, int]:
+    return weights_info.model.patch_grid(weights_info.image_size)
+
+
+def _own_grid(config: ExperimentConfig) -> tuple[int, int]:
+    return config.model.patch_grid(config.data.image_size)
+
+
+@torch.no_grad()
+def _fill_positions(
+    chunks: Mapping[str, EncoderStage],
+    learned_N1H: torch.Tensor | None,
+    weights_info: WeightsInfo,
+    config: ExperimentConfig,
+) -> None:
+    """Start learned positions from the donor's, fixed or of another grid."""
+    grid, to_grid, tokens = _grid(weights_info), _own_grid(config), config.model.class_tokens
+    positions_N1H = learned_N1H
+    if positions_N1H is None:
+        positions_N1H = sincos_positions(grid, config.model.hidden_size, class_tokens=tokens).unsqueeze(1)
+    if grid != to_grid:
+        positions_N1H = resize_positions(positions_N1H, class_tokens=tokens, grid=grid, to_grid=to_grid)
+    for chunk in chunks.values():
+        if chunk.embed is not None:
+            chunk.embed.pos_embed.copy_(positions_N1H)
+
+
+def _describe(weights_info: WeightsInfo, config: ExperimentConfig, drawn: list[str]) -> Iterator[str]:
+    grid, to_grid = _grid(weights_info), _own_grid(config)
+    resized = ""
+    if grid != to_grid and config.model.positions is Positions.learned:
+        resized = f"; positions resized from {grid[0]}×{grid[1]} to {to_grid[0]}×{to_grid[1]} patches"
+    # A decoder's weights are many, and all of them or none.
+    parts = dict.fromkeys("mae_decoder.*" if name.startswith("mae_decoder.") else name for name in drawn)
+    reinitialised = f"; {', '.join(parts)} drawn anew" if parts else ""
+    yield f"starts from the weights of {weights_info.called}{resized}{reinitialised}"
+    yield from weights_info.notes
+    for key, there, here in (
+        ("data.mean", weights_info.mean, config.data.mean),
+        ("data.std", weights_info.std, config.data.std),
+        ("model.norm_eps", weights_info.model.norm_eps, config.model.norm_eps),
+    ):
+        if there == here:
+            continue
+        if key in weights_info.guessed:
+            yield (
+                f"note: no file of these weights states {key}, which is {format_value(here)} here and often "
+                f"{format_value(there)}"
+            )
+        else:
+            before, now = format_value(there), format_value(here)
+            yield f"note: {key} was {before} where these weights come from and is {now} here"

@@ -1,0 +1,36 @@
+"""Where a number that is not finite came from, told when a step is refused."""
+
+import torch
+from torch import Tensor
+
+from megavit.model.vit import EncoderStage, parameter_names
+from megavit.optim.step import last_layer_not_finite
+from megavit.parallel.collectives import gather_objects
+from megavit.parallel.layout import ParallelLayout
+
+
+def describe_nonfinite(chunks: list[EncoderStage], sums: dict[str, Tensor], layout: ParallelLayout) -> str:
+    """Say which ranks and which layer; every rank calls this, and each hears the same.
+
+    A loss tells the data-parallel rank, gradients only the layer: they are reduced by then. What is not finite spreads
+    from where it arose towards the input, so the layer named is the one closest to the loss.
+
+    Args:
+        chunks: this rank's stages, in order.
+        sums: this rank's metric sums of the step; empty except on the last stage.
+        layout: this rank's place.
+    """
+    named = {name: parameter for chunk in chunks for name, parameter in parameter_names(chunk).items()}
+    loss_bad = "loss" in sums and not bool(torch.isfinite(sums["loss"]))
+    place = (layout.rank, layout.pp_rank, loss_bad, last_layer_not_finite(named))
+    everyone = gather_objects(place)
+    losses = [rank for rank, _, bad, _ in everyone if bad]
+    stage = max((stage for _, stage, _, layer in everyone if layer is not None), default=None)
+    layers = {rank: layer for rank, their_stage, _, layer in everyone if layer is not None and their_stage == stage}
+    message = []
+    if losses:
+        message.append(f"the loss is not finite on rank {', '.join(map(str, losses))}")
+    if layers:
+        layer = next(iter(layers.values()))
+        message.append(f"the gradient of {layer} is not finite on rank {', '.join(map(str, layers))}")
+    return "; ".join(message) or "each gradient is finite and their norm is not"

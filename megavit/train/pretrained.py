@@ -1,0 +1,238 @@
+"""Where a new run's first weights come from: another run's checkpoint, or another library's file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from megavit.checkpoint import shards
+from megavit.checkpoint.convert.external_model import ExternalModel, usual_heads
+from megavit.checkpoint.convert.positions import are_sincos
+from megavit.checkpoint.convert.read import KINDS, fetch, read_foreign
+from megavit.checkpoint.find import CheckpointRef, resolve_checkpoint
+from megavit.checkpoint.param_mapping import Dims, from_timm, to_timm_name
+from megavit.checkpoint.state import read_state
+from megavit.config.compose import from_yaml
+from megavit.data.class_names import are_numbers
+from megavit.data.config import PIXEL_SETTINGS
+from megavit.errors import ConfigError
+from megavit.model.config import ModelConfig, Positions
+from megavit.model.init import copy_part, whole_shape
+from megavit.model.vit import EncoderStage, parameter_names
+from megavit.parallel.collectives import broadcast_from_rank0, raise_on_all_ranks, wait_for_rank_zero
+from megavit.parallel.layout import ParallelLayout
+from megavit.task.config import TaskName
+
+_SETTING = "init_from"
+# Training sees images in its own size and crop, whatever the weights were made with.
+_OWN_PIXELS = ("data.crop_pct", "data.interpolation")
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """What a donor's weights were made for.
+
+    Attributes:
+        called: what the weights are, in words.
+        model: the network's sizes.
+        image_size: [height, width] in pixels.
+        channels: of an image.
+        mean, std: that images were normalised with.
+        guessed: settings among these that no file states.
+        classes: names of a classifier's classes, in the order of its scores; empty without a classifier.
+        names_classes: whether those are names, and not numbers for want of them.
+        is_probe: whether that classifier sees features by their statistics.
+        decoder_heads: of a masked autoencoder's decoder, None without one.
+        notes: what its files state beside the weights, and what was assumed, a line each.
+    """
+
+    called: str
+    model: ModelConfig
+    image_size: list[int]
+    channels: int
+    mean: list[float]
+    std: list[float]
+    classes: tuple[str, ...]
+    names_classes: bool
+    is_probe: bool = False
+    decoder_heads: int | None = None
+    guessed: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+class WeightSource(Protocol):
+    """Somebody's weights, by the names that they have in our network."""
+
+    weights_info: WeightsInfo
+
+    def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
+        """The whole shapes of the donor's weights, as far as this rank may want them, and of this rank's own."""
+        ...
+
+    def load_into(
+        self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, full: Shapes
+    ) -> Mapping[str, Tensor]:
+        """Fill this rank's part of the named weights, and give those of `full` as they are; every rank calls this."""
+        ...
+
+
+class RunWeights:
+    """A run of megavit's.
+
+    Args:
+        weights: of it.
+    """
+
+    def __init__(self, weights: CheckpointRef) -> None:
+        config = from_yaml((weights.checkpoint / "run.yaml").read_text())
+        state = read_state(weights.checkpoint)
+        self._weights = weights
+        self.weights_info = WeightsInfo(
+            called=str(weights),
+            model=config.model,
+            image_size=config.data.image_size,
+            channels=config.data.channels,
+            mean=config.data.mean,
+            std=config.data.std,
+            classes=tuple(state.classes),
+            names_classes=state.names_classes,
+            is_probe=config.task.name is TaskName.linear_probe,
+            decoder_heads=config.task.decoder_num_heads,
+            guessed=frozenset(state.assumed),
+        )
+
+    def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
+        """See `WeightSource`."""
+        return shards.shapes_of(self._weights.checkpoint, chunks, averaged=self._weights.averaged)
+
+    def load_into(
+        self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, full: Shapes
+    ) -> Mapping[str, Tensor]:
+        """See `WeightSource`."""
+        checkpoint, averaged = self._weights.checkpoint, self._weights.averaged
+        return shards.load_some_weights(checkpoint, chunks, names, full=full, averaged=averaged)
+
+
+class ExternalWeights:
+    """A model of another library, of which each rank reads what it holds.
+
+    Args:
+        place: as typed.
+        external: the model.
+
+    Raises:
+        ConfigError: if it has weights that no network of ours has a place for.
+    """
+
+    def __init__(self, place: str, external: ExternalModel) -> None:
+        self._external = external
+        model, heads = external.model, external.decoder.get("decoder_num_heads")
+        self._dims = Dims(model.num_heads, model.patch_size, heads or 0)
+        unknown = external.unknown()
+        if unknown:
+            raise ConfigError(
+                f"{_SETTING}={place}: {unknown[0]} has no place in megavit's network ({len(unknown)} such weights), "
+                f"which would be another function without it"
+            )
+        grid = model.patch_grid(external.image_size)
+        # An encoder alone has them as weights like any others.
+        if are_sincos(external.weight("pos_embed")[0], grid, class_tokens=model.class_tokens):
+            model = replace(model, positions=Positions.sincos)
+        usual = usual_heads(model.hidden_size, model.num_layers)
+        unusual = "model.num_heads" in external.assumed and model.num_heads != usual
+        untold = (
+            f"note: {place} does not tell its heads, and model.num_heads={model.num_heads} is taken; usual are {usual}"
+        )
+        self.weights_info = WeightsInfo(
+            called=place,
+            model=model,
+            image_size=external.image_size,
+            channels=external.channels,
+            mean=external.pixels.mean,
+            std=external.pixels.std,
+            # A classifier that pools otherwise than ours is none for us.
+            classes=tuple(external.classes) if external.other_pooling is None else (),
+            names_classes=not are_numbers(external.classes),
+            decoder_heads=heads,
+            guessed=frozenset((*external.assumed, *external.pixels.assumed)),
+            notes=(*((untold,) if unusual else ()), *external.notes, *external.assumptions(typed=PIXEL_SETTINGS)),
+        )
+
+    def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
+        """See `WeightSource`."""
+        params = {name: param for chunk in chunks.values() for name, param in parameter_names(chunk).items()}
+        there = {}
+        for name in params:
+            weight = self._weight(name)
+            if weight is not None:
+                there[name] = tuple(weight.shape)
+        return there, {name: tuple(whole_shape(param, layout)) for name, param in params.items()}
+
+    def load_into(
+        self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, full: Shapes
+    ) -> Mapping[str, Tensor]:
+        """See `WeightSource`."""
+        for chunk in chunks.values():
+            for name, param in parameter_names(chunk).items():
+                if name in names:
+                    copy_part(self._known(name), param, layout)
+        return {name: self._known(name) for name in full}
+
+    def _weight(self, name: str) -> Tensor | None:
+        """A weight by our name and in our form; None where there is none."""
+        try:
+            timm_name = to_timm_name(name)
+            return from_timm({timm_name: self._external.weight(timm_name)}, self._dims)[name]
+        except (KeyError, ConfigError):
+            return None
+
+    def _known(self, name: str) -> Tensor:
+        weight = self._weight(name)
+        assert weight is not None
+        return weight
+
+
+def open_foreign(place: str, *, num_heads: int | None) -> ExternalModel:
+    """Another library's model that `init_from` names, already on this machine or brought from the hub.
+
+    Args:
+        place: as typed, with its kind before a colon.
+        num_heads: taken where its files do not tell; None for the usual.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    kind, _, rest = place.partition(":")
+    return read_foreign(kind, fetch(kind, rest, setting=_SETTING), num_heads=num_heads, typed=_OWN_PIXELS)
+
+
+def open_weights(place: str, *, num_heads: int) -> WeightSource:
+    """Find the weights that a user names; every rank calls this.
+
+    Args:
+        place: a run or checkpoint, with `ema:` before it for its moving average; or `hf:`, `timm:`, `mae:`, `nemo:` and
+            a path or, of the first two, an id of the Hugging Face hub.
+        num_heads: of the new network, taken for the donor's where its files do not tell.
+
+    Raises:
+        ConfigError: on every rank, if there are no such weights, or one of them cannot read them.
+    """
+    kind, _, rest = place.partition(":")
+    if kind not in KINDS:
+        return RunWeights(broadcast_from_rank0(lambda: resolve_checkpoint(place, setting=_SETTING)))
+
+    def look() -> None:
+        fetch(kind, rest, setting=_SETTING)
+
+    # First one rank, however long the network takes; the others find it, or bring it to their machine.
+    wait_for_rank_zero(look)
+    weight_source, refused = None, None
+    try:
+        weight_source = ExternalWeights(place, open_foreign(place, num_heads=num_heads))
+    except ConfigError as error:
+        refused = str(error)
+    raise_on_all_ranks(refused)
+    assert weight_source is not None
+    return weight_source

@@ -1,0 +1,152 @@
+"""Where a run goes on: its checkpoint, and whether that is of the same model and run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.optimizer import MegatronOptimizer
+
+from megavit.checkpoint.manager import CheckpointManager
+from megavit.checkpoint.state import TrainingState, read_state
+from megavit.config.compose import from_yaml
+from megavit.config.validate import ExperimentConfig
+from megavit.data.class_names import describe_change
+from megavit.errors import ConfigError
+from megavit.train.resume_rules import Rule, changes
+from megavit.validation import format_value
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The checkpoint that a run goes on from.
+
+    Attributes:
+        path: its folder.
+        config: what it was made with.
+        state: where it stands.
+    """
+
+    path: Path
+    config: ExperimentConfig
+    state: TrainingState
+
+    def refuse_other_classes(self, classes: tuple[str, ...]) -> None:
+        """Refuse to train a classifier further on other classes than its own.
+
+        Args:
+            classes: names of the data's classes, in label order.
+
+        Raises:
+            ConfigError: naming the classes that are new, gone or moved.
+        """
+        # A checkpoint of an earlier megavit does not name them.
+        if not self.config.task.name.classifies or not self.state.classes:
+            return
+        change = describe_change(self.state.classes, classes)
+        if change:
+            raise ConfigError(
+                f"{self.path} was trained on {len(self.state.classes)} classes, and the data has other ones: {change}. "
+                f"Bring the data back to go on, or start a run on these classes from its weights: run.name=NEW "
+                f"init_from={self.path}"
+            )
+
+    def num_steps(self, num_samples: int) -> int:
+        """The steps that the run was to have as it was saved.
+
+        Args:
+            num_samples: of the training data now, for checkpoints that do not say how many there were.
+        """
+        state = self.state
+        return self.config.num_steps(
+            state.num_samples or num_samples, step=state.step, consumed_samples=state.consumed_samples
+        )
+
+    def settings_warnings(self, config: ExperimentConfig) -> list[str]:
+        """What the user must know of settings that are not as they were, in at most one line."""
+        differ = [
+            f"{setting} was {before} and is {now}"
+            for setting, (before, now) in changes(self.config, config, Rule.reported).items()
+        ]
+        peaks = [of.optim.peak_lr(of.train.global_batch) for of in (self.config, config)]
+        if config.optim.base_lr is not None and peaks[0] != peaks[1]:
+            differ.append(f"the peak learning rate was {peaks[0]:g} and is {peaks[1]:g}")
+        return [f"changed since step {self.state.step}: {'; '.join(differ)}"] if differ else []
+
+    def data_warnings(self, num_samples: int) -> list[str]:
+        """What the user must know of a run that goes on with so many training images."""
+        before = self.state.num_samples
+        if self.state.former_order and self.state.step:
+            return [
+                f"{self.path} was saved by an earlier megavit, whose samples came in another order: of this epoch some "
+                f"come twice and some not at all"
+            ]
+        if before in (0, num_samples):
+            return []
+        return [
+            f"the run had {before:,} training images and has {num_samples:,} now: from here on they come in another "
+            f"order, and of this epoch some twice and some not at all"
+        ]
+
+    def mend_updates(self, optimizer: MegatronOptimizer) -> list[str]:
+        """Give Adam its count of updates where an earlier megavit has lost it, and say so.
+
+        It saved the first rank's count, which is 0 where that rank's stages are frozen.
+        """
+        groups = [group for group in optimizer.param_groups if "step" in group]
+        if not groups or any(group["step"] for group in groups) or not self.state.step:
+            return []
+        for group in groups:
+            group["step"] = self.state.step
+        return [
+            f"{self.path} has lost Adam's count of updates, as an earlier megavit saved it where the first rank trains "
+            f"nothing; {self.state.step}, the steps of the run, is taken"
+        ]
+
+
+def find_resume_point(store: CheckpointManager, config: ExperimentConfig) -> tuple[ResumePoint | None, list[str]]:
+    """Find the checkpoint to go on from, None to start anew; and warn of each that is broken.
+
+    Args:
+        store: the run's checkpoints.
+        config: what the run is to be.
+
+    Raises:
+        ConfigError: if no checkpoint is whole, or it is of another model or run, or already where this one would stop.
+    """
+    path, warnings = store.find(config.checkpoint.resume)
+    if path is None:
+        return None, warnings
+    if not read_state(path).optimizer:
+        raise ConfigError(
+            f"{path} holds weights alone, as they were converted, and no run to go on; start another run from them: "
+            f"init_from={path.parent.parent}"
+        )
+    saved = from_yaml((path / "run.yaml").read_text())
+    _refuse_another_run(path, saved, config)
+    if config.optim.ema is not None and saved.optim.ema is None:
+        raise ConfigError(
+            f"optim.ema={config.optim.ema}, but {path} holds no average of the weights; set optim.ema=null, or start "
+            f"anew under another run.name"
+        )
+    state = read_state(path)
+    if config.optim.momentum and not saved.optim.momentum and config.optim.name is saved.optim.name:
+        raise ConfigError(
+            f"optim.momentum={config.optim.momentum}, but {path} holds no momentum: its run had optim.momentum="
+            f"{format_value(saved.optim.momentum)}; set it back, or start another run from its weights: "
+            f"init_from={path.parent.parent}"
+        )
+    stop_at = config.train.stop_at
+    if stop_at is not None and stop_at <= state.step:
+        raise ConfigError(
+            f"train.stop_at={stop_at} is not after step {state.step}, where {path} stands; raise it or leave it away"
+        )
+    return ResumePoint(path, saved, state), warnings
+
+
+def _refuse_another_run(path: Path, saved: ExperimentConfig, config: ExperimentConfig) -> None:
+    differ = changes(saved, config, Rule.run, Rule.network)
+    if differ:
+        listed = "; ".join(f"{setting} {before} there, {now} here" for setting, (before, now) in differ.items())
+        raise ConfigError(
+            f"{path} is of another model or run: {listed}. Set them back to go on, or choose another run.name to start "
+            f"from scratch, with init_from={path} from these weights"
+        )

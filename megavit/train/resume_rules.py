@@ -1,0 +1,85 @@
+"""What a resume may change: one rule for each setting."""
+
+from enum import Enum
+from typing import Any
+
+from megavit.config.compose import flatten
+from megavit.config.validate import ExperimentConfig
+from megavit.validation import format_value
+
+
+class Rule(Enum):
+    """What happens where a setting differs between two parts of a run.
+
+    `free`: nothing, the training is the same, or the setting only counts at the start. `reported`: the run goes on and
+    says so. `run`: a resume is refused, the images, their order, what they mean to the network or the optimizer's state
+    would be others; the weights alone can still be looked at. `network`: refused wherever these weights are read, they
+    have other shapes or compute another function.
+    """
+
+    free = "free"
+    reported = "reported"
+    run = "run"
+    network = "network"
+
+
+_SETTINGS = {
+    Rule.free: (
+        "run.name run.dir run.ranks run.preflight run.timeout_s "
+        # Another length has a line of its own.
+        "train.steps train.epochs "
+        "train.micro_batch train.gradient_accumulation_fusion train.compile train.eval_every train.stop_at "
+        "parallel.tp parallel.pp parallel.vpp parallel.cp parallel.sequence_parallel parallel.stages "
+        "parallel.recompute parallel.recompute_method parallel.recompute_layers parallel.overlap_grad_reduce "
+        "parallel.bucket_size parallel.overlap_param_gather parallel.overlap_p2p "
+        "model.head_bias model.head_std model.attention_backend "
+        "data.max_bad_fraction data.workers data.timeout_s "
+        "optim.implementation optim.shorten_warmup "
+        "checkpoint.save_every checkpoint.resume checkpoint.keep_last checkpoint.keep_every checkpoint.async_save "
+        "checkpoint.best "
+        "metrics.log_every metrics.tensorboard metrics.wandb metrics.pictures_every "
+        "init_from experimental"
+    ),
+    Rule.reported: (
+        "train.global_batch train.precision train.grad_reduce train.on_nonfinite "
+        "model.linear_backend model.hidden_dropout model.attention_dropout model.drop_path "
+        "task.label_smoothing task.loss task.class_weights task.baseline_samples "
+        "data.path data.on_bad_sample data.crop_scale data.reduced_decode data.flip data.interpolation data.crop_pct "
+        "data.transform data.random_shift data.auto_augment data.randaugment_ops data.randaugment_magnitude "
+        "data.randaugment_magnitude_std data.randaugment_prob data.color_jitter data.random_erasing data.mixup "
+        "data.cutmix "
+        "data.mixup_prob data.mixup_switch_prob "
+        "optim.lr optim.base_lr optim.min_lr optim.schedule optim.decay_steps optim.warmup_steps optim.weight_decay "
+        "optim.betas optim.eps optim.momentum optim.trust_coefficient optim.clip_grad optim.ema"
+    ),
+    Rule.run: (
+        "run.seed "
+        "task.implementation task.mask_ratio task.norm_pix_loss "
+        "data.source data.val_fraction data.image_size data.mean data.std data.classes data.samples_per_class "
+        "data.fraction data.repeats data.multi_label data.class_balanced data.num_classes data.num_samples "
+        "optim.name optim.layer_decay optim.freeze"
+    ),
+    Rule.network: (
+        "model.hidden_size model.ffn_size model.num_heads model.num_layers model.patch_size model.class_tokens "
+        "model.positions model.pool model.head model.patch_bias model.qk_norm model.layer_scale model.norm_eps "
+        "task.name task.decoder_hidden_size task.decoder_ffn_size task.decoder_num_heads task.decoder_num_layers "
+        "data.channels"
+    ),
+}
+
+RULES = {setting: rule for rule, settings in _SETTINGS.items() for setting in settings.split()}
+
+
+def changes(before: ExperimentConfig, now: ExperimentConfig, *rules: Rule) -> dict[str, tuple[Any, Any]]:
+    """The settings of some rules that differ, each with its value before and now, as a user writes them."""
+    former, current = flatten(before), flatten(now)
+    return {
+        setting: (format_value(former[setting]), format_value(current[setting]))
+        for setting in current
+        if RULES[setting] in rules and _meaning(setting, former[setting]) != _meaning(setting, current[setting])
+    }
+
+
+def _meaning(setting: str, value: Any) -> Any:
+    # A start value alone; whether there are scales at all is the network's.
+    return value is not None if setting == "model.layer_scale" else value

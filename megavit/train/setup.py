@@ -1,0 +1,108 @@
+"""From a configuration to this rank's part of its network, for whoever trains it or only looks at it."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from megavit.config.train import Compile, Precision
+from megavit.config.validate import ExperimentConfig
+from megavit.errors import ConfigError
+from megavit.model.init import initialise
+from megavit.model.layers.encoder_layer import EncoderLayer
+from megavit.model.transformer_block import transformer_config
+from megavit.model.vit import EncoderStage, parameter_names
+from megavit.parallel.layout import ParallelLayout
+from megavit.parallel.stages import plan_stages, rank_stages
+from megavit.planner.flops import NetworkShape
+from megavit.task.registry import Task, build_task
+
+
+@dataclass(frozen=True)
+class ModelSetup:
+    """This rank's part of a network.
+
+    Attributes:
+        task: what it is for.
+        shape: what its FLOPs depend on.
+        stages: encoder layers of every stage.
+        mcore_config: Megatron-Core's configuration of the encoder.
+        chunks: this rank's stages by name, on its device, with their initial weights.
+    """
+
+    task: Task
+    shape: NetworkShape
+    stages: list[int]
+    mcore_config: TransformerConfig
+    chunks: dict[str, EncoderStage]
+
+    @property
+    def parameters(self) -> dict[torch.nn.Parameter, str]:
+        """This rank's parameters, each with its name in the whole network."""
+        return {parameter: name for chunk in self.chunks.values() for name, parameter in parameter_names(chunk).items()}
+
+
+def build_model(config: ExperimentConfig, layout: ParallelLayout, *, num_classes: int) -> ModelSetup:
+    """Build this rank's stages and draw their initial weights.
+
+    Args:
+        config: checked.
+        layout: this rank's place.
+        num_classes: of the data.
+
+    Raises:
+        ConfigError: if a part of it cannot run here.
+    """
+    if config.train.compile is Compile.layer and layout.device.type == "cpu":
+        _require_compiler()
+    task = build_task(
+        config.task,
+        model=config.model,
+        data=config.data,
+        num_classes=num_classes,
+        layout=layout,
+        seed=config.run.seed,
+    )
+    shape = config.network_shape(num_classes=num_classes)
+    stages = plan_stages(config.parallel, shape)
+    dtype = torch.bfloat16 if config.train.precision is Precision.bf16_o2 else torch.float32
+    mcore_config = transformer_config(config.model, config.parallel, layout, stages=stages, dtype=dtype)
+    chunks = task.build_chunks(
+        mcore_config, parallel=config.parallel, stage_layers=rank_stages(stages, config.parallel, layout.pp_rank)
+    )
+    for chunk in chunks.values():
+        initialise(chunk, config.model, layout, seed=config.run.seed)
+        chunk.to(layout.device)
+        if config.train.compile is Compile.layer:
+            chunk.compile_layers()
+    if config.train.compile is Compile.layer:
+        _make_room_for_graphs(list(chunks.values()))
+    return ModelSetup(task, shape, stages, mcore_config, chunks)
+
+
+def _make_room_for_graphs(chunks: list[EncoderStage]) -> None:
+    """Raise torch's limit of graphs of one function, which is 8 whatever the number of layers.
+
+    Layers that are frozen in the same parts share their graphs: of training, of full recompute's first pass, of
+    evaluation. Where each layer is frozen in other parts, each has its own.
+    """
+    from torch._dynamo import config
+
+    layers = sum(isinstance(module, EncoderLayer) for chunk in chunks for module in chunk.modules())
+    # One more for each: of a size that has come twice with two values, torch makes a variable.
+    config.recompile_limit = max(config.recompile_limit, 4 * layers)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * layers)
+
+
+def _require_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ConfigError(
+            f"train.compile=layer needs a C++ compiler on a CPU, and CXX={os.environ.get('CXX', 'g++')} does not run; "
+            f"install one (Debian: apt-get install g++), name it by CXX, or set train.compile=none"
+        ) from error

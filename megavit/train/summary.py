@@ -1,0 +1,157 @@
+"""What a run says of itself before its first step: layout, batch, kernel, where it goes on."""
+
+import sys
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from megavit.config.experiment import Pace
+from megavit.config.train import Precision
+from megavit.config.untested import untested
+from megavit.config.validate import ExperimentConfig
+from megavit.data.sources.base import Source
+from megavit.data.sources.label_checks import describe_oddities
+from megavit.model.config import AttentionBackend
+from megavit.model.layers.attention_backends import sdpa_choice
+from megavit.optim.config import ENCODER
+from megavit.parallel.layout import ParallelLayout
+from megavit.planner.flops import NetworkShape, embedding_flops, forward_flops, head_flops, layer_flops
+from megavit.planner.stage_balance import useful_stages
+from megavit.plugins import is_plugin
+from megavit.train.freeze import count_weights
+from megavit.train.optimizer_summary import describe_optimizer, warn_of_average, warn_of_optimizer
+from megavit.train.setup import ModelSetup
+from megavit.validation import AUTO
+
+
+def describe_run(
+    config: ExperimentConfig,
+    layout: ParallelLayout,
+    network: ModelSetup,
+    *,
+    sources: Mapping[str, Source],
+    from_scratch: bool,
+) -> Iterator[str]:
+    """The lines, in order; every rank calls this, and one says them.
+
+    Args:
+        config: the run's.
+        layout: this rank's place.
+        network: its part of the network.
+        sources: the data of `train` and, if there are any, of `val`.
+        from_scratch: whether the weights are as they were drawn.
+    """
+    model = config.model
+    yield f"run {config.run.name} in {config.run.dir}: {layout.describe()}"
+    yield describe_data(config, sources)
+    yield from describe_oddities(sources)
+    stages = f", layers per stage {network.stages}" if layout.pp > 1 else ""
+    micro_batch, portions = config.micro_batch(layout.world_size), config.num_microbatches(layout.world_size)
+    yield (
+        f"{config.encoder_tokens} tokens, {model.num_layers} layers of {model.hidden_size}{stages}; "
+        f"{config.train.global_batch} images per step = {portions} micro batches of {micro_batch} × DP {layout.dp}"
+    )
+    decoder = network.shape.decoder
+    if decoder is not None:
+        yield (
+            f"{config.visible_patches} of {config.num_patches} patches are seen; the decoder, {decoder.layers} "
+            f"layers of {decoder.hidden} on {decoder.tokens} tokens, costs as much as "
+            f"{head_flops(network.shape) / layer_flops(network.shape):.1f} encoder layers"
+            f"{describe_costly_decoder(network.shape)}"
+        )
+    plugins = {"data.source": config.data.source, "data.transform": config.data.transform}
+    for setting, name in {**plugins, "task.implementation": config.task.implementation}.items():
+        if name is not None and is_plugin(name):
+            yield f"{setting} is {name}, of {sys.modules[name.partition(':')[0]].__file__}"
+    yield from idle_stages(config, network.shape)
+    trained, every = count_weights(network.chunks, layout=layout)
+    bf16 = config.train.precision is Precision.bf16_o2
+    yield describe_optimizer(config.optim, num_trained=trained, num_weights=every, bf16=bf16, dp=layout.dp)
+    warning = warn_of_optimizer(config.optim, from_scratch=from_scratch)
+    if warning is not None:
+        yield warning
+    if from_scratch and ENCODER in config.frozen:
+        yield "warning: the encoder is frozen as it was drawn, at random; init_from=RUN names weights to start from"
+    yield f"precision {config.train.precision.value}; attention kernel {_kernel(config, layout, network)}"
+    options = untested(config, device=layout.device.type)
+    if options:
+        yield f"experimental, not run on a GPU before: {', '.join(options)}"
+
+
+def describe_costly_decoder(shape: NetworkShape) -> str:
+    """That a decoder costs more than its encoder; nothing where it does not."""
+    decoder = head_flops(shape)
+    encoder = forward_flops(shape) - decoder
+    if decoder <= encoder:
+        return ""
+    return (
+        f", {decoder / encoder:.1f} times its whole encoder: fewer task.decoder_num_layers or a smaller "
+        f"task.decoder_hidden_size cost less"
+    )
+
+
+def describe_data(config: ExperimentConfig, sources: Mapping[str, Source]) -> str:
+    """How many images were found, of how many classes, and how many of them train and validate."""
+    place = f" {config.data.path}" if config.data.path is not None else ""
+    train, val = (len(sources[split]) if split in sources else 0 for split in ("train", "val"))
+    classes = len(sources["train"].classes)
+    return (
+        f"data {config.data.source}{place}: {train + val:,} images{f' of {classes:,} classes' if classes else ''}, "
+        f"{train:,} for training and {f'{val:,}' if val else 'none'} for validation"
+    )
+
+
+def describe_pace(config: ExperimentConfig, pace: Pace, *, num_steps: int) -> Iterator[str]:
+    """Say what `auto` came to, that a warm-up is shorter than it was set, and that a moving average is too slow.
+
+    Args:
+        config: the run's.
+        pace: its step counts.
+        num_steps: of the whole run.
+    """
+    often = {"train.eval_every": (config.train.eval_every, pace.eval_every)}
+    often["checkpoint.save_every"] = (config.checkpoint.save_every, pace.save_every)
+    chosen = [f"{key}={steps}" for key, (asked, steps) in often.items() if asked == AUTO and steps is not None]
+    if chosen:
+        yield f"by default {' and '.join(chosen)} of {num_steps} steps: once an epoch, at most 50 times a run"
+    warmup = config.optim.warmup_steps
+    if warmup == AUTO:
+        yield f"by default optim.warmup_steps={pace.warmup_steps} of {num_steps} steps: 5 %, at most 5 epochs"
+    elif warmup != pace.warmup_steps:
+        falling = config.optim.decay_steps
+        beside = f" beside optim.decay_steps={falling}" if falling is not None else ""
+        yield (
+            f"optim.warmup_steps={warmup} does not fit the run's {num_steps} steps{beside}: shortened to "
+            f"{pace.warmup_steps}, at most 5 % of them"
+        )
+    warning = warn_of_average(config.optim, num_steps=num_steps)
+    if warning is not None:
+        yield warning
+
+
+def idle_stages(config: ExperimentConfig, shape: NetworkShape) -> Iterator[str]:
+    """Say where the last stage, which holds the decoder whole, is what all others wait for."""
+    parallel = config.parallel
+    if shape.decoder is None or parallel.pp == 1 or parallel.stages is not None or parallel.vpp > 1:
+        return
+    layer = layer_flops(shape)
+    costs = {"first_cost": embedding_flops(shape) / layer, "last_cost": head_flops(shape) / layer}
+    useful = useful_stages(shape.layers, parallel.pp, **costs)
+    if useful == parallel.pp:
+        return
+    full = shape.layers + sum(costs.values())
+    yield (
+        f"parallel.pp={parallel.pp} is no faster than {useful}: the last stage holds the whole decoder, "
+        f"{costs['last_cost']:.1f} of {full:.1f} encoder layers, and the others wait for it; at most "
+        f"{full / costs['last_cost']:.1f} times one stage's speed. Give the ranks to data or tensor parallelism"
+    )
+
+
+def _kernel(config: ExperimentConfig, layout: ParallelLayout, network: ModelSetup) -> str:
+    model = config.model
+    if model.attention_backend is not AttentionBackend.sdpa:
+        return model.attention_backend.value
+    heads, width = model.num_heads // layout.tp, model.hidden_size // model.num_heads
+    dtype = network.mcore_config.params_dtype
+    queries = torch.empty(1, heads, config.encoder_tokens, width, dtype=dtype, device=layout.device)
+    return f"sdpa, for which torch takes {sdpa_choice(queries)}"
