@@ -18,9 +18,10 @@ import megavit
 from megavit.checkpoint.convert.hf_hub import check_hf_compatible, hf_preprocessor
 from megavit.checkpoint.convert.write import write_tensors
 from megavit.config.compose import compose
-from megavit.config.validate import ExperimentConfig
+from megavit.data.config import DataConfig
 from megavit.data.transforms.resize import center_box, eval_frame
 from megavit.errors import ConfigError
+from megavit.model.config import ModelConfig
 from tests.test_convert import HF, SIZES, refused, shake
 from tests.trained import run_command, train, train_small
 
@@ -191,8 +192,8 @@ def empty(folder: Path) -> Path:
     return folder / "empty"
 
 
-def data_of(*overrides: str) -> ExperimentConfig:
-    return compose(["recipe=null", "data=folder", "data.path=x", "model.patch_size=8", *overrides])
+def data_of(*overrides: str) -> DataConfig:
+    return compose(["recipe=null", "data=folder", "data.path=x", "model.patch_size=8", *overrides]).data
 
 
 def test_hugging_faces_processor_crops_as_the_run_does_or_the_export_is_refused():
@@ -203,9 +204,9 @@ def test_hugging_faces_processor_crops_as_the_run_does_or_the_export_is_refused(
     assert written["do_convert_rgb"] is True
     squashed = hf_preprocessor(data_of("data.crop_pct=null", "data.image_size=[16,64]"))
     assert (squashed["size"], squashed["do_center_crop"]) == ({"height": 16, "width": 64}, False)
-    check_hf_compatible(data_of("data.crop_pct=null", "data.image_size=[16,64]"))
+    check_hf_compatible(ModelConfig(), data_of("data.crop_pct=null", "data.image_size=[16,64]"), is_mae=False)
     with pytest.raises(ConfigError, match=r"image_size=\[16, 64\]: .* crops squares alone; to=timm: can say it"):
-        check_hf_compatible(data_of("data.image_size=[16,64]"))
+        check_hf_compatible(ModelConfig(), data_of("data.image_size=[16,64]"), is_mae=False)
 
 
 def test_files_that_carry_no_normalisation_say_so_with_the_values(tmp_path):

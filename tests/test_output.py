@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from megavit.errors import ConfigError
-from megavit.runtime.output import check_writable, complete_file, escape_unprintable, printable
+from megavit.errors import ConfigError, escape_unprintable, printable
+from megavit.runtime.output import check_writable, complete_file
 
 
 def test_an_error_in_the_middle_leaves_the_file_as_it_was_and_nothing_beside(tmp_path):

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megavit.data.class_names import are_numbers
-from megavit.errors import ConfigError
-from megavit.runtime.output import printable
+from megavit.errors import ConfigError, printable
 
 SCHEMA_VERSION = 3
 _FILE = "state.json"

@@ -2,9 +2,16 @@
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 
+from megavit.checkpoint.find import CheckpointRef, resolve_checkpoint
+from megavit.config.compose import from_yaml, merge
 from megavit.config.overrides import read_text
+from megavit.config.validate import ExperimentConfig
 from megavit.errors import ConfigError
+from megavit.inference.trained_run import read_config, refuse_another_network
+from megavit.plugins import is_plugin
 
 
 def parse_arguments(
@@ -77,3 +84,46 @@ def split_own(command: str, arguments: list[str], *, known: Iterable[str]) -> tu
         else:
             rest.append(argument)
     return args, rest
+
+
+def refuse_untyped_code(checkpoint: Path, overrides: list[str]) -> None:
+    """A checkpoint may come from a stranger: parts by name that it would have run must be typed once more.
+
+    Raises:
+        ConfigError: naming the setting to type.
+    """
+    config = from_yaml((checkpoint / "run.yaml").read_text())
+    for setting, name in (("data.source", config.data.source), ("task.implementation", config.task.implementation)):
+        if name is not None and is_plugin(name) and not any(text.startswith(f"{setting}=") for text in overrides):
+            raise ConfigError(
+                f"{checkpoint} was made with {setting}={name}, code from outside megavit; type {setting}={name} too, "
+                f"if you trust it, or another {setting}"
+            )
+
+
+def prepare(
+    command: str, arguments: list[str], *, world_size: int | None = None
+) -> tuple[ExperimentConfig, CheckpointRef]:
+    """What to look at, and how: the run's own configuration with what is typed on top, on one rank unless told.
+
+    Args:
+        command: for the messages.
+        arguments: `from=RUN` and settings.
+        world_size: ranks that take part; None while they are not started.
+
+    Raises:
+        ConfigError: if there is no checkpoint, or a setting does not fit.
+    """
+    place, overrides = split_from(command, arguments)
+    weights = resolve_checkpoint(place)
+    refuse_untyped_code(weights.checkpoint, overrides)
+    before = read_config(weights.checkpoint)
+    config = merge(before, overrides)
+    refuse_another_network(weights.checkpoint, before, config)
+    if world_size is not None:
+        # Training's batch need not fit this world; images per micro batch are as they were, or as typed.
+        micro_batch = config.train.micro_batch or min(config.train.global_batch, 64)
+        batch = micro_batch * config.parallel.data_parallel_size(world_size) * config.parallel.pp
+        config = replace(config, train=replace(config.train, micro_batch=micro_batch, global_batch=batch))
+        config.check(world_size)
+    return config, weights

@@ -30,6 +30,7 @@ from megavit.model.vit import parameter_names
 from megavit.parallel.layout import ParallelLayout
 from megavit.runtime.exits import FINISHED
 from megavit.runtime.run_dir import lock_folder
+from megavit.task.config import TaskConfig
 from megavit.train.setup import build_model
 from megavit.validation import format_value, parse_int
 
@@ -193,19 +194,22 @@ def _out_of_run(run: str, kind: str, target: Path, *, dtype: str) -> None:
     headless = is_mae or not (state.classes or state.optimizer)
     classes = () if headless else read_classes(weights.checkpoint)
     if kind == "hf":
-        check_hf_compatible(config)
+        check_hf_compatible(config.model, config.data, is_mae=is_mae)
     trained = open_run(config, weights, num_classes=0 if is_mae else len(classes) or 1)
     dropped = ["mae_decoder."] if kind in ("timm", "nemo") else []
     if headless:
         dropped += ["head.pre.", "head.out."]
     timm_weights = _timm_weights(trained, config, dropped=tuple(dropped), dtype=_DTYPES[dtype])
     if kind == "hf":
-        write_hf(target, timm_weights, hf_config(config, classes, dtype), hf_preprocessor(config))
-        (target / "README.md").write_text(model_card(config, weights.checkpoint))
+        decoder = _hf_decoder(config.task) if is_mae else None
+        settings = hf_config(config.model, config.data, classes, dtype, decoder=decoder)
+        write_hf(target, timm_weights, settings, hf_preprocessor(config.data))
+        card = model_card(config.run.name, config.model, config.data, weights.checkpoint)
+        (target / "README.md").write_text(card)
     elif kind == "timm":
         if config.model.head is not Head.linear:
             raise ConfigError(f"model.head={config.model.head.value}: timm's ViT has one matrix for a head")
-        write_timm(target, timm_weights, config, classes)
+        write_timm(target, timm_weights, config.model, config.data, classes)
     elif kind == "nemo":
         write_nemo(target, timm_weights, _dims(config))
     else:
@@ -255,6 +259,18 @@ def _unsaid(kind: str, config: ExperimentConfig) -> list[str]:
             f"input_data_format='channels_first'"
         )
     return lines
+
+
+def _hf_decoder(task: TaskConfig) -> dict[str, Any]:
+    """Settings of `config.json` that ViTMAE has beside ViT's."""
+    return {
+        "decoder_hidden_size": task.decoder_hidden_size,
+        "decoder_intermediate_size": task.decoder_ffn_size,
+        "decoder_num_attention_heads": task.decoder_num_heads,
+        "decoder_num_hidden_layers": task.decoder_num_layers,
+        "mask_ratio": task.mask_ratio,
+        "norm_pix_loss": task.norm_pix_loss,
+    }
 
 
 def _timm_weights(

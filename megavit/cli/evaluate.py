@@ -15,9 +15,11 @@ def main(arguments: list[str]) -> int:
 
     def work() -> int:
         with gc_paused():
+            from megavit.cli.arguments import prepare
             from megavit.inference.evaluate import evaluate
+            from megavit.parallel.layout import world_size_from_environment
 
-        return evaluate(arguments)
+        return evaluate(*prepare("evaluate", arguments, world_size=world_size_from_environment()))
 
     return run_rank(work, run_dir=lambda: None)
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from megavit.checkpoint.convert.write import write_tensors
+from megavit.cli.feature_args import FeatureArgs, make_folder, read_feature_args
 from megavit.data.sources.base import name_of
 from megavit.data.sources.registry import open_source
 from megavit.errors import ConfigError
-from megavit.inference.features import Extractor, FeatureArgs, Features, make_folder, read_arguments
+from megavit.inference.features import FeatureExtractor, Features
 from megavit.runtime.output import complete_file
 from megavit.validation import format_value
 
@@ -29,10 +30,10 @@ def features(arguments: list[str]) -> int:
     Raises:
         ConfigError: if there is no checkpoint, an argument does not fit, or a file is there already.
     """
-    args = read_arguments("features", arguments, options=("out", "splits"))
+    args = read_feature_args("features", arguments, options=("out", "splits"))
     files = _files(args)
     sources = {split: open_source(args.config.data, split) for split in files}
-    extractor = Extractor(args)
+    extractor = FeatureExtractor(args.config, args.weights, args.pool)
     for split, file in files.items():
         found = extractor.extract(sources[split], split)
         names = (name_of(sources[split], index) for index in range(len(sources[split])))

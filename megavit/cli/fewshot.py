@@ -4,17 +4,10 @@ from statistics import fmean
 
 import numpy as np
 
+from megavit.cli.feature_args import FeatureArgs, open_labelled, read_feature_args, results_file, write_results
 from megavit.data.sources.base import all_labels
 from megavit.errors import ConfigError
-from megavit.inference.features import (
-    Extractor,
-    FeatureArgs,
-    Features,
-    open_labelled,
-    read_arguments,
-    results_file,
-    write_results,
-)
+from megavit.inference.features import FeatureExtractor, Features
 from megavit.validation import parse_int, parse_ints
 
 # Of scikit-learn's LogisticRegression: the inverse strength of its L2 penalty, its own default.
@@ -32,7 +25,7 @@ def fewshot(arguments: list[str]) -> int:
     Raises:
         ConfigError: if there is no checkpoint, an argument does not fit, or a class has too few images.
     """
-    args = read_arguments("fewshot", arguments, options=("shots", "draws", "seed", "out"))
+    args = read_feature_args("fewshot", arguments, options=("shots", "draws", "seed", "out"))
     shots = parse_ints("shots", args.options.get("shots", "1,5,10"))
     draws = parse_int("draws", args.options.get("draws", "5"))
     seed = parse_int("seed", args.options.get("seed", "0"), at_least=0)
@@ -40,7 +33,7 @@ def fewshot(arguments: list[str]) -> int:
     training, validation = open_labelled(args, why="a classifier learns from")
     labels = all_labels(training)
     _refuse_too_many(max(shots), labels, training.classes, args)
-    extractor = Extractor(args)
+    extractor = FeatureExtractor(args.config, args.weights, args.pool)
     train, val = extractor.extract(training, "train"), extractor.extract(validation, "val")
     print(
         f"{args.weights}: {len(training.classes)} classes, {len(validation):,} validation images, "

@@ -9,17 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megavit.cli.feature_args import FeatureArgs, open_labelled, read_feature_args, results_file, write_results
 from megavit.data.sources.base import Source
 from megavit.errors import ConfigError
-from megavit.inference.features import (
-    Extractor,
-    FeatureArgs,
-    Features,
-    open_labelled,
-    read_arguments,
-    results_file,
-    write_results,
-)
+from megavit.inference.features import FeatureExtractor, Features
 from megavit.validation import parse_ints
 
 # Similarities, and votes, that are held at once: 256 MiB of each in fp32. Beside them lie the training images' features
@@ -38,13 +31,13 @@ def knn(arguments: list[str]) -> int:
     Raises:
         ConfigError: if there is no checkpoint, an argument does not fit, or the data has not one label for each image.
     """
-    args = read_arguments("knn", arguments, options=("k", "temperature", "out"))
+    args = read_feature_args("knn", arguments, options=("k", "temperature", "out"))
     ks = parse_ints("k", args.options.get("k", "10,20,100"))
     temperature = _temperature(args)
     out = results_file(args)
     training, validation = open_labelled(args, why="nearest neighbours vote with")
     _refuse_too_many(ks, training, args)
-    extractor = Extractor(args)
+    extractor = FeatureExtractor(args.config, args.weights, args.pool)
     train, val = extractor.extract(training, "train"), extractor.extract(validation, "val")
     right = count_right(train, val, ks=ks, temperature=temperature, device=extractor.device)
     count = len(validation)

@@ -8,9 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from megavit import __version__
 from megavit.config.untested import list_untested
-from megavit.errors import ConfigError
+from megavit.errors import ConfigError, escape_unprintable
 from megavit.runtime.exits import FAULT, USER_ERROR
-from megavit.runtime.output import escape_unprintable
 
 _USAGE = """\
 megavit VERB key=value …     megavit --version
@@ -168,7 +167,7 @@ def evaluate(arguments: list[str]) -> int:
 
     silence_import_warnings()
     with gc_paused():
-        from megavit.inference.trained_run import prepare
+        from megavit.cli.arguments import prepare
         from megavit.runtime.workers import num_ranks, start_ranks
 
     config, _ = prepare("evaluate", arguments)

@@ -10,9 +10,9 @@ import torch
 
 from megavit.cli.arguments import parse_arguments
 from megavit.data.sources.image_files import find_images
-from megavit.errors import ConfigError
+from megavit.errors import ConfigError, printable
 from megavit.inference.trained_run import open_run, read_classes, read_run, split_settings, with_settings
-from megavit.runtime.output import check_writable, complete_file, printable
+from megavit.runtime.output import check_writable, complete_file
 from megavit.task.config import Loss
 from megavit.validation import parse_int
 
@@ -68,8 +68,8 @@ def predict(arguments: list[str]) -> int:
     if rows:
         _write(rows, out, top)
     if unread:
-        rest = f"; {out or 'the output'} has the other {len(rows):,}" if rows else ""
-        raise ConfigError(f"{len(unread):,} of {len(paths):,} images could not be read, see above{rest}")
+        others = f"; {out or 'the output'} has the other {len(rows):,}" if rows else ""
+        raise ConfigError(f"{len(unread):,} of {len(paths):,} images could not be read, see above{others}")
     return 0
 
 

@@ -37,7 +37,7 @@ def show_data(arguments: list[str]) -> int:
     Raises:
         ConfigError: if a setting does not fit, or the data cannot be read.
     """
-    options, settings = split_own("show-data", arguments, options=("out", "count"))
+    options, settings = split_own("show-data", arguments, known=("out", "count"))
     config = compose(settings)
     for group in (config.model, config.task, config.data):
         group.check()

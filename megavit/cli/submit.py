@@ -7,7 +7,7 @@ from megavit.cluster.backend import Backend, Submitted
 from megavit.cluster.job import Job, plan_job, split_sweep
 from megavit.cluster.registry import get_backend, split_cluster
 from megavit.cluster.render import refuse_secret_names, refuse_secrets
-from megavit.config.compose import flatten
+from megavit.config.compose import AUTO_MODEL, flatten
 from megavit.errors import ConfigError
 
 _FOLDER = "launch"
@@ -26,7 +26,7 @@ def submit(arguments: list[str]) -> int:
     backend = get_backend(cluster_args)
     refuse_secret_names(backend.config.env)
     runs = split_sweep(overrides) if len(cluster_args) + len(overrides) < len(arguments) else [overrides]
-    jobs = [plan_job(run, backend.config) for run in runs]
+    jobs = [plan_job(run, backend.config, resolve=_resolve_auto) for run in runs]
     _refuse_shared_folders(jobs)
     # Before the quoting, which would hide a secret that holds a quote.
     refuse_secrets("\n".join([*arguments, *map(str, flatten(backend.config).values())]))
@@ -41,6 +41,17 @@ def submit(arguments: list[str]) -> int:
     backend.try_out(texts)
     files = [_keep(job, text, file_name=backend.file_name) for job, text in zip(jobs, texts, strict=True)]
     return max(submitted.code for submitted in _hand_over(backend, files, jobs))
+
+
+def _resolve_auto(overrides: list[str]) -> list[str]:
+    """Replace `model=auto` by the model of the weights, which are read on this machine."""
+    if AUTO_MODEL not in overrides:
+        return overrides
+    from megavit.train.auto_model import resolve_auto
+
+    resolved, taken = resolve_auto(overrides)
+    print(taken)
+    return resolved
 
 
 def _hand_over(backend: Backend, files: list[Path], jobs: list[Job]) -> list[Submitted]:

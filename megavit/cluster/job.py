@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,12 +59,15 @@ class Job:
         return f"{self.name} on {nodes}{each}"
 
 
-def plan_job(overrides: list[str], cluster: ClusterConfig) -> Job:
+def plan_job(
+    overrides: list[str], cluster: ClusterConfig, *, resolve: Callable[[list[str]], list[str]] = lambda typed: typed
+) -> Job:
     """Compose a run and check it against a cluster.
 
     Args:
         overrides: the run's, as typed.
         cluster: where it shall run, checked in itself.
+        resolve: replaces `model=auto` by the settings of the weights to start from.
 
     Raises:
         ConfigError: if it could not run there.
@@ -72,9 +76,7 @@ def plan_job(overrides: list[str], cluster: ClusterConfig) -> Job:
         if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
             raise ConfigError(f"{text!r} holds a line break or another control character")
     overrides = [write_home_out(text, run_types()) for text in overrides]
-    overrides, taken = _resolved(overrides)
-    if taken is not None:
-        print(taken)
+    overrides = resolve(overrides)
     config = compose(overrides)
     layout = config.parallel
     if config.run.ranks is not None:
@@ -142,15 +144,6 @@ def _named(overrides: list[str], swept: list[str]) -> list[str]:
     rest = [text for text in overrides if not text.startswith("run.name=")]
     name = compose([text for text in overrides if text != AUTO_MODEL]).run.name
     return [*rest, write_text("run.name", f"{name}-{'-'.join(words)}")]
-
-
-def _resolved(overrides: list[str]) -> tuple[list[str], str | None]:
-    """The settings without `model=auto`: the weights are read here, at the desk."""
-    if AUTO_MODEL not in overrides:
-        return overrides, None
-    from megavit.train.auto_model import resolve_auto
-
-    return resolve_auto(overrides)
 
 
 def _count_gpus() -> int:

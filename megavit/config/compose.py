@@ -176,10 +176,11 @@ def from_yaml(text: str) -> ExperimentConfig:
         )
     try:
         saved = OmegaConf.create(text)
-        for old, new in _RENAMED.items():
-            group, _, name = old.partition(".")
-            if isinstance(saved.get(group), DictConfig) and name in saved[group]:
-                saved[group][new.partition(".")[2]] = saved[group].pop(name)
+        if isinstance(saved, DictConfig):
+            for old, new in _RENAMED.items():
+                group, _, name = old.partition(".")
+                if isinstance(saved.get(group), DictConfig) and name in saved[group]:
+                    saved[group][new.partition(".")[2]] = saved[group].pop(name)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig), saved))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"a run's configuration cannot be read: {_explain(error)}") from error

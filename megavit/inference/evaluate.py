@@ -12,12 +12,13 @@ from pathlib import Path
 from torch import Tensor
 
 from megavit.checkpoint.find import CheckpointRef
+from megavit.config.validate import ExperimentConfig
 from megavit.data.bad_samples import BadSampleTracker
 from megavit.data.config import DataConfig
 from megavit.data.loader import Loader
 from megavit.data.sources.registry import open_source
 from megavit.errors import ConfigError
-from megavit.inference.trained_run import label_as_trained, open_run, prepare, read_config
+from megavit.inference.trained_run import label_as_trained, open_run, read_config
 from megavit.metrics.plots import draw_confusion
 from megavit.parallel.layout import world_size_from_environment
 from megavit.train.engine import Engine, prepare_task
@@ -43,10 +44,14 @@ _SEEN = (
 _LONGEST = 60
 
 
-def evaluate(arguments: list[str]) -> int:
-    """Evaluate as one rank; the first leaves the results in `RUN/evaluation/`."""
+def evaluate(config: ExperimentConfig, weights: CheckpointRef) -> int:
+    """Evaluate as one rank; the first leaves the results in `RUN/evaluation/`.
+
+    Args:
+        config: the run's configuration, with what is typed on top, checked for this world.
+        weights: the checkpoint to evaluate.
+    """
     world_size = world_size_from_environment()
-    config, weights = prepare("evaluate", arguments, world_size=world_size)
     source, notes = open_source(config.data, "val"), list[str]()
     present = source.classes
     if config.task.name.classifies:
@@ -92,7 +97,7 @@ def _report(
     """Write what was counted, and print the sums.
 
     Args:
-        totals: of `Engine.score`.
+        totals: of `Engine.evaluate_sums`.
         metrics: the task's.
         classes: in the order of the confusion.
         weights: that were evaluated.

@@ -10,7 +10,6 @@ from megavit.checkpoint.find import CheckpointRef, resolve_checkpoint
 from megavit.checkpoint.safe_pickle import check_pickles
 from megavit.checkpoint.shards import load_weights
 from megavit.checkpoint.state import TrainingState, read_state
-from megavit.cli.arguments import split_from
 from megavit.config.compose import from_yaml, merge
 from megavit.config.train import Compile, GradReduce
 from megavit.config.validate import ExperimentConfig
@@ -22,13 +21,11 @@ from megavit.data.sampler import SampleKey
 from megavit.data.sources.base import Source
 from megavit.data.sources.relabel import relabel
 from megavit.data.transforms.image import ImageTransform
-from megavit.errors import ConfigError
+from megavit.errors import ConfigError, printable
 from megavit.model.config import AttentionBackend, LinearBackend, Positions
 from megavit.optim.config import Implementation
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
-from megavit.plugins import is_plugin
-from megavit.runtime.output import printable
 from megavit.train.resume_rules import Rule, changes
 from megavit.train.setup import ModelSetup, build_model
 from megavit.validation import format_value
@@ -105,49 +102,6 @@ def read_config(checkpoint: Path) -> ExperimentConfig:
         # Nothing of what training asked for is left.
         experimental=False,
     )
-
-
-def refuse_untyped_code(checkpoint: Path, overrides: list[str]) -> None:
-    """A checkpoint may come from a stranger: parts by name that it would have run must be typed once more.
-
-    Raises:
-        ConfigError: naming the setting to type.
-    """
-    config = from_yaml((checkpoint / "run.yaml").read_text())
-    for setting, name in (("data.source", config.data.source), ("task.implementation", config.task.implementation)):
-        if name is not None and is_plugin(name) and not any(text.startswith(f"{setting}=") for text in overrides):
-            raise ConfigError(
-                f"{checkpoint} was made with {setting}={name}, code from outside megavit; type {setting}={name} too, "
-                f"if you trust it, or another {setting}"
-            )
-
-
-def prepare(
-    command: str, arguments: list[str], *, world_size: int | None = None
-) -> tuple[ExperimentConfig, CheckpointRef]:
-    """What to look at, and how: the run's own configuration with what is typed on top, on one rank unless told.
-
-    Args:
-        command: for the messages.
-        arguments: `from=RUN` and settings.
-        world_size: ranks that take part; None while they are not started.
-
-    Raises:
-        ConfigError: if there is no checkpoint, or a setting does not fit.
-    """
-    place, overrides = split_from(command, arguments)
-    weights = resolve_checkpoint(place)
-    refuse_untyped_code(weights.checkpoint, overrides)
-    before = read_config(weights.checkpoint)
-    config = merge(before, overrides)
-    refuse_another_network(weights.checkpoint, before, config)
-    if world_size is not None:
-        # Training's batch need not fit this world; images per micro batch are as they were, or as typed.
-        micro_batch = config.train.micro_batch or min(config.train.global_batch, 64)
-        batch = micro_batch * config.parallel.data_parallel_size(world_size) * config.parallel.pp
-        config = replace(config, train=replace(config.train, micro_batch=micro_batch, global_batch=batch))
-        config.check(world_size)
-    return config, weights
 
 
 def split_settings(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megavit.errors import ConfigError
-from megavit.runtime.output import printable
+from megavit.errors import ConfigError, printable
 from megavit.validation import format_value
 
 _START_S = 60

@@ -10,7 +10,6 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from megavit.errors import ConfigError
-from megavit.optim.config import OptimConfig, Optimizer
 from megavit.parallel.config import ParallelConfig
 
 
@@ -83,9 +82,9 @@ class GradientBuffers(DistributedDataParallel):
 def wrap_for_data_parallel(
     chunks: list[MegatronModule],
     mcore_config: TransformerConfig,
-    config: OptimConfig,
     parallel: ParallelConfig,
     *,
+    use_distributed_optimizer: bool,
     bf16_reduce: bool,
     fused_accumulation: bool,
 ) -> list[DistributedDataParallel]:
@@ -94,8 +93,9 @@ def wrap_for_data_parallel(
     Args:
         chunks: this rank's stages, on their device.
         mcore_config: Megatron-Core's configuration; gets the hooks with which the schedules overlap communication.
-        config: the optim group; Adam's gradients are reduced and scattered, others' all-reduced.
         parallel: the parallel group, for what is overlapped.
+        use_distributed_optimizer: reduce-scatter the gradients, for an optimizer whose state is sharded over the
+            data-parallel ranks; otherwise all-reduce them.
         bf16_reduce: accumulate and reduce in bf16 instead of fp32.
         fused_accumulation: whether products of the layers' matrices go straight into the buffers.
 
@@ -104,7 +104,7 @@ def wrap_for_data_parallel(
     """
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=not bf16_reduce,
-        use_distributed_optimizer=config.name is Optimizer.adamw,
+        use_distributed_optimizer=use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         bucket_size=parallel.bucket_size,

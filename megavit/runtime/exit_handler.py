@@ -14,10 +14,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from megavit.errors import ConfigError
+from megavit.errors import DISK_ERRORS, ConfigError, escape_unprintable
 from megavit.parallel.layout import rank_from_environment, world_size_from_environment
 from megavit.runtime.exits import FAULT, USER_ERROR, write_exit
-from megavit.runtime.output import DISK_ERRORS, escape_unprintable
 from megavit.runtime.rank_log import RankLog
 
 _NOBODY_READS = (

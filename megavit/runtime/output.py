@@ -1,28 +1,11 @@
-"""What a command leaves: text that can be printed whatever names are in it, files that are complete or not there."""
+"""Write a command's output files: complete, or not there."""
 
-import errno
-import io
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megavit.errors import ConfigError
-
-# What a full disk, a used-up quota or a disk that became read-only says.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-
-def printable(text: str | bytes) -> str:
-    """A text, such as a path, as it can be printed: bytes that are no UTF-8 are escaped."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace")
-
-
-def escape_unprintable() -> None:
-    """Have standard output escape what its encoding does not hold, such as names of files that are no UTF-8."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+from megavit.errors import DISK_ERRORS, ConfigError
 
 
 def check_writable(path: Path) -> None:

@@ -87,7 +87,7 @@ class TaskConfig:
     decoder_num_layers: int | None = None
     baseline_samples: int | None = None
 
-    def num_visible(self, num_patches: int) -> int:
+    def num_visible_patches(self, num_patches: int) -> int:
         """Patches that the encoder sees: int(P · (1 − mask_ratio)).
 
         Raises:

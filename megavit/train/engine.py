@@ -12,6 +12,7 @@ from megavit.config.validate import ExperimentConfig
 from megavit.data.loader import Batch, Loader
 from megavit.data.sampler import DeterministicSampler
 from megavit.data.sources.base import Source
+from megavit.optim.config import Optimizer
 from megavit.optim.step import step_if_finite
 from megavit.parallel.collectives import broadcast_from
 from megavit.parallel.ddp import wrap_for_data_parallel
@@ -130,8 +131,8 @@ def wrap_network(network: ModelSetup, config: ExperimentConfig) -> list[Distribu
     return wrap_for_data_parallel(
         list(network.chunks.values()),
         network.mcore_config,
-        config.optim,
         config.parallel,
+        use_distributed_optimizer=config.optim.name is Optimizer.adamw,
         bf16_reduce=config.train.grad_reduce is GradReduce.bf16,
         fused_accumulation=config.train.gradient_accumulation_fusion,
     )

@@ -51,10 +51,10 @@ def _plain(name: str) -> str:
         return name
 
 
-def _check(patterns: list[str], names: list[str], frozen: set[str]) -> None:
+def _check(patterns: list[str], local: list[str], frozen: set[str]) -> None:
     names: set[str] = set()
     frozen_anywhere: set[str] = set()
-    for theirs, of_theirs in gather_objects((names, frozen)):
+    for theirs, of_theirs in gather_objects((local, frozen)):
         names |= set(theirs)
         frozen_anywhere |= of_theirs
     for pattern in patterns:

@@ -171,9 +171,9 @@ def check_disk(
     Raises:
         ConfigError: with the arithmetic.
     """
-    size = [p for chunk in chunks.values() for p in chunk.parameters() if _is_counted_here(p, layout)]
-    extra = {p: p.requires_grad * (optimizer_bytes + _FP32_BYTES) + ema * _FP32_BYTES for p in size}
-    each = torch.tensor([sum(p.numel() * (p.element_size() + extra[p]) for p in size)])
+    params = [p for chunk in chunks.values() for p in chunk.parameters() if _is_counted_here(p, layout)]
+    extra = {p: p.requires_grad * (optimizer_bytes + _FP32_BYTES) + ema * _FP32_BYTES for p in params}
+    each = torch.tensor([sum(p.numel() * (p.element_size() + extra[p]) for p in params)])
     each = each.to(layout.device)
     dist.all_reduce(each)
     size = int(each)
@@ -184,8 +184,8 @@ def check_disk(
         if needed > free:
             raise ConfigError(
                 f"run.dir={run_dir} has no room for {account}; raise checkpoint.save_every, set "
-                "checkpoint.keep_last=3, "
-                f"make room, or choose another run.dir (run.preflight=false starts without looking)"
+                f"checkpoint.keep_last=3, make room, or choose another run.dir "
+                f"(run.preflight=false starts without looking)"
             )
         return account
 
@@ -285,9 +285,9 @@ class PreflightRun:
         took["a save"] = self._timed(
             lambda: checkpoints.save(self.chunks, self.optimizer, nothing, run_yaml="", averages=self.averages)
         )
-        (saved,) = checkpoints.all()
+        (written,) = checkpoints.all()
         took["a load"] = self._timed(
-            lambda: shards.load(saved, self.chunks, self.optimizer, averages=self.averages),
+            lambda: shards.load(written, self.chunks, self.optimizer, averages=self.averages),
         )
         dist.barrier()
         if self.layout.rank == 0:

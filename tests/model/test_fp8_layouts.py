@@ -94,7 +94,7 @@ def mlp_of(overrides: list[str]) -> dict[str, torch.Tensor] | None:
     if layout.sequence_parallel:
         share = slice(12 * layout.tp_rank, 12 * layout.tp_rank + 12)
     x = tokens[share].clone().requires_grad_()
-    output = layer.mlp.fc2(layer.mlp.fc1_gelu(x))
+    output = layer.mlp.fc2_linear(layer.mlp.fc1_gelu(x))
     output.backward(upstream[share])
     names = {name: value for name, value in parameter_names(chunk).items() if "mlp" in name and "weight" in name}
     for value in names.values():

@@ -2,47 +2,51 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megavit.config.validate import ExperimentConfig
+from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
-from megavit.model.config import Head, Pool
-from megavit.task.config import TaskName
+from megavit.model.config import Head, ModelConfig, Pool
 
 
-def check_hf_compatible(config: ExperimentConfig) -> None:
+def check_hf_compatible(model: ModelConfig, data: DataConfig, *, is_mae: bool) -> None:
     """Raise ConfigError, naming the setting, where Hugging Face's ViT or ViTMAE has no such part."""
-    model, mae = config.model, config.task.name is TaskName.mae
     reasons = {
         f"model.class_tokens={model.class_tokens}": model.class_tokens != 1,
-        f"model.pool={model.pool.value}": model.pool is not Pool.cls and not mae,
-        f"model.head={model.head.value}": model.head is not Head.linear and not mae,
+        f"model.pool={model.pool.value}": model.pool is not Pool.cls and not is_mae,
+        f"model.head={model.head.value}": model.head is not Head.linear and not is_mae,
         "model.patch_bias=false": not model.patch_bias,
         "model.qk_norm=true": model.qk_norm,
         f"model.layer_scale={model.layer_scale}": model.layer_scale is not None,
-        f"data.image_size={config.data.image_size}": mae and len(set(config.data.image_size)) > 1,
+        f"data.image_size={data.image_size}": is_mae and len(set(data.image_size)) > 1,
     }
     for setting, differs in reasons.items():
         if differs:
-            raise ConfigError(f"{setting}: Hugging Face's {'ViTMAE' if mae else 'ViT'} has no such; to=timm: may have")
-    if config.data.crop_pct is not None and len(set(config.data.image_size)) > 1:
+            raise ConfigError(
+                f"{setting}: Hugging Face's {'ViTMAE' if is_mae else 'ViT'} has no such; to=timm: may have"
+            )
+    if data.crop_pct is not None and len(set(data.image_size)) > 1:
         raise ConfigError(
-            f"data.crop_pct={config.data.crop_pct} with data.image_size={config.data.image_size}: Hugging Face's "
+            f"data.crop_pct={data.crop_pct} with data.image_size={data.image_size}: Hugging Face's "
             f"processor crops squares alone; to=timm: can say it"
         )
 
 
-def hf_config(config: ExperimentConfig, classes: tuple[str, ...], dtype: str) -> dict[str, Any]:
+def hf_config(
+    model: ModelConfig, data: DataConfig, classes: tuple[str, ...], dtype: str, *, decoder: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """The content of `config.json`.
 
     Args:
-        config: of the run.
-        classes: names, in the order of the scores; empty of a masked autoencoder or a model without a classifier.
+        model: the run's model group.
+        data: the run's data group.
+        classes: class names, in the order of the scores; empty for a model without a classifier.
         dtype: fp32, bf16 or fp16.
+        decoder: ViTMAE's own settings; None for a classifier.
     """
-    model, task = config.model, config.task
-    size = config.data.image_size
+    size = data.image_size
     settings: dict[str, Any] = {
         "architectures": ["ViTForImageClassification"],
         "model_type": "vit",
@@ -52,7 +56,7 @@ def hf_config(config: ExperimentConfig, classes: tuple[str, ...], dtype: str) ->
         "num_hidden_layers": model.num_layers,
         "patch_size": model.patch_size,
         "image_size": size[0] if size[0] == size[1] else size,
-        "num_channels": config.data.channels,
+        "num_channels": data.channels,
         "layer_norm_eps": model.norm_eps,
         "hidden_act": "gelu",
         "qkv_bias": True,
@@ -60,17 +64,8 @@ def hf_config(config: ExperimentConfig, classes: tuple[str, ...], dtype: str) ->
         "attention_probs_dropout_prob": 0.0,
         "dtype": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype],
     }
-    if config.task.name is TaskName.mae:
-        return settings | {
-            "architectures": ["ViTMAEForPreTraining"],
-            "model_type": "vit_mae",
-            "decoder_hidden_size": task.decoder_hidden_size,
-            "decoder_intermediate_size": task.decoder_ffn_size,
-            "decoder_num_attention_heads": task.decoder_num_heads,
-            "decoder_num_hidden_layers": task.decoder_num_layers,
-            "mask_ratio": task.mask_ratio,
-            "norm_pix_loss": task.norm_pix_loss,
-        }
+    if decoder is not None:
+        return settings | {"architectures": ["ViTMAEForPreTraining"], "model_type": "vit_mae", **decoder}
     if not classes:
         return settings | {"architectures": ["ViTModel"]}
     return settings | {
@@ -79,9 +74,8 @@ def hf_config(config: ExperimentConfig, classes: tuple[str, ...], dtype: str) ->
     }
 
 
-def hf_preprocessor(config: ExperimentConfig) -> dict[str, Any]:
+def hf_preprocessor(data: DataConfig) -> dict[str, Any]:
     """The content of `preprocessor_config.json`: images as the run evaluated them."""
-    data = config.data
     full = {"height": data.image_size[0], "width": data.image_size[1]}
     if data.crop_pct is None:
         view = {"size": full, "do_center_crop": False}
@@ -102,15 +96,14 @@ def hf_preprocessor(config: ExperimentConfig) -> dict[str, Any]:
     }
 
 
-def model_card(config: ExperimentConfig, checkpoint: Path) -> str:
+def model_card(name: str, model: ModelConfig, data: DataConfig, checkpoint: Path) -> str:
     """The content of the folder's `README.md`."""
     state = json.loads((checkpoint / "state.json").read_text())
-    results = "\n".join(f"- {name}: {value}" for name, value in state["metrics"].items()) or "- none"
-    model = config.model
+    results = "\n".join(f"- {metric}: {value}" for metric, value in state["metrics"].items()) or "- none"
     return (
-        f"---\nlibrary_name: transformers\ntags: [megavit, vit]\n---\n\n# {config.run.name}\n\n"
+        f"---\nlibrary_name: transformers\ntags: [megavit, vit]\n---\n\n# {name}\n\n"
         f"{model.num_layers} layers of {model.hidden_size}, patch {model.patch_size}, trained with megavit for "
-        f"{state['step']} steps on {state['consumed_samples']:,} images of `data.source={config.data.source}`.\n\n"
+        f"{state['step']} steps on {state['consumed_samples']:,} images of `data.source={data.source}`.\n\n"
         f"Validation at that step:\n\n{results}\n"
     )
 

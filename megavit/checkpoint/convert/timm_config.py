@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from megavit.config.validate import ExperimentConfig
+from megavit.data.config import DataConfig
+from megavit.model.config import ModelConfig
 
 # Width, layers, heads: timm's name, and the patches that it has in this size. `vit_base_patch16_224` takes any other
 # size as arguments.
@@ -22,15 +23,17 @@ _NAMES = {
 TIMM_NORM_EPS = 1e-6
 
 
-def timm_config(config: ExperimentConfig, classes: tuple[str, ...], weights: dict[str, Tensor]) -> dict[str, Any]:
+def timm_config(
+    model: ModelConfig, data: DataConfig, classes: tuple[str, ...], weights: dict[str, Tensor]
+) -> dict[str, Any]:
     """The content of `config.json`: the network, and images as the run evaluated them.
 
     Args:
-        config: of the run.
+        model: the run's model group.
+        data: the run's data group.
         classes: names, in the order of the scores; empty of a model without a classifier.
         weights: as they stand in the file, by timm's names.
     """
-    model, data = config.model, config.data
     size = data.image_size
     patches = size[0] // model.patch_size * (size[1] // model.patch_size)
     has_token, has_fc_norm = "cls_token" in weights, "fc_norm.weight" in weights
@@ -53,7 +56,7 @@ def timm_config(config: ExperimentConfig, classes: tuple[str, ...], weights: dic
     }
     squash = data.crop_pct is None
     return {
-        "architecture": _name(config),
+        "architecture": _name(model),
         "num_classes": len(classes),
         "num_features": model.hidden_size,
         "global_pool": global_pool,
@@ -75,8 +78,7 @@ def timm_config(config: ExperimentConfig, classes: tuple[str, ...], weights: dic
     }
 
 
-def _name(config: ExperimentConfig) -> str:
-    model = config.model
+def _name(model: ModelConfig) -> str:
     name, patches = _NAMES.get((model.hidden_size, model.num_layers, model.num_heads), ("", ()))
     return f"vit_{name}_patch{model.patch_size}_224" if model.patch_size in patches else "vit_base_patch16_224"
 

@@ -13,9 +13,9 @@ from megavit.checkpoint.convert.hf_mapping import split_prefix, to_hf
 from megavit.checkpoint.convert.nemo_mapping import PREFIX, nemo_row
 from megavit.checkpoint.convert.timm_config import timm_config
 from megavit.checkpoint.param_mapping import Dims
-from megavit.config.validate import ExperimentConfig
+from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
-from megavit.model.config import Pool, Positions
+from megavit.model.config import ModelConfig, Pool, Positions
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -30,16 +30,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     path.chmod(mode)
 
 
-def write_timm(path: Path, timm_weights: dict[str, Tensor], config: ExperimentConfig, classes: tuple[str, ...]) -> None:
+def write_timm(
+    path: Path, timm_weights: dict[str, Tensor], model: ModelConfig, data: DataConfig, classes: tuple[str, ...]
+) -> None:
     """Write one .safetensors file that `timm.create_model(…, checkpoint_path=…)` reads, and timm's config.json beside.
 
     Args:
         path: the file.
         timm_weights: weights of the plain model, `pos_embed` among them also where it is fixed; taken out one by one.
-        config: of the run.
+        model: the run's model group.
+        data: the run's data group.
         classes: names, in the order of the scores; empty of a model without a classifier.
     """
-    model = config.model
     split = split_prefix(
         timm_weights, pools_class_token=model.pool is Pool.cls, learned=model.positions is Positions.learned
     )
@@ -51,7 +53,7 @@ def write_timm(path: Path, timm_weights: dict[str, Tensor], config: ExperimentCo
         weights["patch_embed.proj.bias"] = torch.zeros_like(weights["patch_embed.proj.weight"][:, 0, 0, 0])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, weights, {"format": "pt"})
-    settings = timm_config(config, classes, weights)
+    settings = timm_config(model, data, classes, weights)
     (path.parent / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -14,8 +14,7 @@ from megavit.data.class_names import describe_change
 from megavit.data.config import DataConfig
 from megavit.data.decode import Jpeg, open_image
 from megavit.data.sources.train_val_split import find_splits, parts_by_name, split_indices
-from megavit.errors import ConfigError
-from megavit.runtime.output import DISK_ERRORS
+from megavit.errors import DISK_ERRORS, ConfigError
 
 
 class HfDatasetSource:

@@ -10,8 +10,7 @@ from torch import Tensor
 from megavit.data.decode import Jpeg, decode_image, open_image
 from megavit.data.sources import remote
 from megavit.data.sources.list_files import SUFFIXES, list_images
-from megavit.errors import ConfigError
-from megavit.runtime.output import printable
+from megavit.errors import ConfigError, printable
 
 
 class ImageFileSource:

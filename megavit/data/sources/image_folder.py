@@ -14,8 +14,7 @@ from megavit.data.sources.image_files import ImageFileSource, as_bytes
 from megavit.data.sources.index_cache import Index, load_or_build, settled
 from megavit.data.sources.list_files import SUFFIXES, list_images, places_in_order
 from megavit.data.sources.train_val_split import SPLIT_WORDS, find_splits, split_indices
-from megavit.errors import ConfigError
-from megavit.runtime.output import printable
+from megavit.errors import ConfigError, printable
 
 # Folders that are asked at once whether they have changed.
 _THREADS = 16

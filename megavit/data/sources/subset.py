@@ -9,8 +9,7 @@ from torch import Tensor
 from megavit.data.config import DataConfig
 from megavit.data.decode import Jpeg
 from megavit.data.sources.base import Source, all_labels, name_of, open_sample
-from megavit.errors import ConfigError
-from megavit.runtime.output import printable
+from megavit.errors import ConfigError, printable
 
 _SUBSET_SEED = 1
 

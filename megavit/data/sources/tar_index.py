@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from megavit.data.sources.list_files import SUFFIXES
-from megavit.errors import ConfigError
-from megavit.runtime.output import printable
+from megavit.errors import ConfigError, printable
 
 _ENDINGS = tuple(suffix[1:] for suffix in SUFFIXES)
 

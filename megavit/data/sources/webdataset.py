@@ -17,8 +17,7 @@ from megavit.data.sources.list_files import places_in_order
 from megavit.data.sources.tar_index import Placed, read_headers
 from megavit.data.sources.tar_shards import Shard, ShardReader, beside, find_shards, look_at, open_shard
 from megavit.data.sources.train_val_split import split_indices
-from megavit.errors import ConfigError
-from megavit.runtime.output import printable
+from megavit.errors import ConfigError, printable
 
 _CLASSES_FILE = "classes.txt"
 
@@ -118,9 +117,9 @@ def open_tars(config: DataConfig, split: str, index: Path | None = None) -> WebD
     elif labels.max() < 0:
         raise ConfigError(f"{config.path} has a {_CLASSES_FILE}, and its images have no labels; take it away")
     if (labels.max() < 0) != (not names) or labels.max() >= len(names):
-        part = "training" if split == "train" else "validation"
+        name = "training" if split == "train" else "validation"
         message = f"has labels up to {labels.max()}" if labels.max() >= 0 else "has no labels"
-        raise ConfigError(f"{config.path}: the {part} set {message}, and there are {len(names)} classes")
+        raise ConfigError(f"{config.path}: the {name} set {message}, and there are {len(names)} classes")
     share = split_indices(labels.clip(0), config.val_fraction, split, where=config.path) if part == "all" else None
     shards, listing = opened[part]
     return WebDatasetSource(shards, listing, classes=names, channels=config.channels, part=share)

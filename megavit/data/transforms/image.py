@@ -36,10 +36,10 @@ class ImageTransform:
         self.random: list[Callable[[Tensor], Tensor]] = []
         self.reduces = config.reduced_decode
         self.resample = Image.Resampling[config.interpolation.value.upper()]
-        self.crop: v2.RandomResizedCrop | None = None
+        self.random_crop: v2.RandomResizedCrop | None = None
         if augment and config.crop_scale is not None:
             low, high = config.crop_scale
-            self.crop = v2.RandomResizedCrop(
+            self.random_crop = v2.RandomResizedCrop(
                 tuple(config.image_size), scale=(low, high), interpolation=self.interpolation, antialias=True
             )
         if augment and config.flip:
@@ -81,7 +81,7 @@ class ImageTransform:
 
     def drawing(self) -> AbstractContextManager[None]:
         """Within it images are cut and changed; after it torch's generator is as it was."""
-        return _as_in_any_process() if self.crop is not None or self.random else nullcontext()
+        return _as_in_any_process() if self.random_crop is not None or self.random else nullcontext()
 
     def crop(self, image: Tensor | Jpeg, draw: int) -> Tensor:
         """One image in the size that the network sees, before it is changed at random.
@@ -90,11 +90,11 @@ class ImageTransform:
             ConfigError: if it is a JPEG and cannot be decoded.
             MemoryError, RuntimeError: if it is too large to be resized.
         """
-        if self.crop is None and not self.random:
+        if self.random_crop is None and not self.random:
             return self._fit(image).contiguous()
         # Not torch.manual_seed: that seeds every GPU too, and this process's dropout with it.
         torch.default_generator.manual_seed(draw)
-        return (self._fit(image) if self.crop is None else self._cut(image, self.crop)).contiguous()
+        return (self._fit(image) if self.random_crop is None else self._cut(image, self.random_crop)).contiguous()
 
     def augment(self, image: Tensor) -> Tensor:
         """What was cut last, changed at random: it goes on from where the cut's draws have ended."""

@@ -70,11 +70,11 @@ class Mlp(MegatronModule):
         self.fc2 = build_module(row, f, h, input_is_parallel=True, **linear)
 
     def fc1_gelu(self, tokens_BNH: Tensor) -> Tensor:
-        """gelu(fc1(x)), the half that is wide and cheap to compute again."""
+        """gelu(fc1(x)), the half that is wide and cheap to recompute."""
         return F.gelu(apply_linear(self.fc1, tokens_BNH))
 
-    def fc2(self, wide_BNF: Tensor) -> Tensor:
-        """fc2."""
+    def fc2_linear(self, wide_BNF: Tensor) -> Tensor:
+        """Apply the second linear."""
         return apply_linear(self.fc2, wide_BNF)
 
 
@@ -161,7 +161,9 @@ class EncoderLayer(GraphableMegatronModule, BaseTransformerLayer):
     def _transform(self, tokens_BNH: Tensor, keep_RB11: Tensor | None) -> Tensor:
         keep1_B11, keep2_B11 = (None, None) if keep_RB11 is None else keep_RB11.unbind()
         tokens_BNH = self.residual1(tokens_BNH, self._maybe_recompute(self._normed1, self.attn, tokens_BNH), keep1_B11)
-        return self.residual2(tokens_BNH, self._maybe_recompute(self._widened, self.mlp.fc2, tokens_BNH), keep2_B11)
+        return self.residual2(
+            tokens_BNH, self._maybe_recompute(self._widened, self.mlp.fc2_linear, tokens_BNH), keep2_B11
+        )
 
     def _normed1(self, tokens_BNH: Tensor) -> Tensor:
         return self.norm1(tokens_BNH)
