@@ -286,7 +286,7 @@ class Pretended:
 @pytest.mark.parametrize(("ready_s", "step_s", "fewest"), [(5, 3, 3), (10, 3, 1), (5, 5, 1)])
 def test_on_a_slow_machine_rows_have_fewer_rounds_and_none_is_left_out(ready_s, step_s, fewest, tmp_path, monkeypatch):
     clock = [0.0]
-    for module in (benchmarks.step.run_command, benchmarks.step.measure):
+    for module in (benchmarks.step.__main__, benchmarks.step.measure):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(
         benchmarks.step.measure, "WorkerPool", partial(Pretended, clock=clock, ready_s=ready_s, step_s=step_s)

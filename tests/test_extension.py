@@ -7,7 +7,7 @@ import torch
 
 from megavit.config.compose import compose
 from megavit.errors import ConfigError
-from megavit.plugins import by_name, check_name
+from megavit.plugins import check_name, import_plugin
 from tests.distributed import run_ranks
 from tests.reference import SMALL
 
@@ -112,13 +112,13 @@ def test_what_is_no_name_of_ones_own_part_is_refused_without_importing_it(name, 
 )
 def test_what_is_not_there_is_named(name, message, mine):
     with pytest.raises(ConfigError, match=message):
-        by_name(name, "data.source")
+        import_plugin(name, "data.source")
 
 
 def test_installed_packages_are_found():
     import torchvision.transforms.v2
 
-    assert by_name("torchvision.transforms.v2:GaussianNoise", "x") is torchvision.transforms.v2.GaussianNoise
+    assert import_plugin("torchvision.transforms.v2:GaussianNoise", "x") is torchvision.transforms.v2.GaussianNoise
 
 
 def train_there(folder: str, overrides: list[str]) -> dict:

@@ -224,4 +224,4 @@ def test_a_verbs_own_arguments_are_text_with_the_home_directory(monkeypatch):
     )
     assert given == {"from": f"ema:{home}/r", "out": "1e3", "images": "a=b"}
     assert split_from("x", ["from=~/r", "optim.lr=1"]) == (f"{home}/r", ["optim.lr=1"])
-    assert split_own("x", ["out=~/o", "optim.lr=1"], own=("out",)) == ({"out": f"{home}/o"}, ["optim.lr=1"])
+    assert split_own("x", ["out=~/o", "optim.lr=1"], known=("out",)) == ({"out": f"{home}/o"}, ["optim.lr=1"])

@@ -129,9 +129,10 @@ def test_classes_whose_names_are_no_utf8_are_evaluated_and_predicted(tmp_path):
 
 
 def evaluate_in_process(arguments: list[str]) -> int:
+    from megavit.cli.arguments import prepare
     from megavit.inference.evaluate import evaluate
 
-    return evaluate(arguments)
+    return evaluate(*prepare("evaluate", arguments, world_size=1))
 
 
 def load_and_look(run_dir: str, pictures: list[str]) -> dict:

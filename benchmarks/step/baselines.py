@@ -15,6 +15,7 @@ from benchmarks.step.torch_mae import TorchMae
 from benchmarks.step.workload import Work
 from megavit.checkpoint.convert.hf_hub import check_hf_compatible, hf_config
 from megavit.checkpoint.convert.hf_mapping import split_prefix, to_hf
+from megavit.cli.convert import hf_decoder
 from megavit.config.validate import ExperimentConfig
 from megavit.errors import ConfigError
 from megavit.model.config import Pool, Positions
@@ -164,16 +165,15 @@ def _hugging_face(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Modu
         raise ConfigError("transformers is not installed: pip install transformers") from error
     logging.disable_progress_bar()
     config = work.config
-    check_hf_compatible(config)
     mae = config.task.name is TaskName.mae
+    check_hf_compatible(config.model, config.data, is_mae=mae)
     classes = tuple(map(str, range(config.data.num_classes or 0)))
-    about = hf_config(config, classes, "fp32")
+    decoder = hf_decoder(config.task) if mae else None
+    about = hf_config(config.model, config.data, classes, "fp32", decoder=decoder)
     settings = {key: value for key, value in about.items() if key not in ("architectures", "model_type")}
     if mae:
         weights = {**weights, **_fixed_positions(config)}
-    theirs = {
-        name: part for name_in_timm, weight in weights.items() for name, part in to_hf(name_in_timm, weight).items()
-    }
+    theirs = {key: part for name, weight in weights.items() for key, part in to_hf(name, weight).items()}
     if not mae:
         model = ViTForImageClassification.from_pretrained(None, config=ViTConfig(**settings), state_dict=theirs)
         return model, model.vit.layers, _cross_entropy(lambda images: model(images).logits, work)

@@ -201,7 +201,7 @@ def _out_of_run(run: str, kind: str, target: Path, *, dtype: str) -> None:
         dropped += ["head.pre.", "head.out."]
     timm_weights = _timm_weights(trained, config, dropped=tuple(dropped), dtype=_DTYPES[dtype])
     if kind == "hf":
-        decoder = _hf_decoder(config.task) if is_mae else None
+        decoder = hf_decoder(config.task) if is_mae else None
         settings = hf_config(config.model, config.data, classes, dtype, decoder=decoder)
         write_hf(target, timm_weights, settings, hf_preprocessor(config.data))
         card = model_card(config.run.name, config.model, config.data, weights.checkpoint)
@@ -261,7 +261,7 @@ def _unsaid(kind: str, config: ExperimentConfig) -> list[str]:
     return lines
 
 
-def _hf_decoder(task: TaskConfig) -> dict[str, Any]:
+def hf_decoder(task: TaskConfig) -> dict[str, Any]:
     """Settings of `config.json` that ViTMAE has beside ViT's."""
     return {
         "decoder_hidden_size": task.decoder_hidden_size,

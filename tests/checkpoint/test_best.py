@@ -12,7 +12,7 @@ TOP1, RATIO = MonitoredMetric("top1", higher=True), MonitoredMetric("loss_ratio"
 
 
 @pytest.mark.parametrize(
-    ("goal", "found", "than", "better"),
+    ("monitor", "found", "than", "better"),
     [
         (TOP1, {"top1": 0.5}, {}, True),
         (TOP1, {"top1": 0.5}, {"top1": 0.5}, False),

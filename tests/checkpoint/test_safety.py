@@ -163,15 +163,15 @@ def test_a_common_file_that_would_run_code_is_refused(run_dir):
     assert_nothing_ran(run_dir)
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "predict"])
-def test_every_verb_that_loads_refuses_it_with_one_message(run_command, run_dir):
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+def test_every_verb_that_loads_refuses_it_with_one_message(command, run_dir):
     tamper(run_dir, ".metadata", METADATA["os.system"][0])
     arguments = {
         "train": [*SMALL, "train.steps=4", "optim.warmup_steps=1", f"run.dir={run_dir}"],
         "evaluate": [f"from={run_dir}"],
         "predict": [f"from={run_dir}", f"images={Path(__file__).parent.parent.parent / 'docs' / 'pictures'}"],
-    }[run_command]
-    code, output = run_ranks(main_here, 1, [run_command, *arguments])[0]
+    }[command]
+    code, output = run_ranks(main_here, 1, [command, *arguments])[0]
     assert code == 2, output
     assert "it names posix.system; a checkpoint of megavit does not do that" in output
     assert output.count("megavit: ") == 1

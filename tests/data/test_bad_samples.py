@@ -148,7 +148,7 @@ def looks_often(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"), [(Deadly, "a loading process died"), (Slow, r"no micro batch came for \d+ s")]
+    ("kind", "output"), [(Deadly, "a loading process died"), (Slow, r"no micro batch came for \d+ s")]
 )
 def test_of_a_worker_that_dies_or_hangs_the_image_is_named(kind, output, looks_often):
     bad = due(64)[37]

@@ -44,7 +44,7 @@ def test_a_gpu_without_bf16_is_told_with_what_to_set_and_one_that_does_not_compu
 
 
 @pytest.mark.parametrize(
-    ("driver", "cuda", "visible", "state", "told"),
+    ("driver", "cuda", "visible", "state", "output"),
     [
         (None, "13.2", None, State.ok, "no NVIDIA driver is here"),
         ("580.1", None, None, State.missing, "was built without CUDA"),

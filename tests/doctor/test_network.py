@@ -131,7 +131,7 @@ def test_two_ranks_are_started_on_a_cpu():
 
 
 @pytest.mark.parametrize(
-    ("rank", "name", "told"),
+    ("rank", "name", "output"),
     [
         pytest.param("1", "SIGSTOP", "rank 1 was never heard of", marks=pytest.mark.slow),
         ("1", "SIGKILL", "rank 1 was ended by SIGKILL"),

@@ -60,7 +60,7 @@ WITHOUT_CUDA = {"apex/__init__.py": "", "apex/optimizers/__init__.py": "class Fu
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "output"),
     [
         (PYRAMID, "another project of that name, not NVIDIA's"),
         (WITHOUT_CUDA, "NVIDIA's, without its CUDA extensions (amp_C)"),

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from megavit.cli.doctor import run_command
+from megavit.cli.doctor import command
 from megavit.cli.doctor.command import doctor
 from megavit.cli.doctor.finding import Finding, State
 from megavit.cli.doctor.report import Report
@@ -110,8 +110,8 @@ def test_the_verb_is_reached_without_torch():
 
 def quick(monkeypatch, *found: Finding) -> None:
     """Only findings at hand, besides those of this machine that take no time."""
-    monkeypatch.setattr(run_command, "run_in_subprocess", lambda names: iter([*found, *on_cpu()]))
-    monkeypatch.setattr(run_command, "check_network", lambda *_, **__: [])
+    monkeypatch.setattr(command, "run_in_subprocess", lambda names: iter([*found, *on_cpu()]))
+    monkeypatch.setattr(command, "check_network", lambda *_, **__: [])
 
 
 def test_an_unwritable_run_folder_or_another_megatron_core_leaves_with_1(tmp_path, monkeypatch, capsys):
@@ -132,7 +132,7 @@ def test_a_check_that_fails_itself_is_told_as_one_that_found_something_broken(tm
         raise ModuleNotFoundError("No module named 'packaging'")
 
     quick(monkeypatch)
-    monkeypatch.setattr(run_command, "check_versions", fail)
+    monkeypatch.setattr(command, "check_versions", fail)
     assert doctor([f"run.dir={tmp_path}", "out=-"]) == 1
     first = json.loads(capsys.readouterr().out)["findings"][0]
     assert first["text"] == "could not be looked at: ModuleNotFoundError: No module named 'packaging'"

@@ -182,9 +182,7 @@ def expected_calls(name: str, seen: Seen) -> Counter:
         dp=parallel.data_parallel_size(world),
         sequence_parallel=parallel.sequence_parallel,
         recomputes_layers=parallel.recompute is Recompute.full,
-        recomputed_layers=parallel.recompute_layers
-        if parallel.recompute_method is RecomputeMethod.mcore_config
-        else None,
+        recomputed_layers=parallel.recompute_layers if parallel.recompute_method is RecomputeMethod.block else None,
         recomputes_widened=parallel.recompute is Recompute.selective,
     )
     work = Work(
