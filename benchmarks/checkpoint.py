@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megavit.config.validate import validate
 from megavit.runtime.startup import gc_paused
 from tests.distributed import run_ranks
 
@@ -40,7 +41,7 @@ def measure(overrides: list[str], folder: str, rounds: int) -> dict[str, Any]:
         from megavit.train.trainer import Trainer
 
         config = compose([*SETTINGS, *overrides, f"run.dir={folder}/run"])
-        config.check(RANKS)
+        validate(config, RANKS)
         trainer = Trainer(config)
     trainer.evaluate = lambda: {"loss": 0.0, "top1": 0.0}  # type: ignore[method-assign]
     trainer.checkpointer.save = lambda *_, **__: None  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 
 # Plain name, theirs; `#` is the layer.
 LAYER = {

@@ -9,13 +9,14 @@ def train(overrides: list[str], *, evaluates: bool = False) -> dict:
     from megavit.checkpoint.full_state import gather_full_state_dict
     from megavit.checkpoint.param_mapping import to_timm
     from megavit.config.compose import compose
+    from megavit.config.validate import validate
     from megavit.model.vit import parameter_names
     from megavit.parallel.layout import world_size_from_environment
     from megavit.train.trainer import Trainer
     from tests.reference import dims_of
 
     config = compose(overrides)
-    config.check(world_size_from_environment())
+    validate(config, world_size_from_environment())
     trainer = Trainer(config)
     trainer.checkpointer.save = lambda *_, **__: None
     if not evaluates:
@@ -61,11 +62,12 @@ def resume(*runs: list[str]) -> dict:
 def train_and_keep(overrides: list[str]) -> dict:
     """Train and save; this rank's weights and optimizer state, every logged loss, the samples that were due."""
     from megavit.config.compose import compose
+    from megavit.config.validate import validate
     from megavit.parallel.layout import world_size_from_environment
     from megavit.train.trainer import Trainer
 
     config = compose(overrides)
-    config.check(world_size_from_environment())
+    validate(config, world_size_from_environment())
     trainer = Trainer(config)
     trainer.evaluate = no_evaluation
     due = []
@@ -127,11 +129,12 @@ def dtypes(overrides: list[str]) -> dict:
 def masks(overrides: list[str]) -> dict:
     """Train and save; the patches kept of every sample that was due, by (sample, epoch), on this rank, and losses."""
     from megavit.config.compose import compose
+    from megavit.config.validate import validate
     from megavit.parallel.layout import world_size_from_environment
     from megavit.train.trainer import Trainer
 
     config = compose(overrides)
-    config.check(world_size_from_environment())
+    validate(config, world_size_from_environment())
     trainer = Trainer(config)
     trainer.evaluate = no_evaluation
     original, kept = trainer.task.keep, {}

@@ -11,7 +11,7 @@ from timm.optim import Lars
 from benchmarks.step.torch_mae import TorchMae
 from megavit.checkpoint.param_mapping import Dims, to_timm
 from megavit.config.compose import compose
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.data.sampler import DeterministicSampler, SampleKey
 from megavit.data.sources.digits import Digits
 from megavit.model.torch_vit import TorchViT

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from megavit.config.compose import flatten
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.train.resume_rules import RULES
 from tests.trained import refusal, run_command, train
 

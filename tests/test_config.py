@@ -4,7 +4,8 @@ import pytest
 
 from megavit.config import compose as composing
 from megavit.config.compose import compose, from_yaml, to_yaml
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
+from megavit.config.validate import validate
 from megavit.errors import ConfigError
 
 CHOICES = [(group, choice) for group in composing.groups() for choice in composing.choices(group)]
@@ -22,7 +23,7 @@ def test_every_choice_composes(group, choice):
     if (group, choice) == ("optim", "sgd"):
         extra.append("optim.lr=0.1")
     config = compose([f"{group}={choice}", *extra])
-    config.check(1)
+    validate(config, 1)
     assert from_yaml(to_yaml(config)) == config
 
 
@@ -51,7 +52,7 @@ def test_every_group_is_a_folder_and_a_field():
         (["optim.max_steps=8"], 1, r"optim\.max_steps does not exist; did you mean train\.steps\?"),
         (["num_workers=8"], 1, r"num_workers does not exist; did you mean data\.workers\?"),
         (["model.img_size=8"], 1, r"model\.img_size does not exist; did you mean data\.image_size\?"),
-        (["evaluation.every=8"], 1, r"evaluation\.every does not exist; did you mean metrics\.log_every\?"),
+        (["evaluation.every=8"], 1, r"evaluation\.every does not exist; did you mean train\.eval_every\?"),
         (["+trainer.steps=1"], 1, r"trainer\.steps does not exist; did you mean train\.steps\?"),
         (["model=vit_b61"], 1, r"model=vit_b61 does not exist; did you mean model=vit_b16\?"),
         (["recipe=mnist"], 1, "recipe=mnist does not exist; (known|did you mean)"),
@@ -117,7 +118,7 @@ def test_every_group_is_a_folder_and_a_field():
 )
 def test_wrong_settings_are_refused_with_the_way_out(overrides, world, message):
     with pytest.raises(ConfigError, match=message) as refused:
-        compose(overrides).check(world)
+        validate(compose(overrides), world)
     assert "\n" not in str(refused.value)
 
 
@@ -145,7 +146,7 @@ def test_what_is_typed_decides_over_the_recipe():
 
 def test_a_recipe_may_be_left_away():
     config = compose(["recipe=null", "data=synthetic", "train.steps=3", "model=vit_b16", "train.global_batch=8"])
-    config.check(2)
+    validate(config, 2)
     assert config.micro_batch(2) == 4
     assert config.run.name == "run"
 

@@ -345,11 +345,12 @@ def test_wrong_arguments_and_strange_files_are_refused_in_one_line(tmp_path):
 
 def load_pretrained(overrides: list[str]) -> dict:
     from megavit.config.compose import compose
+    from megavit.config.validate import validate
     from megavit.parallel.layout import world_size_from_environment
     from megavit.train.trainer import Trainer
 
     config = compose(overrides)
-    config.check(world_size_from_environment())
+    validate(config, world_size_from_environment())
     trainer = Trainer(config)
     before = {
         name: value.detach().clone()

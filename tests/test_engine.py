@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megavit.config.compose import compose
+from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from tests import ranks
 from tests.distributed import run_ranks
@@ -220,7 +221,7 @@ def test_without_a_compiler_it_is_refused_with_the_way_out(monkeypatch):
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(overrides, world, message):
     with pytest.raises(ConfigError, match=message):
-        compose(overrides).check(world)
+        validate(compose(overrides), world)
 
 
 @pytest.mark.parametrize("attention", ["sdpa_flash", "flash_attn", "te"])
@@ -243,4 +244,4 @@ def test_products_into_gradients_of_another_format_want_cuda():
 )
 def test_recomputed_layers_must_fit_the_stage(recompute, message):
     with pytest.raises(ConfigError, match=message):
-        compose(["parallel.recompute=full", *recompute]).check(1)
+        validate(compose(["parallel.recompute=full", *recompute]), 1)

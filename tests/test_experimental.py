@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from megavit.config.compose import compose, to_yaml
-from megavit.config.experiment import RunSettings
+from megavit.config.experiment import ExperimentConfig
 from megavit.config.untested import UNTESTED, list_untested
+from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from megavit.parallel import cpu_backend as cpu
 from tests.distributed import run_ranks
@@ -73,20 +74,20 @@ def test_every_option_of_the_list_is_tested_here():
 def test_on_a_gpu_it_is_refused_and_the_way_out_named(option, on_gpu):
     world, settings = settings_of(option)
     with pytest.raises(ConfigError, match=rf"{option} (and .* have|has|have) not been run on a GPU yet") as refused:
-        compose(settings).check(world)
+        validate(compose(settings), world)
     # Set as the message says, the run is accepted: either way.
     output = str(refused.value)
     assert "\n" not in output
     assert "set experimental=true to try " in output
-    compose([*settings, "experimental=true"]).check(world)
+    validate(compose([*settings, "experimental=true"]), world)
     instead = re.findall(r"[\w.]+=\w+", output.partition(", or ")[2])
     assert instead
-    compose([*settings, *instead]).check(world)
+    validate(compose([*settings, *instead]), world)
 
 
 def test_several_are_refused_in_one_message(on_gpu):
     with pytest.raises(ConfigError) as refused:
-        compose([*SMALL, "train.compile=layer", "parallel.recompute=full"]).check(1)
+        validate(compose([*SMALL, "train.compile=layer", "parallel.recompute=full"]), 1)
     assert str(refused.value) == (
         "train.compile=layer and parallel.recompute=full have not been run on a GPU yet; set experimental=true to try "
         "them, or train.compile=none and parallel.recompute=none"
@@ -95,20 +96,22 @@ def test_several_are_refused_in_one_message(on_gpu):
 
 def test_on_a_gpu_the_recipes_need_no_asking(on_gpu):
     for recipe in ("digits", "digits_mae", "cifar10", "nemo_vit_b16", "mae_h14_800ep", "deit3_b16", "mae_b16_probe"):
-        compose([f"recipe={recipe}", "data.path=/data"] if "digits" not in recipe else [f"recipe={recipe}"]).check(1)
+        validate(
+            compose([f"recipe={recipe}", "data.path=/data"] if "digits" not in recipe else [f"recipe={recipe}"]), 1
+        )
 
 
 def test_what_contradicts_itself_is_told_before_it_is_asked_for(on_gpu):
     with pytest.raises(ConfigError, match=r"makes one graph of a layer, and parallel\.tp=2 breaks it"):
-        compose([*SMALL, "train.compile=layer", "parallel.tp=2"]).check(2)
+        validate(compose([*SMALL, "train.compile=layer", "parallel.tp=2"]), 2)
 
 
 @pytest.mark.parametrize("option", ON_BOTH)
 def test_on_the_cpu_what_has_been_run_there_needs_no_asking(option):
     world, settings = settings_of(option)
-    compose(settings).check(world)
+    validate(compose(settings), world)
     with pytest.raises(ConfigError, match="experimental=true would be ignored: this run is on the CPU"):
-        compose([*settings, "experimental=true"]).check(world)
+        validate(compose([*settings, "experimental=true"]), world)
 
 
 @pytest.mark.parametrize("option", CUDA_ALONE)
@@ -116,7 +119,7 @@ def test_on_the_cpu_the_first_message_is_that_cuda_is_missing(option, tmp_path):
     world, settings = settings_of(option)
     # Unasked it goes as far as where it is built: of the messages there tests/test_engine.py, tests/optim/ and
     # tests/model/ have tests.
-    compose(settings).check(world)
+    validate(compose(settings), world)
     output = refusal("train", *settings, "experimental=true", "run.ranks=1", f"run.dir={tmp_path}")
     assert CUDA_ALONE[option] in output
     assert "has not been run on a GPU" not in output
@@ -124,16 +127,16 @@ def test_on_the_cpu_the_first_message_is_that_cuda_is_missing(option, tmp_path):
 
 def test_asking_for_nothing_is_refused(on_gpu):
     with pytest.raises(ConfigError, match="experimental=true would be ignored: every option that is set"):
-        compose([*SMALL, "experimental=true"]).check(1)
+        validate(compose([*SMALL, "experimental=true"]), 1)
     with pytest.raises(ConfigError, match="experimental=true would be ignored"):
-        compose([*SMALL, "experimental=true", "optim=sgd", "optim.lr=0.1"]).check(1)
+        validate(compose([*SMALL, "experimental=true", "optim=sgd", "optim.lr=0.1"]), 1)
 
 
 def test_the_device_may_be_another_machines():
     config = compose([*SMALL, "train.compile=layer"])
-    config.check(1)
+    validate(config, 1)
     with pytest.raises(ConfigError, match="has not been run on a GPU yet"):
-        config.check(1, device="cuda")
+        validate(config, 1, device="cuda")
 
 
 @pytest.mark.parametrize(("name", "more"), [("train", []), ("bench", ["bench.rows=vit_b16:fp32"])])
@@ -162,10 +165,10 @@ def test_to_look_at_a_run_asks_for_nothing(tmp_path):
     for option in FITS:
         world, settings = settings_of(option)
         config = compose([*settings, "experimental=true"])
-        config.check(world, device="cuda")
+        validate(config, world, device="cuda")
         (tmp_path / "run.yaml").write_text(to_yaml(config))
-        read_config(tmp_path).check(1, device="cuda")
-        read_config(tmp_path).check(1, device="cpu")
+        validate(read_config(tmp_path), 1, device="cuda")
+        validate(read_config(tmp_path), 1, device="cpu")
 
 
 def test_the_introduction_says_in_a_line_what_has_not_been_run():
@@ -197,7 +200,7 @@ def _introduced(options: list[str]) -> dict[str, list[str]]:
 @pytest.mark.parametrize("key", UNTESTED)
 def test_its_docstring_says_that_it_has_not_been_run(key):
     group, _, name = key.partition(".")
-    output = inspect.getdoc(type(getattr(RunSettings(), group)))
+    output = inspect.getdoc(type(getattr(ExperimentConfig(), group)))
     (own,) = re.findall(rf"^    {name}: (.*?)(?=^    \w+: |\Z)", output, flags=re.MULTILINE | re.DOTALL)
     _, marked, values = " ".join(own.split()).partition("Not run on a GPU")
     assert marked

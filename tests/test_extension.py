@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megavit.config.compose import compose
+from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from megavit.plugins import check_name, import_plugin
 from tests.distributed import run_ranks
@@ -135,7 +136,7 @@ def train_there(folder: str, overrides: list[str]) -> dict:
     os.chdir(folder)
     try:
         config = compose(overrides)
-        config.check(world_size_from_environment())
+        validate(config, world_size_from_environment())
         trainer = Trainer(config)
         batch = next(trainer.train_loader.train_batches(0, num_steps=1, global_batch=16))
         trainer.run()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from megavit.config.validate import validate
 from megavit.model.layers.patch_embed import resize_positions, sincos_positions
 from tests.distributed import run_ranks
 from tests.reference import SMALL
@@ -30,7 +31,7 @@ def begin(overrides: list[str]) -> dict:
     from tests.reference import dims_of
 
     config = compose(overrides)
-    config.check(world_size_from_environment())
+    validate(config, world_size_from_environment())
     trainer = Trainer(config)
     named = {name: param for param, name in trainer.network.parameters.items()}
     full = gather_full_state_dict(named, trainer.layout) or {}

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megavit.config.compose import choices, compose, flatten, from_yaml, groups, to_yaml
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
+from megavit.config.validate import validate
 from megavit.errors import ConfigError
 
 KEYS = list(flatten(ExperimentConfig()))
@@ -97,7 +98,7 @@ def compose_and_check(overrides: list[str], world_size: int) -> None:
     _watching[0] = True
     try:
         config = compose(overrides)
-        config.check(world_size)
+        validate(config, world_size)
         # What goes through goes into the run's folder, and is read back from there.
         assert to_yaml(from_yaml(to_yaml(config))) == to_yaml(config)
     except ConfigError as error:
@@ -150,7 +151,7 @@ def test_a_strangers_run_yaml_is_refused_or_harmless(text):
     _watching[0] = True
     try:
         with pytest.raises(ConfigError):
-            from_yaml(text).check(1)
+            validate(from_yaml(text), 1)
     finally:
         _watching[0] = False
     assert not _ran

@@ -4,7 +4,8 @@ import pytest
 from PIL import Image
 
 from megavit.config.compose import compose, from_yaml, to_yaml
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
+from megavit.config.validate import validate
 from megavit.data.sources.registry import open_source
 from megavit.errors import ConfigError
 from tests import ranks
@@ -49,7 +50,7 @@ def test_a_run_validates_and_saves_once_an_epoch_and_warms_up_for_a_twentieth(so
 )
 def test_at_most_50_times_at_most_five_epochs_and_what_is_set_holds(settings, num_samples, want):
     config = compose(["data.path=/data", *settings])
-    config.check(1)
+    validate(config, 1)
     assert often(config, num_samples=num_samples) == want
     assert from_yaml(to_yaml(config)) == config
 
@@ -70,11 +71,11 @@ def test_the_embedded_digits_keep_the_recipes_numbers():
 def test_twenty_steps_of_any_recipe_run_with_a_shorter_warmup(recipe):
     path = ["data.path=/data"] if compose([f"recipe={recipe}"]).data.source != "digits" else []
     config = compose([f"recipe={recipe}", "train.steps=20", *path])
-    config.check(1)
+    validate(config, 1)
     assert often(config, num_samples=1_281_167)[3] == 1
     # Of one epoch of few images the length is known once they are counted.
     short = compose([f"recipe={recipe}", "train.epochs=1", *path])
-    short.check(1)
+    validate(short, 1)
     steps = short.num_steps(1000)
     assert short.pace(steps, num_samples=1000).warmup_steps == steps // 20
 
@@ -97,12 +98,12 @@ def test_a_warmup_that_was_typed_is_not_shortened_but_refused(length):
 )
 def test_a_number_of_steps_that_is_none_is_refused(setting, message):
     with pytest.raises(ConfigError, match=message):
-        compose(["data.path=/data", "train.steps=50", setting]).check(1)
+        validate(compose(["data.path=/data", "train.steps=50", setting]), 1)
 
 
 def test_more_decaying_steps_than_the_run_has_are_refused():
     with pytest.raises(ConfigError, match=r"optim\.decay_steps=30 is more than the run's 20 steps"):
-        compose(["train.steps=20", "optim.schedule=wsd", "optim.decay_steps=30"]).check(1)
+        validate(compose(["train.steps=20", "optim.schedule=wsd", "optim.decay_steps=30"]), 1)
 
 
 SMALL = [
@@ -169,7 +170,7 @@ def test_without_validation_images_a_run_trains_on_all_saves_once_an_epoch_and_p
     with pytest.raises(ConfigError, match=r"data.val_fraction=0 leaves no images of .*images to validate on"):
         open_source(compose(command).data, "val")
     with pytest.raises(ConfigError, match=r"train.eval_every=5 would be ignored: data.val_fraction=0"):
-        compose([*command, "train.eval_every=5"]).check(1)
+        validate(compose([*command, "train.eval_every=5"]), 1)
 
 
 def test_a_recipes_shortened_warmup_is_reported(tmp_path):

@@ -61,7 +61,7 @@ def check_another_folder(run_dir: str) -> str:
 
     import torch.distributed as dist
 
-    from megavit.config.validate import ExperimentConfig
+    from megavit.config.experiment import ExperimentConfig
     from megavit.parallel.layout import ParallelLayout, rank_from_environment
     from megavit.train.preflight import check_folder
 

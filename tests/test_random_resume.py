@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megavit.config.compose import compose
+from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from tests import ranks
 from tests.distributed import run_ranks
@@ -72,7 +73,7 @@ def draw(seed: int) -> tuple[int, list[str], int]:
             # The statistics of its batch norm are those of the whole step's images, as in plain torch.
             settings.append(f"train.micro_batch={16 // config.parallel.data_parallel_size(world)}")
         try:
-            compose(settings).check(world)
+            validate(compose(settings), world)
         except ConfigError:
             continue
         return world, settings, choose.randint(1, STEPS - 1)

@@ -30,11 +30,12 @@ def train(overrides: list[str], *, ranks: int = 1) -> None:
 
 def _train(overrides: list[str]) -> None:
     from megavit.config.compose import compose
+    from megavit.config.validate import validate
     from megavit.parallel.layout import world_size_from_environment
     from megavit.train.trainer import Trainer
 
     config = compose(overrides)
-    config.check(world_size_from_environment())
+    validate(config, world_size_from_environment())
     Trainer(config).run()
 
 

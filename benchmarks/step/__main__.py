@@ -18,6 +18,7 @@ from benchmarks.step.config import KEYS, BenchConfig
 from benchmarks.step.measure import Measured, RowMeasurement, to_come
 from megavit.config.compose import compose
 from megavit.config.overrides import read_text
+from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from megavit.metrics.provenance import provenance
 from megavit.runtime.exits import USER_ERROR
@@ -122,9 +123,9 @@ def _check_row(label: str, overrides: list[str]) -> None:
             f"{', '.join(PRECISIONS)}"
         )
     settings = [*overrides_of(ROWS[name], precision, 8), *overrides]
-    compose(settings).check(1)
+    validate(compose(settings), 1)
     if name == "tp2":
-        compose([*settings, TP2]).check(2)
+        validate(compose([*settings, TP2]), 2)
 
 
 def main() -> int:

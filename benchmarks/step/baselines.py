@@ -16,7 +16,7 @@ from benchmarks.step.workload import Work
 from megavit.checkpoint.convert.hf_hub import check_hf_compatible, hf_config
 from megavit.checkpoint.convert.hf_mapping import split_prefix, to_hf
 from megavit.cli.convert import hf_decoder
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.errors import ConfigError
 from megavit.model.config import Pool, Positions
 from megavit.model.layers.patch_embed import patchify

@@ -18,6 +18,7 @@ from benchmarks.step.profile import profile
 from benchmarks.step.workload import Candidate, prepare_work
 from megavit.config.compose import compose
 from megavit.config.untested import untested
+from megavit.config.validate import validate
 from megavit.parallel.layout import ParallelLayout, world_size_from_environment
 
 
@@ -30,7 +31,7 @@ class CaseRunner:
 
     def __init__(self, overrides: list[str]) -> None:
         self._overrides, self._config = overrides, (config := compose(overrides))
-        config.check(world_size_from_environment())
+        validate(config, world_size_from_environment())
         self._layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
         self._work = prepare_work(config, self._layout.device)
         self._candidates: dict[str, Candidate] = {}
@@ -56,7 +57,7 @@ class CaseRunner:
         # Who names such a candidate asks for what it tries.
         asks = bool(untested(config, device=self._layout.device.type))
         config = replace(config, experimental=config.experimental or asks)
-        config.check(self._layout.world_size)
+        validate(config, self._layout.world_size)
         step = Megavit(self._work, config, self._layout)
         self._candidates[name] = step
         if self._timm_weights is None and self._layout.world_size == 1:

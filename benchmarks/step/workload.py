@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.data.loader import Batch
 from megavit.data.sampler import SampleKey
 from megavit.data.transforms.normalize import Normalize

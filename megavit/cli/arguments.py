@@ -7,8 +7,9 @@ from pathlib import Path
 
 from megavit.checkpoint.find import CheckpointRef, resolve_checkpoint
 from megavit.config.compose import from_yaml, merge
+from megavit.config.experiment import ExperimentConfig
 from megavit.config.overrides import read_text
-from megavit.config.validate import ExperimentConfig
+from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from megavit.inference.trained_run import read_config, refuse_another_network
 from megavit.plugins import is_plugin
@@ -125,5 +126,5 @@ def prepare(
         micro_batch = config.train.micro_batch or min(config.train.global_batch, 64)
         batch = micro_batch * config.parallel.data_parallel_size(world_size) * config.parallel.pp
         config = replace(config, train=replace(config.train, micro_batch=micro_batch, global_batch=batch))
-        config.check(world_size)
+        validate(config, world_size)
     return config, weights

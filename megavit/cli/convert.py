@@ -20,7 +20,8 @@ from megavit.checkpoint.param_mapping import Dims, from_timm, to_timm, to_timm_n
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.cli.arguments import parse_arguments
 from megavit.config.compose import compose, to_yaml
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
+from megavit.config.validate import validate
 from megavit.data.config import PIXEL_SETTINGS
 from megavit.errors import ConfigError
 from megavit.inference.trained_run import TrainedRun, open_run, read_classes, read_config, split_settings, with_settings
@@ -103,7 +104,7 @@ def _into_run(kind: str, place: str, run_dir: Path, *, num_heads: int | None, pi
         )
     config = with_settings(_config_of(external, run_dir), pixels)
     # Where the data are is nobody's business yet; everything else must fit before it is saved.
-    replace(config, data=replace(config.data, path=str(run_dir))).check(1)
+    validate(replace(config, data=replace(config.data, path=str(run_dir))), 1)
     store = CheckpointManager(run_dir / "checkpoints")
     with lock_folder(run_dir):
         if store.all():

@@ -8,7 +8,7 @@ from typing import Any
 
 from megavit.checkpoint.find import CheckpointRef
 from megavit.cli.arguments import prepare, split_own
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.data.sources.base import Source
 from megavit.data.sources.registry import open_source
 from megavit.errors import ConfigError

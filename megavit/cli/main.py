@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from megavit import __version__
 from megavit.config.untested import list_untested
+from megavit.config.validate import validate
 from megavit.errors import ConfigError, escape_unprintable
 from megavit.runtime.exits import FAULT, USER_ERROR
 
@@ -153,7 +154,7 @@ def train(arguments: list[str]) -> int:
         print(to_yaml(config), end="")
         return 0
     ranks = num_ranks(config)
-    config.check(ranks)
+    validate(config, ranks)
     if ranks > 1:
         return start_ranks(overrides, ranks=ranks, run_dir=Path(config.run.dir))
     from megavit.train.__main__ import main as train_as_rank

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megavit.cli.arguments import split_own
 from megavit.config.compose import compose
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
+from megavit.config.validate import check_task
 from megavit.data.loader import Batch, Loader
 from megavit.data.prefetch import RequiredFields
 from megavit.data.sources.label_checks import describe_oddities
@@ -41,7 +42,7 @@ def show_data(arguments: list[str]) -> int:
     config = compose(settings)
     for group in (config.model, config.task, config.data):
         group.check()
-    config.check_task()
+    check_task(config)
     count = parse_int("count", options.get("count", "16"))
     if config.data.mixes and count % 2:
         raise ConfigError(f"count={count} is odd, and images are mixed in pairs; set count={count + 1}")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from megavit.cluster.config import ClusterConfig, Kind
 from megavit.config.compose import AUTO_MODEL, compose, run_types
+from megavit.config.experiment import ExperimentConfig
 from megavit.config.overrides import key_of, sweep, write_home_out, write_text
-from megavit.config.validate import ExperimentConfig
+from megavit.config.validate import validate
 from megavit.data.sources.remote import bare, is_url
 from megavit.errors import ConfigError
 
@@ -103,7 +104,7 @@ def plan_job(
             f"and direction over the network; set parallel.tp={_largest_divisor(ranks, layout.tp)}, or "
             f"cluster.tp_across_nodes=true where NVLink spans nodes"
         )
-    config.check(job.world_size, device=job.device)
+    validate(config, job.world_size, device=job.device)
     _check_data_path(config.data.path)
     return job
 

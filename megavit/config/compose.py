@@ -17,8 +17,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megavit.config.experiment import ExperimentConfig
 from megavit.config.overrides import Setting, key_of, read_setting, read_text, types_of
-from megavit.config.validate import ExperimentConfig
 from megavit.errors import ConfigError
 
 # What other trainers call a setting, by the last word of its path.

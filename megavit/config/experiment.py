@@ -41,7 +41,7 @@ class Pace:
 
 
 @dataclass
-class RunSettings:
+class ExperimentConfig:
     """Everything a run depends on: the groups, and
 
     Attributes:
@@ -147,7 +147,7 @@ class RunSettings:
         else:
             left = max(0, self.num_images(num_samples) - consumed_samples)
             steps = step + math.ceil(left / self.train.global_batch)
-        self._check_warmup(steps)
+        self.check_warmup(steps)
         return steps
 
     def pace(self, num_steps: int, *, num_samples: int) -> Pace:
@@ -175,7 +175,8 @@ class RunSettings:
         short = min(num_steps // _WARMUP_DIVISOR, num_steps - falling)
         return min(short, _WARMUP_EPOCHS * num_samples // self.train.global_batch) if warmup == AUTO else short
 
-    def _check_warmup(self, steps: int) -> None:
+    def check_warmup(self, steps: int) -> None:
+        """Raise ConfigError if warm-up and decay do not fit into a run of this many steps."""
         warmup, falling = self.optim.warmup_steps, self.optim.decay_steps or 0
         if falling > steps:
             raise ConfigError(f"optim.decay_steps={falling} is more than the run's {steps} steps; lower it")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import reduce
 
-from megavit.config.experiment import RunSettings
+from megavit.config.experiment import ExperimentConfig
 from megavit.config.train import Compile, GradReduce
 from megavit.errors import ConfigError
 from megavit.model.config import AttentionBackend, LinearBackend
@@ -54,7 +54,7 @@ UNTESTED = {
 }
 
 
-def untested(settings: RunSettings, *, device: str) -> list[str]:
+def untested(settings: ExperimentConfig, *, device: str) -> list[str]:
     """The options that are set and have not been run on this device, as `key=value`.
 
     Args:
@@ -66,7 +66,7 @@ def untested(settings: RunSettings, *, device: str) -> list[str]:
     return [_typed(key, _value(settings, key)) for key in _set(settings)]
 
 
-def check_experimental(settings: RunSettings, *, device: str | None) -> None:
+def check_experimental(settings: ExperimentConfig, *, device: str | None) -> None:
     """Refuse options that have not been run on this device, unless `experimental=true` asks for them.
 
     Args:
@@ -106,11 +106,11 @@ def list_untested() -> list[str]:
     return [f"{key}={'|'.join(_text(value) for value in option.values)}" for key, option in UNTESTED.items()]
 
 
-def _set(settings: RunSettings) -> list[str]:
+def _set(settings: ExperimentConfig) -> list[str]:
     return [key for key, option in UNTESTED.items() if _value(settings, key) in option.values]
 
 
-def _value(settings: RunSettings, key: str) -> Enum | bool:
+def _value(settings: ExperimentConfig, key: str) -> Enum | bool:
     return reduce(getattr, key.split("."), settings)  # type: ignore[return-value, arg-type]
 
 

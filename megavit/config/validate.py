@@ -1,8 +1,6 @@
-"""The whole configuration of a run: its settings (`run_settings.py`) and the checks that span groups."""
+"""Check a configuration as a whole: settings of one group against those of another, and against the world size."""
 
-from dataclasses import dataclass
-
-from megavit.config.experiment import RunSettings
+from megavit.config.experiment import ExperimentConfig
 from megavit.config.train import Compile, GradReduce, Precision
 from megavit.config.untested import check_experimental
 from megavit.data.config import DataConfig
@@ -15,284 +13,299 @@ from megavit.task.config import Loss, TaskName
 from megavit.validation import format_value, require_number, require_steps
 
 
-@dataclass
-class ExperimentConfig(RunSettings):
-    """Everything a run depends on (see `RunSettings`), checked together."""
+def validate(config: ExperimentConfig, world_size: int, *, device: str | None = None) -> None:
+    """Refuse what cannot run in a world of this size.
 
-    def check(self, world_size: int, *, device: str | None = None) -> None:
-        """Refuse what cannot run in a world of this size.
+    Args:
+        world_size: ranks.
+        device: theirs, `cpu` or `cuda`; None for what this process computes on.
 
-        Args:
-            world_size: ranks.
-            device: theirs, `cpu` or `cuda`; None for what this process computes on.
+    Raises:
+        ConfigError: with the setting, the arithmetic and the way out.
+    """
+    config.run.check(world_size)
+    for group in (
+        config.parallel,
+        config.model,
+        config.task,
+        config.data,
+        config.optim,
+        config.checkpoint,
+        config.metrics,
+    ):
+        group.check()
+    if config.init_from is not None and config.checkpoint.resume not in ("auto", "never"):
+        raise ConfigError(
+            f"init_from={config.init_from} and checkpoint.resume={config.checkpoint.resume} exclude each other: a run "
+            f"starts anew from weights, or goes on with all its state"
+        )
+    _check_train(config)
+    check_task(config)
+    if config.optim.layer_decay is not None and ENCODER in config.frozen:
+        raise ConfigError(
+            f"optim.layer_decay={config.optim.layer_decay} would be ignored: no layer of the encoder is trained; set "
+            f"it to null"
+        )
+    _check_tensor_parallel(config)
+    _check_batch(config, world_size)
+    _check_precision(config)
+    _check_linears(config)
+    _check_fusion(config)
+    _check_overlap(config, world_size)
+    plan_stages(config.parallel, config.network_shape(num_classes=config.data.num_classes or 0))
+    # Last: who is asked to try an option should not hear next that it contradicts another.
+    check_experimental(config, device=device)
 
-        Raises:
-            ConfigError: with the setting, the arithmetic and the way out.
-        """
-        self.run.check(world_size)
-        for group in (self.parallel, self.model, self.task, self.data, self.optim, self.checkpoint, self.metrics):
-            group.check()
-        if self.init_from is not None and self.checkpoint.resume not in ("auto", "never"):
-            raise ConfigError(
-                f"init_from={self.init_from} and checkpoint.resume={self.checkpoint.resume} exclude each other: a run "
-                f"starts anew from weights, or goes on with all its state"
-            )
-        self._check_train()
-        self.check_task()
-        if self.optim.layer_decay is not None and ENCODER in self.frozen:
-            raise ConfigError(
-                f"optim.layer_decay={self.optim.layer_decay} would be ignored: no layer of the encoder is trained; set "
-                f"it to null"
-            )
-        self._check_tensor_parallel()
-        self._check_batch(world_size)
-        self._check_precision()
-        self._check_linears()
-        self._check_fusion()
-        self._check_overlap(world_size)
-        plan_stages(self.parallel, self.network_shape(num_classes=self.data.num_classes or 0))
-        # Last: who is asked to try an option should not hear next that it contradicts another.
-        check_experimental(self, device=device)
 
-    def _check_train(self) -> None:
-        train = self.train
-        if (train.steps is None) == (train.epochs is None):
-            both = f"train.steps={format_value(train.steps)} and train.epochs={format_value(train.epochs)}"
-            raise ConfigError(
-                "say how long to train: train.epochs=10 or train.steps=1000, for example"
-                if train.steps is None
-                else f"{both} both say how long to train; set one of them to null"
-            )
-        require_number("train", train, "steps", "global_batch", "micro_batch", "stop_at", at_least=1)
-        require_steps("train", train, "eval_every", at_least=1)
-        require_number("train", train, "epochs", above=0)
-        if train.stop_at is not None and train.steps is not None and train.stop_at > train.steps:
-            raise ConfigError(f"train.stop_at={train.stop_at} is after the last step, train.steps={train.steps}")
-        if train.steps is not None:
-            self._check_warmup(train.steps)
-        if isinstance(train.eval_every, int) and self.data.val_fraction == 0:
-            raise ConfigError(
-                f"train.eval_every={train.eval_every} would be ignored: data.val_fraction=0 leaves no images to "
-                f"validate on; set train.eval_every=null, or data.val_fraction=0.1 for example"
-            )
-        peak = self.optim.peak_lr(train.global_batch)
-        if self.optim.min_lr > peak:
-            raise ConfigError(f"optim.min_lr={self.optim.min_lr} is above the peak learning rate {peak:g}; lower it")
+def _check_train(config: ExperimentConfig) -> None:
+    train = config.train
+    if (train.steps is None) == (train.epochs is None):
+        both = f"train.steps={format_value(train.steps)} and train.epochs={format_value(train.epochs)}"
+        raise ConfigError(
+            "say how long to train: train.epochs=10 or train.steps=1000, for example"
+            if train.steps is None
+            else f"{both} both say how long to train; set one of them to null"
+        )
+    require_number("train", train, "steps", "global_batch", "micro_batch", "stop_at", at_least=1)
+    require_steps("train", train, "eval_every", at_least=1)
+    require_number("train", train, "epochs", above=0)
+    if train.stop_at is not None and train.steps is not None and train.stop_at > train.steps:
+        raise ConfigError(f"train.stop_at={train.stop_at} is after the last step, train.steps={train.steps}")
+    if train.steps is not None:
+        config.check_warmup(train.steps)
+    if isinstance(train.eval_every, int) and config.data.val_fraction == 0:
+        raise ConfigError(
+            f"train.eval_every={train.eval_every} would be ignored: data.val_fraction=0 leaves no images to "
+            f"validate on; set train.eval_every=null, or data.val_fraction=0.1 for example"
+        )
+    peak = config.optim.peak_lr(train.global_batch)
+    if config.optim.min_lr > peak:
+        raise ConfigError(f"optim.min_lr={config.optim.min_lr} is above the peak learning rate {peak:g}; lower it")
 
-    def _check_precision(self) -> None:
-        train, model = self.train, self.model
-        if train.grad_reduce is GradReduce.bf16 and train.precision is not Precision.bf16_o2:
+
+def _check_precision(config: ExperimentConfig) -> None:
+    train, model = config.train, config.model
+    if train.grad_reduce is GradReduce.bf16 and train.precision is not Precision.bf16_o2:
+        raise ConfigError(
+            "train.grad_reduce=bf16 needs bf16 gradients, and train.precision=fp32 makes none; set "
+            "train.precision=bf16_o2 or train.grad_reduce=fp32"
+        )
+    if (
+        model.attention_backend in (AttentionBackend.sdpa_flash, AttentionBackend.flash_attn)
+        and train.precision is Precision.fp32
+    ):
+        raise ConfigError(
+            f"model.attention_backend={model.attention_backend.value} computes in bf16 alone, and "
+            "train.precision=fp32; set "
+            f"train.precision=bf16_o2 or model.attention_backend=sdpa"
+        )
+    if train.compile is Compile.layer:
+        if config.parallel.tp > 1:
             raise ConfigError(
-                "train.grad_reduce=bf16 needs bf16 gradients, and train.precision=fp32 makes none; set "
-                "train.precision=bf16_o2 or train.grad_reduce=fp32"
+                f"train.compile=layer makes one graph of a layer, and parallel.tp={config.parallel.tp} breaks it at "
+                f"every all-reduce; set parallel.tp=1 or train.compile=none"
             )
-        if (
-            model.attention_backend in (AttentionBackend.sdpa_flash, AttentionBackend.flash_attn)
-            and train.precision is Precision.fp32
+        if config.parallel.recompute is Recompute.selective:
+            raise ConfigError(
+                "train.compile=layer and parallel.recompute=selective exclude each other: the compiler decides "
+                "itself what a layer keeps; set parallel.recompute to none or full"
+            )
+        if model.linear_backend is LinearBackend.te or model.attention_backend in (
+            AttentionBackend.te,
+            AttentionBackend.flash_attn,
         ):
             raise ConfigError(
-                f"model.attention_backend={model.attention_backend.value} computes in bf16 alone, and "
-                "train.precision=fp32; set "
-                f"train.precision=bf16_o2 or model.attention_backend=sdpa"
-            )
-        if train.compile is Compile.layer:
-            if self.parallel.tp > 1:
-                raise ConfigError(
-                    f"train.compile=layer makes one graph of a layer, and parallel.tp={self.parallel.tp} breaks it at "
-                    f"every all-reduce; set parallel.tp=1 or train.compile=none"
-                )
-            if self.parallel.recompute is Recompute.selective:
-                raise ConfigError(
-                    "train.compile=layer and parallel.recompute=selective exclude each other: the compiler decides "
-                    "itself what a layer keeps; set parallel.recompute to none or full"
-                )
-            if model.linear_backend is LinearBackend.te or model.attention_backend in (
-                AttentionBackend.te,
-                AttentionBackend.flash_attn,
-            ):
-                raise ConfigError(
-                    "train.compile=layer needs torch's own parts: set model.linear_backend=local and "
-                    "model.attention_backend to sdpa "
-                    "or sdpa_flash, or train.compile=none"
-                )
-
-    def _check_fusion(self) -> None:
-        train, tp = self.train, self.parallel.tp
-        if not train.gradient_accumulation_fusion:
-            return
-        instead = "or train.gradient_accumulation_fusion=false"
-        if tp > 1:
-            raise ConfigError(
-                f"train.gradient_accumulation_fusion=true is for layers that one rank computes, and "
-                f"parallel.tp={tp} splits them; set parallel.tp=1, {instead}"
-            )
-        if self.model.linear_backend is not LinearBackend.local:
-            raise ConfigError(
-                "train.gradient_accumulation_fusion=true would be ignored: "
-                f"model.linear_backend={self.model.linear_backend.value} "
-                f"multiplies by itself; set model.linear_backend=local, {instead}"
-            )
-        if train.compile is Compile.layer:
-            raise ConfigError(
-                "train.gradient_accumulation_fusion=true would be ignored: train.compile=layer leaves the products to "
-                f"the compiler; set train.compile=none, {instead}"
+                "train.compile=layer needs torch's own parts: set model.linear_backend=local and "
+                "model.attention_backend to sdpa "
+                "or sdpa_flash, or train.compile=none"
             )
 
-    def _check_linears(self) -> None:
-        linears, precision = self.model.linear_backend, self.train.precision
-        if linears is LinearBackend.onednn:
-            if precision is not Precision.fp32:
-                raise ConfigError(
-                    "model.linear_backend=onednn is for fp32: torch itself gives bf16 products to oneDNN; set "
-                    "model.linear_backend=local, or train.precision=fp32"
-                )
-            if self.parallel.sequence_parallel:
-                raise ConfigError(
-                    "model.linear_backend=onednn does not split tokens; set model.linear_backend=local or "
-                    "parallel.sequence_parallel=false"
-                )
-        if linears is LinearBackend.fp8:
-            if precision is not Precision.bf16_o2:
-                raise ConfigError(
-                    "model.linear_backend=fp8 rounds bf16 numbers, and train.precision=fp32 has none; set "
-                    "train.precision=bf16_o2 or model.linear_backend=local"
-                )
-            for group, prefix in (("model", ""), ("task", "decoder_")):
-                self._check_eight_bit_sizes(group, f"{prefix}hidden_size", f"{prefix}ffn_size")
 
-    def _check_eight_bit_sizes(self, group: str, *keys: str) -> None:
-        """Refuse widths of which a rank's share is none that cuBLAS multiplies in 8 bits; on a CPU too, for a GPU."""
-        tp = self.parallel.tp
-        for key in keys:
-            size = getattr(getattr(self, group), key)
-            if size is not None and size % (16 * tp):
-                raise ConfigError(
-                    "model.linear_backend=fp8 needs widths in multiples of 16 on every rank, and "
-                    f"{group}.{key}={size} over "
-                    f"parallel.tp={tp} is none: {size} mod {16 * tp} = {size % (16 * tp)}; set "
-                    "model.linear_backend=local, or "
-                    f"change {group}.{key}{' or lower parallel.tp' if tp > 1 else ''}"
-                )
+def _check_fusion(config: ExperimentConfig) -> None:
+    train, tp = config.train, config.parallel.tp
+    if not train.gradient_accumulation_fusion:
+        return
+    instead = "or train.gradient_accumulation_fusion=false"
+    if tp > 1:
+        raise ConfigError(
+            f"train.gradient_accumulation_fusion=true is for layers that one rank computes, and "
+            f"parallel.tp={tp} splits them; set parallel.tp=1, {instead}"
+        )
+    if config.model.linear_backend is not LinearBackend.local:
+        raise ConfigError(
+            "train.gradient_accumulation_fusion=true would be ignored: "
+            f"model.linear_backend={config.model.linear_backend.value} "
+            f"multiplies by itself; set model.linear_backend=local, {instead}"
+        )
+    if train.compile is Compile.layer:
+        raise ConfigError(
+            "train.gradient_accumulation_fusion=true would be ignored: train.compile=layer leaves the products to "
+            f"the compiler; set train.compile=none, {instead}"
+        )
 
-    def _check_overlap(self, world_size: int) -> None:
-        dp = self.parallel.data_parallel_size(world_size)
-        if self.parallel.overlap_grad_reduce and dp == 1:
-            raise ConfigError(
-                f"parallel.overlap_grad_reduce=true would be ignored: world size {world_size} leaves data-parallel "
-                f"size 1, nothing is reduced; set it to false"
-            )
-        if self.parallel.overlap_param_gather and self.optim.name is not Optimizer.adamw:
-            raise ConfigError(
-                f"parallel.overlap_param_gather=true needs weights that the optimizer shards, as optim=adamw does; "
-                f"optim.name={self.optim.name.value} keeps them whole: set it to false"
-            )
-        if self.parallel.overlap_param_gather and self.optim.ema is not None:
-            raise ConfigError(
-                f"optim.ema={self.optim.ema} averages the weights after each step, and parallel.overlap_param_gather="
-                f"true gathers them only during the next one; set one of them to null or false"
-            )
-        portions = self.num_microbatches(world_size)
-        if self.parallel.vpp > 1 and portions % self.parallel.pp:
-            raise ConfigError(
-                f"parallel.vpp={self.parallel.vpp} needs micro batches per step in multiples of parallel.pp="
-                f"{self.parallel.pp}, not train.global_batch={self.train.global_batch} / (train.micro_batch="
-                f"{self.micro_batch(world_size)} × data-parallel size {dp}) = {portions}; change train.global_batch or "
-                f"train.micro_batch"
-            )
 
-    def check_task(self) -> None:
-        """Raise ConfigError where another group has settings that the task would ignore."""
-        if self.data.multi_label and self.task.loss is not Loss.bce:
+def _check_linears(config: ExperimentConfig) -> None:
+    linears, precision = config.model.linear_backend, config.train.precision
+    if linears is LinearBackend.onednn:
+        if precision is not Precision.fp32:
             raise ConfigError(
-                "data.multi_label=true needs task.loss=bce, by which each class is judged by itself; without labels "
-                "data.multi_label is false"
+                "model.linear_backend=onednn is for fp32: torch itself gives bf16 products to oneDNN; set "
+                "model.linear_backend=local, or train.precision=fp32"
             )
-        if self.task.name is TaskName.linear_probe:
-            self._check_probe()
-        if self.task.name is not TaskName.mae:
-            if self.metrics.pictures_every is not None:
-                raise ConfigError(
-                    f"metrics.pictures_every={self.metrics.pictures_every} would be ignored by task.name="
-                    f"{self.task.name.value}, which has nothing to paint; set it to null"
-                )
-            return
-        for key in ("random_erasing", "mixup", "cutmix"):
-            if getattr(self.data, key):
-                raise ConfigError(
-                    f"data.{key}={getattr(self.data, key)} would be ignored by task.name=mae, which sees its images "
-                    f"whole and without labels; set it to {format_value(getattr(DataConfig(), key))}"
-                )
-        used = ModelConfig(pool=Pool.cls if self.model.class_tokens else Pool.mean)
-        for key in ("pool", "head", "head_bias", "head_std"):
-            if getattr(self.model, key) != getattr(used, key):
-                raise ConfigError(
-                    f"model.{key}={format_value(getattr(self.model, key))} would be ignored by task.name=mae, which "
-                    f"has no classifier; leave it at {format_value(getattr(used, key))}"
-                )
-
-    def _check_probe(self) -> None:
-        """Refuse what a frozen encoder would ignore, or what would blur its features."""
-        defaults = ModelConfig()
-        for group, used, keys, why in (
-            (
-                "model",
-                defaults,
-                ("hidden_dropout", "attention_dropout", "drop_path"),
-                "whose frozen encoder drops nothing",
-            ),
-            ("model", defaults, ("head",), "which trains one matrix"),
-            ("optim", OptimConfig(), ("freeze", "layer_decay"), "which freezes the encoder itself"),
-        ):
-            for key in keys:
-                value, wanted = getattr(getattr(self, group), key), getattr(used, key)
-                if value != wanted:
-                    raise ConfigError(
-                        f"{group}.{key}={format_value(value)} does not go with task.name=linear_probe, {why}; set "
-                        f"it to {format_value(wanted)}"
-                    )
-
-    def _check_tensor_parallel(self) -> None:
+        if config.parallel.sequence_parallel:
+            raise ConfigError(
+                "model.linear_backend=onednn does not split tokens; set model.linear_backend=local or "
+                "parallel.sequence_parallel=false"
+            )
+    if linears is LinearBackend.fp8:
+        if precision is not Precision.bf16_o2:
+            raise ConfigError(
+                "model.linear_backend=fp8 rounds bf16 numbers, and train.precision=fp32 has none; set "
+                "train.precision=bf16_o2 or model.linear_backend=local"
+            )
         for group, prefix in (("model", ""), ("task", "decoder_")):
-            self._check_splits(group, f"{prefix}num_heads", f"{prefix}ffn_size")
-        tp, tokens, seen = self.parallel.tp, self.encoder_tokens, self.visible_patches
-        if self.parallel.sequence_parallel and tokens % tp:
-            hides = f" (task.mask_ratio={self.task.mask_ratio} hides {self.num_patches - seen})"
-            others = [count for count in (0, 1, 8) if (seen + count) % tp == 0]
-            ways = [f"model.class_tokens={count} ({seen} + {count} = {seen + count})" for count in others]
+            _check_eight_bit_sizes(config, group, f"{prefix}hidden_size", f"{prefix}ffn_size")
+
+
+def _check_eight_bit_sizes(config: ExperimentConfig, group: str, *keys: str) -> None:
+    """Refuse widths of which a rank's share is none that cuBLAS multiplies in 8 bits; on a CPU too, for a GPU."""
+    tp = config.parallel.tp
+    for key in keys:
+        size = getattr(getattr(config, group), key)
+        if size is not None and size % (16 * tp):
             raise ConfigError(
-                f"parallel.sequence_parallel=true splits {seen} patches{hides if seen < self.num_patches else ''} + "
-                f"{self.model.class_tokens} class tokens = "
-                f"{tokens} tokens over parallel.tp={tp} ranks: {tokens} mod {tp} = {tokens % tp}; "
-                f"set {' or '.join([*ways, 'parallel.sequence_parallel=false'])}, or change data.image_size"
+                "model.linear_backend=fp8 needs widths in multiples of 16 on every rank, and "
+                f"{group}.{key}={size} over "
+                f"parallel.tp={tp} is none: {size} mod {16 * tp} = {size % (16 * tp)}; set "
+                "model.linear_backend=local, or "
+                f"change {group}.{key}{' or lower parallel.tp' if tp > 1 else ''}"
             )
 
-    def _check_splits(self, group: str, heads_key: str, ffn_key: str) -> None:
-        """Refuse heads or an MLP that the tensor-parallel ranks cannot share."""
-        tp, config = self.parallel.tp, getattr(self, group)
-        heads, ffn = getattr(config, heads_key), getattr(config, ffn_key)
-        for key, value in ((heads_key, heads), (ffn_key, ffn)):
-            if value is not None and value % tp:
-                fits = next(size for size in range(tp, 0, -1) if heads % size == 0 == ffn % size)
+
+def _check_overlap(config: ExperimentConfig, world_size: int) -> None:
+    dp = config.parallel.data_parallel_size(world_size)
+    if config.parallel.overlap_grad_reduce and dp == 1:
+        raise ConfigError(
+            f"parallel.overlap_grad_reduce=true would be ignored: world size {world_size} leaves data-parallel "
+            f"size 1, nothing is reduced; set it to false"
+        )
+    if config.parallel.overlap_param_gather and config.optim.name is not Optimizer.adamw:
+        raise ConfigError(
+            f"parallel.overlap_param_gather=true needs weights that the optimizer shards, as optim=adamw does; "
+            f"optim.name={config.optim.name.value} keeps them whole: set it to false"
+        )
+    if config.parallel.overlap_param_gather and config.optim.ema is not None:
+        raise ConfigError(
+            f"optim.ema={config.optim.ema} averages the weights after each step, and parallel.overlap_param_gather="
+            f"true gathers them only during the next one; set one of them to null or false"
+        )
+    portions = config.num_microbatches(world_size)
+    if config.parallel.vpp > 1 and portions % config.parallel.pp:
+        raise ConfigError(
+            f"parallel.vpp={config.parallel.vpp} needs micro batches per step in multiples of parallel.pp="
+            f"{config.parallel.pp}, not train.global_batch={config.train.global_batch} / (train.micro_batch="
+            f"{config.micro_batch(world_size)} × data-parallel size {dp}) = {portions}; change train.global_batch or "
+            f"train.micro_batch"
+        )
+
+
+def check_task(config: ExperimentConfig) -> None:
+    """Raise ConfigError where another group has settings that the task would ignore."""
+    if config.data.multi_label and config.task.loss is not Loss.bce:
+        raise ConfigError(
+            "data.multi_label=true needs task.loss=bce, by which each class is judged by itself; without labels "
+            "data.multi_label is false"
+        )
+    if config.task.name is TaskName.linear_probe:
+        _check_probe(config)
+    if config.task.name is not TaskName.mae:
+        if config.metrics.pictures_every is not None:
+            raise ConfigError(
+                f"metrics.pictures_every={config.metrics.pictures_every} would be ignored by task.name="
+                f"{config.task.name.value}, which has nothing to paint; set it to null"
+            )
+        return
+    for key in ("random_erasing", "mixup", "cutmix"):
+        if getattr(config.data, key):
+            raise ConfigError(
+                f"data.{key}={getattr(config.data, key)} would be ignored by task.name=mae, which sees its images "
+                f"whole and without labels; set it to {format_value(getattr(DataConfig(), key))}"
+            )
+    used = ModelConfig(pool=Pool.cls if config.model.class_tokens else Pool.mean)
+    for key in ("pool", "head", "head_bias", "head_std"):
+        if getattr(config.model, key) != getattr(used, key):
+            raise ConfigError(
+                f"model.{key}={format_value(getattr(config.model, key))} would be ignored by task.name=mae, which "
+                f"has no classifier; leave it at {format_value(getattr(used, key))}"
+            )
+
+
+def _check_probe(config: ExperimentConfig) -> None:
+    """Refuse what a frozen encoder would ignore, or what would blur its features."""
+    defaults = ModelConfig()
+    for group, used, keys, why in (
+        (
+            "model",
+            defaults,
+            ("hidden_dropout", "attention_dropout", "drop_path"),
+            "whose frozen encoder drops nothing",
+        ),
+        ("model", defaults, ("head",), "which trains one matrix"),
+        ("optim", OptimConfig(), ("freeze", "layer_decay"), "which freezes the encoder itself"),
+    ):
+        for key in keys:
+            value, wanted = getattr(getattr(config, group), key), getattr(used, key)
+            if value != wanted:
                 raise ConfigError(
-                    f"{group}.{key}={value} is not divided by parallel.tp={tp}: {value} mod {tp} = {value % tp}; "
-                    f"set parallel.tp={fits}, or change {group}.{key}"
+                    f"{group}.{key}={format_value(value)} does not go with task.name=linear_probe, {why}; set "
+                    f"it to {format_value(wanted)}"
                 )
 
-    def _check_batch(self, world_size: int) -> None:
-        dp = self.parallel.data_parallel_size(world_size)
-        micro = self.micro_batch(world_size)
-        portion = micro * dp
-        if self.train.global_batch % portion:
-            near = max(1, round(self.train.global_batch / portion)) * portion
+
+def _check_tensor_parallel(config: ExperimentConfig) -> None:
+    for group, prefix in (("model", ""), ("task", "decoder_")):
+        _check_splits(config, group, f"{prefix}num_heads", f"{prefix}ffn_size")
+    tp, tokens, seen = config.parallel.tp, config.encoder_tokens, config.visible_patches
+    if config.parallel.sequence_parallel and tokens % tp:
+        hides = f" (task.mask_ratio={config.task.mask_ratio} hides {config.num_patches - seen})"
+        others = [count for count in (0, 1, 8) if (seen + count) % tp == 0]
+        ways = [f"model.class_tokens={count} ({seen} + {count} = {seen + count})" for count in others]
+        raise ConfigError(
+            f"parallel.sequence_parallel=true splits {seen} patches{hides if seen < config.num_patches else ''} + "
+            f"{config.model.class_tokens} class tokens = "
+            f"{tokens} tokens over parallel.tp={tp} ranks: {tokens} mod {tp} = {tokens % tp}; "
+            f"set {' or '.join([*ways, 'parallel.sequence_parallel=false'])}, or change data.image_size"
+        )
+
+
+def _check_splits(config: ExperimentConfig, group: str, heads_key: str, ffn_key: str) -> None:
+    """Refuse heads or an MLP that the tensor-parallel ranks cannot share."""
+    tp, sizes = config.parallel.tp, getattr(config, group)
+    heads, ffn = getattr(sizes, heads_key), getattr(sizes, ffn_key)
+    for key, value in ((heads_key, heads), (ffn_key, ffn)):
+        if value is not None and value % tp:
+            fits = next(size for size in range(tp, 0, -1) if heads % size == 0 == ffn % size)
             raise ConfigError(
-                f"train.global_batch={self.train.global_batch} is not a multiple of train.micro_batch="
-                f"{micro} × data-parallel size {dp} = {portion}; set train.global_batch={near}, or "
-                f"a train.micro_batch that divides {self.train.global_batch / dp:g}"
+                f"{group}.{key}={value} is not divided by parallel.tp={tp}: {value} mod {tp} = {value % tp}; "
+                f"set parallel.tp={fits}, or change {group}.{key}"
             )
-        if self.data.mixes and micro % 2:
-            key = "mixup" if self.data.mixup is not None else "cutmix"
-            raise ConfigError(
-                f"data.{key}={getattr(self.data, key)} mixes the images of a micro batch in pairs, and "
-                f"train.micro_batch={micro} leaves one over: {micro} mod 2 = 1; set "
-                f"train.micro_batch={max(2, micro - 1)}, and a train.global_batch that it divides"
-            )
+
+
+def _check_batch(config: ExperimentConfig, world_size: int) -> None:
+    dp = config.parallel.data_parallel_size(world_size)
+    micro = config.micro_batch(world_size)
+    portion = micro * dp
+    if config.train.global_batch % portion:
+        near = max(1, round(config.train.global_batch / portion)) * portion
+        raise ConfigError(
+            f"train.global_batch={config.train.global_batch} is not a multiple of train.micro_batch="
+            f"{micro} × data-parallel size {dp} = {portion}; set train.global_batch={near}, or "
+            f"a train.micro_batch that divides {config.train.global_batch / dp:g}"
+        )
+    if config.data.mixes and micro % 2:
+        key = "mixup" if config.data.mixup is not None else "cutmix"
+        raise ConfigError(
+            f"data.{key}={getattr(config.data, key)} mixes the images of a micro batch in pairs, and "
+            f"train.micro_batch={micro} leaves one over: {micro} mod 2 = 1; set "
+            f"train.micro_batch={max(2, micro - 1)}, and a train.global_batch that it divides"
+        )

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megavit.checkpoint.find import CheckpointRef
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.data.bad_samples import BadSampleTracker
 from megavit.data.config import DataConfig
 from megavit.data.loader import Loader

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megavit.checkpoint.find import CheckpointRef
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.data.bad_samples import BadSampleTracker
 from megavit.data.loader import Loader
 from megavit.data.prefetch import RequiredFields

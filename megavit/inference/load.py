@@ -12,7 +12,7 @@ from torch import Tensor
 from megavit.checkpoint.find import CheckpointRef, resolve_checkpoint
 from megavit.checkpoint.param_mapping import Dims, to_timm
 from megavit.checkpoint.state import read_state
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.data.decode import open_image
 from megavit.data.transforms.image import ImageTransform
 from megavit.data.transforms.normalize import Normalize

@@ -11,8 +11,8 @@ from megavit.checkpoint.safe_pickle import check_pickles
 from megavit.checkpoint.shards import load_weights
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.config.compose import from_yaml, merge
+from megavit.config.experiment import ExperimentConfig
 from megavit.config.train import Compile, GradReduce
-from megavit.config.validate import ExperimentConfig
 from megavit.data.class_names import go_by_number, some
 from megavit.data.config import PIXEL_SETTINGS, DataConfig
 from megavit.data.decode import open_image

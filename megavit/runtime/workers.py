@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.runtime.exits import FAULT, FINISHED, write_exit
 from megavit.runtime.signals import HELD_BACK, STACK
 from megavit.runtime.startup import gc_paused

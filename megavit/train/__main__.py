@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import IO
 
 from megavit.config.compose import AUTO_MODEL, compose
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
+from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from megavit.parallel.layout import rank_from_environment, world_size_from_environment
 from megavit.runtime.exit_handler import run_rank
@@ -41,7 +42,7 @@ def main(overrides: list[str]) -> int:
             run_dir = _folder_alone(overrides)
             raise
         run_dir = Path(config.run.dir)
-        config.check(world_size_from_environment())
+        validate(config, world_size_from_environment())
 
     def work() -> int:
         nonlocal run_dir, claim

@@ -11,7 +11,7 @@ from megavit.checkpoint.convert.read import KINDS
 from megavit.checkpoint.find import resolve_checkpoint
 from megavit.checkpoint.manager import CheckpointManager
 from megavit.config.compose import AUTO_MODEL, compose, from_yaml
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.errors import ConfigError
 from megavit.model.config import ModelConfig, Pool, Positions
 from megavit.task.config import TaskName

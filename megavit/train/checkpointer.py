@@ -15,7 +15,7 @@ from megavit.checkpoint.shard_writer import in_background
 from megavit.checkpoint.shards import Averages
 from megavit.checkpoint.state import TrainingState
 from megavit.config.compose import to_yaml
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.metrics.logger import MetricLogger
 from megavit.metrics.plots import draw_curves
 from megavit.model.vit import EncoderStage

@@ -7,8 +7,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from megavit.config.experiment import ExperimentConfig
 from megavit.config.train import GradReduce
-from megavit.config.validate import ExperimentConfig
 from megavit.data.loader import Batch, Loader
 from megavit.data.sampler import DeterministicSampler
 from megavit.data.sources.base import Source

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.data.class_names import go_by_number
 from megavit.errors import ConfigError
 from megavit.model.config import Positions

@@ -23,7 +23,7 @@ from megavit.checkpoint.config import CheckpointConfig
 from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.shards import Averages
 from megavit.checkpoint.state import TrainingState
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.data.loader import Batch, Loader
 from megavit.errors import ConfigError
 from megavit.model.vit import EncoderStage

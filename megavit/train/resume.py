@@ -8,7 +8,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.config.compose import from_yaml
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.data.class_names import describe_change
 from megavit.errors import ConfigError
 from megavit.train.resume_rules import Rule, changes

@@ -4,7 +4,7 @@ from enum import Enum
 from typing import Any
 
 from megavit.config.compose import flatten
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.validation import format_value
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from megavit.config.experiment import ExperimentConfig
 from megavit.config.train import Compile, Precision
-from megavit.config.validate import ExperimentConfig
 from megavit.errors import ConfigError
 from megavit.model.init import initialise
 from megavit.model.layers.encoder_layer import EncoderLayer

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from megavit.config.experiment import Pace
+from megavit.config.experiment import ExperimentConfig, Pace
 from megavit.config.train import Precision
 from megavit.config.untested import untested
-from megavit.config.validate import ExperimentConfig
 from megavit.data.sources.base import Source
 from megavit.data.sources.label_checks import describe_oddities
 from megavit.model.config import AttentionBackend

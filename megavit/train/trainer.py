@@ -11,8 +11,8 @@ from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.shards import Averages
 from megavit.checkpoint.state import TrainingState
 from megavit.config.compose import flatten, to_yaml
+from megavit.config.experiment import ExperimentConfig
 from megavit.config.train import OnNonfinite
-from megavit.config.validate import ExperimentConfig
 from megavit.data.bad_samples import BadSampleTracker
 from megavit.data.loader import Loader
 from megavit.data.sources.registry import open_splits, prepare_index

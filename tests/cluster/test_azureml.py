@@ -11,7 +11,7 @@ import pytest
 from megavit.cluster.azureml_config import AzureMLConfig
 from megavit.cluster.registry import get_backend
 from megavit.config.compose import flatten
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.errors import ConfigError
 from tests.cluster.manifest import (
     EVIL,

@@ -15,7 +15,7 @@ from megavit.cluster.job import plan_job
 from megavit.cluster.registry import get_backend
 from megavit.cluster.render import refuse_secrets
 from megavit.config.compose import flatten
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.errors import ConfigError
 from tests.cluster.stage import Stage
 

@@ -10,7 +10,7 @@ from megavit.cluster.kubernetes import job_name
 from megavit.cluster.kubernetes_config import KubernetesConfig
 from megavit.cluster.registry import get_backend
 from megavit.config.compose import flatten
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
 from megavit.errors import ConfigError
 from tests.cluster.manifest import (
     EVIL,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megavit.config.compose import compose, to_yaml
+from megavit.config.validate import validate
 from megavit.data.config import DataConfig
 from megavit.data.loader import Batch, Loader
 from megavit.data.prefetch import RequiredFields
@@ -259,12 +260,12 @@ def test_an_erased_box_is_normal_noise_and_everything_else_stays():
 )
 def test_what_cannot_be_mixed_is_refused_with_the_way_out(overrides, world, message):
     with pytest.raises(ConfigError, match=message):
-        compose(overrides).check(world)
+        validate(compose(overrides), world)
 
 
 def test_a_run_that_mixed_is_evaluated_in_micro_batches_of_any_size(tmp_path):
     config = compose(["data.mixup=0.8", "data.cutmix=1.0", "data.mixup_switch_prob=0.3"])
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     evaluated = read_config(tmp_path)
-    replace(evaluated, train=replace(evaluated.train, micro_batch=3, global_batch=3)).check(1)
+    validate(replace(evaluated, train=replace(evaluated.train, micro_batch=3, global_batch=3)), 1)
     assert not evaluated.data.mixes

@@ -46,10 +46,11 @@ def export(folder: Path, counts: dict[str, int]) -> None:
 
 def train(overrides: list[str]) -> list[tuple]:
     from megavit.config.compose import compose
+    from megavit.config.validate import validate
     from megavit.train.trainer import Trainer
 
     config = compose(overrides)
-    config.check(1)
+    validate(config, 1)
     Trainer(config).run()
     rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row["split"], row["loss"], row["top1"]) for row in rows if row["split"] != "save"]

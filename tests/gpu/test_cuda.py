@@ -68,12 +68,13 @@ def test_a_kernel_agrees_with_attention_in_fp32(attention):
 
 def compare_kernel(overrides: list[str]) -> None:
     from megavit.config.compose import compose
+    from megavit.config.validate import validate
     from megavit.model.layers.attention_backends import attention_kernel
     from megavit.model.transformer_block import transformer_config
     from megavit.parallel.layout import ParallelLayout
 
     config = compose(overrides)
-    config.check(1)
+    validate(config, 1)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
     mcore_config = transformer_config(config.model, config.parallel, layout, stages=[4], dtype=torch.bfloat16)
     kernel = attention_kernel(config.model.attention_backend, mcore_config, layout.groups, device=layout.device)
@@ -138,6 +139,7 @@ def test_peak_memory_of_the_layers_follows_the_formula(recompute, figure):
 
 def peak_memory(overrides: list[str]) -> None:
     from megavit.config.compose import compose
+    from megavit.config.validate import validate
     from megavit.model.init import initialise
     from megavit.model.transformer_block import transformer_config
     from megavit.model.vit import Stage, VisionTransformer
@@ -145,7 +147,7 @@ def peak_memory(overrides: list[str]) -> None:
     from megavit.parallel.rng import seed_step
 
     config = compose(overrides)
-    config.check(1)
+    validate(config, 1)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
     mcore_config = transformer_config(config.model, config.parallel, layout, stages=[4], dtype=torch.bfloat16)
     chunk = VisionTransformer(

@@ -35,6 +35,7 @@ def step_of(overrides: list[str], evaluates: bool = False) -> dict:
     from torch._dynamo.utils import counters
 
     from megavit.config.compose import compose
+    from megavit.config.validate import validate
     from megavit.parallel.layout import ParallelLayout
     from megavit.parallel.rng import seed_step
     from megavit.train.freeze import freeze
@@ -43,7 +44,7 @@ def step_of(overrides: list[str], evaluates: bool = False) -> dict:
     torch._dynamo.reset()
     counters.clear()
     config = compose(overrides)
-    config.check(1)
+    validate(config, 1)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
     chunks = build_model(config, layout, num_classes=10).chunks
     if config.frozen:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megavit.config.compose import compose
+from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from tests.reference import SMALL
 
@@ -170,13 +171,13 @@ def test_layouts_and_sizes_are_those_that_cuda_takes(shape, monkeypatch):
 def test_where_it_is_not_for_it_is_refused(settings, says):
     config = compose([*SMALL, *FP8, *settings])
     with pytest.raises(ConfigError, match=says):
-        config.check(config.parallel.tp)
+        validate(config, config.parallel.tp)
 
 
 def test_a_decoder_of_a_width_that_does_not_fit_is_refused():
     config = compose(["recipe=digits_mae", *FP8, "task.decoder_ffn_size=100"])
     with pytest.raises(ConfigError, match=r"task\.decoder_ffn_size=100 over parallel\.tp=1 is none: 100 mod 16 = 4"):
-        config.check(1)
+        validate(config, 1)
 
 
 @pytest.mark.parametrize(("capability", "fits"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((10, 0), True)])

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from tests.distributed import run_ranks
 from tests.reference import SMALL
@@ -59,7 +60,7 @@ def test_where_it_is_not_for_it_is_refused(settings, says):
 
     config = compose([*SMALL, "model.linear_backend=onednn", *settings])
     with pytest.raises(ConfigError, match=says):
-        config.check(config.parallel.tp)
+        validate(config, config.parallel.tp)
 
 
 def test_on_a_gpu_it_is_refused():

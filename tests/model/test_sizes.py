@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megavit.config.compose import compose
+from megavit.config.validate import validate
 from tests.distributed import run_ranks
 
 IMAGENET = ["data=synthetic", "train.steps=10", "optim.warmup_steps=0"]
@@ -49,7 +50,7 @@ def parameters_per_rank(overrides: list[str], tp: int, pp: int) -> list[int]:
     from megavit.parallel.stages import plan_stages, rank_stages
 
     config = compose([*IMAGENET, *overrides, f"parallel.tp={tp}", f"parallel.pp={pp}"])
-    config.check(tp * pp)
+    validate(config, tp * pp)
     # Forget how large it was before.
     Path("/proc/self/clear_refs").write_text("5")
     before_bytes = _memory_bytes("VmRSS")

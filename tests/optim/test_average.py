@@ -3,6 +3,7 @@
 import pytest
 
 from megavit.config.compose import compose
+from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from tests import ranks
 from tests.distributed import run_ranks
@@ -53,4 +54,4 @@ def test_an_average_that_was_not_saved_is_refused_and_so_is_one_of_weights_under
         )
     overlapped = [*SMALL, "optim.ema=0.9", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
     with pytest.raises(ConfigError, match=r"optim\.ema=0\.9 averages the weights after each step"):
-        compose(overlapped).check(2)
+        validate(compose(overlapped), 2)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from megavit.config.compose import compose
+from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from megavit.optim.fused_adam import FusedAdam
 from tests import ranks
@@ -97,7 +98,7 @@ def test_base_lr_is_scaled_by_the_batch():
 )
 def test_settings_that_contradict_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        compose(overrides).check(1)
+        validate(compose(overrides), 1)
 
 
 @pytest.mark.parametrize("implementation", ["apex", "te"])

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from megavit.config.compose import compose
+from megavit.config.experiment import ExperimentConfig
 from megavit.config.train import GradReduce, Precision
-from megavit.config.validate import ExperimentConfig
+from megavit.config.validate import validate
 from megavit.optim.config import Optimizer
 from megavit.parallel.config import Recompute, RecomputeMethod
 from megavit.planner.communication import Axis, Share, Split, Work, step_exchanges, summed_values
@@ -94,7 +95,7 @@ def record_run(config: ExperimentConfig, *, profiles: bool) -> Seen:
     from tests.ranks import no_evaluation
     from tests.traffic import as_gloo_counts, counted_by_gloo, recorded
 
-    config.check(world_size_from_environment())
+    validate(config, world_size_from_environment())
     trainer = Trainer(config)
     trainer.checkpointer.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
     loop, calls, by_gloo = trainer._train, [], Counter()

@@ -7,7 +7,8 @@ from itertools import product
 import pytest
 
 from megavit.config.compose import compose
-from megavit.config.validate import ExperimentConfig
+from megavit.config.experiment import ExperimentConfig
+from megavit.config.validate import validate
 from megavit.planner.flops import DecoderShape, NetworkShape, training_flops
 from megavit.planner.pipeline_timeline import (
     Pass,
@@ -47,7 +48,7 @@ def log_steps(runs: list[ExperimentConfig]) -> list[tuple[Log, NetworkShape, lis
 
     steps = []
     for config in runs:
-        config.check(world_size_from_environment())
+        validate(config, world_size_from_environment())
         trainer = Trainer(config)
         trainer.checkpointer.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
         log = Log()

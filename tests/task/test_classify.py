@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megavit.config.compose import compose
+from megavit.config.validate import validate
 from megavit.data.loader import Batch
 from megavit.data.sampler import SampleKey
 from megavit.errors import ConfigError
@@ -23,7 +24,7 @@ MIXED = ["data.mixup=0.8", "data.cutmix=1.0"]
 
 def open_classifier(*overrides: str):
     config = compose(["recipe=digits", *overrides])
-    config.check(1)
+    validate(config, 1)
     layout = SimpleNamespace(device=torch.device("cpu"), holds_first_stage=True, holds_last_stage=True)
     return build_task(config.task, model=config.model, data=config.data, num_classes=10, layout=layout, seed=0)
 

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from megavit.config.compose import compose, from_yaml, to_yaml
+from megavit.config.validate import validate
 from megavit.data.sources.digits import Digits
 from megavit.errors import ConfigError
 from megavit.model.layers.patch_embed import patchify, unpatchify
@@ -50,7 +51,7 @@ def compare(overrides: list[str]) -> dict[str, float]:
     from tests.reference import dims_of
 
     config = compose(overrides)
-    config.check(1)
+    validate(config, 1)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
     network = build_model(config, layout, num_classes=10)
     ours = network.chunks["model"]
@@ -184,7 +185,7 @@ def test_the_decoder_costs_as_many_encoder_layers_as_the_design_says(model, cost
 )
 def test_without_a_recipe_the_decoder_is_no_wider_than_its_encoder_and_a_third_as_deep(settings, want):
     config = compose(["recipe=null", "task=mae", "data=synthetic", "train.steps=1", *settings])
-    config.check(1)
+    validate(config, 1)
     task = config.task
     sizes = (task.decoder_hidden_size, task.decoder_ffn_size, task.decoder_num_heads, task.decoder_num_layers)
     assert sizes == want
@@ -269,7 +270,7 @@ def test_a_run_says_where_more_stages_cannot_help():
 def test_wrong_settings_are_refused_with_the_way_out(overrides, world, message):
     mae = [] if "task=classify" in overrides else SIZES
     with pytest.raises(ConfigError, match=message) as refused:
-        compose([*mae, *overrides]).check(world)
+        validate(compose([*mae, *overrides]), world)
     assert "\n" not in str(refused.value)
 
 
