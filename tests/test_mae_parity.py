@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.test_parity import assert_same_training, train_both
+from tests.train.test_parity import assert_same_training, train_both
 
 MAE = [
     "task=mae",

@@ -12,9 +12,9 @@ from megavit.checkpoint.manifest import FILE, find_fault, find_faults
 from megavit.checkpoint.state import read_state
 from megavit.errors import ConfigError
 from tests import ranks
+from tests.cli.test_mistakes import main_here
 from tests.distributed import run_ranks
 from tests.reference import SMALL
-from tests.test_mistakes import main_here
 
 RUN = [*SMALL, "train.steps=3", "checkpoint.save_every=1"]
 

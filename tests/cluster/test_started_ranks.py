@@ -46,7 +46,7 @@ def test_ranks_without_torchrun_refuse_a_setting_in_one_message(tmp_path):
 
 @pytest.mark.parametrize("late", ["0", "1"])
 def test_a_rank_that_comes_late_to_a_wrong_setting_does_not_report_it_again(late):
-    ranks = start_processes("tests.failing_rank", "late", late)
+    ranks = start_processes("tests.runtime.failing_rank", "late", late)
     said = "".join(rank.communicate(timeout=100)[0] for rank in ranks)
     assert [rank.returncode for rank in ranks] == [2, 2], said
     assert said.count("a setting is wrong") == 1, said

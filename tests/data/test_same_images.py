@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.tars import shard
+from tests.data.sources.tars import shard
 from tests.distributed import run_ranks
 
 DATA = os.environ.get("MEGAVIT_TEST_DATA")

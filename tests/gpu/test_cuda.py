@@ -97,7 +97,7 @@ def test_products_in_fp8_are_those_of_the_cpu(rows, figure):
 
 def compare_eight_bit_products(arguments: list[str]) -> None:
     from megavit.model.layers.linear_fp8 import require_fp8
-    from tests.model.test_fp8 import by_fp8, operands, with_gradients
+    from tests.model.layers.test_linear_fp8 import by_fp8, operands, with_gradients
 
     require_fp8(torch.device("cuda"))
     tensors = operands(int(arguments[0]), 768, 3072)

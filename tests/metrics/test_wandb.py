@@ -7,7 +7,7 @@ import pytest
 
 from tests.distributed import run_ranks
 from tests.reference import SMALL
-from tests.test_launch import assert_one_message, run
+from tests.runtime.test_launch import assert_one_message, run
 
 
 def train_offline(overrides: list[str]) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tests import ranks
 from tests.distributed import run_ranks
 from tests.reference import SMALL
-from tests.test_resume import assert_bit_equal
+from tests.train.test_resume import assert_bit_equal
 
 TINY = [*SMALL, "model.hidden_size=16", "model.ffn_size=32", "model.num_heads=2"]
 FULL, COMPILED = "parallel.recompute=full", "train.compile=layer"

@@ -20,10 +20,10 @@ from megavit.planner.flops import NetworkShape
 from megavit.task.config import TaskName
 from tests.distributed import run_ranks
 from tests.reference import SMALL, plain_model
-from tests.test_engine import GRID, OVERLAP, VPP
 from tests.test_mae_parity import MAE
 from tests.test_mae_parity import SP as MAE_SP
-from tests.test_parity import SP
+from tests.train.test_engine import GRID, OVERLAP, VPP
+from tests.train.test_parity import SP
 
 STEPS = 2
 TWO_STEPS = [f"train.steps={STEPS}", "optim.warmup_steps=1"]
@@ -92,8 +92,8 @@ def record_run(config: ExperimentConfig, *, profiles: bool) -> Seen:
 
     from megavit.parallel.layout import world_size_from_environment
     from megavit.train.trainer import Trainer
+    from tests.parallel.traffic import as_gloo_counts, counted_by_gloo, recorded
     from tests.ranks import no_evaluation
-    from tests.traffic import as_gloo_counts, counted_by_gloo, recorded
 
     validate(config, world_size_from_environment())
     trainer = Trainer(config)
@@ -327,7 +327,7 @@ def call_in_every_way() -> tuple[Counter, Counter]:
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _coalescing_manager
 
-    from tests.traffic import as_gloo_counts, counted_by_gloo, recorded
+    from tests.parallel.traffic import as_gloo_counts, counted_by_gloo, recorded
 
     bound = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
     dist.init_process_group("gloo")

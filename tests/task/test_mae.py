@@ -47,8 +47,8 @@ def compare(overrides: list[str]) -> dict[str, float]:
     from megavit.model.vit import parameter_names
     from megavit.parallel.layout import ParallelLayout
     from megavit.train.setup import build_model
-    from tests import huggingface
     from tests.reference import dims_of
+    from tests.task import huggingface
 
     config = compose(overrides)
     validate(config, 1)
