@@ -16,7 +16,7 @@ MODULE = '''
 import torch
 from torchvision.transforms import v2
 
-from megavit.task.classification import Classify
+from megavit.task.classification import ClassificationTask
 
 
 class Stripes:
@@ -53,7 +53,7 @@ def broken(image):
     return image.float()
 
 
-class Wide(Classify):
+class Wide(ClassificationTask):
     """Counts beside what its parent counts."""
 
     def metrics(self, totals):

@@ -13,16 +13,11 @@ from torch import Tensor
 
 from megavit.metrics.config import MetricsConfig
 from megavit.metrics.plots import plot_image_grid
+from megavit.metrics.task_metric import TaskMetric, console_formats
 from megavit.metrics.wandb import WandbRun
 
-_SHOWN = {
-    "loss": "loss {:.4f}",
-    "top1": "top-1 {:.4f}",
-    "hit1": "best guess right {:.4f}",
-    "loss_ratio": "of the mean image's {:.3f}",
-    "ema_top1": "of the average {:.4f}",
-    "ema_hit1": "of the average {:.4f}",
-    "ema_loss_ratio": "of the average {:.3f}",
+# Beside the task's own metrics.
+_TRAINING_FORMATS = {
     "lr": "lr {:.2e}",
     "grad_norm": "grad norm {:.3f}",
     "images_per_s": "{:,.0f} images/s",
@@ -68,6 +63,7 @@ class MetricLogger:
         is_main: whether this rank is the one that does.
         name: of the run.
         settings: the resolved configuration, for services that keep it.
+        task_metrics: metrics of the task that the console shows after the loss.
         first_step: steps done before this process.
         num_steps: steps of the whole run.
     """
@@ -80,10 +76,12 @@ class MetricLogger:
         is_main: bool,
         name: str,
         settings: dict[str, Any],
+        task_metrics: tuple[TaskMetric, ...],
         first_step: int,
         num_steps: int,
     ) -> None:
         self._speaks, self._run_dir = is_main, run_dir
+        self._formats = {"loss": "loss {:.4f}", **console_formats(task_metrics), **_TRAINING_FORMATS}
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._clock = _Clock(first_step, num_steps)
@@ -167,7 +165,7 @@ class MetricLogger:
                 self._tensorboard.add_scalar(f"{split}/{name}", value, step)
         if self._wandb is not None:
             self._wandb.log(step, split, values)
-        line = "  ".join(form.format(values[name]) for name, form in _SHOWN.items() if name in values)
+        line = "  ".join(form.format(values[name]) for name, form in self._formats.items() if name in values)
         if split == "train" and self._progress is not None:
             assert self._task is not None and self._log is not None
             self._progress.update(self._task, description=line)

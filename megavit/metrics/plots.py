@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from megavit.metrics.task_metric import TaskMetric
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# What is drawn beside the loss: the first that a run reports.
-_RESULTS = {"top1": "top-1 accuracy", "hit1": "best guess is a label", "loss_ratio": "loss / loss of the mean image"}
 
 
 def _rows(metrics_file: Path) -> list[dict[str, Any]]:
@@ -24,12 +23,13 @@ def _rows(metrics_file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_curves(metrics_file: Path, picture: Path) -> None:
-    """Draw the loss and the task's own result over the steps from `metrics.jsonl` into a PNG.
+def draw_curves(metrics_file: Path, picture: Path, *, task_metrics: tuple[TaskMetric, ...]) -> None:
+    """Draw the loss and a metric of the task over the steps from `metrics.jsonl` into a PNG.
 
     Args:
         metrics_file: the run's `metrics.jsonl`.
-        picture: where to write.
+        picture: the PNG to write.
+        task_metrics: metrics of the task; the first one that the run reports is drawn.
     """
     from matplotlib.figure import Figure
 
@@ -38,22 +38,24 @@ def draw_curves(metrics_file: Path, picture: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, result = figure.subplots(1, 2)
     title = ""
-    ratios: list[tuple[int, float]] = []
+    falling: list[tuple[int, float]] = []
     for split, colour, style in (("train", "#4477aa", "-"), ("val", "#cc6677", "o-")):
         points = curves[split]
         if not points:
             continue
         steps = [row["step"] for row in points]
         loss.plot(steps, [row["loss"] for row in points], style, color=colour, markersize=4, label=split)
-        name = next((name for name in _RESULTS if name in points[0]), None)
+        metric = next((metric for metric in task_metrics if metric.name in points[0]), None)
+        if metric is None:
+            continue
         # A result that is not a number is null.
-        found = {row["step"]: row[name] for row in points if row[name] is not None} if name is not None else {}
-        if name is not None and found:
-            title = _RESULTS[name]
+        found = {row["step"]: row[metric.name] for row in points if row[metric.name] is not None}
+        if found:
+            title = metric.title
             label = split if split == "train" else f"val, last {list(found.values())[-1]:.4f}"
             result.plot(list(found), list(found.values()), style, color=colour, markersize=4, label=label)
-            if name == "loss_ratio":
-                ratios += found.items()
+            if not metric.higher:
+                falling += found.items()
     for axes, name in ((loss, "loss"), (result, title)):
         axes.set(title=name, xlabel="step")
         axes.grid(alpha=0.3)
@@ -61,7 +63,7 @@ def draw_curves(metrics_file: Path, picture: Path) -> None:
             axes.legend()
     loss.set_yscale("log")
     _label_log_axis(loss)
-    _leave_the_start_out(result, ratios)
+    _leave_the_start_out(result, falling)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)
 

@@ -3,9 +3,6 @@
 Shapes: B images, K classes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import NoReturn
-
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
@@ -13,39 +10,30 @@ from torch import Tensor
 
 from megavit.data.config import DataConfig
 from megavit.data.loader import Batch
-from megavit.data.prefetch import RequiredFields
 from megavit.data.transforms.device import DeviceTransforms
 from megavit.errors import ConfigError
+from megavit.metrics.task_metric import TaskMetric
 from megavit.model.config import ModelConfig
 from megavit.model.vit import EncoderStage, VisionTransformer
-from megavit.parallel.activation import ActivationSpec, tokens_boundary
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
-from megavit.task.chunks import build_model_chunks
+from megavit.task.base import LossFunction, Task, build_model_chunks
 from megavit.task.config import Loss, TaskConfig
-from megavit.task.monitor import MonitoredMetric
+
+_TOP1 = TaskMetric("top1", "top-1", "top-1 accuracy", ".4f", higher=True)
+_HIT1 = TaskMetric("hit1", "best guess right", "best guess is a label", ".4f", higher=True)
 
 
-class ClassificationTask:
-    """Cross-entropy of the head's scores, of all classes at once or of each by itself, and how many of them are right.
+class ClassificationTask(Task):
+    """Cross-entropy of the class scores, or binary cross-entropy of each class, and the fraction that is right.
 
-    Args:
-        config: the task group.
-        model: the model group.
-        data: the data group.
-        num_classes: K.
-        layout: this rank's place.
-        seed: `run.seed`, of what the device draws.
+    Args: see `Task`.
 
     Raises:
-        ConfigError: if there are not as many class weights as classes.
+        ConfigError: if the number of class weights is not the number of classes.
     """
 
-    metric_sums: tuple[str, ...]
-    baseline_samples = 0
-    monitor: MonitoredMetric
-    image_grid: tuple[str, ...] = ()
-    # Whether the classifier sees features by their statistics, as it may where no gradient flows through them.
+    # Whether the classifier reads features normalised by their statistics, for an encoder without gradients.
     norms_features = False
 
     def __init__(
@@ -58,18 +46,17 @@ class ClassificationTask:
         layout: ParallelLayout,
         seed: int,
     ) -> None:
+        super().__init__(config, model=model, data=data, num_classes=num_classes, layout=layout, seed=seed)
         assert config.label_smoothing is not None
         self.label_smoothing, self.by_class = config.label_smoothing, config.loss is Loss.bce
         self.weights_K = _class_weights(config, data, num_classes, layout)
-        self.model, self.data, self.num_classes, self.layout = model, data, num_classes, layout
         self.preprocess = DeviceTransforms(data, seed=seed, device=layout.device)
-        # Of an image with several labels: whether the best guess, or one of the best five, is among them.
+        # For images with several labels: whether the best score, or one of the best five, is of one of the labels.
         self.hits = ("hit1", "hit5") if data.multi_label else ("top1", "top5")
-        self.metric_sums, self.monitor = ("loss", self.hits[0], "count"), MonitoredMetric(self.hits[0], higher=True)
-        self.metric_shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(("loss", *self.hits, "count"), ())
+        self.metric_sums, self.reported = ("loss", self.hits[0], "count"), (_HIT1 if data.multi_label else _TOP1,)
+        self.metric_shapes = dict.fromkeys(("loss", *self.hits, "count"), ())
         if not data.multi_label:
             self.metric_shapes = {**self.metric_shapes, "confusion": (num_classes, num_classes)}
-        self.fields = RequiredFields(images=layout.holds_first_stage, labels=layout.holds_last_stage)
 
     def build_chunks(
         self, mcore_config: TransformerConfig, *, parallel: ParallelConfig, stage_layers: list[int]
@@ -89,15 +76,7 @@ class ClassificationTask:
             stage_layers=stage_layers,
         )
 
-    def boundary(self, micro_batch: int, mcore_config: TransformerConfig) -> ActivationSpec:
-        """All tokens cross."""
-        tokens = self.model.num_tokens(self.data.image_size)
-        return tokens_boundary(tokens, micro_batch, mcore_config)
-
-    def prepare(self, batches: Iterator[Batch]) -> None:
-        """Nothing to compare with."""
-
-    def forward(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+    def forward(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         """Images on the first stage to scores on the last."""
         images = None if batch is None or batch.images_BCYX is None else self.preprocess(batch)
         return model(images), lambda logits_BK: self.loss(logits_BK, batch)
@@ -157,7 +136,7 @@ class ClassificationTask:
             return labels_B.gather(1, guesses).any(dim=1)
         return (guesses == labels_B.unsqueeze(1)).any(dim=1)
 
-    def evaluate_sums(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+    def evaluate_sums(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         """Beside the loss and top-1: `top5` (`hit5`), and `confusion`, images by [label, guess] of one label each."""
         output, _ = self.forward(batch, model)
         return output, lambda logits_BK: self._scores(logits_BK, batch)
@@ -174,18 +153,21 @@ class ClassificationTask:
         confusion = torch.bincount(cells, minlength=classes * classes).view(classes, classes)
         return loss, {**sums, "confusion": confusion}
 
-    def metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """Mean `loss` and `top1`, or `hit1` of several labels."""
-        return {name: totals[name] / totals["count"] for name in ("loss", self.hits[0])}
-
     def summary(self, validation: dict[str, float]) -> str:
         """Top-1; of several labels how often the best guess is one of them."""
         name = "best guess right" if self.data.multi_label else "top-1"
         return f"validation {name} {validation[self.hits[0]]:.4f}"
 
-    def visualize(self, batch: Batch | None, model: torch.nn.Module) -> NoReturn:
-        """A classifier has no panels."""
-        raise AssertionError("a classifier paints nothing")
+
+class LinearProbeTask(ClassificationTask):
+    """Classification by one matrix on normalised features of a frozen encoder; the trainer freezes it.
+
+    Args: see `Task`.
+
+    Source: arXiv 2111.06377, section A.1.
+    """
+
+    norms_features = True
 
 
 def _class_weights(config: TaskConfig, data: DataConfig, num_classes: int, layout: ParallelLayout) -> Tensor | None:

@@ -4,7 +4,7 @@ Shapes: B images, C channels, P patches, K kept ones, V = C · patch² values of
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from megavit.data.config import DataConfig
 from megavit.data.loader import Batch
 from megavit.data.prefetch import RequiredFields
 from megavit.data.transforms.normalize import Normalize
+from megavit.metrics.task_metric import TaskMetric
 from megavit.model.config import ModelConfig
 from megavit.model.layers.patch_embed import patchify, unpatchify
 from megavit.model.mae import MaskedAutoencoder
@@ -22,38 +23,39 @@ from megavit.model.vit import EncoderStage
 from megavit.parallel.activation import ActivationSpec, tokens_boundary
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
-from megavit.task.chunks import build_model_chunks
+from megavit.task.base import LossFunction, Task, build_model_chunks
 from megavit.task.config import TaskConfig
 from megavit.task.masking import hidden_mask, random_keep
-from megavit.task.monitor import MonitoredMetric
 
 
-class MaeTask:
+class MaeTask(Task):
     """Squared error of the hidden patches' pixels, beside that of the best constant guess.
 
     The constant guess is the training images' mean at each position, in the target's own space; a ratio of 1 means
     that nothing but the mean image has been learned.
 
-    Args:
-        config: the task group.
-        model: the model group.
-        data: the data group.
-        layout: this rank's place.
-        seed: `run.seed`, of the masks.
+    Args: see `Task`.
 
     Source: arXiv 2111.06377, sections 3 and 4.1 (normalised targets).
     """
 
     metric_sums: tuple[str, ...] = ("loss", "baseline", "count")
-    monitor = MonitoredMetric("loss_ratio", higher=False)
+    reported = (TaskMetric("loss_ratio", "of the mean image's", "loss / loss of the mean image", ".3f", higher=False),)
     image_grid: tuple[str, ...] = ("original", "masked", "reconstruction", "with visible")
 
     def __init__(
-        self, config: TaskConfig, *, model: ModelConfig, data: DataConfig, layout: ParallelLayout, seed: int
+        self,
+        config: TaskConfig,
+        *,
+        model: ModelConfig,
+        data: DataConfig,
+        num_classes: int,
+        layout: ParallelLayout,
+        seed: int,
     ) -> None:
+        super().__init__(config, model=model, data=data, num_classes=num_classes, layout=layout, seed=seed)
         assert config.norm_pix_loss is not None and config.baseline_samples is not None
         self.norm_pix_loss, self.baseline_samples = config.norm_pix_loss, config.baseline_samples
-        self.model, self.data, self.layout, self.seed = model, data, layout, seed
         self.decoder = config.decoder(model)
         self.grid = model.patch_grid(data.image_size)
         self.num_patches = self.grid[0] * self.grid[1]
@@ -62,7 +64,6 @@ class MaeTask:
         # The last stage compares with the images.
         self.fields = RequiredFields(images=layout.holds_first_stage or layout.holds_last_stage, labels=False)
         self.mean_PV: Tensor | None = None
-        self.metric_shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(self.metric_sums, ())
 
     def build_chunks(
         self, mcore_config: TransformerConfig, *, parallel: ParallelConfig, stage_layers: list[int]
@@ -112,7 +113,7 @@ class MaeTask:
         mean, deviation = patch_statistics(patches_BPV)
         return (patches_BPV - mean) / deviation
 
-    def forward(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+    def forward(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         """Visible patches on the first stage to every patch's pixels on the last."""
         if batch is None or batch.images_BCYX is None:
             return model(None, None), _no_loss
@@ -120,10 +121,6 @@ class MaeTask:
         return model(patches_BPV, ids_keep_BK), lambda pixels_BPV: self.loss(
             pixels_BPV, patches_BPV, ids_keep_BK, batch.counted_B
         )
-
-    def evaluate_sums(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
-        """There is nothing to count but the loss."""
-        return self.forward(batch, model)
 
     def loss(
         self, pixels_BPV: Tensor, patches_BPV: Tensor, ids_keep_BK: Tensor, counted_B: Tensor
@@ -151,7 +148,7 @@ class MaeTask:
         """The ratio to the mean image."""
         return f"validation loss {validation['loss_ratio']:.3f} of the mean image's"
 
-    def visualize(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+    def visualize(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         """Forward, and the pictures of each image for `image_grid`."""
         output, loss = self.forward(batch, model)
         if loss is _no_loss:

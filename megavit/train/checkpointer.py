@@ -18,6 +18,7 @@ from megavit.config.compose import to_yaml
 from megavit.config.experiment import ExperimentConfig
 from megavit.metrics.logger import MetricLogger
 from megavit.metrics.plots import draw_curves
+from megavit.metrics.task_metric import TaskMetric
 from megavit.model.vit import EncoderStage
 
 
@@ -30,6 +31,7 @@ class Checkpointer:
         chunks: this rank's stages by name.
         optimizer: theirs.
         averages: the weights' averages as they are when it is called, if any.
+        task_metrics: metrics of the task, for the curves.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class Checkpointer:
         chunks: dict[str, EncoderStage],
         optimizer: MegatronOptimizer,
         averages: Callable[[], Averages | None],
+        task_metrics: tuple[TaskMetric, ...],
     ) -> None:
-        self._store, self._config = store, config
+        self._store, self._config, self._task_metrics = store, config, task_metrics
         self._chunks, self._optimizer, self._averages = chunks, optimizer, averages
         self._save: PendingSave | None = None
         self._is_best = False
@@ -107,4 +110,5 @@ class Checkpointer:
             self._store.name_best(path)
         keeping, run_dir = self._config.checkpoint, Path(self._config.run.dir)
         self._store.prune(keep_last=keeping.keep_last, keep_every=keeping.keep_every)
-        draw_curves(run_dir / "metrics.jsonl", run_dir / "pictures" / "curves.png")
+        curves = run_dir / "pictures" / "curves.png"
+        draw_curves(run_dir / "metrics.jsonl", curves, task_metrics=self._task_metrics)

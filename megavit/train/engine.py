@@ -18,7 +18,7 @@ from megavit.parallel.collectives import broadcast_from
 from megavit.parallel.ddp import wrap_for_data_parallel
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.pipeline import ForwardStep, add_microbatches, run_microbatches, sum_over_world
-from megavit.task.registry import Task
+from megavit.task.base import Task
 from megavit.train.setup import ModelSetup
 
 _IMAGES_PAINTED = 8

@@ -16,7 +16,8 @@ from megavit.model.vit import EncoderStage, parameter_names
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.stages import plan_stages, rank_stages
 from megavit.planner.flops import NetworkShape
-from megavit.task.registry import Task, build_task
+from megavit.task.base import Task
+from megavit.task.registry import build_task
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,12 @@ class Trainer:
 
         # Checkpoints
         self.checkpointer = Checkpointer(
-            self.store, config, chunks=self.chunks, optimizer=self.optimizer, averages=lambda: self._averages
+            self.store,
+            config,
+            chunks=self.chunks,
+            optimizer=self.optimizer,
+            averages=lambda: self._averages,
+            task_metrics=self.task.reported,
         )
         if self.resume_point is None and config.init_from is not None:
             self._start_from(config.init_from)
@@ -163,6 +168,7 @@ class Trainer:
             is_main=layout.rank == 0,
             name=config.run.name,
             settings=flatten(config),
+            task_metrics=self.task.reported,
             first_step=self.step,
             num_steps=self.num_steps,
         )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megavit.task.monitor import MonitoredMetric
+from megavit.task.base import MonitoredMetric
 from tests.distributed import run_ranks
 from tests.reference import SMALL
 

@@ -9,6 +9,9 @@ from matplotlib.figure import Figure
 from megavit.metrics.config import MetricsConfig
 from megavit.metrics.logger import MetricLogger
 from megavit.metrics.plots import draw_curves
+from megavit.metrics.task_metric import TaskMetric
+
+RATIO = TaskMetric("loss_ratio", "of the mean image's", "loss / loss of the mean image", ".3f", higher=False)
 
 
 @pytest.fixture
@@ -20,7 +23,7 @@ def axes_of(monkeypatch, tmp_path):
     def draw(rows: list[dict]):
         lines = tmp_path / "metrics.jsonl"
         lines.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-        draw_curves(lines, tmp_path / "curves.png")
+        draw_curves(lines, tmp_path / "curves.png", task_metrics=(RATIO,))
         figures[-1].canvas.draw()
         return figures[-1].axes
 
@@ -69,7 +72,14 @@ def test_of_a_crashed_run_the_curve_goes_on_from_the_step_that_it_went_on_from(a
 def report(run_dir: Path, steps: range, *, loss: float) -> None:
     """A process's lines of the steps it did."""
     logger = MetricLogger(
-        MetricsConfig(), run_dir, is_main=True, name="run", settings={}, first_step=steps.start - 1, num_steps=20
+        MetricsConfig(),
+        run_dir,
+        is_main=True,
+        name="run",
+        settings={},
+        task_metrics=(RATIO,),
+        first_step=steps.start - 1,
+        num_steps=20,
     )
     with logger:
         for step in steps:
