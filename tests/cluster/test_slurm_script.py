@@ -1,4 +1,4 @@
-"""The batch script on a stage: what it calls, and how it ends for each end of a run. tests/cluster/slurm/ has a real Slurm."""
+"""The batch script on a stage: its calls, and its end for each end of a run. tests/cluster/slurm/ has a real Slurm."""
 
 import json
 import re

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from megavit.config.compose import compose
+from megavit.config.validate import check_task
 from megavit.data.config import DataConfig, OnBadSample
 from megavit.data.sources.registry import open_source
 from megavit.errors import ConfigError
@@ -88,7 +89,7 @@ def test_what_goes_by_one_class_is_refused(insects, changes, named):
 def test_it_needs_the_loss_that_judges_each_class_by_itself(insects):
     settings = ["data=csv", f"data.path={insects}", "data.multi_label=true", "model=vit_ti16", "train.steps=10"]
     with pytest.raises(ConfigError, match=r"needs task\.loss=bce"):
-        compose(settings).check_task()
+        check_task(compose(settings))
 
 
 def score(settings: list[str]) -> dict[str, float]:
