@@ -39,7 +39,7 @@ def test_other_data_leave_the_digits_recipe_away_unless_it_is_typed():
 
 def test_every_group_is_a_folder_and_a_field():
     fields = set(ExperimentConfig.__dataclass_fields__)
-    assert set(composing.groups()) - {"recipe"} == fields - {"run", "train", "init_from", "experimental"}
+    assert set(composing.groups()) - {"recipe"} == fields - {"run", "train", "init_from"}
 
 
 @pytest.mark.parametrize(

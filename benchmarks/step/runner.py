@@ -17,7 +17,6 @@ from benchmarks.step.offload import CpuOffload
 from benchmarks.step.profile import profile
 from benchmarks.step.workload import Candidate, prepare_work
 from megavit.config.compose import compose
-from megavit.config.untested import untested
 from megavit.config.validate import validate
 from megavit.parallel.layout import ParallelLayout, world_size_from_environment
 
@@ -54,9 +53,6 @@ class CaseRunner:
             self._candidates[name] = build_peer(name, self._work, weights)
             return
         config = compose([*self._overrides, *OWN[name]])
-        # Who names such a candidate asks for what it tries.
-        asks = bool(untested(config, device=self._layout.device.type))
-        config = replace(config, experimental=config.experimental or asks)
         validate(config, self._layout.world_size)
         step = Megavit(self._work, config, self._layout)
         self._candidates[name] = step

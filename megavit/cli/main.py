@@ -52,7 +52,7 @@ examples
 
 Without GPUs the ranks are CPU processes; MEGAVIT_DEVICE=cpu asks for that on a GPU machine too.
 Not run on a GPU yet: everything. Layouts were measured on CPU processes, which run the same Megatron-Core code. On a
-GPU these must be asked for with experimental=true:
+GPU a run names those of these settings that it uses, and goes on:
 """
 
 # Verbs that look at what there is, in this process: module and function.

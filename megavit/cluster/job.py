@@ -104,7 +104,7 @@ def plan_job(
             f"and direction over the network; set parallel.tp={_largest_divisor(ranks, layout.tp)}, or "
             f"cluster.tp_across_nodes=true where NVLink spans nodes"
         )
-    validate(config, job.world_size, device=job.device)
+    validate(config, job.world_size)
     _check_data_path(config.data.path)
     return job
 

@@ -91,6 +91,11 @@ _RENAMED = {
     "task.norm_pix": "task.norm_pix_loss",
 }
 
+# Settings that no longer exist, and what a run does without them; a run's saved configuration is read without them.
+_REMOVED = {
+    "experimental": "a run on a GPU names the settings that have not been verified there, and goes on",
+}
+
 # Of each pair one is null; to override one clears the other.
 _EITHER_OR = (("train.steps", "train.epochs"), ("optim.lr", "optim.base_lr"))
 
@@ -181,6 +186,8 @@ def from_yaml(text: str) -> ExperimentConfig:
                 group, _, name = old.partition(".")
                 if isinstance(saved.get(group), DictConfig) and name in saved[group]:
                     saved[group][new.partition(".")[2]] = saved[group].pop(name)
+            for removed in _REMOVED:
+                saved.pop(removed, None)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig), saved))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"a run's configuration cannot be read: {_explain(error)}") from error
@@ -264,6 +271,8 @@ def _check_key(typed: str) -> None:
         return
     if key in _RENAMED:
         raise ConfigError(f"{key} is renamed to {_RENAMED[key]}: write {_RENAMED[key]}={value}")
+    if key in _REMOVED:
+        raise ConfigError(f"{key} is no longer needed: {_REMOVED[key]}; leave it away")
     if key.partition(".")[0] == "cluster":
         raise ConfigError(f"{typed} says where a job runs, which is read by megavit submit alone")
     if keys := [path for path in known if path.startswith(f"{key}.")]:

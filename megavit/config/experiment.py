@@ -49,7 +49,6 @@ class ExperimentConfig:
             library's, as hf:FOLDER_OR_ID, timm:FILE_OR_ID, mae:FILE, nemo:FILE; once it has checkpoints of its own it
             goes on from those. Positions are resized where images have another size, the classifier is drawn anew where
             the classes are others.
-        experimental: whether a run on a GPU may take options that have not been run on one (`experimental.py`).
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -62,7 +61,6 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     init_from: str | None = None
-    experimental: bool = False
 
     @property
     def num_patches(self) -> int:

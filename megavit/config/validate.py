@@ -2,7 +2,6 @@
 
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.train import Compile, GradReduce, Precision
-from megavit.config.untested import check_experimental
 from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
 from megavit.model.config import AttentionBackend, LinearBackend, ModelConfig, Pool
@@ -13,12 +12,11 @@ from megavit.task.config import Loss, TaskName
 from megavit.validation import format_value, require_number, require_steps
 
 
-def validate(config: ExperimentConfig, world_size: int, *, device: str | None = None) -> None:
+def validate(config: ExperimentConfig, world_size: int) -> None:
     """Refuse what cannot run in a world of this size.
 
     Args:
         world_size: ranks.
-        device: theirs, `cpu` or `cuda`; None for what this process computes on.
 
     Raises:
         ConfigError: with the setting, the arithmetic and the way out.
@@ -53,8 +51,6 @@ def validate(config: ExperimentConfig, world_size: int, *, device: str | None = 
     _check_fusion(config)
     _check_overlap(config, world_size)
     plan_stages(config.parallel, config.network_shape(num_classes=config.data.num_classes or 0))
-    # Last: who is asked to try an option should not hear next that it contradicts another.
-    check_experimental(config, device=device)
 
 
 def _check_train(config: ExperimentConfig) -> None:

@@ -99,8 +99,6 @@ def read_config(checkpoint: Path) -> ExperimentConfig:
         model=replace(config.model, attention_backend=AttentionBackend.sdpa, linear_backend=LinearBackend.local),
         # With base_lr the peak follows the batch, and an evaluation's may be so small that it comes out below min_lr.
         optim=replace(config.optim, min_lr=0.0, implementation=config.optim.implementation and Implementation.megavit),
-        # Nothing of what training asked for is left.
-        experimental=False,
     )
 
 

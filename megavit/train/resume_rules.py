@@ -38,7 +38,7 @@ _SETTINGS = {
         "checkpoint.save_every checkpoint.resume checkpoint.keep_last checkpoint.keep_every checkpoint.async_save "
         "checkpoint.best "
         "metrics.log_every metrics.tensorboard metrics.wandb metrics.pictures_every "
-        "init_from experimental"
+        "init_from"
     ),
     Rule.reported: (
         "train.global_batch train.precision train.grad_reduce train.on_nonfinite "

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from megavit.config.compose import flatten
 from megavit.config.experiment import ExperimentConfig, Pace
 from megavit.config.train import Precision
 from megavit.config.untested import untested
@@ -72,9 +73,9 @@ def describe_run(
     if from_scratch and ENCODER in config.frozen:
         yield "warning: the encoder is frozen as it was drawn, at random; init_from=RUN names weights to start from"
     yield f"precision {config.train.precision.value}; attention kernel {_kernel(config, layout, network)}"
-    options = untested(config, device=layout.device.type)
-    if options:
-        yield f"experimental, not run on a GPU before: {', '.join(options)}"
+    settings = untested(flatten(config), device=layout.device.type)
+    if settings:
+        yield f"not verified on a GPU yet: {', '.join(settings)}"
 
 
 def describe_costly_decoder(shape: NetworkShape) -> str:

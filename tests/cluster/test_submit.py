@@ -71,7 +71,6 @@ REFUSED = {
     "cluster=slurm recipe=nemo_vit_b16": "data.source=folder needs data.path=FOLDER",
     'cluster=slurm data.path="~/in1k" train.steps=1': "nobody opens up the tilde",
     "cluster=slurm data=tar data.path=s4://bucket/in1k train.steps=1": "nobody reads s4://",
-    "cluster=slurm parallel.recompute=full recipe=nemo_vit_b16 data.path=/d": "has not been run on a GPU yet",
     "cluster=slurm optim.lr=1e-3,2e-3": "gives several values, and a run takes one",
     "--multirun cluster=slurm": "--multirun needs a setting with several values",
     "--multirun cluster=slurm optim.lr=1e-3,2e-3 run.dir=x": "run.dir=x would be the folder of every job",

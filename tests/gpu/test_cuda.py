@@ -49,7 +49,7 @@ def test_ten_steps_on_the_gpu_equal_plain_torch_on_the_cpu(tmp_path, figure):
 
 def test_bf16_products_into_fp32_gradients_are_those_that_are_rounded_and_added(tmp_path, figure):
     """Four micro batches a step: without the option each one's product is rounded to bf16 first."""
-    fused = ["train.gradient_accumulation_fusion=true", "experimental=true"]
+    fused = ["train.gradient_accumulation_fusion=true"]
     got = losses_of(on_gpu("ten_steps", *SMALL, *BF16, *fused, f"run.dir={tmp_path}/fused"))
     want = losses_of(on_gpu("ten_steps", *SMALL, *BF16, f"run.dir={tmp_path}/rounded"))
     worst = max(abs(a - b) for a, b in zip(got, want, strict=True))
@@ -62,8 +62,7 @@ def test_bf16_products_into_fp32_gradients_are_those_that_are_rounded_and_added(
 def test_a_kernel_agrees_with_attention_in_fp32(attention):
     if attention == "flash_attn":
         pytest.importorskip("flash_attn")
-    asked = [] if attention == "sdpa" else ["experimental=true"]
-    on_gpu("compare_kernel", f"model.attention_backend={attention}", *asked, *BF16, *LAYER, "model.class_tokens=1")
+    on_gpu("compare_kernel", f"model.attention_backend={attention}", *BF16, *LAYER, "model.class_tokens=1")
 
 
 def compare_kernel(overrides: list[str]) -> None:
@@ -128,7 +127,7 @@ def count_synchronisations(overrides: list[str]) -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_peak_memory_of_the_layers_follows_the_formula(recompute, figure):
-    options = [f"parallel.recompute={recompute}", "model.attention_backend=sdpa_flash", "experimental=true"]
+    options = [f"parallel.recompute={recompute}", "model.attention_backend=sdpa_flash"]
     output = on_gpu("peak_memory", *LAYER, *BF16, *options)
     measured, formula = map(float, output.split()[-2:])
     figure(
