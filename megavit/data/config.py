@@ -1,13 +1,12 @@
 """Where images come from and what is done to them."""
 
-import difflib
 from dataclasses import dataclass, field
 from enum import Enum
 
 from megavit.data.augment_config import AugmentConfig
 from megavit.errors import ConfigError
 from megavit.plugins import check_name, is_plugin
-from megavit.validation import format_value, require_number
+from megavit.validation import format_value, require_number, suggest
 
 
 class Interpolation(Enum):
@@ -112,8 +111,8 @@ class DataConfig(AugmentConfig):
         if is_plugin(self.source):
             check_name(self.source, "data.source")
         elif self.source not in known:
-            near = difflib.get_close_matches(self.source, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}, or package.module:name"
+            near = suggest(self.source, known)
+            hint = f"did you mean {near}?" if near else f"known: {', '.join(known)}, or package.module:name"
             raise ConfigError(f"data.source={self.source} is not known; {hint}")
         if self.transform is not None:
             check_name(self.transform, "data.transform")

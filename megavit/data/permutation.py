@@ -5,9 +5,9 @@ Shapes: N numbers.
 
 import numpy as np
 
-# The finaliser of SplitMix64, as in parallel/rng.py.
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+from megavit.parallel.rng import SPLITMIX64
+
+_INCREMENT, _MIX_1, _MIX_2 = map(np.uint64, SPLITMIX64)
 
 # Four make a random permutation of a large domain. Even, so that halves of unequal width come back to their places.
 _ROUNDS = 6
@@ -66,7 +66,7 @@ class FeistelPermutation:
 
 
 def _finalise(x_N: np.ndarray) -> np.ndarray:
-    x_N = x_N + _GOLDEN
+    x_N = x_N + _INCREMENT
     x_N = (x_N ^ (x_N >> np.uint64(30))) * _MIX_1
     x_N = (x_N ^ (x_N >> np.uint64(27))) * _MIX_2
     return x_N ^ (x_N >> np.uint64(31))

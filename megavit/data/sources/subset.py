@@ -1,6 +1,5 @@
 """Part of a source: some of its classes, some samples of each."""
 
-import difflib
 import zlib
 
 import numpy as np
@@ -10,6 +9,7 @@ from megavit.data.config import DataConfig
 from megavit.data.decode import Jpeg
 from megavit.data.sources.base import Source, all_labels, name_of, open_sample
 from megavit.errors import ConfigError, printable
+from megavit.validation import suggest
 
 _SUBSET_SEED = 1
 
@@ -73,9 +73,9 @@ def choose(source: Source, config: DataConfig, split: str) -> Source:
     names = source.classes if config.classes is None else tuple(map(printable, config.classes))
     for name in names:
         if name not in source.classes:
-            near = difflib.get_close_matches(name, source.classes, n=1)
+            near = suggest(name, source.classes)
             some = f"its first classes are {', '.join(source.classes[:10])}" if source.classes else "it has no classes"
-            hint = f"did you mean {near[0]}?" if near else some
+            hint = f"did you mean {near}?" if near else some
             raise ConfigError(f"data.classes: {name} is no class of data.source={config.source}; {hint}")
     every = all_labels(source)
     indices, labels = [], []
