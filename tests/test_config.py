@@ -152,7 +152,7 @@ def test_a_recipe_may_be_left_away():
 
 
 def test_data_that_does_not_match_the_settings_is_named():
-    from megavit.data.sources.registry import open_source
+    from megavit.data.sources.open import open_source
 
     config = compose(["data.image_size=[16,16]"])
     with pytest.raises(ConfigError, match=r"images have 1 channels and \[8, 8\] pixels; set data.channels=1"):

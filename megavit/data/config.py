@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from megavit.data.augment_config import AugmentConfig
+from megavit.data.sources.registry import SOURCES
 from megavit.errors import ConfigError
 from megavit.plugins import check_name, is_plugin
 from megavit.validation import format_value, require_number, suggest
@@ -25,14 +26,6 @@ class OnBadSample(Enum):
 
 # What says which pixels the network sees of an image, beside its size.
 PIXEL_SETTINGS = ("data.mean", "data.std", "data.crop_pct", "data.interpolation")
-
-_BY_PATH = ("folder", "csv", "images", "tar", "parquet", "arrow", "hub")
-
-# Of those, the ones that read from web servers and object stores too.
-_FROM_AFAR = ("csv", "tar")
-
-# And the ones that can tell several labels of an image.
-_SEVERAL_LABELS = ("csv", "parquet", "arrow", "hub")
 
 
 @dataclass
@@ -107,12 +100,11 @@ class DataConfig(AugmentConfig):
 
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
-        known = ("digits", "synthetic", *_BY_PATH)
         if is_plugin(self.source):
             check_name(self.source, "data.source")
-        elif self.source not in known:
-            near = suggest(self.source, known)
-            hint = f"did you mean {near}?" if near else f"known: {', '.join(known)}, or package.module:name"
+        elif self.source not in SOURCES:
+            near = suggest(self.source, SOURCES)
+            hint = f"did you mean {near}?" if near else f"known: {', '.join(SOURCES)}, or package.module:name"
             raise ConfigError(f"data.source={self.source} is not known; {hint}")
         if self.transform is not None:
             check_name(self.transform, "data.transform")
@@ -139,7 +131,7 @@ class DataConfig(AugmentConfig):
                 f"data.random_shift={self.random_shift} must be in [0, {min(self.image_size)}), the image's side"
             )
         for key in ("num_classes", "num_samples"):
-            if (getattr(self, key) is None) == (self.source == "synthetic") and not is_plugin(self.source):
+            if not is_plugin(self.source) and (getattr(self, key) is None) == SOURCES[self.source].takes_size:
                 raise ConfigError(
                     f"data.{key}={getattr(self, key)} with data.source={self.source}: the synthetic source needs it, "
                     f"every other knows its own"
@@ -160,17 +152,19 @@ class DataConfig(AugmentConfig):
             raise ConfigError(f"data.std={self.std} must be positive: images are divided by it")
 
     def _check_path(self) -> None:
-        by_path = self.source in _BY_PATH
-        if by_path and self.path is None:
+        require_number("data", self, "val_fraction", at_least=0, below=1)
+        if is_plugin(self.source):
+            return
+        spec = SOURCES[self.source]
+        if spec.takes_path and self.path is None:
             raise ConfigError(f"data.source={self.source} needs data.path=FOLDER, where the images are")
-        if by_path and "://" in str(self.path) and self.source not in _FROM_AFAR:
+        if spec.takes_path and "://" in str(self.path) and not spec.reads_urls:
             raise ConfigError(
                 f"data.path={self.path} is a URL, and data.source={self.source} reads this machine's files; copy them "
                 f"here, or pack them as tar shards: data=tar reads those from afar"
             )
-        require_number("data", self, "val_fraction", at_least=0, below=1)
         for key in ("path", "val_fraction"):
-            if not by_path and not is_plugin(self.source) and getattr(self, key) is not None:
+            if not spec.takes_path and getattr(self, key) is not None:
                 raise ConfigError(
                     f"data.{key}={getattr(self, key)} would be ignored by data.source={self.source}; set it to null, "
                     f"or choose data=folder"
@@ -204,9 +198,10 @@ class DataConfig(AugmentConfig):
     def _check_multi_label(self) -> None:
         if not self.multi_label:
             return
-        if self.source not in _SEVERAL_LABELS and not is_plugin(self.source):
+        if not is_plugin(self.source) and not SOURCES[self.source].multi_label:
+            several = [name for name, spec in SOURCES.items() if spec.multi_label]
             raise ConfigError(
-                f"data.multi_label=true needs a data.source of {', '.join(_SEVERAL_LABELS)}, or one of your own; "
+                f"data.multi_label=true needs a data.source of {', '.join(several)}, or one of your own; "
                 f"{self.source} has one label for each image"
             )
         parts = {"classes": None, "samples_per_class": None, "fraction": None, "class_balanced": False}

@@ -15,7 +15,7 @@ from megavit.config.experiment import ExperimentConfig
 from megavit.config.train import OnNonfinite
 from megavit.data.bad_samples import BadSampleTracker
 from megavit.data.loader import Loader
-from megavit.data.sources.registry import open_splits, prepare_index
+from megavit.data.sources.open import open_splits, prepare_index
 from megavit.data.sources.relabel import relabel
 from megavit.errors import ConfigError
 from megavit.metrics.logger import MetricLogger

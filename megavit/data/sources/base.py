@@ -14,6 +14,10 @@ class Source(Protocol):
     Attributes:
         classes: class names, in label order.
         image_shape: (channels, height, width) of every image; None where they differ.
+
+    A user's class may also declare the class attributes `takes_path` (data.path is required, or not allowed),
+    `reads_urls` and `multi_label`; each is checked against the settings where it is declared, True or False. For
+    megavit's own sources the table in `registry.py` has them, so that settings are checked before a source is imported.
     """
 
     classes: tuple[str, ...]
