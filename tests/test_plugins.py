@@ -226,11 +226,13 @@ def test_a_source_is_added_by_a_file_and_a_row(mine, monkeypatch):
     assert (type(source).__name__, len(source)) == ("Stripes", 64)
     with pytest.raises(ConfigError, match=r"did you mean stripes\?"):
         compose([*OWN, "data.source=stripe"]).data.check()
-    with pytest.raises(ConfigError, match="data.path=here would be ignored by data.source=stripes"):
+    with pytest.raises(ConfigError, match=r"data\.path=here would be ignored by data\.source=stripes"):
         compose([*OWN, "data.source=stripes", "data.path=here"]).data.check()
-    with pytest.raises(ConfigError, match="data.source=scans needs data.path"):
+    with pytest.raises(ConfigError, match=r"data\.source=scans needs data\.path"):
         compose([*OWN, "data.source=scans"]).data.check()
-    with pytest.raises(ConfigError, match="data.path=s3://here is a URL, and data.source=scans reads this machine's"):
+    with pytest.raises(
+        ConfigError, match=r"data\.path=s3://here is a URL, and data\.source=scans reads this machine's"
+    ):
         compose([*OWN, "data.source=scans", "data.path=s3://here"]).data.check()
-    with pytest.raises(ConfigError, match="data.source of csv, parquet, arrow, hub, or one of your own; stripes has"):
+    with pytest.raises(ConfigError, match=r"data\.source of csv, parquet, arrow, hub, or one of your own; stripes has"):
         compose([*OWN, "data.source=stripes", "data.multi_label=true", "task.loss=bce"]).data.check()

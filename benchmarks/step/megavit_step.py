@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmarks.step.device_rates import synchronize
 from benchmarks.step.workload import Work
-from megavit.checkpoint.full_state import gather_full_state_dict
 from megavit.checkpoint.param_mapping import Dims, to_timm
+from megavit.checkpoint.shards import gather_full_state_dict
 from megavit.config.experiment import ExperimentConfig
 from megavit.optim.optimizer import build_optimizer, build_schedule
 from megavit.parallel.layout import ParallelLayout

@@ -7,8 +7,7 @@ from megavit.checkpoint.manifest import FILE, find_faults
 from megavit.checkpoint.state import schema_version
 from megavit.cli.arguments import parse_arguments
 from megavit.errors import ConfigError
-from megavit.runtime.exits import FINISHED, USER_ERROR
-from megavit.runtime.run_dir import lock_folder
+from megavit.runtime.run_dir import FINISHED, USER_ERROR, lock_folder
 from megavit.validation import parse_int
 
 

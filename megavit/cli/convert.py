@@ -26,11 +26,10 @@ from megavit.data.config import PIXEL_SETTINGS
 from megavit.errors import ConfigError
 from megavit.inference.trained_run import TrainedRun, open_run, read_classes, read_config, split_settings, with_settings
 from megavit.model.config import Head, Positions
-from megavit.model.layers.patch_embed import sincos_positions
+from megavit.model.layers.pos_embed import sincos_positions
 from megavit.model.vit import parameter_names
 from megavit.parallel.layout import ParallelLayout
-from megavit.runtime.exits import FINISHED
-from megavit.runtime.run_dir import lock_folder
+from megavit.runtime.run_dir import FINISHED, lock_folder
 from megavit.task.config import TaskConfig
 from megavit.train.setup import build_model
 from megavit.validation import format_value, parse_int

@@ -9,7 +9,7 @@ from megavit import __version__
 from megavit.config.untested import list_untested
 from megavit.config.validate import validate
 from megavit.errors import ConfigError, escape_unprintable
-from megavit.runtime.exits import FAULT, USER_ERROR
+from megavit.runtime.run_dir import FAULT, USER_ERROR
 from megavit.validation import suggest
 
 _USAGE = """\

@@ -8,7 +8,7 @@ from megavit.config.experiment import ExperimentConfig
 from megavit.data.class_names import go_by_number
 from megavit.errors import ConfigError
 from megavit.model.config import Positions
-from megavit.model.layers.patch_embed import resize_positions, sincos_positions
+from megavit.model.layers.pos_embed import resize_positions, sincos_positions
 from megavit.model.vit import EncoderStage, parameter_names
 from megavit.parallel.collectives import gather_objects
 from megavit.parallel.layout import ParallelLayout

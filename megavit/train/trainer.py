@@ -28,7 +28,7 @@ from megavit.parallel.collectives import broadcast_from_rank0, wait_for_rank_zer
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
 from megavit.planner.flops import training_flops
-from megavit.runtime.exits import FINISHED, STOPPED
+from megavit.runtime.run_dir import FINISHED, STOPPED
 from megavit.runtime.signals import StopConsensus, StopRequest
 from megavit.train.checkpointer import Checkpointer
 from megavit.train.engine import Engine, prepare_task, wrap_network

@@ -5,11 +5,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megavit.checkpoint.convert.external_model import ExternalModel, network_words, usual_heads
+from megavit.checkpoint.convert.external_model import ExternalModel, choose_positions, network_words, usual_heads
 from megavit.checkpoint.convert.hf_mapping import TimmMapping
 from megavit.checkpoint.convert.other_architectures import refuse_other_architectures
 from megavit.checkpoint.convert.pixels import assumed_pixels, imagenet_pixels
-from megavit.checkpoint.convert.positions import choose_positions
 from megavit.checkpoint.convert.read_hf import read_hf
 from megavit.checkpoint.convert.read_nemo import read_nemo
 from megavit.checkpoint.convert.read_timm import TimmConfig, find_weights_file, read_timm_config

@@ -4,11 +4,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megavit.checkpoint.convert.external_model import ExternalModel
+from megavit.checkpoint.convert.external_model import ExternalModel, choose_positions
 from megavit.checkpoint.convert.hf_mapping import HfMapping
 from megavit.checkpoint.convert.hf_processor import read_processor
 from megavit.checkpoint.convert.json_files import height_width, positive, read_object, square_patch
-from megavit.checkpoint.convert.positions import choose_positions
 from megavit.checkpoint.convert.tensor_files import TensorFiles
 from megavit.errors import ConfigError
 from megavit.model.config import ModelConfig
