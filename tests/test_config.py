@@ -27,6 +27,13 @@ def test_every_choice_composes(group, choice):
     assert from_yaml(to_yaml(config)) == config
 
 
+def test_a_saved_configuration_with_a_removed_setting_is_read():
+    config = compose([])
+    text = to_yaml(config).replace("parallel:\n", "parallel:\n  cp: 1\n")
+    assert "  cp: 1\n" in text
+    assert from_yaml(text) == config
+
+
 def test_other_data_leave_the_digits_recipe_away_unless_it_is_typed():
     with_recipe = compose(["recipe=digits", "data.path=/data"])
     assert (compose([]).run.name, with_recipe.run.name) == ("digits", "digits")

@@ -11,9 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megavit.checkpoint.state import schema_version
-from megavit.errors import ConfigError
-
 FILE = "manifest.json"
 # hashlib lets other threads run while it computes.
 _THREADS = 8
@@ -54,10 +51,7 @@ def write_manifest(checkpoint: Path, files: dict[str, Entry]) -> None:
 
 
 def find_fault(checkpoint: Path) -> Fault | None:
-    """Read every byte of a checkpoint; the first fault by file name, None if it is whole.
-
-    Checkpoints of schema version 1 have no manifest: of them only what the eye sees is looked at.
-    """
+    """Read every byte of a checkpoint; return the first fault by file name, None where there is none."""
     return next(find_faults(checkpoint), None)
 
 
@@ -70,11 +64,7 @@ def find_faults(checkpoint: Path) -> Iterator[Fault]:
             return
     manifest = checkpoint / FILE
     if not manifest.is_file():
-        try:
-            if schema_version(checkpoint) > 1:
-                yield Fault(manifest, "is missing")
-        except ConfigError as error:
-            yield Fault(checkpoint / "state.json", str(error).removeprefix(f"{checkpoint / 'state.json'} "))
+        yield Fault(manifest, "is missing")
         return
     try:
         content = json.loads(manifest.read_text())

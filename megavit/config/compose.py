@@ -94,6 +94,7 @@ _RENAMED = {
 # Settings that no longer exist, and what a run does without them; a run's saved configuration is read without them.
 _REMOVED = {
     "experimental": "a run on a GPU names the settings that have not been verified there, and goes on",
+    "parallel.cp": "context parallelism does not exist",
 }
 
 # Of each pair one is null; to override one clears the other.
@@ -187,7 +188,10 @@ def from_yaml(text: str) -> ExperimentConfig:
                 if isinstance(saved.get(group), DictConfig) and name in saved[group]:
                     saved[group][new.partition(".")[2]] = saved[group].pop(name)
             for removed in _REMOVED:
-                saved.pop(removed, None)
+                group, _, name = removed.rpartition(".")
+                of = saved.get(group) if group else saved
+                if isinstance(of, DictConfig):
+                    of.pop(name, None)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig), saved))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"a run's configuration cannot be read: {_explain(error)}") from error

@@ -327,7 +327,6 @@ class Trainer:
         if resume_point is None:
             return
         shards.load(resume_point.path, self.chunks, self.optimizer, averages=self._averages)
-        self.warnings += resume_point.mend_updates(self.optimizer)
         self.last_validation = resume_point.state.metrics
         self.warnings += resume_point.settings_warnings(self.config)
         self.warnings += resume_point.data_warnings(len(self.train_loader.source))
