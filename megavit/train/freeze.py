@@ -5,15 +5,12 @@ from fnmatch import fnmatch
 
 from megavit.checkpoint.param_mapping import to_timm_name
 from megavit.errors import ConfigError
+from megavit.model.parameters import is_encoder
 from megavit.model.vit import EncoderStage, parameter_names
 from megavit.optim.config import ENCODER
 from megavit.parallel.collectives import gather_objects
 from megavit.parallel.layout import ParallelLayout
 from megavit.validation import suggest
-
-# What stands on the encoder; the norm of its pooled features is a part of it.
-_ABOVE = ("head.", "mae_decoder.")
-_NOT_ABOVE = "head.fc_norm."
 
 
 def freeze(chunks: Mapping[str, EncoderStage], patterns: list[str], *, layout: ParallelLayout) -> None:
@@ -39,7 +36,7 @@ def freeze(chunks: Mapping[str, EncoderStage], patterns: list[str], *, layout: P
 
 def _matches(name: str, pattern: str) -> bool:
     if pattern == ENCODER:
-        return not name.startswith(_ABOVE) or name.startswith(_NOT_ABOVE)
+        return is_encoder(name)
     return fnmatch(_plain(name), pattern)
 
 

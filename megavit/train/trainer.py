@@ -112,7 +112,7 @@ class Trainer:
         # Optimizer and schedule
         peak_lr = config.optim.peak_lr(config.train.global_batch)
         self.optimizer = build_optimizer(
-            self.model, network.mcore_config, config.optim, names=network.parameters, peak_lr=peak_lr
+            self.model, network.mcore_config, config.optim, depths=network.depths(), peak_lr=peak_lr
         )
         self.schedule = build_schedule(
             self.optimizer,
