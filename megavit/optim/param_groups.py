@@ -15,7 +15,7 @@ def group_overrides(
     """What Megatron-Core is to set otherwise, and for which parameters; alike on every rank, whichever it holds.
 
     Args:
-        depths: by this rank's parameters: 0 the embedding, i + 1 encoder layer i from 0, num_layers + 1 all that follows.
+        depths: by parameter of this rank: 0 the embedding, i + 1 encoder layer i, num_layers + 1 all that follows.
         config: the optim group.
         peak_lr: learning rate after warm-up.
         num_layers: encoder layers of the whole model.
