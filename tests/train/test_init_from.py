@@ -167,7 +167,7 @@ def test_another_librarys_file_serves_as_it_is_in_any_layout(tmp_path):
 
 def test_an_encoder_alone_of_a_masked_autoencoder_has_its_fixed_positions(autoencoder, tmp_path):
     assert run_command("convert", f"from={autoencoder}", f"to=mae:{tmp_path / 'full.pth'}")[0] == 0
-    full = torch.load(tmp_path / "whole.pth", weights_only=True)["model"]
+    full = torch.load(tmp_path / "full.pth", weights_only=True)["model"]
     alone = {name: weight for name, weight in full.items() if not name.startswith(("decoder", "mask_token"))}
     torch.save({"model": alone}, tmp_path / "encoder.pth")
     got = start(tmp_path, f"init_from=mae:{tmp_path / 'encoder.pth'}", "task=linear_probe", "model.positions=sincos")
