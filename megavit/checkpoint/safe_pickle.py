@@ -1,7 +1,7 @@
-"""A stranger's checkpoint runs no code: an allow-list is held against its pickles before anything else reads them.
+"""Check a checkpoint's pickles against an allow-list before anything else reads them, so that they run no code.
 
-Megatron-Core and torch read `.metadata` with Python's own unpickler, which calls whatever a file names, and what it
-declares an object with `weights_only=False` (Megatron-Core 0.16.1, torch 2.15). `common.pt` is read weights-only.
+Megatron-Core and torch read `.metadata` with Python's own unpickler, which calls whatever a file names, and read
+entries declared as objects with `weights_only=False` (Megatron-Core 0.16.1, torch 2.15). `common.pt` is read weights-only.
 """
 
 import pickle
@@ -16,7 +16,7 @@ from megavit.errors import ConfigError
 _METADATA = "torch.distributed.checkpoint.metadata"
 _PLANNER = "torch.distributed.checkpoint.planner"
 
-# Exactly these names; a dotted one such as `metadata.os.system` is none of them.
+# Exactly these names: a dotted name such as `metadata.os.system` does not match.
 _ALLOWED = {
     *(
         (_METADATA, name)
@@ -44,7 +44,7 @@ _ALLOWED = {
 
 
 def _member(kind: Any, name: Any) -> Enum:
-    """An enum's member, as Python 3.11.0 to 3.11.3 pickle it: getattr of its class, which here reaches nothing else."""
+    """Return a member of an enum, which Python 3.11.0 to 3.11.3 pickle as getattr; nothing else can be reached here."""
     if not (isinstance(kind, type) and issubclass(kind, Enum) and type(name) is str and name in kind.__members__):
         raise pickle.UnpicklingError("it names builtins.getattr")
     return kind.__members__[name]
@@ -66,10 +66,10 @@ def check_pickles(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Refuse a checkpoint whose files would run code when they are read.
 
     Returns:
-        The whole shapes of the tensors that it declares, by key.
+        The full shapes of the tensors that it declares, by key.
 
     Raises:
-        ConfigError: naming the file, and what it would have called.
+        ConfigError: naming the file and what it would have called.
     """
     metadata, common = checkpoint / ".metadata", checkpoint / "common.pt"
     try:
@@ -80,7 +80,7 @@ def check_pickles(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     except OSError as error:
         raise ConfigError(f"{metadata} cannot be read: {error.strerror}") from error
     except Exception as error:
-        # Of any type: what a pickle breaks at is the file's choice.
+        # Any exception: a malformed pickle can raise any type.
         raise ConfigError(f"{metadata} is refused: {error}; a checkpoint of megavit does not do that") from error
     if objects:
         raise ConfigError(

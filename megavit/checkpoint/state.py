@@ -1,4 +1,4 @@
-"""`state.json` of a checkpoint: where the run stood, in a schema that has a version."""
+"""`state.json` of a checkpoint: the training state, in a versioned schema."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -16,17 +16,17 @@ _REMOVED = ("former_order",)
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands; with the configuration, all that data order, dropout and schedule depend on.
+    """The state of a run; with the configuration, all that data order, dropout and schedule depend on.
 
     Attributes:
         step: optimizer steps done.
         consumed_samples: images seen.
-        metrics: the last evaluation's, for whoever inspects the checkpoint.
+        metrics: of the last evaluation, for `megavit inspect`.
         classes: names of a classifier's classes, in the order of its scores.
-        due: saved at its time; else only because it evaluated better than all before.
-        optimizer: whether its state is there too; not in what was converted from elsewhere.
-        num_samples: training images of the source; 0 where nobody wrote it down.
-        assumed: settings that no file stated where the weights were converted from.
+        due: a periodic checkpoint; False for one saved only because its evaluation was the best so far.
+        optimizer: whether the checkpoint holds the optimizer's state; False for converted weights.
+        num_samples: training images of the source; 0 in converted checkpoints.
+        assumed: settings that the files of converted weights did not state.
     """
 
     step: int
@@ -40,8 +40,8 @@ class TrainingState:
 
     @property
     def names_classes(self) -> bool:
-        """Whether `classes` are names; in what was converted they may be numbers for want of names."""
-        # What has trained here had its names from its data.
+        """Whether `classes` are names; converted weights without class names have numbers instead."""
+        # A trained run has the class names of its data.
         return self.optimizer or not are_numbers(self.classes)
 
 
