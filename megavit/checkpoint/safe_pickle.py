@@ -1,7 +1,8 @@
 """Check a checkpoint's pickles against an allow-list before anything else reads them, so that they run no code.
 
 Megatron-Core and torch read `.metadata` with Python's own unpickler, which calls whatever a file names, and read
-entries declared as objects with `weights_only=False` (Megatron-Core 0.16.1, torch 2.15). `common.pt` is read weights-only.
+entries declared as objects with `weights_only=False` (Megatron-Core 0.16.1, torch 2.15). `common.pt` is read
+weights-only.
 """
 
 import pickle
