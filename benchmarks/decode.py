@@ -35,7 +35,7 @@ from megavit.config.compose import compose
 from megavit.data.loader import Loader
 from megavit.data.prefetch import RequiredFields
 from megavit.data.sources.base import Source
-from megavit.data.sources.registry import open_source
+from megavit.data.sources.open import open_source
 from megavit.metrics.provenance import provenance
 
 MICRO_BATCH, SIZE, SCALE, BICUBIC = 50, 224, (0.08, 1.0), InterpolationMode.BICUBIC

@@ -66,7 +66,7 @@ def start(source: str, path: str, index: str) -> dict[str, float]:
 
     from megavit.config.compose import compose
     from megavit.data.loader import Loader, RequiredFields
-    from megavit.data.sources.registry import open_source
+    from megavit.data.sources.open import open_source
 
     config = compose([f"data={source}", f"data.path={path}", "data.workers=0"]).data
     layout = SimpleNamespace(tp=1, tp_rank=0, pp=1, vpp=1, dp=1, dp_rank=0, device=torch.device("cpu"), groups=None)

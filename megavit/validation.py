@@ -1,6 +1,8 @@
 """What every group's `check` needs."""
 
+import difflib
 import math
+from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
@@ -97,3 +99,15 @@ def parse_ints(key: str, text: str) -> list[int]:
         ConfigError: if one is no whole number of at least 1.
     """
     return list(dict.fromkeys(parse_int(key, part) for part in text.split(",")))
+
+
+def suggest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the known word nearest to a mistyped one; None where none is near.
+
+    Args:
+        word: as typed.
+        known: the words that are allowed.
+        cutoff: least similarity, in [0, 1]; 0 takes the nearest at any distance.
+    """
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return near[0] if near else None

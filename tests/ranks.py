@@ -6,8 +6,8 @@ from pathlib import Path
 
 def train(overrides: list[str], *, evaluates: bool = False) -> dict:
     """Train through the real Trainer; losses and norms of each step, whole weights in the plain form on rank 0."""
-    from megavit.checkpoint.full_state import gather_full_state_dict
     from megavit.checkpoint.param_mapping import to_timm
+    from megavit.checkpoint.shards import gather_full_state_dict
     from megavit.config.compose import compose
     from megavit.config.validate import validate
     from megavit.model.vit import parameter_names

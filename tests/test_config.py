@@ -27,6 +27,13 @@ def test_every_choice_composes(group, choice):
     assert from_yaml(to_yaml(config)) == config
 
 
+def test_a_saved_configuration_with_a_removed_setting_is_read():
+    config = compose([])
+    text = to_yaml(config).replace("parallel:\n", "parallel:\n  cp: 1\n")
+    assert "  cp: 1\n" in text
+    assert from_yaml(text) == config
+
+
 def test_other_data_leave_the_digits_recipe_away_unless_it_is_typed():
     with_recipe = compose(["recipe=digits", "data.path=/data"])
     assert (compose([]).run.name, with_recipe.run.name) == ("digits", "digits")
@@ -152,7 +159,7 @@ def test_a_recipe_may_be_left_away():
 
 
 def test_data_that_does_not_match_the_settings_is_named():
-    from megavit.data.sources.registry import open_source
+    from megavit.data.sources.open import open_source
 
     config = compose(["data.image_size=[16,16]"])
     with pytest.raises(ConfigError, match=r"images have 1 channels and \[8, 8\] pixels; set data.channels=1"):

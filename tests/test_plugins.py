@@ -191,7 +191,48 @@ def test_a_transforms_draws_are_functions_of_the_sample_and_torchvisions_objects
 
 
 def test_a_source_that_lacks_something_is_refused(mine):
-    from megavit.data.sources.registry import open_source
+    from megavit.data.sources.open import open_source
 
     with pytest.raises(ConfigError, match="my_parts:NoSource lacks classes, image_shape, __len__, image, label"):
         open_source(compose([*OWN, "data.source=my_parts:NoSource"]).data, "train")
+
+
+def test_a_class_that_declares_what_it_reads_is_checked_against_the_settings(mine):
+    from megavit.data.sources.open import open_source
+
+    def refusal(declared: str, *settings: str) -> str:
+        (mine / "my_parts.py").write_text(f"{MODULE}\n\nclass Declared(Stripes):\n    {declared}\n")
+        sys.modules.pop("my_parts", None)
+        with pytest.raises(ConfigError) as error:
+            open_source(compose([*OWN, "data.source=my_parts:Declared", *settings]).data, "train")
+        return str(error.value)
+
+    assert "needs data.path" in refusal("takes_path = True")
+    assert "ignores data.path=here; set it to null" in refusal("takes_path = False", "data.path=here")
+    assert "data.path=s3://here is a URL" in refusal("reads_urls = False", "data.path=s3://here")
+    assert "set data.multi_label=false" in refusal("multi_label = False", "data.multi_label=true", "task.loss=bce")
+
+
+def test_a_source_is_added_by_a_file_and_a_row(mine, monkeypatch):
+    from megavit.data.sources import registry
+    from megavit.data.sources.open import open_source
+
+    monkeypatch.syspath_prepend(str(mine))
+    monkeypatch.setitem(registry.SOURCES, "stripes", registry.SourceSpec("my_parts:Stripes"))
+    monkeypatch.setitem(registry.SOURCES, "scans", registry.SourceSpec("my_parts:Stripes", takes_path=True))
+    config = compose([*OWN, "data.source=stripes"])
+    config.data.check()
+    source = open_source(config.data, "train")
+    assert (type(source).__name__, len(source)) == ("Stripes", 64)
+    with pytest.raises(ConfigError, match=r"did you mean stripes\?"):
+        compose([*OWN, "data.source=stripe"]).data.check()
+    with pytest.raises(ConfigError, match=r"data\.path=here would be ignored by data\.source=stripes"):
+        compose([*OWN, "data.source=stripes", "data.path=here"]).data.check()
+    with pytest.raises(ConfigError, match=r"data\.source=scans needs data\.path"):
+        compose([*OWN, "data.source=scans"]).data.check()
+    with pytest.raises(
+        ConfigError, match=r"data\.path=s3://here is a URL, and data\.source=scans reads this machine's"
+    ):
+        compose([*OWN, "data.source=scans", "data.path=s3://here"]).data.check()
+    with pytest.raises(ConfigError, match=r"data\.source of csv, parquet, arrow, hub, or one of your own; stripes has"):
+        compose([*OWN, "data.source=stripes", "data.multi_label=true", "task.loss=bce"]).data.check()

@@ -21,7 +21,7 @@ from megavit.config.overrides import read_text
 from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from megavit.metrics.provenance import provenance
-from megavit.runtime.exits import USER_ERROR
+from megavit.runtime.run_dir import USER_ERROR
 
 
 def bench(arguments: list[str]) -> int:

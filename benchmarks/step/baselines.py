@@ -230,7 +230,7 @@ def _channels_first(patches_BPV: Tensor, channels: int) -> Tensor:
 
 def _fixed_positions(config: ExperimentConfig) -> dict[str, Tensor]:
     """Sine-cosine positions of encoder and decoder, which are no weights of ours and are of Hugging Face's."""
-    from megavit.model.layers.patch_embed import sincos_positions
+    from megavit.model.layers.pos_embed import sincos_positions
 
     assert config.model.positions is Positions.sincos
     grid, tokens = config.model.patch_grid(config.data.image_size), config.model.class_tokens

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmarks.step.device_rates import synchronize
 from benchmarks.step.workload import Work
-from megavit.checkpoint.full_state import gather_full_state_dict
 from megavit.checkpoint.param_mapping import Dims, to_timm
+from megavit.checkpoint.shards import gather_full_state_dict
 from megavit.config.experiment import ExperimentConfig
 from megavit.optim.optimizer import build_optimizer, build_schedule
 from megavit.parallel.layout import ParallelLayout
@@ -37,7 +37,7 @@ class Megavit:
         self._task.prepare(iter([work.batch]))
         peak_lr = config.optim.peak_lr(config.train.global_batch)
         self._optimizer = build_optimizer(
-            self._model, network.mcore_config, config.optim, names=network.parameters, peak_lr=peak_lr
+            self._model, network.mcore_config, config.optim, depths=network.depths(), peak_lr=peak_lr
         )
         # It writes the weight decay of each group.
         build_schedule(self._optimizer, config.optim, peak_lr=peak_lr, warmup_steps=0, num_steps=1_000_000).step(1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megavit.model.config import ModelConfig, Positions
-from megavit.model.layers.patch_embed import sincos_positions
+from megavit.model.layers.pos_embed import sincos_positions
 from megavit.model.torch_vit import TorchBlock, TorchPatchEmbed
 
 

@@ -11,16 +11,16 @@ class CheckpointConfig:
     """Group `checkpoint`.
 
     Attributes:
-        save_every: steps between saves; null saves at the end alone, auto once an epoch and at most 50 times a run.
-        resume: `auto` goes on from the newest checkpoint of the run if there is one, `never` starts anew in a run
-            folder without checkpoints, a path starts from that checkpoint or run; once the run has a checkpoint of its
-            own it goes on from that, so that a restarted job does not fall back.
-        keep_last: of the checkpoints that were due, so many of the newest stay; null keeps all.
-        keep_every: checkpoints of steps that this divides stay too; null spares none.
-        async_save: the training goes on while a checkpoint is written; it waits for its copy in memory alone.
-            The last one of a run, and one that follows before the one before is written, are waited for.
-        best: an evaluation better than every one before it saves, and `checkpoints/best` names that checkpoint; the one
-            before is removed, unless it was due anyway.
+        save_every: steps between saves; null saves at the end only, auto once an epoch and at most 50 times a run.
+        resume: `auto` resumes from the newest checkpoint of the run if there is one; `never` starts from scratch in a
+            run folder without checkpoints; a path resumes from that checkpoint or run. Once the run has a checkpoint of
+            its own, it resumes from that, so that a restarted job does not fall back.
+        keep_last: number of the newest periodic checkpoints to keep; null keeps all.
+        keep_every: also keep checkpoints of steps that this divides; null for none.
+        async_save: train while a checkpoint is written; training waits only for the copy in memory. It also waits
+            for the last checkpoint of a run, and for an earlier checkpoint that is still being written.
+        best: save after each evaluation that is better than all before it, and have `checkpoints/best` name that
+            checkpoint; the previous best is removed, unless it is a periodic checkpoint.
     """
 
     save_every: int | str | None = None
@@ -31,7 +31,7 @@ class CheckpointConfig:
     best: bool = True
 
     def check(self) -> None:
-        """Raise ConfigError where this group contradicts itself."""
+        """Raise ConfigError for settings that contradict each other."""
         require_steps("checkpoint", self, "save_every", at_least=1)
         require_number("checkpoint", self, "keep_last", "keep_every", at_least=1)
         if self.keep_every is not None and self.keep_last is None:

@@ -1,4 +1,4 @@
-"""A checkpoint by whatever a user names: a run, the checkpoint itself, or the pointer to one."""
+"""Find a checkpoint from what a user types: a run, a checkpoint, or the file `latest` or `best`."""
 
 import sys
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.manifest import find_fault
 from megavit.errors import ConfigError
 
-# Before a run, its moving average.
+# Prefix that selects the moving average of the weights.
 _AVERAGE = "ema:"
 
 
 @dataclass(frozen=True)
 class CheckpointRef:
-    """The weights that a user names.
+    """The weights that a user typed.
 
     Attributes:
-        checkpoint: whose they are.
-        averaged: the moving average, in place of the weights themselves.
+        checkpoint: that holds them.
+        averaged: whether to take the moving average instead of the weights.
     """
 
     checkpoint: Path
@@ -29,10 +29,10 @@ class CheckpointRef:
 
 
 def resolve_checkpoint(place: str, *, setting: str = "from") -> CheckpointRef:
-    """A run's newest weights, or a checkpoint's; their moving average where `ema:` stands before.
+    """Return the newest weights of a run, or those of a checkpoint; with the prefix `ema:` their moving average.
 
     Args:
-        place: what `find_checkpoint` takes, as typed, and perhaps `ema:` before it.
+        place: as typed: what `find_checkpoint` takes, with an optional prefix `ema:`.
         setting: that named it, for the error.
 
     Raises:
@@ -43,7 +43,7 @@ def resolve_checkpoint(place: str, *, setting: str = "from") -> CheckpointRef:
 
 
 def find_checkpoint(path: Path, *, setting: str = "from") -> Path:
-    """The newest checkpoint of a run's folder, or the checkpoint itself, or the one that `latest` or `best` names.
+    """Return the newest checkpoint of a run's folder, the checkpoint itself, or the one that `latest` or `best` names.
 
     Args:
         path: one of those.

@@ -1,9 +1,9 @@
-"""The checkpoints of a run: written whole or not at all, looked through before anything is loaded, thinned out.
+"""The checkpoints of a run: written completely or not at all, verified before loading, pruned.
 
 `RUN/checkpoints/step_00001000/` holds Megatron-Core's shards, `run.yaml` (the resolved configuration), `state.json`
 (schema version, step, consumed samples) and `manifest.json` (size and sha256 of each other file). It is written under a
-temporary name, synced and renamed; `RUN/checkpoints/latest` then names it, and `RUN/checkpoints/best` the one that
-evaluated best.
+temporary name, synced and renamed; `RUN/checkpoints/latest` then names it, and `RUN/checkpoints/best` names the one
+with the best evaluation.
 """
 
 import os
@@ -32,17 +32,17 @@ class CheckpointManager:
         self.folder = folder
 
     def all(self) -> list[Path]:
-        """Every checkpoint, whole or not, the newest first."""
+        """Return every checkpoint, valid or not, the newest first."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted((path for path in found if is_checkpoint_name(path.name)), key=step_of, reverse=True)
 
     def remove_partial(self) -> None:
-        """Put in order what a killed run has left: half of a save, half of a removal.
+        """Clean up after a killed run: partial saves and partial removals.
 
-        The one rank calls this whose run it is, before anything else.
+        Rank 0 calls this before anything else.
         """
         for aside in self.folder.glob(".step_*.old"):
-            # It made room for another checkpoint of its step, which then was not completed.
+            # It was moved aside for another checkpoint of its step, which was not completed.
             final = self.folder / aside.name.removeprefix(".").removesuffix(".old")
             if not final.exists():
                 os.replace(aside, final)
@@ -51,7 +51,7 @@ class CheckpointManager:
                 shutil.rmtree(rest, ignore_errors=True)
 
     def latest_valid(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint of which every byte is as it was written, and a warning for each thing that is not.
+        """Return the newest checkpoint that passes verification, and a warning for each newer one that does not.
 
         One rank calls this.
         """
@@ -67,18 +67,18 @@ class CheckpointManager:
         return None, warnings
 
     def best(self) -> Path | None:
-        """The checkpoint that `best` names, None where there is none."""
+        """Return the checkpoint that `best` names, None if there is none."""
         file = self.folder / "best"
         best = self.folder / file.read_text(errors="replace").strip() if file.exists() else None
         return best if best is not None and is_checkpoint_name(best.name) and best.is_dir() else None
 
     def best_metrics(self) -> dict[str, float]:
-        """The evaluation of the best checkpoint, empty where there is none."""
+        """Return the evaluation metrics of the best checkpoint, empty if there is none."""
         best = self.best()
         return {} if best is None or find_fault(best) is not None else read_state(best).metrics
 
     def name_best(self, checkpoint: Path) -> None:
-        """Have `best` name a checkpoint of this store; the one before goes, if it stayed for that alone.
+        """Make `best` name a checkpoint of this run, and remove the previous best unless it is a periodic checkpoint.
 
         One rank calls this.
         """
@@ -88,17 +88,17 @@ class CheckpointManager:
             _remove(former)
 
     def prune(self, *, keep_last: int | None, keep_every: int | None, spare: Path | None = None) -> list[Path]:
-        """Remove checkpoints; the newest and the best always stay.
+        """Remove old checkpoints; the newest and the best are always kept.
 
         One rank calls this.
 
         Args:
-            keep_last: of those that were due, so many of the newest stay; None keeps all.
-            keep_every: those of steps that this divides stay too.
-            spare: stays in any case; without it the newest must be known to be whole.
+            keep_last: number of the newest periodic checkpoints to keep; None keeps all.
+            keep_every: also keep those of steps that this divides.
+            spare: a checkpoint to keep in any case; required unless the newest is known to be valid.
 
         Returns:
-            What was removed.
+            The removed checkpoints.
         """
         if keep_last is None:
             return []
@@ -110,12 +110,12 @@ class CheckpointManager:
         return gone
 
     def find(self, resume: str) -> tuple[Path | None, list[str]]:
-        """Resolve `checkpoint.resume` to a whole checkpoint, or None to start anew; and what is broken, in words.
+        """Resolve `checkpoint.resume` to a valid checkpoint, or None to start from scratch; describe what is broken.
 
         One rank calls this.
 
         Raises:
-            ConfigError: if a named one is not there or broken, if every one is broken, or `never` would mix two runs
+            ConfigError: if a named checkpoint is missing or broken, if all are broken, or if `never` would mix two runs
                 in one folder.
         """
         if resume == "never":
@@ -157,20 +157,20 @@ class CheckpointManager:
         averages: Averages | None = None,
         copy_to_host: bool = True,
     ) -> PendingSave:
-        """Begin a checkpoint: what it holds is fixed when this returns, and written in the background.
+        """Begin a checkpoint: its content is fixed when this returns, and is written in the background.
 
-        Every rank calls this, and then `finish` of what it returns.
+        Every rank calls this, and then calls `finish` of the returned object.
 
         Args:
             chunks: this rank's stages by name, unwrapped.
-            optimizer: theirs; None to save the weights alone.
-            state: where the run stands.
+            optimizer: of these stages; None to save only the weights.
+            state: the run's step and counters.
             run_yaml: the resolved configuration.
-            averages: the weights' averages by chunk and name, if any.
-            copy_to_host: whether weights or optimizer will change before it is finished.
+            averages: moving averages of the weights, by chunk and name; None for none.
+            copy_to_host: whether weights or optimizer will change before `finish`.
 
         Raises:
-            ConfigError: on every rank, if the disk refuses; what was there is whole.
+            ConfigError: on every rank, if writing fails; earlier checkpoints stay valid.
         """
         return PendingSave(
             self.folder / name_of(state.step),
@@ -189,13 +189,13 @@ class CheckpointManager:
         run_yaml: str,
         averages: Averages | None = None,
     ) -> Path:
-        """Write a checkpoint, as `begin` and `finish`; every rank calls this.
+        """Write a checkpoint with `begin` and `finish`; every rank calls this.
 
         Returns:
             The checkpoint's final path.
 
         Raises:
-            ConfigError: on every rank, if the disk of any of them is full or refuses; what was there is whole.
+            ConfigError: on every rank, if writing fails on any of them; earlier checkpoints stay valid.
         """
         return self.begin(chunks, optimizer, state, run_yaml=run_yaml, averages=averages, copy_to_host=False).finish()
 
@@ -204,12 +204,12 @@ def _is_due(checkpoint: Path) -> bool:
     try:
         return read_state(checkpoint).due
     except ConfigError:
-        # Broken: to be told of, not to be kept for its sake.
+        # A broken checkpoint does not count towards keep_last.
         return False
 
 
 def _remove(checkpoint: Path) -> None:
-    # Half removed it would look like a broken one.
+    # Renamed first: a partly removed checkpoint would look like a broken one.
     going = checkpoint.with_name(f".{checkpoint.name}.gone")
     shutil.rmtree(going, ignore_errors=True)
     os.replace(checkpoint, going)

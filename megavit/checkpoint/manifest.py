@@ -1,6 +1,6 @@
-"""`manifest.json` of a checkpoint: every file's size and sha256, so that nothing broken is ever loaded.
+"""`manifest.json` of a checkpoint: the size and sha256 of every file, so that no broken file is loaded.
 
-Megatron-Core loads a shard with a flipped byte without a word (0.16.1).
+Megatron-Core loads a shard with a flipped byte without an error (0.16.1).
 """
 
 import hashlib
@@ -11,14 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megavit.checkpoint.state import schema_version
-from megavit.errors import ConfigError
-
 FILE = "manifest.json"
-# hashlib lets other threads run while it computes.
+# hashlib releases the GIL while it computes.
 _THREADS = 8
 
-# Of one file: {"size": bytes, "sha256": hexadecimal}.
+# Entry of one file: {"size": bytes, "sha256": hexadecimal}.
 Entry = dict[str, int | str]
 
 
@@ -34,7 +31,7 @@ class Fault:
 
 
 def describe(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
-    """Size and sha256 of some of a folder's files, by name."""
+    """Return the size and sha256 of the named files of a folder."""
     paths = sorted(names)
     with ThreadPoolExecutor(_THREADS) as threads:
         entries = threads.map(lambda name: _entry(folder / name), paths)
@@ -45,8 +42,8 @@ def write_manifest(checkpoint: Path, files: dict[str, Entry]) -> None:
     """Write `manifest.json`, the last file of a checkpoint.
 
     Args:
-        checkpoint: its folder.
-        files: every other file's entry, by its path within.
+        checkpoint: the folder.
+        files: entry of every other file, by its path within the folder.
     """
     assert set(files) == set(_names(checkpoint)), "each file is described"
     content = {"sha256": _of_entries(files), "files": dict(sorted(files.items()))}
@@ -54,27 +51,20 @@ def write_manifest(checkpoint: Path, files: dict[str, Entry]) -> None:
 
 
 def find_fault(checkpoint: Path) -> Fault | None:
-    """Read every byte of a checkpoint; the first fault by file name, None if it is whole.
-
-    Checkpoints of schema version 1 have no manifest: of them only what the eye sees is looked at.
-    """
+    """Read every byte of a checkpoint; return the first fault by file name, None where there is none."""
     return next(find_faults(checkpoint), None)
 
 
 def find_faults(checkpoint: Path) -> Iterator[Fault]:
-    """Every fault of a checkpoint, by file name."""
-    # Without these two Megatron-Core had not finished, or we had not.
+    """Yield every fault of a checkpoint, sorted by file name."""
+    # These two are written last by Megatron-Core and by megavit: without them the save was not completed.
     for name in ("metadata.json", "state.json"):
         if not (checkpoint / name).is_file():
             yield Fault(checkpoint / name, "is missing")
             return
     manifest = checkpoint / FILE
     if not manifest.is_file():
-        try:
-            if schema_version(checkpoint) > 1:
-                yield Fault(manifest, "is missing")
-        except ConfigError as error:
-            yield Fault(checkpoint / "state.json", str(error).removeprefix(f"{checkpoint / 'state.json'} "))
+        yield Fault(manifest, "is missing")
         return
     try:
         content = json.loads(manifest.read_text())
@@ -118,7 +108,7 @@ def _entry(path: Path) -> Entry:
 
 
 def _of_entries(files: dict[str, Entry]) -> str:
-    """The manifest's own: what was flipped in it is not blamed on another file."""
+    """Return the sha256 of the manifest's entries, so that a fault in the manifest is not reported for another file."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,9 +1,9 @@
-"""The distributed optimizer's state by parameter: each written by the data-parallel rank that holds most of it.
+"""The distributed optimizer's state, by parameter; the data-parallel rank with the largest part writes each.
 
-Megatron-Core 0.16.1 gathers the whole state on every data-parallel rank, or on the first one over gloo, to save it, and
-has every rank read the whole to load it: 12 bytes a parameter and rank in the host's memory, several times over. A rank
-holds a run of whole parameters and a piece of one at either end, so only those pieces need to travel. Keys and shapes
-are Megatron-Core's `fully_reshardable`, and either reads what the other has written.
+To save the state, Megatron-Core 0.16.1 gathers all of it on every data-parallel rank, or on the first one over gloo; to
+load it, every rank reads all of it: several times 12 bytes per parameter in each rank's host memory. But a rank holds a
+range of complete parameters and a piece of one at either end, so only those pieces have to be sent. Keys and shapes are
+those of Megatron-Core's `fully_reshardable` format, and each implementation reads what the other writes.
 """
 
 import sys
@@ -27,7 +27,7 @@ _STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
 def use_per_rank_shards(optimizer: MegatronOptimizer) -> None:
-    """Have the distributed ones among Megatron-Core's optimizers save and load as this module says."""
+    """Make Megatron-Core's distributed optimizers save and load with this module."""
     for part in optimizer.chained_optimizers:
         if isinstance(part, DistributedOptimizer):
             part.sharded_state_dict = partial(_sharded_state, part)
@@ -48,10 +48,10 @@ class _Piece:
 
 
 class _Share:
-    """Who holds and who writes a parameter.
+    """Which ranks hold a parameter's state, and which one writes it.
 
     Args:
-        pieces: in order, together the whole of it.
+        pieces: in order; together they are the complete parameter.
         me: this data-parallel rank.
     """
 
@@ -62,13 +62,13 @@ class _Share:
 
 
 def _shares(part: DistributedOptimizer) -> dict[Parameter, _Share]:
-    """Each parameter's, in the order of the gradient buffers; every data-parallel rank finds the same."""
+    """Return each parameter's share, in the order of the gradient buffers; the same on every data-parallel rank."""
     ranks, me = part.data_parallel_group.size(), part.data_parallel_group.rank()
     shares = {}
     for buffer in part.buffers:
         for parameter, (start, stop, number) in buffer.param_index_map.items():
             bucket = buffer.buckets[number]
-            # Megatron-Core cuts each bucket evenly, wherever a parameter begins.
+            # Megatron-Core splits each bucket evenly, regardless of parameter boundaries.
             each = bucket.grad_data.numel() // ranks
             pieces = []
             for rank in range((start - bucket.offset) // each, (stop - 1 - bucket.offset) // each + 1):
@@ -81,9 +81,9 @@ def _shares(part: DistributedOptimizer) -> dict[Parameter, _Share]:
 def _sharded_state(
     part: DistributedOptimizer, weights: Mapping[str, Any], is_loading: bool = False, metadata: Any = None
 ) -> dict[str, Any]:
-    """In place of the method of that name, which would also collect garbage, 0.3 s a save."""
+    """Replace Megatron-Core's `sharded_state_dict`, which would also collect garbage, 0.3 s per save."""
     if is_loading:
-        # What has not taken a step yet has no state to load into; this makes it.
+        # Before the first step there is no state to load into; this creates it.
         part.load_state_dict(part.state_dict())
     common = part.state_dict()
     if not is_loading:
@@ -98,9 +98,9 @@ def _sharded_state(
 
 
 def _count_updates(part: DistributedOptimizer) -> int:
-    """Adam's count of updates, as the ranks have it that train weights; every rank calls this.
+    """Return Adam's count of updates, from the ranks that train weights; every rank calls this.
 
-    The first rank's groups stand for all in a checkpoint, and a rank whose stages are frozen does not count.
+    A checkpoint holds the first rank's parameter groups, and that rank does not count if its stages are frozen.
     """
     counts = {int(group["step"]) for group in part.optimizer.param_groups if group["params"]}
     extremes = torch.tensor([max(counts, default=0), max((-count for count in counts), default=-sys.maxsize)])
@@ -113,14 +113,14 @@ def _count_updates(part: DistributedOptimizer) -> int:
 def _by_parameter(
     part: DistributedOptimizer, weights: Mapping[str, Any], *, is_loading: bool
 ) -> dict[int, dict[str, ShardedTensor]]:
-    """What this rank writes or reads of the parameters' state, by their numbers."""
+    """Return this rank's part of the parameters' state to write or read, by parameter number."""
     of_weights = {shard.data: shard for shard in nested_values(weights) if isinstance(shard, ShardedTensor)}
     shares = _shares(part)
     if is_loading:
         here = {parameter: share for parameter, share in shares.items() if share.local is not None}
         states = {parameter: _empty(parameter) for parameter in here}
     else:
-        # A weight that tensor-parallel ranks hold alike is written by one of them.
+        # A weight that is replicated over tensor-parallel ranks is written by one of them.
         written = {p: share for p, share in shares.items() if not any(of_weights[p].replica_id[:-1])}
         states = _gather(part, written)
     numbers = {parameter: number for number, parameter in enumerate(shares)}
@@ -134,7 +134,7 @@ def _by_parameter(
 
 
 def _like(weight: ShardedTensor, name: str, state: Tensor, *, is_main: bool) -> ShardedTensor:
-    """The shard of a parameter's state, cut as the parameter is."""
+    """Return the shard of a parameter's state, split as the parameter is."""
     return replace(
         weight,
         key=f"{_PREFIX}.{name}.{weight.key}",
@@ -149,7 +149,7 @@ def _empty(parameter: Parameter) -> dict[str, Tensor]:
 
 
 def _gather(part: DistributedOptimizer, shares: Mapping[Parameter, _Share]) -> dict[Parameter, dict[str, Tensor]]:
-    """The whole flat state of every parameter that this rank writes: its own memory where it holds all of it."""
+    """Return the full flat state of each parameter that this rank writes; without a copy if it holds all of it."""
     travelling = {parameter: share for parameter, share in shares.items() if len(share.pieces) > 1}
     arrived = _exchange(part, travelling)
     gathered = {}
@@ -171,7 +171,7 @@ def _gather(part: DistributedOptimizer, shares: Mapping[Parameter, _Share]) -> d
 
 
 def _exchange(part: DistributedOptimizer, shares: Mapping[Parameter, _Share]) -> dict[int, list[Tensor]]:
-    """Send this rank's pieces to those who write them; what has come from each rank, in the order of the buffers."""
+    """Send this rank's pieces to the ranks that write them; return what each rank sent, in buffer order."""
     group, ranks = part.data_parallel_group_gloo, dist.get_process_group_ranks(part.data_parallel_group_gloo)
     outgoing: dict[int, list[Tensor]] = {}
     lengths: dict[int, list[int]] = {}
@@ -194,7 +194,7 @@ def _exchange(part: DistributedOptimizer, shares: Mapping[Parameter, _Share]) ->
 
 
 def _local_part(part: DistributedOptimizer, parameter: Parameter) -> dict[str, Tensor]:
-    """This rank's piece of a parameter's state, each flat, in place."""
+    """Return this rank's piece of each tensor of a parameter's state, as flat views."""
     found = part._get_main_param_and_optimizer_states(parameter)
     local = {name: found[name].detach().view(-1) for name in _STATES}
     assert all(state.dtype == torch.float32 for state in local.values()), "master weights and moments are fp32"
@@ -203,7 +203,7 @@ def _local_part(part: DistributedOptimizer, parameter: Parameter) -> dict[str, T
 
 @torch.no_grad()
 def _load(part: DistributedOptimizer, loaded: Mapping[int, Mapping[str, Tensor]]) -> None:
-    """Copy this rank's pieces out of what was read."""
+    """Copy this rank's pieces from the tensors that were read."""
     for number, (parameter, share) in enumerate(_shares(part).items()):
         if share.local is not None:
             local = slice(share.local.start, share.local.stop)

@@ -1,4 +1,4 @@
-"""megavit's weight names and the plain models' (timm's, and published MAE checkpoints'), as one two-sided table.
+"""megavit's parameter names and timm's (which published MAE checkpoints use), as one two-sided table.
 
 Shapes: H hidden, A heads, D head width, C channels, p patch side, V = C·p², K class tokens, N tokens.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dims:
-    """What the transforms need to know of a model; of the decoder, if it has one, too."""
+    """Sizes of a model that the transforms need; `decoder_heads` is 0 for a model without a decoder."""
 
     num_heads: int
     patch_size: int
@@ -37,13 +37,13 @@ def _swap_first_two(weight: Tensor, dims: Dims) -> Tensor:
 
 
 def heads_to_parts(weight: Tensor, dims: Dims) -> Tensor:
-    """Rows head by head (query, key, value of each) to all queries, all keys, all values."""
+    """Reorder rows from head by head (query, key, value of each) to all queries, all keys, all values."""
     rows = weight.unflatten(0, (dims.num_heads, 3, -1))
     return rows.transpose(0, 1).flatten(0, 2)
 
 
 def parts_to_heads(weight: Tensor, dims: Dims) -> Tensor:
-    """The inverse of `heads_to_parts`."""
+    """Invert `heads_to_parts`."""
     rows = weight.unflatten(0, (3, dims.num_heads, -1))
     return rows.transpose(0, 1).flatten(0, 2)
 
@@ -57,7 +57,7 @@ def _decoder_parts_to_heads(weight: Tensor, dims: Dims) -> Tensor:
 
 
 def _channels_last(weight: Tensor, dims: Dims) -> Tensor:
-    """Rows of a patch's values from channel, row, column to row, column, channel."""
+    """Reorder a patch's values from channel, row, column to row, column, channel."""
     p = dims.patch_size
     return weight.unflatten(0, (-1, p, p)).movedim(0, 2).flatten(0, 2)
 
@@ -72,7 +72,7 @@ Transform = Callable[[Tensor, Dims], Tensor]
 
 @dataclass(frozen=True)
 class ParamMapping:
-    """One line of a table: a name there and the plain one; `#` stands for the layer's number, from 0 over the model."""
+    """One row: a name and timm's name; `#` is the layer's number, from 0 in the full model."""
 
     name: str
     timm_name: str
@@ -81,7 +81,7 @@ class ParamMapping:
 
 
 def _layers(ours: str, timm_name: str, from_heads: Transform, to_heads: Transform) -> list[ParamMapping]:
-    """The rows of a block of layers."""
+    """Return the rows of a stack of transformer layers."""
     alike = (
         ("norm1", "norm1"),
         ("norm2", "norm2"),
@@ -130,7 +130,7 @@ TABLE = (
 
 
 def to_timm_name(name: str) -> str:
-    """The plain name of one of ours.
+    """Return timm's name of a megavit parameter.
 
     Raises:
         KeyError: for a name that is not in the table.
@@ -140,7 +140,7 @@ def to_timm_name(name: str) -> str:
 
 
 def to_timm(weights: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
-    """Rename and reshape whole weights of ours to the plain model's.
+    """Rename and reshape megavit's full weights to timm's.
 
     Raises:
         KeyError: for a name that is not in the table.
@@ -154,7 +154,7 @@ def to_timm(weights: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
 
 
 def from_timm(weights: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
-    """The inverse of `to_timm`."""
+    """Invert `to_timm`."""
     table = {row.timm_name: row for row in TABLE}
     renamed = {}
     for name, weight in weights.items():
@@ -164,7 +164,7 @@ def from_timm(weights: dict[str, Tensor], dims: Dims) -> dict[str, Tensor]:
 
 
 def find_row(table: dict[str, ParamMapping], name: str) -> tuple[ParamMapping, str]:
-    """The row of a name, and the layer's number where it has one.
+    """Return the row of a name, and the layer's number; an empty string for a weight outside the layers.
 
     Raises:
         KeyError: for a name that is not in the table.

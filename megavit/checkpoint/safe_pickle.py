@@ -1,7 +1,8 @@
-"""A stranger's checkpoint runs no code: an allow-list is held against its pickles before anything else reads them.
+"""Check a checkpoint's pickles against an allow-list before anything else reads them, so that they run no code.
 
-Megatron-Core and torch read `.metadata` with Python's own unpickler, which calls whatever a file names, and what it
-declares an object with `weights_only=False` (Megatron-Core 0.16.1, torch 2.15). `common.pt` is read weights-only.
+Megatron-Core and torch read `.metadata` with Python's own unpickler, which calls whatever a file names, and read
+entries declared as objects with `weights_only=False` (Megatron-Core 0.16.1, torch 2.15). `common.pt` is read
+weights-only.
 """
 
 import pickle
@@ -16,7 +17,7 @@ from megavit.errors import ConfigError
 _METADATA = "torch.distributed.checkpoint.metadata"
 _PLANNER = "torch.distributed.checkpoint.planner"
 
-# Exactly these names; a dotted one such as `metadata.os.system` is none of them.
+# Exactly these names: a dotted name such as `metadata.os.system` does not match.
 _ALLOWED = {
     *(
         (_METADATA, name)
@@ -42,12 +43,9 @@ _ALLOWED = {
     ),
 }
 
-# Objects of Megatron-Core's own; checkpoints of schema version 1 hold them, and nobody reads them.
-_UNREAD = "._extra_state/"
-
 
 def _member(kind: Any, name: Any) -> Enum:
-    """An enum's member, as Python 3.11.0 to 3.11.3 pickle it: getattr of its class, which here reaches nothing else."""
+    """Return a member of an enum, which Python 3.11.0 to 3.11.3 pickle as getattr; nothing else can be reached here."""
     if not (isinstance(kind, type) and issubclass(kind, Enum) and type(name) is str and name in kind.__members__):
         raise pickle.UnpicklingError("it names builtins.getattr")
     return kind.__members__[name]
@@ -69,10 +67,10 @@ def check_pickles(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Refuse a checkpoint whose files would run code when they are read.
 
     Returns:
-        The whole shapes of the tensors that it declares, by key.
+        The full shapes of the tensors that it declares, by key.
 
     Raises:
-        ConfigError: naming the file, and what it would have called.
+        ConfigError: naming the file and what it would have called.
     """
     metadata, common = checkpoint / ".metadata", checkpoint / "common.pt"
     try:
@@ -83,13 +81,12 @@ def check_pickles(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     except OSError as error:
         raise ConfigError(f"{metadata} cannot be read: {error.strerror}") from error
     except Exception as error:
-        # Of any type: what a pickle breaks at is the file's choice.
+        # Any exception: a malformed pickle can raise any type.
         raise ConfigError(f"{metadata} is refused: {error}; a checkpoint of megavit does not do that") from error
-    for key in objects:
-        if _UNREAD not in key:
-            raise ConfigError(
-                f"{metadata} is refused: it declares {key} an object, which could be code; ours are tensors"
-            )
+    if objects:
+        raise ConfigError(
+            f"{metadata} is refused: it declares {objects[0]} an object, which could be code; ours are tensors"
+        )
     try:
         torch.load(common, map_location="cpu", weights_only=True)
     except OSError as error:

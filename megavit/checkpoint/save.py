@@ -1,4 +1,4 @@
-"""One checkpoint on its way to the disk: under a temporary name, synced, renamed, and then named as the latest."""
+"""Save one checkpoint: write under a temporary name, sync, rename, then update `latest`."""
 
 import os
 import re
@@ -21,41 +21,41 @@ _NAME = re.compile(r"step_(\d{8,})")
 
 
 def name_of(step: int) -> str:
-    """The name of a step's checkpoint."""
+    """Return the folder name of a step's checkpoint."""
     return f"step_{step:08d}"
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Whether it is that of a complete checkpoint."""
+    """Return whether a folder name is that of a completed checkpoint."""
     return _NAME.fullmatch(name) is not None
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     found = _NAME.fullmatch(checkpoint.name)
     assert found is not None
     return int(found.group(1))
 
 
 def point_to(checkpoint: Path, *, by: str) -> None:
-    """Have a file beside a checkpoint name it, at once or not at all."""
+    """Write a checkpoint's name into a file beside it, atomically."""
     new = checkpoint.with_name(f".{by}.tmp")
     new.write_text(checkpoint.name)
     os.replace(new, checkpoint.with_name(by))
 
 
 class PendingSave:
-    """A checkpoint that is being written in the background; every rank makes one together.
+    """A checkpoint that is being written in the background; all ranks construct it together.
 
     Args:
-        final: its path, once complete.
+        final: path of the completed checkpoint.
         shards: of this rank.
-        state: where the run stands.
+        state: the run's step and counters.
         run_yaml: the resolved configuration.
-        copy_to_host: whether the shards' tensors will change before it is finished.
+        copy_to_host: whether the tensors will change before `finish`.
 
     Raises:
-        ConfigError: on every rank, if there is no room for it.
+        ConfigError: on every rank, if it cannot be created.
     """
 
     def __init__(
@@ -76,17 +76,17 @@ class PendingSave:
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank has nothing left to write, or has failed to."""
+        """Return whether this rank has finished writing, or has failed."""
         return self._written.done()
 
     def finish(self) -> Path:
-        """Wait for every rank's files and make them a checkpoint; every rank calls this.
+        """Wait for every rank's files and complete the checkpoint; every rank calls this.
 
         Returns:
-            Its final path.
+            The final path.
 
         Raises:
-            ConfigError: on every rank, if the disk of any of them is full or refuses; what was there is whole.
+            ConfigError: on every rank, if writing fails on any of them; earlier checkpoints stay valid.
         """
         with self._describe():
             written = _together(self._written.result)
@@ -104,7 +104,7 @@ class PendingSave:
         beside = [path.name for path in folder.iterdir() if path.name not in files]
         write_manifest(folder, {**files, **describe(folder, beside)})
         _sync(folder)
-        # A checkpoint of this very step is moved aside first: at no moment is `latest` without a whole one.
+        # An existing checkpoint of this step is moved aside first, so that `latest` always names a valid one.
         aside = final.with_name(f".{final.name}.old")
         shutil.rmtree(aside, ignore_errors=True)
         if final.exists():
@@ -115,7 +115,7 @@ class PendingSave:
 
     @contextmanager
     def _describe(self) -> Iterator[None]:
-        """Tell of a disk's refusal what it leaves behind."""
+        """Describe a write error and the state that it leaves."""
         try:
             yield
         except ConfigError as error:
@@ -127,7 +127,7 @@ class PendingSave:
 
 
 def _together(part: Callable[[], Any] | None) -> Any:
-    """Do this rank's part of a save, if it has one, and raise on every rank what a disk had against any of them."""
+    """Do this rank's part of a save, if any, and raise a write error of any rank on all of them."""
     done, refused = None, None
     try:
         done = part() if part is not None else None
@@ -138,7 +138,7 @@ def _together(part: Callable[[], Any] | None) -> Any:
 
 
 def _sync(folder: Path) -> None:
-    """Have the files of this rank's machine on the disk before the folder's new name says that they are."""
+    """Sync the files of this rank's machine to disk before the folder is renamed."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

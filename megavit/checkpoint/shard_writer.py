@@ -1,9 +1,9 @@
-"""A rank's shards: planned by Megatron-Core, copied into the host's memory, written by threads of this process.
+"""Write a rank's shards: planned by Megatron-Core, copied to host memory, written by threads of this process.
 
-Megatron-Core 0.16.1 forks a process per file. The fork copies one thread of a process that runs gloo's, autograd's and
-the loader's: a lock that another thread held stays locked in the child for ever, and the save hangs; and it starts a
-manager process, 5 s, to hold a queue of results that never leaves this process. And where its first rank cannot write a
-file, the others wait for it in the next collective: here nothing is written between two collectives.
+Megatron-Core 0.16.1 forks a process per file. The fork copies one thread of a process that also runs threads of gloo,
+autograd and the loader: a lock held by another thread stays locked in the child, and the save hangs. It also starts a
+manager process, which takes 5 s, for a queue of results that never leaves this process. And if its first rank cannot
+write a file, the others wait for it in the next collective; here nothing is written between two collectives.
 """
 
 import io
@@ -38,7 +38,7 @@ class Written:
     """What one rank has written.
 
     Attributes:
-        tensors: where each is, for the checkpoint's metadata.
+        tensors: location of each tensor, for the checkpoint's metadata.
         files: size and sha256 of each file, by name.
     """
 
@@ -49,17 +49,17 @@ class Written:
 class ShardWriter:
     """This rank's part of one checkpoint.
 
-    Every rank makes one together; what it will write is then fixed, and the writing waits for no other rank.
+    All ranks construct it together; its content is then fixed, and writing waits for no other rank.
 
     Args:
         state: from `shards.sharded_state`.
-        folder: where to; exists and is empty.
-        copy_to_host: copy what the training would change before it is written.
+        folder: target; exists and is empty.
+        copy_to_host: copy tensors that training would change before they are written.
     """
 
     def __init__(self, state: dict[str, Any], folder: Path, *, copy_to_host: bool) -> None:
         self.folder = folder
-        # Else a process would be started to hold one.
+        # Otherwise a manager process would be started for it.
         filesystem_async._results_queue = queue.Queue()
         live = _memory(state) if copy_to_host else set()
         shards, common = save_preprocess(state)
@@ -71,11 +71,11 @@ class ShardWriter:
         ]
 
     def start(self) -> Future[Written]:
-        """Write in threads; what the disk has against it comes out of the result as OSError."""
+        """Write in threads; the future raises a write error as OSError."""
         return in_background(self._write)
 
     def write_metadata(self, everyone: list[Written]) -> None:
-        """Write what makes the ranks' files one checkpoint; rank 0 calls this once all have written theirs."""
+        """Write the metadata that joins the ranks' files; rank 0 calls this after all ranks have written theirs."""
         self._plan.finish(self._metadata, [written.tensors for written in everyone])
         save_config(CheckpointingConfig(_BACKEND, _VERSION), str(self.folder))
 
@@ -87,12 +87,12 @@ class ShardWriter:
         with ThreadPoolExecutor(max(1, len(self._buckets)), thread_name_prefix="shards") as threads:
             files = threads.map(lambda bucket: _write_file(bucket, self._plan.transforms), self._buckets)
             tensors = [entry for file in files for entry in file]
-        # Each rank reads its own back, all at once.
+        # Every rank reads its own files back, in parallel.
         return Written(tensors, describe(self.folder, names))
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:
-    """Do something in a thread of its own."""
+    """Run a function in a thread of its own."""
     thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     outcome = thread.submit(work)
     thread.shutdown(wait=False)
@@ -100,7 +100,7 @@ def in_background(work: Callable[[], T]) -> Future[T]:
 
 
 class _Planning(TorchDistSaveShardedStrategy):
-    """Megatron-Core's strategy as far as what each rank writes where."""
+    """The part of Megatron-Core's save strategy that plans what each rank writes."""
 
     def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, planned: tuple[Any, Any, Any]) -> Any:
         _, metadata, _ = planned
@@ -108,18 +108,18 @@ class _Planning(TorchDistSaveShardedStrategy):
 
 
 def _memory(state: dict[str, Any]) -> set[int]:
-    """Where the tensors of a state lie; what Megatron-Core cuts out of them it copies, whole ones it does not."""
+    """Return the storages of a state's tensors; Megatron-Core copies slices, but not full tensors."""
     shards = (value for value in nested_values(state) if isinstance(value, ShardedTensor))
     return {shard.data.untyped_storage().data_ptr() for shard in shards if shard.data is not None}
 
 
 def _staged(tensor: Tensor, live: set[int]) -> Tensor:
-    """A tensor in the host's memory, and nobody else's."""
+    """Return a copy of a tensor in host memory that nothing else refers to."""
     return tensor.clone() if tensor.untyped_storage().data_ptr() in live and tensor.is_cpu else tensor.cpu()
 
 
 def _write_file(bucket: Any, transforms: Any) -> list[Any]:
-    """Write one file and sync it; an entry for each of its tensors."""
+    """Write one file and sync it; return an entry for each of its tensors."""
     answers: queue.Queue[tuple[int, Any]] = queue.Queue()
     pending: queue.Queue[int] = queue.Queue()
     pending.put(0)
@@ -131,7 +131,7 @@ def _write_file(bucket: Any, transforms: Any) -> list[Any]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The disk's own error, where torch's writer has tripped over it and fallen (2.15)."""
+    """Return the OSError behind an error of torch's writer (2.15)."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):
         found = found.__cause__ or found.__context__

@@ -1,4 +1,4 @@
-"""Weights, optimizer state and averages as Megatron-Core's shards: written by every rank, read in any layout."""
+"""Weights, optimizer state and moving averages as Megatron-Core's shards: written by every rank, read in any layout."""
 
 from collections.abc import Container, Mapping
 from dataclasses import replace
@@ -17,8 +17,9 @@ from torch import Tensor
 from megavit.checkpoint.optimizer_shards import use_per_rank_shards
 from megavit.checkpoint.safe_pickle import check_pickles
 from megavit.errors import ConfigError
+from megavit.parallel.layout import ParallelLayout
 
-# Of Megatron-Core's forms of the distributed optimizer's state, the one that loads in every layout (0.16.1).
+# The one of Megatron-Core's formats of the distributed optimizer's state that loads in every layout (0.16.1).
 _SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "singleton_local_shards": False,
@@ -26,16 +27,16 @@ _SHARDING = {
     "chained_optim_avoid_prefix": True,
 }
 
-# Before the keys of the weights' averages.
+# Prefix of the keys of the moving averages.
 _AVERAGES = "average."
 
 # By chunk and by the parameter's name within it.
 Averages = Mapping[str, Mapping[str, Tensor]]
 
-# What the checkpoint, not the configuration, decides in an optimizer's parameter group.
+# Entries of an optimizer's parameter group that come from the checkpoint, not from the configuration.
 _FROM_CHECKPOINT = ("params", "step")
 
-# How the keys of Megatron-Core's own objects end.
+# Suffix of the keys of Megatron-Core's own objects.
 _OBJECTS = "_extra_state"
 
 
@@ -46,15 +47,15 @@ def load(
     *,
     averages: Averages | None = None,
 ) -> None:
-    """Read a checkpoint of any layout into this one, in place; every rank calls this.
+    """Load a checkpoint of any layout in place; every rank calls this.
 
-    Learning rate, weight decay and the like stay as configured: a checkpoint holds state, not settings.
+    Learning rate, weight decay and similar settings stay as configured: a checkpoint holds state, not settings.
 
     Args:
-        checkpoint: a whole checkpoint of the same model.
+        checkpoint: a valid checkpoint of the same model.
         chunks: this rank's stages by name, unwrapped.
-        optimizer: theirs.
-        averages: where to put the weights' averages, if the checkpoint holds them and they are wanted.
+        optimizer: of these stages.
+        averages: tensors for the moving averages, if the checkpoint holds them; None to load none.
 
     Raises:
         ConfigError: if it would run code.
@@ -78,19 +79,19 @@ def load(
 
 
 def _add_nothing(state: dict[str, Any]) -> None:
-    """Put back what is empty on a rank that trains nothing, and which Megatron-Core has left out (0.16.1)."""
+    """Add the empty entries that Megatron-Core omits for a rank that trains nothing (0.16.1)."""
     if "optimizer" in state:
         state.setdefault("fp32_from_fp16_params", [[] for _ in state["optimizer"]["param_groups"]])
     state.get("optimizer", state).setdefault("state", {})
 
 
 def load_weights(checkpoint: Path, chunks: Mapping[str, MegatronModule], *, averaged: bool = False) -> None:
-    """Read the weights alone, in place, in any layout; every rank calls this.
+    """Load only the weights in place, in any layout; every rank calls this.
 
     Args:
-        checkpoint: a whole checkpoint of the same model.
+        checkpoint: a valid checkpoint of the same model.
         chunks: this rank's stages by name.
-        averaged: their moving average in their place.
+        averaged: load the moving averages instead.
 
     Raises:
         ConfigError: if it would run code, or holds no average.
@@ -112,7 +113,7 @@ def _refuse_without_average(checkpoint: Path, there: Mapping[str, tuple[int, ...
 def _as_saved(
     shards: dict[str, ShardedTensor], there: Mapping[str, tuple[int, ...]], *, averaged: bool
 ) -> dict[str, ShardedTensor]:
-    """Shards under the keys of the averages, and with room for their fp32; what no average is taken of, as it is."""
+    """Return the shards with the keys and the fp32 type of the averages; a weight without an average is unchanged."""
     if not averaged:
         return shards
     return {
@@ -126,15 +127,15 @@ def _as_saved(
 def shapes_of(
     checkpoint: Path, chunks: Mapping[str, MegatronModule], *, averaged: bool = False
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """The whole shapes of the weights in a checkpoint, and of this rank's.
+    """Return the full shapes of a checkpoint's weights, and of this rank's weights.
 
     Args:
-        checkpoint: a whole checkpoint, of any network.
+        checkpoint: a valid checkpoint, of any network.
         chunks: this rank's stages by name.
-        averaged: of the moving averages there.
+        averaged: take the moving averages in the checkpoint.
 
     Returns:
-        Both by the weight's name in the whole model.
+        Both by the weight's name in the full model.
 
     Raises:
         ConfigError: if it would run code, or holds no average.
@@ -157,14 +158,14 @@ def load_some_weights(
     full: Mapping[str, tuple[int, ...]],
     averaged: bool = False,
 ) -> dict[str, Tensor]:
-    """Read some weights of another network's checkpoint, in place, and others whole; every rank calls this.
+    """Load some weights of another network's checkpoint in place, and others as full tensors; every rank calls this.
 
     Args:
-        checkpoint: a whole checkpoint.
+        checkpoint: a valid checkpoint.
         chunks: this rank's stages by name.
-        names: of the weights to read in place, in the whole model; they have the same shape there.
-        full: weights to read as they are there, and their shapes.
-        averaged: their moving averages in their place.
+        names: of the weights to load in place, in the full model; their shapes are the same in the checkpoint.
+        full: names and shapes of the weights to return as they are in the checkpoint.
+        averaged: load the moving averages instead.
 
     Returns:
         The weights of `full`, in fp32.
@@ -192,7 +193,7 @@ def sharded_state(
     *,
     is_loading: bool,
 ) -> dict[str, Any]:
-    """All that a checkpoint holds of this rank, as Megatron-Core's shards."""
+    """Return everything that a checkpoint holds of this rank, as Megatron-Core's shards."""
     state: dict[str, Any] = {name: _sharded_weights(chunk) for name, chunk in chunks.items()}
     if not is_loading:
         state = {name: _rotate_writers(shards) for name, shards in state.items()}
@@ -200,7 +201,7 @@ def sharded_state(
         use_per_rank_shards(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(_SHARDING))
         if not any(group["params"] for group in optimizer.param_groups):
-            # Empty lists of the first rank would be kept, and be merged with another layout's that are not (0.16.1).
+            # The first rank's empty lists would be kept, and merged with another layout's non-empty lists (0.16.1).
             state["optimizer"].pop("fp32_from_fp16_params", None)
     if averages is not None:
         state["averages"] = {
@@ -210,13 +211,13 @@ def sharded_state(
 
 
 def _sharded_weights(chunk: MegatronModule) -> dict[str, Any]:
-    """A chunk's tensors; the objects that its linears would add are empty without FP8, and are read as pickles."""
+    """Return a chunk's tensors, without the objects that its linears add: empty without FP8, and read as pickles."""
     shards = chunk.sharded_state_dict(metadata=dict(_SHARDING))
     return {name: shard for name, shard in shards.items() if not name.endswith(_OBJECTS)}
 
 
 def _rotate_writers(shards: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
-    """Have the data-parallel ranks, which hold the same weights, write them in turn and not all by the first."""
+    """Distribute the writing of replicated weights over the data-parallel ranks."""
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     return {
         name: replace(shard, replica_id=(*shard.replica_id[:-1], (shard.replica_id[-1] + number) % ranks))
@@ -231,8 +232,39 @@ def _fill(chunks: Mapping[str, MegatronModule], loaded: Mapping[str, Any]) -> No
 
 
 def _sharded_averages(chunk: MegatronModule, weights: Mapping[str, Tensor]) -> dict[str, ShardedTensor]:
-    """A chunk's averages, sharded as its weights are, under keys of their own."""
+    """Return a chunk's moving averages, sharded as its weights are, under keys of their own."""
     shards = chunk.sharded_state_dict(prefix=_AVERAGES, metadata=dict(_SHARDING))
     return {
         name: replace(shards[f"{_AVERAGES}{name}"], data=weight, dtype=weight.dtype) for name, weight in weights.items()
     }
+
+
+def gather_full_state_dict(
+    parameters: dict[str, torch.nn.Parameter], layout: ParallelLayout
+) -> dict[str, Tensor] | None:
+    """Gather the full weights on the first rank, on the CPU; every rank calls this.
+
+    Args:
+        parameters: of this stage, by their names in the full model.
+        layout: this rank's place.
+
+    Returns:
+        The weights by name on rank 0, None elsewhere.
+    """
+    stage = {}
+    for name, parameter in parameters.items():
+        weight = parameter.detach()
+        if getattr(parameter, "tensor_model_parallel", False) and layout.tp > 1:
+            parts = [torch.empty_like(weight) for _ in range(layout.tp)]
+            dist.all_gather(parts, weight.contiguous(), group=layout.groups.tp)
+            weight = torch.cat(parts, dim=parameter.partition_dim)  # type: ignore[attr-defined]
+        # A copy: a view would be pickled with its whole storage, which for bf16 holds every weight of the stage.
+        stage[name] = weight.cpu().clone()
+    if layout.tp_rank or layout.dp_rank:
+        return None
+    stages: list[dict[str, Tensor] | None] = [None] * layout.pp
+    first = dist.get_global_rank(layout.groups.pp, 0)
+    dist.gather_object(stage, stages if layout.pp_rank == 0 else None, dst=first, group=layout.groups.pp)
+    if layout.pp_rank:
+        return None
+    return {name: weight for part in stages if part is not None for name, weight in part.items()}

@@ -1,39 +1,32 @@
-"""`state.json` of a checkpoint: where the run stood, in a schema that has a version."""
+"""`state.json` of a checkpoint: the training state, in a versioned schema."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megavit.data.class_names import are_numbers
-from megavit.errors import ConfigError, printable
+from megavit.errors import ConfigError
 
 SCHEMA_VERSION = 3
 _FILE = "state.json"
-
-# From each version to the next. 1 had no manifest beside it, and classes and due came while it stood. 2 shuffled the
-# samples otherwise.
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: lambda fields: {"classes": [], "due": True, **fields},
-    2: lambda fields: {**fields, "former_order": True},
-}
+# Fields of schema 3 that some checkpoints have and nothing reads.
+_REMOVED = ("former_order",)
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands; with the configuration, all that data order, dropout and schedule depend on.
+    """The state of a run; with the configuration, all that data order, dropout and schedule depend on.
 
     Attributes:
         step: optimizer steps done.
         consumed_samples: images seen.
-        metrics: the last evaluation's, for whoever inspects the checkpoint.
+        metrics: of the last evaluation, for `megavit inspect`.
         classes: names of a classifier's classes, in the order of its scores.
-        due: saved at its time; else only because it evaluated better than all before.
-        optimizer: whether its state is there too; not in what was converted from elsewhere.
-        num_samples: training images of the source; 0 where nobody wrote it down.
-        former_order: written when samples came in another order than they do now.
-        assumed: settings that no file stated where the weights were converted from.
+        due: a periodic checkpoint; False for one saved only because its evaluation was the best so far.
+        optimizer: whether the checkpoint holds the optimizer's state; False for converted weights.
+        num_samples: training images of the source; 0 in converted checkpoints.
+        assumed: settings that the files of converted weights did not state.
     """
 
     step: int
@@ -43,13 +36,12 @@ class TrainingState:
     due: bool = True
     optimizer: bool = True
     num_samples: int = 0
-    former_order: bool = False
     assumed: list[str] = field(default_factory=list)
 
     @property
     def names_classes(self) -> bool:
-        """Whether `classes` are names; in what was converted they may be numbers for want of names."""
-        # What has trained here had its names from its data.
+        """Whether `classes` are names; converted weights without class names have numbers instead."""
+        # A trained run has the class names of its data.
         return self.optimizer or not are_numbers(self.classes)
 
 
@@ -59,32 +51,22 @@ def write_state(checkpoint: Path, state: TrainingState) -> None:
     (checkpoint / _FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def schema_version(checkpoint: Path) -> int:
-    """The version that a checkpoint's `state.json` states.
-
-    Raises:
-        ConfigError: if it cannot be read.
-    """
-    return _read(checkpoint)[0]
-
-
 def read_state(checkpoint: Path) -> TrainingState:
-    """Read where a checkpoint stands, of this schema version or an earlier one.
+    """Read a checkpoint's `state.json`.
 
     Raises:
-        ConfigError: if it cannot be read, or a later megavit wrote it.
+        ConfigError: if it cannot be read, or is of another schema version.
     """
     version, fields = _read(checkpoint)
-    if version > SCHEMA_VERSION:
+    if version != SCHEMA_VERSION:
         raise ConfigError(
-            f"{checkpoint} has schema version {version} and this megavit reads up to {SCHEMA_VERSION}; use the megavit "
-            f"that wrote it"
+            f"{checkpoint} has schema version {version} and this megavit reads version {SCHEMA_VERSION}; use the "
+            f"megavit that wrote it"
         )
-    for older in range(version, SCHEMA_VERSION):
-        fields = _MIGRATIONS[older](fields)
+    for key in _REMOVED:
+        fields.pop(key, None)
     try:
-        # Of a folder whose name is no UTF-8 earlier versions kept the bytes.
-        return TrainingState(**{**fields, "classes": list(map(printable, fields.get("classes", [])))})
+        return TrainingState(**fields)
     except TypeError as error:
         raise ConfigError(f"{checkpoint / _FILE} is broken: {error}") from error
 

@@ -1,6 +1,5 @@
 """`key=value` arguments of the verbs that open a run instead of composing one."""
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from megavit.inference.trained_run import read_config, refuse_another_network
 from megavit.plugins import is_plugin
+from megavit.validation import suggest
 
 
 def parse_arguments(
@@ -37,8 +37,8 @@ def parse_arguments(
         if not sign:
             raise ConfigError(f"'{argument}' is no setting: megavit {command} {usage}")
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}=?" if near else f"megavit {command} {usage}"
+            near = suggest(key, known, cutoff=0.5)
+            hint = f"did you mean {near}=?" if near else f"megavit {command} {usage}"
             raise ConfigError(f"megavit {command} knows no {key}=; {hint}")
         args[key] = read_text(value)
     missing = [key for key in needed if not args.get(key)]
@@ -75,13 +75,13 @@ def split_own(command: str, arguments: list[str], *, known: Iterable[str]) -> tu
     for argument in arguments:
         key, _, value = argument.partition("=")
         # Settings are known further on; nearly all of them have a dot.
-        near = [] if "." in key or key in ("from", "init_from") else difflib.get_close_matches(key, known, n=1)
+        near = None if "." in key or key in ("from", "init_from") else suggest(key, known)
         if key in known:
             if not value or key in args:
                 raise ConfigError(f"{argument}: megavit {command} takes {key}= once, with a value")
             args[key] = read_text(value)
         elif near:
-            raise ConfigError(f"megavit {command} knows no {key}=; did you mean {near[0]}=?")
+            raise ConfigError(f"megavit {command} knows no {key}=; did you mean {near}=?")
         else:
             rest.append(argument)
     return args, rest

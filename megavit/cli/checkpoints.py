@@ -4,11 +4,9 @@ from pathlib import Path
 
 from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.manifest import FILE, find_faults
-from megavit.checkpoint.state import schema_version
 from megavit.cli.arguments import parse_arguments
 from megavit.errors import ConfigError
-from megavit.runtime.exits import FINISHED, USER_ERROR
-from megavit.runtime.run_dir import lock_folder
+from megavit.runtime.run_dir import FINISHED, USER_ERROR, lock_folder
 from megavit.validation import parse_int
 
 
@@ -37,8 +35,7 @@ def verify(arguments: list[str]) -> int:
         if not faults:
             files = [file for file in checkpoint.rglob("*") if file.is_file()]
             size = sum(file.stat().st_size for file in files)
-            old = " (written before manifests: its content is not known)" if schema_version(checkpoint) == 1 else ""
-            print(f"{checkpoint}: whole, {len(files)} files of {size:,} bytes{old}")
+            print(f"{checkpoint}: whole, {len(files)} files of {size:,} bytes")
     return USER_ERROR if broken else FINISHED
 
 

@@ -1,6 +1,7 @@
 """`megavit convert from=… to=…`: weights of other libraries into a run, and a run's weights into theirs."""
 
 import ctypes
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +27,11 @@ from megavit.data.config import PIXEL_SETTINGS
 from megavit.errors import ConfigError
 from megavit.inference.trained_run import TrainedRun, open_run, read_classes, read_config, split_settings, with_settings
 from megavit.model.config import Head, Positions
-from megavit.model.layers.patch_embed import sincos_positions
+from megavit.model.layers.pos_embed import sincos_positions
+from megavit.model.parameters import is_classifier, is_decoder, is_last_layer
 from megavit.model.vit import parameter_names
 from megavit.parallel.layout import ParallelLayout
-from megavit.runtime.exits import FINISHED
-from megavit.runtime.run_dir import lock_folder
+from megavit.runtime.run_dir import FINISHED, lock_folder
 from megavit.task.config import TaskConfig
 from megavit.train.setup import build_model
 from megavit.validation import format_value, parse_int
@@ -165,7 +166,7 @@ def _fill(chunk: Any, external: ExternalModel, config: ExperimentConfig) -> None
     dims, wanted = _dims(config), []
     for name, parameter in parameter_names(chunk).items():
         theirs = to_timm_name(name)
-        if not external.classes and not external.decoder and theirs.startswith("head."):
+        if not external.classes and not external.decoder and is_last_layer(name):
             # A model without a classifier: ours keeps its first weights, under the one class that must be.
             continue
         wanted.append(theirs)
@@ -197,10 +198,12 @@ def _out_of_run(run: str, kind: str, target: Path, *, dtype: str) -> None:
     if kind == "hf":
         check_hf_compatible(config.model, config.data, is_mae=is_mae)
     trained = open_run(config, weights, num_classes=0 if is_mae else len(classes) or 1)
-    dropped = ["mae_decoder."] if kind in ("timm", "nemo") else []
-    if headless:
-        dropped += ["head.pre.", "head.out."]
-    timm_weights = _timm_weights(trained, config, dropped=tuple(dropped), dtype=_DTYPES[dtype])
+    takes_decoder = kind not in ("timm", "nemo")
+
+    def is_exported(name: str) -> bool:
+        return not (is_decoder(name) and not takes_decoder) and not (is_classifier(name) and headless)
+
+    timm_weights = _timm_weights(trained, config, is_exported=is_exported, dtype=_DTYPES[dtype])
     if kind == "hf":
         decoder = hf_decoder(config.task) if is_mae else None
         settings = hf_config(config.model, config.data, classes, dtype, decoder=decoder)
@@ -275,11 +278,11 @@ def hf_decoder(task: TaskConfig) -> dict[str, Any]:
 
 
 def _timm_weights(
-    run: TrainedRun, config: ExperimentConfig, *, dropped: tuple[str, ...], dtype: torch.dtype
+    run: TrainedRun, config: ExperimentConfig, *, is_exported: Callable[[str], bool], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Every weight by its plain name, ours given up one by one; fixed positions too, which theirs keep as weights.
 
-    Those whose names begin with one of `dropped` are left out.
+    Parameters whose names `is_exported` refuses are left out.
 
     What normalises a linear probe's features becomes part of its matrix, since theirs have no place for it.
     """
@@ -288,7 +291,7 @@ def _timm_weights(
     changed = head.weights_without_norm() if head is not None else {}
     timm_weights: dict[str, Tensor] = {}
     for name, parameter in parameter_names(chunk).items():
-        if name.startswith(dropped):
+        if not is_exported(name):
             continue
         timm_weights |= {
             key: weight.to(dtype).contiguous().clone()

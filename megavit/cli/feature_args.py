@@ -10,7 +10,7 @@ from megavit.checkpoint.find import CheckpointRef
 from megavit.cli.arguments import prepare, split_own
 from megavit.config.experiment import ExperimentConfig
 from megavit.data.sources.base import Source
-from megavit.data.sources.registry import open_source
+from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
 from megavit.inference.load import check_pool
 from megavit.model.config import Pool

@@ -7,7 +7,7 @@ from typing import Any
 from megavit.checkpoint.convert.write import write_tensors
 from megavit.cli.feature_args import FeatureArgs, make_folder, read_feature_args
 from megavit.data.sources.base import name_of
-from megavit.data.sources.registry import open_source
+from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
 from megavit.inference.features import FeatureExtractor, Features
 from megavit.runtime.output import complete_file

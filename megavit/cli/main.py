@@ -1,6 +1,5 @@
 """`megavit VERB key=value …`."""
 
-import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +9,8 @@ from megavit import __version__
 from megavit.config.untested import list_untested
 from megavit.config.validate import validate
 from megavit.errors import ConfigError, escape_unprintable
-from megavit.runtime.exits import FAULT, USER_ERROR
+from megavit.runtime.run_dir import FAULT, USER_ERROR
+from megavit.validation import suggest
 
 _USAGE = """\
 megavit VERB key=value …     megavit --version
@@ -108,8 +108,8 @@ def _run(arguments: list[str]) -> int:
         raise ConfigError("the benchmark left the package: now `make bench`, or python -m benchmarks.step in a clone")
     if command not in starting and command not in _COMMANDS:
         known = [*starting, *_COMMANDS]
-        near = difflib.get_close_matches(command, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        near = suggest(command, known)
+        hint = f"did you mean {near}?" if near else f"known: {', '.join(known)}"
         print(f"megavit: the verb {command} does not exist; {hint}", file=sys.stderr)
         return USER_ERROR
     if "-h" in rest or "--help" in rest:

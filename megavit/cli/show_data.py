@@ -13,7 +13,7 @@ from megavit.config.validate import check_task
 from megavit.data.loader import Batch, Loader
 from megavit.data.prefetch import RequiredFields
 from megavit.data.sources.label_checks import describe_oddities
-from megavit.data.sources.registry import open_source
+from megavit.data.sources.open import open_source
 from megavit.data.transforms.device import DeviceTransforms
 from megavit.errors import ConfigError
 from megavit.metrics.plots import draw_samples

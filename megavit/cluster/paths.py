@@ -4,6 +4,7 @@ import re
 
 from megavit.cluster.job import Job
 from megavit.config.overrides import key_of, write_text
+from megavit.data.sources.registry import SOURCES
 from megavit.data.sources.remote import is_url
 
 # What stands before a place in init_from; after the second group it may be an id of a hub.
@@ -16,7 +17,10 @@ RUNS = "runs/"
 def own_data_path(job: Job) -> str | None:
     """data.path where it names files that the job's machines must have; None for an id, a URL or no path."""
     data = job.config.data
-    return None if data.path is None or data.source == "hub" or is_url(data.path) else data.path
+    if data.path is None or is_url(data.path):
+        return None
+    # A user's own source reads files.
+    return data.path if data.source not in SOURCES or SOURCES[data.source].is_local else None
 
 
 def local_init_from(job: Job) -> tuple[str, str] | None:

@@ -1,6 +1,5 @@
 """`cluster=…` and `cluster.KEY=…` of a command line, apart from the run's settings."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from megavit.cluster.slurm import Slurm
 from megavit.config.compose import choices, config_dir, flatten
 from megavit.config.overrides import key_of, read_setting, read_text, types_of
 from megavit.errors import ConfigError
+from megavit.validation import suggest
 
 BACKENDS: dict[Kind, type[Backend]] = {
     Kind.local: Local,
@@ -59,8 +59,8 @@ def get_backend(arguments: list[str]) -> Backend:
             continue
         key = key_of(text).removeprefix("cluster.")
         if key.partition(".")[0] not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean cluster.{near[0]}?" if near else f"known: {', '.join(known)}"
+            near = suggest(key, known, cutoff=0.5)
+            hint = f"did you mean cluster.{near}?" if near else f"known: {', '.join(known)}"
             raise ConfigError(f"cluster={name} has no setting cluster.{key}; {hint}")
         setting = read_setting(text, types)
         if setting.override.is_sweep_override():
@@ -97,8 +97,8 @@ _AsWritten.yaml_implicit_resolvers = {
 def _read(name: str) -> dict[str, Any]:
     own_file = name.endswith((".yaml", ".yml"))
     if not own_file and name not in choices("cluster"):
-        near = difflib.get_close_matches(name, choices("cluster"), n=1, cutoff=0.5)
-        hint = f"did you mean cluster={near[0]}?" if near else f"known: {', '.join(choices('cluster'))}, or FILE.yaml"
+        near = suggest(name, choices("cluster"), cutoff=0.5)
+        hint = f"did you mean cluster={near}?" if near else f"known: {', '.join(choices('cluster'))}, or FILE.yaml"
         raise ConfigError(f"cluster={name} does not exist; {hint}")
     path = Path(name) if own_file else config_dir() / "cluster" / f"{name}.yaml"
     try:

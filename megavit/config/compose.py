@@ -1,6 +1,5 @@
 """From the command line to a ExperimentConfig: Hydra composes, we say what is wrong with it in one line."""
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
@@ -20,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.overrides import Setting, key_of, read_setting, read_text, types_of
 from megavit.errors import ConfigError
+from megavit.validation import suggest
 
 # What other trainers call a setting, by the last word of its path.
 _CALLED_ELSEWHERE = {
@@ -94,6 +94,7 @@ _RENAMED = {
 # Settings that no longer exist, and what a run does without them; a run's saved configuration is read without them.
 _REMOVED = {
     "experimental": "a run on a GPU names the settings that have not been verified there, and goes on",
+    "parallel.cp": "context parallelism does not exist",
 }
 
 # Of each pair one is null; to override one clears the other.
@@ -187,7 +188,10 @@ def from_yaml(text: str) -> ExperimentConfig:
                 if isinstance(saved.get(group), DictConfig) and name in saved[group]:
                     saved[group][new.partition(".")[2]] = saved[group].pop(name)
             for removed in _REMOVED:
-                saved.pop(removed, None)
+                group, _, name = removed.rpartition(".")
+                of = saved.get(group) if group else saved
+                if isinstance(of, DictConfig):
+                    of.pop(name, None)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig), saved))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"a run's configuration cannot be read: {_explain(error)}") from error
@@ -284,10 +288,9 @@ def _unknown(what: str, typed: str, known: list[str], *, form: str) -> str:
     last = typed.rpartition(".")[2].lower()
     # `lr` where `optim.lr` was meant, or `trainer.steps`; of several the one whose whole path is nearest.
     same = [path for path in known if path.rpartition(".")[2] == last]
-    elsewhere = [path for path in known if path == _CALLED_ELSEWHERE.get(last)]
-    near = difflib.get_close_matches(typed, same, n=1, cutoff=0) or elsewhere
-    near = near or difflib.get_close_matches(typed, known, n=1, cutoff=0.5)
-    hint = f"did you mean {form.format(near[0])}?" if near else f"known: {', '.join(known)}"
+    elsewhere = next((path for path in known if path == _CALLED_ELSEWHERE.get(last)), None)
+    near = suggest(typed, same, cutoff=0) or elsewhere or suggest(typed, known, cutoff=0.5)
+    hint = f"did you mean {form.format(near)}?" if near else f"known: {', '.join(known)}"
     return f"{what} does not exist; {hint}"
 
 

@@ -1,4 +1,4 @@
-"""What is done to training images at random: the settings, part of the group `data`."""
+"""Settings of the random augmentation of training images, part of the group `data`."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -8,12 +8,12 @@ from megavit.validation import require_number
 
 
 class AutoAugment(Enum):
-    """How training images are changed by operations drawn from a list.
+    """Which random operations from a list are applied to training images.
 
     `autoaugment`: one of 25 learned pairs of operations, those of ImageNet (arXiv 1805.09501).
-    `randaugment`: `randaugment_ops` of 14 operations at one strength (arXiv 1909.13719).
-    `trivialaugment`: one operation at a strength of its own (arXiv 2103.10158).
-    `three_augment`: grey, solarised or blurred (arXiv 2204.07118, which adds color_jitter=[0.3,0.3,0.3,0] and flip).
+    `randaugment`: `randaugment_ops` of 14 operations at one magnitude (arXiv 1909.13719).
+    `trivialaugment`: one operation at a random magnitude (arXiv 2103.10158).
+    `three_augment`: greyscale, solarise or blur (arXiv 2204.07118, which adds color_jitter=[0.3,0.3,0.3,0] and flip).
     """
 
     autoaugment = "autoaugment"
@@ -27,20 +27,20 @@ class AugmentConfig:
     """Part of group `data`.
 
     Attributes:
-        auto_augment: operations that training images pass after crop and flip; null for none.
-        randaugment_ops: operations that RandAugment draws for an image.
-        randaugment_magnitude: their strength, from 0 to 10 (the 9 of timm's rand-m9-mstd0.5).
-        randaugment_magnitude_std: its deviation: each operation draws its own strength (the 0.5 there).
-        randaugment_prob: share of the operations drawn that are carried out; timm's is 0.5.
-        color_jitter: largest change of [brightness, contrast, saturation, hue] of training images, after auto_augment,
-            the first three as shares, the hue of the whole circle, at most 0.5; null for none.
-        random_erasing: share of the training images of which a box, 0.02 to 1/3 of the area, becomes normal noise.
-        mixup: training images are blended with their neighbour in the batch, and so are their labels, in shares drawn
-            from Beta(mixup, mixup); null to not.
-        cutmix: a box is cut from the neighbour instead, of a share of the area drawn from Beta(cutmix, cutmix); null to
-            not.
-        mixup_prob: share of the images that are mixed at all, where mixup or cutmix is set.
-        mixup_switch_prob: share of the mixed ones that get cutmix, where both are set.
+        auto_augment: operations applied to training images after crop and flip; null for none.
+        randaugment_ops: operations that RandAugment draws per image.
+        randaugment_magnitude: mean magnitude, from 0 to 10 (the 9 of timm's rand-m9-mstd0.5).
+        randaugment_magnitude_std: standard deviation of each operation's magnitude (the 0.5 of rand-m9-mstd0.5).
+        randaugment_prob: probability that a drawn operation is applied; timm uses 0.5.
+        color_jitter: largest relative change of [brightness, contrast, saturation] and largest shift of the hue as a
+            share of the circle, at most 0.5; applied to training images after auto_augment; null for none.
+        random_erasing: share of the training images in which a box of 0.02 to 1/3 of the area becomes normal noise.
+        mixup: alpha of Beta(alpha, alpha), from which the share is drawn in which training images and their labels are
+            blended with their neighbour in the batch; null for no mixup.
+        cutmix: alpha of Beta(alpha, alpha), from which the share of the area is drawn in which a box of the neighbour
+            is pasted; null for no cutmix.
+        mixup_prob: share of the images that are mixed, if mixup or cutmix is set.
+        mixup_switch_prob: share of the mixed images that get cutmix, if both are set.
     """
 
     auto_augment: AutoAugment | None = None
@@ -57,11 +57,11 @@ class AugmentConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether training images are mixed with one another."""
+        """Whether training images are mixed with each other."""
         return self.mixup is not None or self.cutmix is not None
 
     def check_augmentation(self, channels: int) -> None:
-        """Raise ConfigError where these settings contradict themselves, or images of so many channels."""
+        """Raise ConfigError for settings that contradict each other or the number of channels."""
         self._check_operations(channels)
         self._check_mixing()
 
@@ -108,7 +108,7 @@ class AugmentConfig:
             self._refuse_unused("mixup_switch_prob", "data.mixup and data.cutmix, between which it chooses")
 
     def _refuse_unused(self, key: str, needs: str) -> None:
-        """Refuse a setting that was changed and would be ignored."""
+        """Raise ConfigError for a changed setting that would be ignored."""
         value, default = getattr(self, key), getattr(AugmentConfig(), key)
         if value != default:
             raise ConfigError(f"data.{key}={value} would be ignored without {needs}; leave it at {default}")

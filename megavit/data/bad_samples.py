@@ -1,4 +1,4 @@
-"""What is done about images that could not be read: they are named, counted, and too many of them stop the run."""
+"""Track images that could not be read: name and count them, and stop the run if there are too many."""
 
 import json
 from pathlib import Path
@@ -8,17 +8,17 @@ from megavit.data.loader import Loader
 from megavit.data.prefetch import BadSample
 from megavit.parallel.collectives import gather_objects
 
-# More at a time stand in the file alone.
+# Images that are named per call; the others are only in the file.
 _NAMED = 10
 
 
 class BadSampleTracker:
-    """The images of one split that others took the place of, since the run was started; alike on every rank.
+    """The replaced images of one split since the start of the process; the same on every rank.
 
     Args:
-        loader: that replaces them.
+        loader: that replaces the images.
         split: `train` or `val`.
-        run_dir: where `bad_samples.jsonl` lists all of them.
+        run_dir: folder of `bad_samples.jsonl`, which lists all of them.
     """
 
     def __init__(self, loader: Loader, split: str, *, run_dir: Path) -> None:
@@ -27,13 +27,13 @@ class BadSampleTracker:
         self._skips = loader.config.on_bad_sample is OnBadSample.skip
 
     def collect(self, step: int) -> list[str]:
-        """Gather what all ranks have replaced since the last call; every rank calls this.
+        """Gather the images that all ranks have replaced since the last call; every rank calls this.
 
         Args:
             step: optimizer steps done.
 
         Returns:
-            What the user must know of the new ones, in lines.
+            Warnings about the new ones.
         """
         if not self._skips:
             return []
@@ -50,12 +50,12 @@ class BadSampleTracker:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """`bad_samples`: how many images, where they are replaced."""
+        """Return `bad_samples`, the number of images, if on_bad_sample is skip."""
         return {"bad_samples": float(len(self._known))} if self._skips else {}
 
     @property
     def too_many(self) -> str | None:
-        """Why the run must not go on, None if it may."""
+        """Return why the run must stop; None if it may go on."""
         bad, total, limit = len(self._known), len(self._loader.source), self._loader.config.max_bad_fraction
         if limit is None or bad <= limit * total:
             return None

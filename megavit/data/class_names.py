@@ -1,4 +1,4 @@
-"""Class identity: which class of a trained classifier a class of some data is. Names decide, positions do not."""
+"""Match the classes of data with those of a trained classifier, by name and not by position."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ _NAMED = 5
 
 
 def are_numbers(classes: Sequence[str]) -> bool:
-    """Whether the names are 0 to n − 1, as those of a model that was converted without names."""
+    """Return whether the names are 0 to n − 1, as in a model that was converted without class names."""
     return list(classes) == [str(number) for number in range(len(classes))]
 
 
 def find_places(classes: Sequence[str], trained: Sequence[str]) -> list[int] | None:
-    """The place of each class of the data among the trained classes; None where a name is not among them.
+    """Return the position of each class of the data among the trained classes; None if a name is not among them.
 
     Args:
         classes: names of the data's classes, in label order.
@@ -23,17 +23,17 @@ def find_places(classes: Sequence[str], trained: Sequence[str]) -> list[int] | N
 
 
 def go_by_number(classes: Sequence[str], trained: Sequence[str]) -> bool:
-    """Whether the data's classes in their order can be those of a classifier whose classes are mere numbers.
+    """Return whether the data's classes, in order, can be those of a classifier whose classes are only numbered.
 
-    There must be as many. Where names are numbers themselves, in another form such as 007, they must rise: folders are
-    sorted as text (0, 1, 10, 2).
+    There must be as many. Names that are numbers themselves, such as 007, must increase: folders are sorted as text
+    (0, 1, 10, 2).
     """
     numbers = [int(name) for name in classes if name.isdecimal()]
     return len(classes) == len(trained) and not set(classes) & set(trained) and numbers == sorted(numbers)
 
 
 def describe_change(before: Sequence[str], now: Sequence[str]) -> str:
-    """The classes that are new, gone or moved, in words; empty where all are as they were."""
+    """Describe the classes that are new, missing or moved; empty if there are none."""
     former = {name: place for place, name in enumerate(before)}
     current = {name: place for place, name in enumerate(now)}
     stayed = [name for name in before if name in current]
@@ -46,6 +46,6 @@ def describe_change(before: Sequence[str], now: Sequence[str]) -> str:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first names, and how many there are beside them."""
+    """Join the first names, and count the others."""
     rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + rest

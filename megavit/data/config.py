@@ -1,82 +1,77 @@
-"""Where images come from and what is done to them."""
+"""Settings of the data: source, split, preprocessing, loading."""
 
-import difflib
 from dataclasses import dataclass, field
 from enum import Enum
 
 from megavit.data.augment_config import AugmentConfig
+from megavit.data.sources.registry import SOURCES
 from megavit.errors import ConfigError
 from megavit.plugins import check_name, is_plugin
-from megavit.validation import format_value, require_number
+from megavit.validation import format_value, require_number, suggest
 
 
 class Interpolation(Enum):
-    """How images are resized."""
+    """Interpolation of resizing."""
 
     bilinear = "bilinear"
     bicubic = "bicubic"
 
 
 class OnBadSample(Enum):
-    """What happens at an image that cannot be read: the run stops, or another of its class takes its place."""
+    """For an image that cannot be read: stop the run, or use another image of its class."""
 
     stop = "stop"
     skip = "skip"
 
 
-# What says which pixels the network sees of an image, beside its size.
+# Settings that, with the image size, determine the pixels that the network sees.
 PIXEL_SETTINGS = ("data.mean", "data.std", "data.crop_pct", "data.interpolation")
-
-_BY_PATH = ("folder", "csv", "images", "tar", "parquet", "arrow", "hub")
-
-# Of those, the ones that read from web servers and object stores too.
-_FROM_AFAR = ("csv", "tar")
-
-# And the ones that can tell several labels of an image.
-_SEVERAL_LABELS = ("csv", "parquet", "arrow", "hub")
 
 
 @dataclass
 class DataConfig(AugmentConfig):
-    """Group `data`; what is done to training images at random stands in `AugmentConfig`.
+    """Group `data`; settings of random augmentation are in `AugmentConfig`.
 
     Attributes:
         source: digits; synthetic; folder, a folder per class; csv, lines of path and label; images, without labels;
             tar, WebDataset shards; parquet; arrow, a folder left by datasets' save_to_disk; hub, an id of the Hugging
-            Face hub; or package.module:name, a source of one's own (see docs/extending.md).
+            Face hub; or package.module:name, a user's source (see docs/extending.md).
         path: the folder, file or id; for csv and tar also a URL, http://… or s3://… for example; null for digits and
             synthetic.
-        val_fraction: share of each class to validate on, where the path holds one set of images; 0 trains on all of
-            them and validates on none. Else null.
+        val_fraction: share of each class to validate on, if the path holds one set of images; 0 trains on all and
+            does not validate. Else null.
         image_size: [height, width] in pixels, as the network sees it.
-        channels: of an image; pictures are converted to 1 (grey) or 3 (colour), any other number they have themselves.
+        channels: of an image; images are converted to 1 (grey) or 3 (colour); any other number must be that of the
+            files.
         mean: per channel, of values in [0, 1].
         std: per channel, of values in [0, 1].
-        classes: names of the classes to leave, in the order of their labels; null leaves all.
-        samples_per_class: training images to leave of each class; null leaves all.
-        fraction: share of each class's training images to leave; null leaves all.
-        repeats: views of a training image in succession, each augmented anew (repeated augmentation); an epoch is as
-            many images as before.
+        classes: names of the classes to keep, in the order of their labels; null keeps all.
+        samples_per_class: training images to keep of each class; null keeps all.
+        fraction: share of each class's training images to keep; null keeps all.
+        repeats: consecutive views of a training image, each with its own augmentation (repeated augmentation); the
+            number of images per epoch does not change.
         multi_label: an image may have several labels, or none: in a CSV joined by |, in tables a column of lists. For
             task.loss=bce.
-        class_balanced: in training each class comes as often as the largest, its images as often as that takes.
-        on_bad_sample: what happens at an image that cannot be read.
+        class_balanced: in training, repeat images so that each class comes as often as the largest.
+        on_bad_sample: what to do about an image that cannot be read.
         max_bad_fraction: with skip, share of the source's images that may be bad before the run stops; else null.
-        num_classes: of the synthetic source; null for others, which know theirs.
+        num_classes: of the synthetic source; null for others.
         num_samples: of the synthetic source's training split; null for others.
-        crop_scale: training images are cut out at random, of this range of the image's area, and resized; null to not.
-        reduced_decode: where such a part of a JPEG is at least four times as high and wide as image_size, it is decoded
-            at a half, a quarter or an eighth of its scale; false decodes it in full. Evaluation always does.
-        flip: training images are mirrored, left and right, half of the time.
+        crop_scale: [smallest, largest] share of the area of random crops of training images, which are then resized;
+            null for no random crop.
+        reduced_decode: decode a JPEG at a half, a quarter or an eighth of its scale if the random crop is at least four
+            times as high and wide as image_size; false decodes it in full, as evaluation always does.
+        flip: mirror training images horizontally with probability 0.5.
         interpolation: of every resizing, with antialiasing.
-        crop_pct: images are resized to cover a frame larger than image_size by 1 / crop_pct, and its centre is
-            taken, both in timm's rounding; null resizes the whole image, whatever its proportions. Also for training
-            without crop_scale.
-        transform: package.module:name of a function or torchvision transform of one's own that training images pass
-            after crop, flip, auto_augment and color_jitter, uint8 to uint8 of the same shape; null for none.
-        random_shift: training images are moved by up to this many pixels down and across; what enters is black.
-        workers: processes that load beside the training process; 0 loads in it.
-        timeout_s: seconds to wait for a micro batch from those processes; then the image is named that one hangs at.
+        crop_pct: resize images to cover a frame larger than image_size by 1 / crop_pct, and take its centre, both in
+            timm's rounding; null resizes the full image, ignoring its proportions. Also for training without
+            crop_scale.
+        transform: package.module:name of a user's function or torchvision transform, applied to training images after
+            crop, flip, auto_augment and color_jitter, uint8 to uint8 of the same shape; null for none.
+        random_shift: shift training images by up to this many pixels vertically and horizontally; padding is black.
+        workers: loader processes; 0 loads in the training process.
+        timeout_s: seconds to wait for a micro batch from the loader processes; the error names the image at which one
+            hangs.
     """
 
     source: str = "digits"
@@ -107,13 +102,12 @@ class DataConfig(AugmentConfig):
     timeout_s: float = 300.0
 
     def check(self) -> None:
-        """Raise ConfigError where this group contradicts itself."""
-        known = ("digits", "synthetic", *_BY_PATH)
+        """Raise ConfigError for settings that contradict each other."""
         if is_plugin(self.source):
             check_name(self.source, "data.source")
-        elif self.source not in known:
-            near = difflib.get_close_matches(self.source, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}, or package.module:name"
+        elif self.source not in SOURCES:
+            near = suggest(self.source, SOURCES)
+            hint = f"did you mean {near}?" if near else f"known: {', '.join(SOURCES)}, or package.module:name"
             raise ConfigError(f"data.source={self.source} is not known; {hint}")
         if self.transform is not None:
             check_name(self.transform, "data.transform")
@@ -140,14 +134,14 @@ class DataConfig(AugmentConfig):
                 f"data.random_shift={self.random_shift} must be in [0, {min(self.image_size)}), the image's side"
             )
         for key in ("num_classes", "num_samples"):
-            if (getattr(self, key) is None) == (self.source == "synthetic") and not is_plugin(self.source):
+            if not is_plugin(self.source) and (getattr(self, key) is None) == SOURCES[self.source].takes_size:
                 raise ConfigError(
                     f"data.{key}={getattr(self, key)} with data.source={self.source}: the synthetic source needs it, "
                     f"every other knows its own"
                 )
 
     def check_pixels(self) -> None:
-        """Raise ConfigError where `PIXEL_SETTINGS` do not fit."""
+        """Raise ConfigError for invalid `PIXEL_SETTINGS`."""
         require_number("data", self, "crop_pct", above=0, below=1.0000001)
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
@@ -161,17 +155,19 @@ class DataConfig(AugmentConfig):
             raise ConfigError(f"data.std={self.std} must be positive: images are divided by it")
 
     def _check_path(self) -> None:
-        by_path = self.source in _BY_PATH
-        if by_path and self.path is None:
+        require_number("data", self, "val_fraction", at_least=0, below=1)
+        if is_plugin(self.source):
+            return
+        spec = SOURCES[self.source]
+        if spec.takes_path and self.path is None:
             raise ConfigError(f"data.source={self.source} needs data.path=FOLDER, where the images are")
-        if by_path and "://" in str(self.path) and self.source not in _FROM_AFAR:
+        if spec.takes_path and "://" in str(self.path) and not spec.reads_urls:
             raise ConfigError(
                 f"data.path={self.path} is a URL, and data.source={self.source} reads this machine's files; copy them "
                 f"here, or pack them as tar shards: data=tar reads those from afar"
             )
-        require_number("data", self, "val_fraction", at_least=0, below=1)
         for key in ("path", "val_fraction"):
-            if not by_path and not is_plugin(self.source) and getattr(self, key) is not None:
+            if not spec.takes_path and getattr(self, key) is not None:
                 raise ConfigError(
                     f"data.{key}={getattr(self, key)} would be ignored by data.source={self.source}; set it to null, "
                     f"or choose data=folder"
@@ -205,9 +201,10 @@ class DataConfig(AugmentConfig):
     def _check_multi_label(self) -> None:
         if not self.multi_label:
             return
-        if self.source not in _SEVERAL_LABELS and not is_plugin(self.source):
+        if not is_plugin(self.source) and not SOURCES[self.source].multi_label:
+            several = [name for name, spec in SOURCES.items() if spec.multi_label]
             raise ConfigError(
-                f"data.multi_label=true needs a data.source of {', '.join(_SEVERAL_LABELS)}, or one of your own; "
+                f"data.multi_label=true needs a data.source of {', '.join(several)}, or one of your own; "
                 f"{self.source} has one label for each image"
             )
         parts = {"classes": None, "samples_per_class": None, "fraction": None, "class_balanced": False}

@@ -1,4 +1,4 @@
-"""An encoded image to uint8 values, as a person would see it."""
+"""Decode images to uint8, upright and in the requested number of channels."""
 
 import io
 import math
@@ -18,18 +18,18 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from megavit.errors import ConfigError
 
-# A file of a few kilobytes can hold a picture of gigabytes: from here on Pillow warns of it, and we refuse.
+# A file of a few kilobytes can hold an image of gigabytes: Pillow warns above this size, megavit refuses.
 _MAX_PIXELS = 89_478_485
 
 _MODES = {1: "L", 3: "RGB"}
-# Grey of 16 bits, unsigned. Pillow reads such PNGs (before its version 11) and PGMs in its mode of 32 bits, signed.
+# Unsigned 16-bit greyscale. Pillow reads such PNGs (before version 11) and PGMs in its signed 32-bit mode.
 _SIXTEEN_BIT, _SIXTEEN_IN_32 = ("I;16", "I;16B", "I;16L", "I;16N"), ("PNG", "PPM")
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 _NUMPY_MAGIC, _JPEG_MAGIC = b"\x93NUMPY", b"\xff\xd8\xff"
 
-# Of these (mode, channels) decode_jpeg makes what Pillow makes; CMYK, and colour to grey, stay with Pillow.
+# (mode, channels) for which decode_jpeg equals Pillow; CMYK, and colour to grey, are decoded by Pillow.
 _READ_MODES = {("RGB", 3): ImageReadMode.RGB, ("L", 3): ImageReadMode.RGB, ("L", 1): ImageReadMode.GRAY}
-# A camera's rotation: whether rows and columns change places, and which of the two are mirrored then.
+# EXIF orientation: whether rows and columns are swapped, and which of them are then mirrored.
 _TURNS = {
     2: (False, (1,)),
     3: (False, (0, 1)),
@@ -39,13 +39,13 @@ _TURNS = {
     7: (True, (0, 1)),
     8: (True, (0,)),
 }
-# libjpeg's scales, the smallest first; and how many of the reduced image's pixels a resized one stands for at least.
+# libjpeg's reductions, the largest first; and the least number of decoded pixels per resized pixel and side.
 _REDUCTIONS, _REDUCED_PER_PIXEL = (8, 4, 2), 2
 
 
 @dataclass(frozen=True)
 class Box:
-    """A part of an upright image, in pixels."""
+    """A box in an upright image, in pixels."""
 
     top: int
     left: int
@@ -54,7 +54,7 @@ class Box:
 
 
 class Jpeg:
-    """A JPEG of which the header has been read: its size is known before anything is decoded.
+    """A JPEG whose header has been read: its size is known before it is decoded.
 
     Attributes:
         height: of the upright image.
@@ -68,7 +68,7 @@ class Jpeg:
         self.height, self.width = (header.width, header.height) if self._swapped else (header.height, header.width)
 
     def decode(self) -> Tensor:
-        """The whole image_CYX, uint8, upright.
+        """Decode the full image_CYX, uint8, upright.
 
         Raises:
             ConfigError: if it cannot be read.
@@ -84,16 +84,16 @@ class Jpeg:
             return _planes(self._upright(pixels.permute(1, 2, 0)))
 
     def resized(self, box: Box, size: list[int], *, resample: Image.Resampling) -> Tensor | None:
-        """Part of the image, resized, decoded at a half, a quarter or an eighth of its scale.
+        """Decode a box at a half, a quarter or an eighth of the scale, and resize it.
 
         Args:
-            box: the part.
-            size: [height, width] that it is resized to.
-            resample: how.
+            box: the part of the image.
+            size: [height, width] of the result.
+            resample: interpolation.
 
         Returns:
-            image_CYX, uint8; None where the part is not large enough: two decoded pixels are wanted for each that is
-            made, as Pillow's `thumbnail` wants them.
+            image_CYX, uint8; None if the box is too small: two decoded pixels per resized pixel and side are required,
+            as in Pillow's `thumbnail`.
 
         Raises:
             ConfigError: if it cannot be read.
@@ -105,10 +105,10 @@ class Jpeg:
         with _refused_by(self._name), _opened(io.BytesIO(self._content)) as opened:
             stored = (opened.width, opened.height)
             opened.draft(None, (stored[0] // reduction, stored[1] // reduction))
-            # The decoded image's last pixels may stand for fewer: its sides are rounded up.
+            # The last decoded pixels may cover fewer original pixels: the sides are rounded up.
             by = 2 ** round(math.log2(stored[0] / opened.width))
             left, top, right, bottom = (side / by for side in self._sides_as_stored(box))
-            # Cut first, or what lies beside the box would be seen in its outermost pixels.
+            # Crop before resizing: pixels outside the box must not affect its border.
             first, above = math.floor(left), math.floor(top)
             part = opened.crop((first, above, math.ceil(right), math.ceil(bottom))).convert(_MODES[self._channels])
             inside = (left - first, top - above, right - first, bottom - above)
@@ -121,7 +121,7 @@ class Jpeg:
         return turned.flip(self._mirrored).contiguous() if self._mirrored or self._swapped else turned
 
     def _sides_as_stored(self, box: Box) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of the same part before the image is turned upright."""
+        """Return left, top, right and bottom of the same part before the image is turned upright."""
         top, left = box.top, box.left
         if 0 in self._mirrored:
             top = self.height - top - box.height
@@ -135,12 +135,12 @@ class Jpeg:
 def decode_image(encoded: Path | bytes, *, channels: int, name: str) -> Tensor:
     """Decode one image to image_CYX, uint8, upright.
 
-    Pictures are converted to grey (1 channel) or colour (3); for any other number they must have as many themselves.
-    The camera's rotation (EXIF) is applied; 16-bit greys are scaled to 8 bits, which Pillow alone would saturate;
-    floats, signed and 32-bit integers are refused, since nobody knows their black and white; alpha is left away, CMYK
-    and palettes become colours, of an animation the first frame is taken.
-    NumPy's .npy files hold [row, column, channel] or [row, column] of uint8 or uint16.
-    In memory the channels of a pixel stand side by side: torchvision resizes such images in half the time.
+    Images are converted to grey (1 channel) or colour (3); for any other number they must have as many channels. The
+    EXIF orientation is applied; 16-bit grey is scaled to 8 bits, which Pillow would saturate; floats, signed and
+    32-bit integers are refused, since their black and white are not defined; alpha is dropped, CMYK and palettes are
+    converted to RGB, and the first frame of an animation is taken. NumPy's .npy files hold [row, column, channel] or
+    [row, column] of uint8 or uint16. The memory format is channels last: torchvision resizes such images in half the
+    time.
 
     Args:
         encoded: a file, or a file's content.
@@ -156,7 +156,7 @@ def decode_image(encoded: Path | bytes, *, channels: int, name: str) -> Tensor:
 
 
 def open_image(encoded: Path | bytes, *, channels: int, name: str) -> Tensor | Jpeg:
-    """Decode one image as `decode_image` does, but of a JPEG read the header alone: the rest may be wanted in part.
+    """Decode one image as `decode_image` does, but read only the header of a JPEG, which may be decoded in part later.
 
     Args:
         encoded: a file, or a file's content.
@@ -191,18 +191,18 @@ def open_image(encoded: Path | bytes, *, channels: int, name: str) -> Tensor | J
 
 @contextmanager
 def _refused_by(name: str) -> Iterator[None]:
-    """What fails within is told of the image of this name."""
+    """Raise errors from the block as ConfigError that names the image."""
     try:
         yield
     except Exception as error:
-        # Of any type: of 60,000 images broken at random, Pillow 13 failed on one with a TypeError.
-        # Pillow would say of which object in memory.
+        # Any exception: for one of 60,000 randomly corrupted images Pillow 13 raised a TypeError.
+        # Pillow's message names an object in memory.
         message = "it is in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         raise ConfigError(f"{name} cannot be read as an image: {message}; mend it or take it away") from error
 
 
 def _opened(file: IO[bytes]) -> Image.Image:
-    """A picture of which the header has been read."""
+    """Open an image and read its header."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         opened = Image.open(file)
@@ -216,7 +216,7 @@ def _opened(file: IO[bytes]) -> Image.Image:
 
 def _pixels(opened: Image.Image, channels: int) -> np.ndarray:
     _refuse_unscaled(opened)
-    # Pillow does so for 8 bits alone.
+    # Pillow does so only for 8 bits.
     inverts = opened.mode in _SIXTEEN_BIT and _tiff_tag(opened, PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO
     image = ImageOps.exif_transpose(opened)
     if image.mode in (*_SIXTEEN_BIT, "I"):
@@ -227,8 +227,8 @@ def _pixels(opened: Image.Image, channels: int) -> np.ndarray:
 
 
 def _refuse_unscaled(opened: Image.Image) -> None:
-    """Refuse pixels that Pillow would clamp or wrap: only unsigned integers of 8 and 16 bits have a known black and
-    white.
+    """Raise ConfigError for pixels that Pillow would clamp or wrap: only unsigned 8- and 16-bit integers have a known
+    black and white.
     """
     is_wide = opened.mode == "F" or (opened.mode == "I" and opened.format not in _SIXTEEN_IN_32)
     if is_wide or _tiff_tag(opened, SAMPLEFORMAT) not in (None, _UNSIGNED):
@@ -239,7 +239,7 @@ def _refuse_unscaled(opened: Image.Image) -> None:
 
 
 def _tiff_tag(opened: Image.Image, tag: int) -> int | None:
-    """The value of a TIFF's tag, that of the first channel; None where there is none."""
+    """Return the value of a TIFF tag, for the first channel; None if there is none."""
     if not isinstance(opened, TiffImageFile):
         return None
     value = opened.tag_v2.get(tag)

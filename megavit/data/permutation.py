@@ -1,24 +1,24 @@
-"""Shuffling without a list: where each of n numbers goes, computed from the number alone.
+"""Shuffle without a list: a permutation computed for each number on its own.
 
 Shapes: N numbers.
 """
 
 import numpy as np
 
-# The finaliser of SplitMix64, as in parallel/rng.py.
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+from megavit.parallel.rng import SPLITMIX64
 
-# Four make a random permutation of a large domain. Even, so that halves of unequal width come back to their places.
+_INCREMENT, _MIX_1, _MIX_2 = map(np.uint64, SPLITMIX64)
+
+# Four rounds make a random permutation of a large domain. Even, so that halves of unequal width are in place again.
 _ROUNDS = 6
 
-# So few are shuffled as a list: in a domain of 3 bits some orders came ten times too often, and in a larger one they
-# are far to walk to.
+# Up to this size a list is shuffled: in a domain of 3 bits some orders came ten times too often, and in a larger domain
+# cycle walking takes too many steps.
 _LISTED = 4096
 
 
 class FeistelPermutation:
-    """A random permutation of 0 to n − 1 that takes no memory: a Feistel network, walked until it falls among the n.
+    """A random permutation of 0 to n − 1 without memory: a Feistel network with cycle walking.
 
     Args:
         size: n, at least 1.
@@ -36,16 +36,16 @@ class FeistelPermutation:
         if size <= _LISTED:
             self._list = np.random.Generator(np.random.Philox(key=int(state[0]))).permutation(size)
             return
-        # The smallest power of two that holds n, so that fewer than half of the values are walked over.
+        # The smallest power of two of at least n, so that fewer than half of the values are walked over.
         bits = (size - 1).bit_length()
         self._widths = bits // 2, bits - bits // 2
         self._round_keys = [_finalise(state + np.uint64(number)) for number in range(_ROUNDS)]
 
     def __call__(self, numbers_N: np.ndarray) -> np.ndarray:
-        """Where each number goes, int64.
+        """Return the permuted numbers, int64.
 
         Args:
-            numbers_N: whole numbers in [0, n).
+            numbers_N: integers in [0, n).
         """
         if self._size <= _LISTED:
             return self._list[numbers_N]
@@ -66,7 +66,7 @@ class FeistelPermutation:
 
 
 def _finalise(x_N: np.ndarray) -> np.ndarray:
-    x_N = x_N + _GOLDEN
+    x_N = x_N + _INCREMENT
     x_N = (x_N ^ (x_N >> np.uint64(30))) * _MIX_1
     x_N = (x_N ^ (x_N >> np.uint64(27))) * _MIX_2
     return x_N ^ (x_N >> np.uint64(31))

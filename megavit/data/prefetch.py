@@ -20,10 +20,7 @@ from megavit.data.transforms.image import ImageTransform
 from megavit.data.transforms.normalize import draw_shifts, shift_image
 from megavit.data.transforms.resize import named_if_too_large
 from megavit.errors import ConfigError
-from megavit.parallel.rng import hash_int64
-
-# What the draws are for (see transforms.py).
-_REPLACE = 4
+from megavit.parallel.rng import RandomStream, hash_int64
 
 # A class of which so many in a row cannot be read has more wrong with it than an image.
 _TRIES = 20
@@ -171,7 +168,8 @@ class SampleDataset(Dataset[MicroBatch]):
         yield key.sample_id
         alike = self._of_class(self.source.label(key.sample_id))
         for number in range(_TRIES):
-            draw = int(hash_int64(self.seed, key.epoch, key.sample_id, key.occurrence, _REPLACE, number))
+            place = (key.epoch, key.sample_id, key.occurrence)
+            draw = int(hash_int64(self.seed, *place, RandomStream.BAD_SAMPLE, number))
             yield int(alike[draw % len(alike)])
 
     def _of_class(self, label: int) -> np.ndarray:

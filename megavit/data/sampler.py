@@ -1,4 +1,4 @@
-"""Which sample stands where: the order of training as a pure function of (seed, position)."""
+"""The order of training samples, as a pure function of (seed, position)."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ import torch
 from megavit.data.permutation import FeistelPermutation
 from megavit.parallel.rng import hash_int64
 
-# Positions looked up at once.
+# Positions that are computed at once.
 _BLOCK = 4096
 
 
@@ -18,7 +18,7 @@ class SampleKey:
 
     Attributes:
         sample_id: the sample's index in the source.
-        epoch: how often the whole order was gone through before.
+        epoch: number of complete passes before this one.
         occurrence: separates repeated views of a sample within an epoch; 0 for the first.
     """
 
@@ -31,17 +31,17 @@ class DeterministicSampler:
     """The endless sequence of training samples: one permutation per epoch, end to end.
 
     Position q is the (q mod n)-th of epoch q div n, whatever the batch size, the number of ranks or of workers; so
-    a batch may straddle two epochs, and a run that continues at its count of consumed samples repeats and skips none.
-    No permutation lies in memory: a billion samples take as much as a thousand.
+    a batch may straddle two epochs, and a run that resumes at its count of consumed samples repeats and skips none. The
+    permutation is not stored: a billion samples take as much memory as a thousand.
 
-    With repeats each sample comes several times in an epoch that is as many times longer, the views of two samples
-    taking turns. Balanced, each class comes as often as the largest, its samples in turn, each at least once.
+    With repeats, an epoch is `repeats` times longer, and the views of two samples alternate. With labels, every class
+    comes as often as the largest one; each of its samples comes at least once.
 
     Args:
         num_samples: in the source.
         seed: `run.seed`.
         repeats: views of a sample in succession.
-        labels: of all samples, to balance their classes; None takes each sample as often as any other.
+        labels: of all samples, to balance the classes; None for no balancing.
 
     Source: repeated views, arXiv 1901.09335.
     """
@@ -52,7 +52,7 @@ class DeterministicSampler:
         self._labels: np.ndarray | None = None
         self._num_chosen = num_samples
         if labels is not None:
-            # Each class's samples in a row, where its row begins, and how long it is.
+            # The samples sorted by class; where each class begins, and its size.
             self._members = np.argsort(labels, kind="stable")
             self._labels, self._starts, self._counts = np.unique(
                 labels[self._members], return_index=True, return_counts=True
@@ -62,18 +62,18 @@ class DeterministicSampler:
 
     @property
     def epoch_length(self) -> int:
-        """Positions of one epoch: each sample's views, and those that make all classes as large as the largest."""
+        """Positions per epoch: all views of each sample, including those that balance the classes."""
         return self._num_chosen * self.repeats
 
     def at(self, position: int) -> SampleKey:
-        """The sample at a position, counted in consumed samples from the start of training."""
+        """Return the sample at a position, counted in consumed samples from the start of training."""
         first = position - position % _BLOCK
         if first != self._first:
             self._first, self._block = first, self._keys(np.arange(first, first + _BLOCK))
         return self._block[position - first]
 
     def first(self, count: int) -> list[int]:
-        """The ids of the first samples of training, at most all of them: a random choice, the same in every layout."""
+        """Return the ids of the first training samples, at most all: a random choice, the same in every layout."""
         return [self.at(position).sample_id for position in range(min(count, self.num_samples))]
 
     def _keys(self, positions: np.ndarray) -> list[SampleKey]:
@@ -89,17 +89,17 @@ class DeterministicSampler:
         return keys
 
     def _take_turns(self, within: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places in the epoch's permutation, and which repeat: a b a b a b, so that neighbours are two samples."""
+        """Return positions in the permutation, and the repeat: a b a b a b, so that neighbours are two samples."""
         pair, turn = np.divmod(within, 2 * self.repeats)
         alone = 2 * pair + 1 == self._num_chosen
         return np.where(alone, 2 * pair, 2 * pair + turn % 2), np.where(alone, turn, turn // 2)
 
     def _balance(self, chosen: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample ids, and how often each came before for its class's sake."""
+        """Return sample ids, and how often balancing has repeated each before in this epoch."""
         if self._labels is None:
             return chosen, np.zeros_like(chosen)
         turns, classes = np.divmod(chosen, len(self._labels))
         sizes = self._counts[classes]
-        # In each epoch others are the ones that come once more.
+        # In each epoch other samples are repeated once more.
         begins = hash_int64(self.seed, epoch, torch.from_numpy(classes)).numpy() % sizes
         return self._members[self._starts[classes] + (begins + turns) % sizes], turns // sizes

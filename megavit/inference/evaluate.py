@@ -16,7 +16,7 @@ from megavit.config.experiment import ExperimentConfig
 from megavit.data.bad_samples import BadSampleTracker
 from megavit.data.config import DataConfig
 from megavit.data.loader import Loader
-from megavit.data.sources.registry import open_source
+from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
 from megavit.inference.trained_run import label_as_trained, open_run, read_config
 from megavit.metrics.plots import draw_confusion

@@ -19,6 +19,7 @@ from megavit.data.transforms.normalize import Normalize
 from megavit.errors import ConfigError
 from megavit.inference.trained_run import TrainedRun, open_run, read_classes, read_config, with_settings
 from megavit.model.config import ModelConfig, Pool
+from megavit.model.parameters import is_decoder, is_last_layer
 from megavit.model.torch_vit import TorchViT
 from megavit.model.vit import parameter_names
 from megavit.parallel.layout import ParallelLayout
@@ -49,11 +50,10 @@ class TrainedEncoder(torch.nn.Module):
         self.vit = TorchViT(
             model, image_size=config.data.image_size, channels=config.data.channels, num_classes=num_classes
         )
-        dropped = ("mae_decoder.",) if num_classes else ("mae_decoder.", "head.out.")
         full = {
             name: weight.detach().float().cpu()
             for name, weight in parameter_names(run.network.chunks["model"]).items()
-            if not name.startswith(dropped)
+            if not is_decoder(name) and (num_classes or not is_last_layer(name))
         }
         head = run.network.chunks["model"].head if num_classes else None
         if head is not None:

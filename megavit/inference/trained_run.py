@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from megavit.checkpoint.find import CheckpointRef, resolve_checkpoint
-from megavit.checkpoint.safe_pickle import check_pickles
 from megavit.checkpoint.shards import load_weights
-from megavit.checkpoint.state import TrainingState, read_state
+from megavit.checkpoint.state import read_state
 from megavit.config.compose import from_yaml, merge
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.train import Compile, GradReduce
@@ -29,9 +28,6 @@ from megavit.parallel.layout import ParallelLayout
 from megavit.train.resume_rules import Rule, changes
 from megavit.train.setup import ModelSetup, build_model
 from megavit.validation import format_value
-
-# The classifier's matrix, [classes, features].
-_CLASSIFIER = "head.out.weight"
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ def read_classes(checkpoint: Path) -> tuple[str, ...]:
     """
     names = read_state(checkpoint).classes
     if not names:
-        raise ConfigError(f"{checkpoint} does not name its classes; it was written by an earlier megavit")
+        raise ConfigError(f"{checkpoint} does not name its classes")
     return tuple(names)
 
 
@@ -155,24 +151,14 @@ def label_as_trained(source: Source, config: DataConfig, checkpoint: Path) -> tu
         ConfigError: if there is no classifier, or it does not know one of the data's classes.
     """
     state, data = read_state(checkpoint), f"data.source={config.source} data.path={format_value(config.path)}"
-    if state.classes and (state.names_classes or not go_by_number(source.classes, state.classes)):
-        return relabel(source, state.classes, data=data, trained=str(checkpoint)), []
     if not state.classes:
-        _refuse_another_count(checkpoint, len(source.classes), state, data)
-    why = "numbers its classes" if state.classes else "was written by an earlier megavit and does not name its classes"
-    return source, [f"{checkpoint} {why}: those of {data} are taken in their order, {_in_order(source)}"]
-
-
-def _refuse_another_count(checkpoint: Path, num_classes: int, state: TrainingState, data: str) -> None:
-    """Refuse data for a checkpoint that does not say what its classes are, where their numbers differ."""
-    if not state.optimizer:
         raise ConfigError(
             f"{checkpoint} holds an encoder without a classifier; train one with init_from={checkpoint}, or see how "
             f"far its features go: megavit knn from={checkpoint} data.path=…"
         )
-    count = check_pickles(checkpoint)[_CLASSIFIER][0]
-    if num_classes != count:
-        raise ConfigError(f"{checkpoint} has {count} classes and {data} has {num_classes}; choose data of as many")
+    if state.names_classes or not go_by_number(source.classes, state.classes):
+        return relabel(source, state.classes, data=data, trained=str(checkpoint)), []
+    return source, [f"{checkpoint} numbers its classes: those of {data} are taken in their order, {_in_order(source)}"]
 
 
 def _in_order(source: Source) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megavit.model.config import ModelConfig
+from megavit.model.parameters import CLASSIFIER_BIAS, CLASSIFIER_WEIGHT
 from megavit.model.vit import EncoderStage, parameter_names
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import hash_int64
@@ -62,15 +63,15 @@ def initial_weight(name: str, shape: torch.Size, config: ModelConfig, *, seed: i
         assert config.layer_scale is not None
         return torch.full(shape, config.layer_scale)
     if leaf == "bias":
-        return torch.full(shape, config.head_bias if name == "head.out.bias" else 0.0)
+        return torch.full(shape, config.head_bias if name == CLASSIFIER_BIAS else 0.0)
     if leaf == "weight" and len(shape) == 1:
         return torch.ones(shape)
     drawn_for = int(hash_int64(seed, zlib.crc32(name.encode()))) & (2**62 - 1)
     generator = torch.Generator().manual_seed(drawn_for)
     weight = torch.empty(shape)
-    if leaf == "weight" and name != "head.out.weight":
+    if leaf == "weight" and name != CLASSIFIER_WEIGHT:
         return torch.nn.init.xavier_uniform_(weight, generator=generator)
-    std = config.head_std if name == "head.out.weight" else 0.02
+    std = config.head_std if name == CLASSIFIER_WEIGHT else 0.02
     if not std:
         return weight.zero_()
     return torch.nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)

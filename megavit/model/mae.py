@@ -11,7 +11,8 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from megavit.model.config import ModelConfig
-from megavit.model.layers.patch_embed import no_weight_decay, sincos_positions
+from megavit.model.layers.patch_embed import no_weight_decay
+from megavit.model.layers.pos_embed import sincos_positions
 from megavit.model.transformer_block import encoder_block, transformer_config
 from megavit.model.vit import EncoderStage, Stage
 from megavit.parallel.config import ParallelConfig

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavit.model.config import Head, ModelConfig, Pool, Positions
-from megavit.model.layers.patch_embed import sincos_positions
+from megavit.model.layers.pos_embed import sincos_positions
 
 
 class TorchAttention(nn.Module):

@@ -21,6 +21,7 @@ from torch import Tensor
 from megavit.model.config import ModelConfig, Pool
 from megavit.model.layers.head import ClassifierHead, FeatureNorm
 from megavit.model.layers.patch_embed import PatchEmbed, patchify
+from megavit.model.parameters import local_layer, with_layer
 from megavit.model.transformer_block import encoder_block
 from megavit.parallel.config import Recompute
 from megavit.parallel.layout import ParallelLayout
@@ -206,8 +207,7 @@ def parameter_names(model: EncoderStage) -> dict[str, torch.nn.Parameter]:
     """This stage's parameters by their names in the whole model (`blocks.layers.7.…` counts from the first stage)."""
     named = {}
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if name.startswith("blocks.layers."):
-            parts[2] = str(model.blocks.layers[int(parts[2])].layer_number - 1)
-        named[".".join(parts)] = parameter
+        local = local_layer(name)
+        in_model = name if local is None else with_layer(name, model.blocks.layers[local].layer_number - 1)
+        named[in_model] = parameter
     return named

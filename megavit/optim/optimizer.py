@@ -21,7 +21,7 @@ def build_optimizer(
     mcore_config: TransformerConfig,
     config: OptimConfig,
     *,
-    names: Mapping[torch.nn.Parameter, str],
+    depths: Mapping[torch.nn.Parameter, int],
     peak_lr: float,
 ) -> MegatronOptimizer:
     """Build Megatron-Core's optimizer: for Adam always the distributed one, so that one checkpoint form exists.
@@ -30,7 +30,7 @@ def build_optimizer(
         model: from `data_parallel.wrap_for_data_parallel`.
         mcore_config: gets the hooks that the schedules call at the end of a step.
         config: the optim group.
-        names: of this rank's parameters, in the whole model.
+        depths: of this rank's parameters, see `group_overrides`.
         peak_lr: learning rate after warm-up.
     """
     adam = config.name is Optimizer.adamw
@@ -57,7 +57,7 @@ def build_optimizer(
             **numbers,
         ),
         model,
-        config_overrides=group_overrides(names, config, peak_lr=peak_lr, num_layers=mcore_config.num_layers),
+        config_overrides=group_overrides(depths, config, peak_lr=peak_lr, num_layers=mcore_config.num_layers),
     )
     if not adam:
         # Before a load, state must exist to be filled; for these Megatron-Core knows no way to make it (0.16.1).

@@ -28,13 +28,12 @@ class RecomputeMethod(Enum):
 
 @dataclass
 class ParallelConfig:
-    """Group `parallel`. Data parallelism is what is left: world size / (tp · pp · cp).
+    """Group `parallel`. Data parallelism is what is left: world size / (tp · pp).
 
     Attributes:
         tp: tensor-parallel size, the ranks that share each layer's matrices.
         pp: pipeline-parallel size, the ranks that the layers are spread over.
         vpp: virtual pipeline size: stages on each pipeline rank, interleaved, so that the bubble shrinks by as much.
-        cp: context-parallel size; reserved, only 1 works.
         sequence_parallel: keep the tokens between the matrices split over the tensor-parallel ranks. Not run on a GPU.
         stages: encoder layers of each of the pp · vpp stages, in the order of the layers; null balances them by FLOPs.
         recompute: what the backward pass computes again. Not run on a GPU: selective, full.
@@ -52,7 +51,6 @@ class ParallelConfig:
     tp: int = 1
     pp: int = 1
     vpp: int = 1
-    cp: int = 1
     sequence_parallel: bool = False
     stages: list[int] | None = None
     recompute: Recompute = Recompute.none
@@ -74,7 +72,7 @@ class ParallelConfig:
         Raises:
             ConfigError: if the world does not divide into tp · pp.
         """
-        model_ranks = self.tp * self.pp * self.cp
+        model_ranks = self.tp * self.pp
         if world_size % model_ranks:
             fits = sorted(
                 {max(1, world_size // model_ranks) * model_ranks, (world_size // model_ranks + 1) * model_ranks}
@@ -88,9 +86,7 @@ class ParallelConfig:
 
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
-        require_number("parallel", self, "tp", "pp", "vpp", "cp", "bucket_size", at_least=1)
-        if self.cp > 1:
-            raise ConfigError(f"parallel.cp={self.cp}: context parallelism does not work yet; set parallel.cp=1")
+        require_number("parallel", self, "tp", "pp", "vpp", "bucket_size", at_least=1)
         if self.vpp > 1 and self.pp == 1:
             raise ConfigError(
                 f"parallel.vpp={self.vpp} interleaves the stages of a pipeline, and parallel.pp=1 has none; raise "

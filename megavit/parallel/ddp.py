@@ -17,7 +17,7 @@ class GradientBuffers(DistributedDataParallel):
     """Megatron-Core's wrapper, less the passes over all gradients that nobody needs (0.16.1).
 
     A step begins with nothing set to zero: what the first micro batch leaves is written, not added, here or by a
-    product that goes straight into the buffer (model/accumulate.py); until then the weight's `is_grad_stale` holds.
+    product that goes straight into the buffer (model/layers/linear.py); until then the weight's `is_grad_stale` holds.
 
     Where no other rank holds the same weights nothing is reduced and nothing gathered: in a group of one, gloo copies
     each gradient three times and each weight once.
@@ -128,7 +128,7 @@ def wrap_for_data_parallel(
 
 
 def _let_accumulate(weight: Any) -> None:
-    """Have the products of a layer's weight go straight into its buffer (model/accumulate.py)."""
+    """Have the products of a layer's weight go straight into its buffer (model/layers/linear.py)."""
     if weight.main_grad.dtype != weight.dtype and weight.device.type != "cuda":
         raise ConfigError(
             "train.gradient_accumulation_fusion=true adds products of bf16 numbers to fp32 gradients, which torch does "

@@ -3,15 +3,42 @@
 Shapes: any; integers are int64 and wrap, as the hash needs.
 """
 
+from enum import IntEnum
+
 import torch
 from torch import Tensor
 
 from megavit.parallel.layout import ParallelLayout
 
-# The finaliser of SplitMix64 (Steele, Lea, Flood 2014, OOPSLA), its unsigned constants as int64.
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+# SplitMix64's increment and the two factors of its finaliser, unsigned (Steele, Lea, Flood 2014, OOPSLA).
+SPLITMIX64 = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+_INCREMENT, _MIX_1, _MIX_2 = (constant - (1 << 64) for constant in SPLITMIX64)
+
+
+class RandomStream(IntEnum):
+    """What a sample's random numbers are drawn for; draws of different streams are independent.
+
+    `hash_int64` takes a stream after the seed and the sample's key. The numbers are part of a run's reproducibility:
+    new streams get new numbers, and no number is reused.
+    """
+
+    SHIFT_DOWN = 1
+    SHIFT_ACROSS = 2
+    IMAGE_TRANSFORM = 3
+    BAD_SAMPLE = 4
+    MIX_WHETHER = 10
+    MIX_WHICH = 11
+    MIX_SHARE = 12
+    MIX_DOWN = 13
+    MIX_ACROSS = 14
+    ERASE_WHETHER = 20
+    ERASE_AREA = 21
+    ERASE_ASPECT = 22
+    ERASE_DOWN = 23
+    ERASE_ACROSS = 24
+    ERASE_NOISE = 25
+    MASK = 1000
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -39,7 +66,7 @@ def hash_int64(*parts: Tensor | int) -> Tensor:
         if isinstance(part, Tensor) and part.device != state.device:
             state = state.to(part.device, non_blocking=True)
         part = part.to(torch.int64) if isinstance(part, Tensor) else int(part)
-        state = _finalise((state ^ part) + _GOLDEN)
+        state = _finalise((state ^ part) + _INCREMENT)
     return state
 
 

@@ -16,8 +16,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megavit.errors import DISK_ERRORS, ConfigError, escape_unprintable
 from megavit.parallel.layout import rank_from_environment, world_size_from_environment
-from megavit.runtime.exits import FAULT, USER_ERROR, write_exit
 from megavit.runtime.rank_log import RankLog
+from megavit.runtime.run_dir import FAULT, USER_ERROR, write_exit
 
 _NOBODY_READS = (
     "megavit: stopped, for the command that read its output has ended; what was saved last is valid: run again to "

@@ -1,6 +1,7 @@
-"""The run's folder belongs to one run at a time."""
+"""A run's folder: which process uses it, and the exit code of the last one."""
 
 import fcntl
+import json
 import os
 import socket
 from datetime import datetime, timezone
@@ -8,7 +9,10 @@ from pathlib import Path
 from typing import IO
 
 from megavit.errors import ConfigError
-from megavit.runtime.exits import write_exit
+
+# Exit codes: done; a fault of the program or machine; wrong settings or data; what a checking command looked for was
+# found; stopped by a signal and saved.
+FINISHED, FAULT, USER_ERROR, FINDINGS, STOPPED = 0, 1, 2, 3, 75
 
 
 def claim_folder(run_dir: Path) -> IO[str]:
@@ -60,3 +64,10 @@ def lock_folder(run_dir: Path) -> IO[str]:
 
 def _unwritable(run_dir: Path, error: OSError) -> ConfigError:
     return ConfigError(f"run.dir={run_dir} cannot be written: {error.strerror}; choose another")
+
+
+def write_exit(run_dir: Path | None, code: int | None, error: str | None) -> None:
+    """Write the exit code to `RUN/exit.json`, since an outer launcher may hide it; null while the run goes on."""
+    if run_dir is not None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "exit.json").write_text(json.dumps({"code": code, "error": error}) + "\n")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from megavit.config.experiment import ExperimentConfig
-from megavit.runtime.exits import FAULT, FINISHED, write_exit
+from megavit.runtime.run_dir import FAULT, FINISHED, write_exit
 from megavit.runtime.signals import HELD_BACK, STACK
 from megavit.runtime.startup import gc_paused
 

@@ -6,10 +6,7 @@ Shapes: B images, P patches, K kept ones.
 import torch
 from torch import Tensor
 
-from megavit.parallel.rng import hash_int64
-
-# Sets these draws apart from the augmentation's, which are made for the same samples.
-_MASK = 1000
+from megavit.parallel.rng import RandomStream, hash_int64
 
 
 def random_keep(
@@ -35,7 +32,7 @@ def random_keep(
     """
     keys = (part.unsqueeze(1) for part in (epochs_B, sample_ids_B, occurrences_B))
     patches = torch.arange(num_patches, device=sample_ids_B.device)
-    draws_BP = hash_int64(seed, *keys, _MASK, patches)
+    draws_BP = hash_int64(seed, *keys, RandomStream.MASK, patches)
     return draws_BP.argsort(dim=1, stable=True)[:, :num_kept].sort(dim=1).values
 
 

@@ -24,7 +24,7 @@ def main(overrides: list[str]) -> int:
         overrides: Hydra's `key=value`.
 
     Returns:
-        The exit code (see `megavit.runtime.exits`).
+        The exit code (see `megavit.runtime.run_dir`).
     """
     config: ExperimentConfig | None = None
     run_dir: Path | None = None

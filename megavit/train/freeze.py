@@ -1,19 +1,16 @@
 """Weights that stay as they are, by patterns of their names."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from fnmatch import fnmatch
 
 from megavit.checkpoint.param_mapping import to_timm_name
 from megavit.errors import ConfigError
+from megavit.model.parameters import is_encoder
 from megavit.model.vit import EncoderStage, parameter_names
 from megavit.optim.config import ENCODER
 from megavit.parallel.collectives import gather_objects
 from megavit.parallel.layout import ParallelLayout
-
-# What stands on the encoder; the norm of its pooled features is a part of it.
-_ABOVE = ("head.", "mae_decoder.")
-_NOT_ABOVE = "head.fc_norm."
+from megavit.validation import suggest
 
 
 def freeze(chunks: Mapping[str, EncoderStage], patterns: list[str], *, layout: ParallelLayout) -> None:
@@ -39,7 +36,7 @@ def freeze(chunks: Mapping[str, EncoderStage], patterns: list[str], *, layout: P
 
 def _matches(name: str, pattern: str) -> bool:
     if pattern == ENCODER:
-        return not name.startswith(_ABOVE) or name.startswith(_NOT_ABOVE)
+        return is_encoder(name)
     return fnmatch(_plain(name), pattern)
 
 
@@ -59,8 +56,8 @@ def _check(patterns: list[str], local: list[str], frozen: set[str]) -> None:
         frozen_anywhere |= of_theirs
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
-            near = get_close_matches(pattern, [_plain(name) for name in sorted(names)], n=1)
-            hint = f"did you mean {near[0]}?" if near else "blocks.0.*, patch_embed.*, pos_embed and encoder are such"
+            near = suggest(pattern, [_plain(name) for name in sorted(names)])
+            hint = f"did you mean {near}?" if near else "blocks.0.*, patch_embed.*, pos_embed and encoder are such"
             raise ConfigError(f"optim.freeze: {pattern} names no weight of this network; {hint}")
     if frozen_anywhere == names:
         raise ConfigError(f"optim.freeze={patterns} leaves nothing to train: leave something out of it")

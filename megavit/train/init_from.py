@@ -8,7 +8,8 @@ from megavit.config.experiment import ExperimentConfig
 from megavit.data.class_names import go_by_number
 from megavit.errors import ConfigError
 from megavit.model.config import Positions
-from megavit.model.layers.patch_embed import resize_positions, sincos_positions
+from megavit.model.layers.pos_embed import resize_positions, sincos_positions
+from megavit.model.parameters import POSITIONS, is_classifier, is_decoder, is_final_norm, may_be_missing
 from megavit.model.vit import EncoderStage, parameter_names
 from megavit.parallel.collectives import gather_objects
 from megavit.parallel.layout import ParallelLayout
@@ -16,12 +17,6 @@ from megavit.task.config import TaskName
 from megavit.train.pretrained import Shapes, WeightsInfo, open_weights
 from megavit.validation import format_value
 
-_POSITIONS = "embed.pos_embed"
-_CLASSIFIER = ("head.out.", "head.pre.")
-# What the donor need not have: what stands on the encoder, and the norm that ends it where the head does not.
-_MAY_BE_NEW = ("head.", "mae_decoder.", "blocks.final_layernorm.")
-# The last norm before the classifier, on which its features depend.
-_LAST_NORM = ("head.fc_norm.", "blocks.final_layernorm.")
 # What must be the same there; positions and classifier are seen to apart.
 _ALIKE = ("hidden_size", "ffn_size", "num_heads", "num_layers", "patch_size", "class_tokens", "patch_bias", "qk_norm")
 
@@ -54,18 +49,19 @@ def load_pretrained(
     _refuse_unlike(place, weights_info, config)
     there, here = weight_source.shapes(chunks, layout)
     expected = {name for chunk in chunks.values() for name in parameter_names(chunk)}
-    has_norm = all(name in there for name in expected if name.startswith(_LAST_NORM))
+    # A classifier's features depend on the last norm.
+    has_norm = all(name in there for name in expected if is_final_norm(name))
     keeps_classifier = has_norm and _keeps_classifier(weights_info, config, classes)
-    left = set() if keeps_classifier else {name for name in expected if name.startswith(_CLASSIFIER)}
+    left = set() if keeps_classifier else {name for name in expected if is_classifier(name)}
     full: Shapes = {}
-    if _POSITIONS in expected and (_is_fixed(weights_info) or _grid(weights_info) != _own_grid(config)):
-        left.add(_POSITIONS)
-        full = {} if _is_fixed(weights_info) else {_POSITIONS: there[_POSITIONS]}
+    if POSITIONS in expected and (_is_fixed(weights_info) or _grid(weights_info) != _own_grid(config)):
+        left.add(POSITIONS)
+        full = {} if _is_fixed(weights_info) else {POSITIONS: there[POSITIONS]}
     reinitialised = _agree(place, expected - left, there, here)
     loaded = weight_source.load_into(chunks, expected - left - reinitialised, layout, full=full)
-    if _POSITIONS in left:
-        _fill_positions(chunks, loaded.get(_POSITIONS), weights_info, config)
-    drawn = sorted(set().union(*gather_objects((left - {_POSITIONS}) | reinitialised)))
+    if POSITIONS in left:
+        _fill_positions(chunks, loaded.get(POSITIONS), weights_info, config)
+    drawn = sorted(set().union(*gather_objects((left - {POSITIONS}) | reinitialised)))
     return list(_describe(weights_info, config, drawn))
 
 
@@ -96,7 +92,7 @@ def _agree(place: str, wanted: set[str], there: Shapes, here: Shapes) -> set[str
     absent = {name for name in wanted if name not in there}
     unlike = sorted(name for name in wanted - absent if there[name] != here[name])
     wrong = [f"{name} is {list(there[name])} there and {list(here[name])} here" for name in unlike]
-    wrong += [f"{name} is not there" for name in sorted(absent) if not name.startswith(_MAY_BE_NEW)]
+    wrong += [f"{name} is not there" for name in sorted(absent) if not may_be_missing(name)]
     everyone = [text for texts in gather_objects(wrong) for text in texts]
     if everyone:
         raise ConfigError(f"init_from={place} does not fit this network: {everyone[0]}")
@@ -151,7 +147,7 @@ def _describe(weights_info: WeightsInfo, config: ExperimentConfig, drawn: list[s
     if grid != to_grid and config.model.positions is Positions.learned:
         resized = f"; positions resized from {grid[0]}×{grid[1]} to {to_grid[0]}×{to_grid[1]} patches"
     # A decoder's weights are many, and all of them or none.
-    parts = dict.fromkeys("mae_decoder.*" if name.startswith("mae_decoder.") else name for name in drawn)
+    parts = dict.fromkeys("mae_decoder.*" if is_decoder(name) else name for name in drawn)
     reinitialised = f"; {', '.join(parts)} drawn anew" if parts else ""
     yield f"starts from the weights of {weights_info.called}{resized}{reinitialised}"
     yield from weights_info.notes

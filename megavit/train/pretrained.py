@@ -7,8 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megavit.checkpoint import shards
-from megavit.checkpoint.convert.external_model import ExternalModel, usual_heads
-from megavit.checkpoint.convert.positions import are_sincos
+from megavit.checkpoint.convert.external_model import ExternalModel, are_sincos, usual_heads
 from megavit.checkpoint.convert.read import KINDS, fetch, read_foreign
 from megavit.checkpoint.find import CheckpointRef, resolve_checkpoint
 from megavit.checkpoint.param_mapping import Dims, from_timm, to_timm_name

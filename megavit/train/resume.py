@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.core.optimizer import MegatronOptimizer
-
 from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.config.compose import from_yaml
@@ -38,8 +36,7 @@ class ResumePoint:
         Raises:
             ConfigError: naming the classes that are new, gone or moved.
         """
-        # A checkpoint of an earlier megavit does not name them.
-        if not self.config.task.name.classifies or not self.state.classes:
+        if not self.config.task.name.classifies:
             return
         change = describe_change(self.state.classes, classes)
         if change:
@@ -74,31 +71,11 @@ class ResumePoint:
     def data_warnings(self, num_samples: int) -> list[str]:
         """What the user must know of a run that goes on with so many training images."""
         before = self.state.num_samples
-        if self.state.former_order and self.state.step:
-            return [
-                f"{self.path} was saved by an earlier megavit, whose samples came in another order: of this epoch some "
-                f"come twice and some not at all"
-            ]
         if before in (0, num_samples):
             return []
         return [
             f"the run had {before:,} training images and has {num_samples:,} now: from here on they come in another "
             f"order, and of this epoch some twice and some not at all"
-        ]
-
-    def mend_updates(self, optimizer: MegatronOptimizer) -> list[str]:
-        """Give Adam its count of updates where an earlier megavit has lost it, and say so.
-
-        It saved the first rank's count, which is 0 where that rank's stages are frozen.
-        """
-        groups = [group for group in optimizer.param_groups if "step" in group]
-        if not groups or any(group["step"] for group in groups) or not self.state.step:
-            return []
-        for group in groups:
-            group["step"] = self.state.step
-        return [
-            f"{self.path} has lost Adam's count of updates, as an earlier megavit saved it where the first rank trains "
-            f"nothing; {self.state.step}, the steps of the run, is taken"
         ]
 
 

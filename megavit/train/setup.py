@@ -11,6 +11,7 @@ from megavit.config.train import Compile, Precision
 from megavit.errors import ConfigError
 from megavit.model.init import initialise
 from megavit.model.layers.encoder_layer import EncoderLayer
+from megavit.model.parameters import layer_depth
 from megavit.model.transformer_block import transformer_config
 from megavit.model.vit import EncoderStage, parameter_names
 from megavit.parallel.layout import ParallelLayout
@@ -42,6 +43,11 @@ class ModelSetup:
     def parameters(self) -> dict[torch.nn.Parameter, str]:
         """This rank's parameters, each with its name in the whole network."""
         return {parameter: name for chunk in self.chunks.values() for name, parameter in parameter_names(chunk).items()}
+
+    def depths(self) -> dict[torch.nn.Parameter, int]:
+        """Return the depth of each of this rank's parameters (see `layer_depth`)."""
+        num_layers = self.mcore_config.num_layers
+        return {parameter: layer_depth(name, num_layers=num_layers) for parameter, name in self.parameters.items()}
 
 
 def build_model(config: ExperimentConfig, layout: ParallelLayout, *, num_classes: int) -> ModelSetup:

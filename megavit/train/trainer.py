@@ -15,7 +15,7 @@ from megavit.config.experiment import ExperimentConfig
 from megavit.config.train import OnNonfinite
 from megavit.data.bad_samples import BadSampleTracker
 from megavit.data.loader import Loader
-from megavit.data.sources.registry import open_splits, prepare_index
+from megavit.data.sources.open import open_splits, prepare_index
 from megavit.data.sources.relabel import relabel
 from megavit.errors import ConfigError
 from megavit.metrics.logger import MetricLogger
@@ -28,7 +28,7 @@ from megavit.parallel.collectives import broadcast_from_rank0, wait_for_rank_zer
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
 from megavit.planner.flops import training_flops
-from megavit.runtime.exits import FINISHED, STOPPED
+from megavit.runtime.run_dir import FINISHED, STOPPED
 from megavit.runtime.signals import StopConsensus, StopRequest
 from megavit.train.checkpointer import Checkpointer
 from megavit.train.engine import Engine, prepare_task, wrap_network
@@ -112,7 +112,7 @@ class Trainer:
         # Optimizer and schedule
         peak_lr = config.optim.peak_lr(config.train.global_batch)
         self.optimizer = build_optimizer(
-            self.model, network.mcore_config, config.optim, names=network.parameters, peak_lr=peak_lr
+            self.model, network.mcore_config, config.optim, depths=network.depths(), peak_lr=peak_lr
         )
         self.schedule = build_schedule(
             self.optimizer,
@@ -327,7 +327,6 @@ class Trainer:
         if resume_point is None:
             return
         shards.load(resume_point.path, self.chunks, self.optimizer, averages=self._averages)
-        self.warnings += resume_point.mend_updates(self.optimizer)
         self.last_validation = resume_point.state.metrics
         self.warnings += resume_point.settings_warnings(self.config)
         self.warnings += resume_point.data_warnings(len(self.train_loader.source))

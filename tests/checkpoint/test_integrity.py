@@ -87,7 +87,7 @@ def test_truncated_empty_missing_and_foreign_files_are_found_and_named(checkpoin
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"schema_version": 2}', '{"schema_version": "x"}', '{"step": 1}']
+    "content", ["{", "[]", "{}", '{"schema_version": 3}', '{"schema_version": "x"}', '{"step": 1}']
 )
 def test_a_broken_state_is_named(content, checkpoint):
     (checkpoint / "state.json").write_text(content)
@@ -96,18 +96,23 @@ def test_a_broken_state_is_named(content, checkpoint):
         read_state(checkpoint)
 
 
-def test_the_first_schema_is_read_and_a_later_one_refused(checkpoint):
+@pytest.mark.parametrize("version", [2, 99])
+def test_another_schema_version_is_refused(version, checkpoint):
     path = checkpoint / "state.json"
-    fields = json.loads(path.read_text())
-    for key in ("classes", "due"):
-        del fields[key]
-    path.write_text(json.dumps({**fields, "schema_version": 1}))
-    (checkpoint / FILE).unlink()
-    assert find_fault(checkpoint) is None
-    assert (read_state(checkpoint).step, read_state(checkpoint).due) == (3, True)
-    path.write_text(json.dumps({**fields, "schema_version": 99}))
-    with pytest.raises(ConfigError, match="has schema version 99 and this megavit reads up to 3"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": version}))
+    with pytest.raises(ConfigError, match=f"has schema version {version} and this megavit reads version 3"):
         read_state(checkpoint)
+
+
+def test_a_state_with_a_field_that_is_read_no_longer_is_read(checkpoint):
+    path, before = checkpoint / "state.json", read_state(checkpoint)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "former_order": False}))
+    assert read_state(checkpoint) == before
+
+
+def test_a_missing_manifest_is_a_fault(checkpoint):
+    (checkpoint / FILE).unlink()
+    assert str(find_fault(checkpoint)) == f"{checkpoint}/{FILE} is missing"
 
 
 def flip(path: Path) -> None:

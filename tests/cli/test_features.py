@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from megavit.config.compose import compose
 from megavit.data.sources.digits import Digits
-from megavit.data.sources.registry import open_source
+from megavit.data.sources.open import open_source
 from megavit.model.config import Pool
 from megavit.model.torch_vit import TorchViT
 from tests.distributed import run_ranks

@@ -6,7 +6,7 @@ from PIL import Image
 from megavit.config.compose import compose, from_yaml, to_yaml
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.validate import validate
-from megavit.data.sources.registry import open_source
+from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
 from tests import ranks
 from tests.distributed import run_ranks

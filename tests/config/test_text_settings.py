@@ -19,7 +19,7 @@ from megavit.cluster.registry import get_backend
 from megavit.config.compose import compose, flatten, from_yaml, merge, run_types, to_yaml
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.overrides import read_setting, read_text, types_of, write_text
-from megavit.data.sources.registry import open_source
+from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
 from megavit.runtime.workers import literal
 

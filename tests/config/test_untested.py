@@ -120,7 +120,7 @@ def test_the_summary_names_them_in_one_line():
 
 def _describe(options: list[str]) -> dict[str, list[str]]:
     """Return a run's summary on both devices, from a network without the kernel that the CPU lacks."""
-    from megavit.data.sources.registry import open_splits
+    from megavit.data.sources.open import open_splits
     from megavit.parallel.layout import ParallelLayout
     from megavit.train.setup import build_model
     from megavit.train.summary import describe_run

@@ -24,7 +24,7 @@ from megavit.data.decode import Box, Jpeg, decode_image, open_image
 from megavit.data.loader import Loader
 from megavit.data.prefetch import RequiredFields
 from megavit.data.sampler import SampleKey
-from megavit.data.sources.registry import open_source
+from megavit.data.sources.open import open_source
 from megavit.data.transforms.image import ImageTransform
 from megavit.errors import ConfigError
 

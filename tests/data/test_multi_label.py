@@ -12,7 +12,7 @@ from PIL import Image
 from megavit.config.compose import compose
 from megavit.config.validate import check_task
 from megavit.data.config import DataConfig, OnBadSample
-from megavit.data.sources.registry import open_source
+from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
 from tests.distributed import run_ranks
 from tests.reference import SMALL

@@ -1,6 +1,17 @@
+import numpy as np
+import pytest
 import torch
 
-from megavit.parallel.rng import hash_int64, uniform
+from megavit.data.config import DataConfig
+from megavit.data.loader import Batch
+from megavit.data.permutation import FeistelPermutation
+from megavit.data.sampler import SampleKey
+from megavit.data.transforms.image import ImageTransform
+from megavit.data.transforms.mixup import MixupCutmix
+from megavit.data.transforms.normalize import draw_shifts
+from megavit.data.transforms.random_erasing import Erasing
+from megavit.parallel.rng import RandomStream, hash_int64, uniform
+from megavit.task.masking import random_keep
 
 
 def splitmix64(state: int) -> int:
@@ -34,3 +45,26 @@ def test_uniform_draws_are_uniform_and_independent_of_their_neighbours():
 def test_draws_depend_on_every_part():
     base = int(hash_int64(1, 2, 3))
     assert len({base, int(hash_int64(0, 2, 3)), int(hash_int64(1, 0, 3)), int(hash_int64(1, 3, 2))}) == 4
+
+
+def test_no_two_random_streams_share_a_number():
+    # An enum makes a second name of an equal number an alias, which iteration leaves out.
+    assert len(list(RandomStream)) == len(RandomStream.__members__)
+
+
+def test_each_stream_draws_what_it_drew_before_the_streams_were_one_enum():
+    keys = [SampleKey(3, 1, 0), SampleKey(1_000_003, 2, 1)]
+    config = DataConfig(image_size=[32, 32], mixup=0.8, cutmix=1.0, random_erasing=0.9)
+    batch = Batch(None, None, torch.ones(2, dtype=torch.bool), keys, augmented=True)
+    assert draw_shifts(keys, pixels=50, seed=7) == [[46, -50], [4, -28]]
+    assert ImageTransform(config, augment=True).sample_seeds(keys, seed=7) == [1325491211526856125, 1599069861667705805]
+    mix = MixupCutmix(config, seed=7).draw(batch)
+    assert mix.share_B.tolist() == pytest.approx([0.2534, 0.2023], abs=5e-5)
+    assert [mix.boxes.top.tolist(), mix.boxes.left.tolist()] == [[9, 8], [20, 23]]
+    erasing = Erasing(config, seed=7)
+    assert erasing.erased(batch).tolist() == [0, 1]
+    assert [edge.tolist() for edge in erasing.boxes(batch)] == [[15, 3], [2, 5], [22, 29], [24, 14]]
+    kept = random_keep(*batch.key_columns(), 16, num_kept=4, seed=7)
+    assert kept.tolist() == [[3, 5, 13, 14], [6, 11, 13, 15]]
+    orders = [FeistelPermutation(size, key=(7, 2))(np.arange(6)).tolist() for size in (100, 100_000)]
+    assert orders == [[76, 88, 80, 29, 25, 71], [57045, 22439, 59146, 17648, 27735, 72920]]

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from megavit.runtime.restarts import cluster_exit_code
+from megavit.runtime.torchrun import cluster_exit_code
 
 
 @pytest.fixture

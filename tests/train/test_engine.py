@@ -198,7 +198,6 @@ def test_without_a_compiler_it_is_refused_with_the_way_out(monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "world", "message"),
     [
-        (["parallel.cp=2"], 2, "context parallelism does not work yet; set parallel.cp=1"),
         (["parallel.vpp=2"], 1, "parallel.pp=1 has none"),
         ([*VPP, "train.micro_batch=64"], 2, "micro batches per step in multiples of parallel.pp=2, .* = 1"),
         (["parallel.overlap_p2p=true", "parallel.pp=2"], 2, "needs an interleaved pipeline"),

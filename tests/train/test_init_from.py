@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from megavit.config.validate import validate
-from megavit.model.layers.patch_embed import resize_positions, sincos_positions
+from megavit.model.layers.pos_embed import resize_positions, sincos_positions
 from tests.checkpoint.convert.test_convert_nemo import nemo_weights
 from tests.distributed import run_ranks
 from tests.reference import SMALL
@@ -23,8 +23,8 @@ LARGER = ["data.source=synthetic", "data.num_classes=10", "data.num_samples=64",
 
 def begin(overrides: list[str]) -> dict:
     """A run's whole weights by timm's names before its first step, on rank 0; what it says; its optimizer's copy."""
-    from megavit.checkpoint.full_state import gather_full_state_dict
     from megavit.checkpoint.param_mapping import to_timm
+    from megavit.checkpoint.shards import gather_full_state_dict
     from megavit.config.compose import compose
     from megavit.parallel.layout import world_size_from_environment
     from megavit.train.trainer import Trainer
@@ -167,7 +167,7 @@ def test_another_librarys_file_serves_as_it_is_in_any_layout(tmp_path):
 
 def test_an_encoder_alone_of_a_masked_autoencoder_has_its_fixed_positions(autoencoder, tmp_path):
     assert run_command("convert", f"from={autoencoder}", f"to=mae:{tmp_path / 'full.pth'}")[0] == 0
-    full = torch.load(tmp_path / "whole.pth", weights_only=True)["model"]
+    full = torch.load(tmp_path / "full.pth", weights_only=True)["model"]
     alone = {name: weight for name, weight in full.items() if not name.startswith(("decoder", "mask_token"))}
     torch.save({"model": alone}, tmp_path / "encoder.pth")
     got = start(tmp_path, f"init_from=mae:{tmp_path / 'encoder.pth'}", "task=linear_probe", "model.positions=sincos")

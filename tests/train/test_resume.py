@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from megavit.checkpoint.manifest import describe, write_manifest
 from tests import ranks
 from tests.distributed import run_ranks
 from tests.reference import SMALL
@@ -93,22 +92,6 @@ def test_adam_keeps_its_count_of_updates_where_a_rank_trains_nothing(frozen, bef
     figure(f"{frozen} frozen, {before} then {after}: largest |Δloss| {worst:.1e} in 12 steps")
     # Measured over all pairs: 3.6e-7.
     assert worst <= 5e-6
-
-
-def test_a_count_of_updates_that_an_earlier_megavit_lost_is_the_count_of_steps(tmp_path):
-    run = [*SMALL, "optim.warmup_steps=0", "train.steps=6"]
-    want = run_ranks(ranks.train_and_keep, 1, [*run, f"run.dir={tmp_path}/whole"])[0]
-    run_ranks(ranks.train_and_keep, 1, [*run, f"run.dir={tmp_path}/parts", "train.stop_at=3"])
-    checkpoint = tmp_path / "parts" / "checkpoints" / "step_00000003"
-    common = torch.load(checkpoint / "common.pt", weights_only=True)
-    for group in common["optimizer"]["optimizer"]["param_groups"]:
-        group["step"] = 0
-    torch.save(common, checkpoint / "common.pt")
-    names = [path.name for path in checkpoint.iterdir() if path.name != "manifest.json"]
-    write_manifest(checkpoint, describe(checkpoint, names))
-    got = run_ranks(ranks.train_and_keep, 1, [*run, f"run.dir={tmp_path}/parts"])[0]
-    assert got["losses"] == want["losses"]
-    assert "has lost Adam's count of updates" in (tmp_path / "parts" / "train.log").read_text()
 
 
 def test_buckets_of_another_size_continue_the_same_run(tmp_path, figure):

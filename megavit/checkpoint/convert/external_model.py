@@ -1,9 +1,10 @@
-"""A model of another library: its sizes as ours, its weights by plain name."""
+"""A model of another library: its sizes as a `ModelConfig`, its weights by timm's names."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megavit.checkpoint.convert.hf_mapping import NameMapping
@@ -12,12 +13,13 @@ from megavit.checkpoint.convert.tensor_files import TensorFiles
 from megavit.checkpoint.param_mapping import TABLE
 from megavit.errors import ConfigError
 from megavit.model.config import ModelConfig, Pool, Positions
+from megavit.model.layers.pos_embed import sincos_positions
 from megavit.validation import format_value
 
-# Heads cannot be seen in the weights: width and layers tell the named sizes; others have heads of 64.
+# (width, layers): heads. Weights do not show the number of heads; sizes that are not listed have heads of width 64.
 _HEADS = {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16, (1152, 27): 16}
 
-# What theirs has and the network does not need.
+# Weights of other libraries that the network does not use.
 _UNUSED = ("pooler.dense.weight", "pooler.dense.bias", "vit.pooler.dense.weight", "vit.pooler.dense.bias")
 
 
@@ -26,17 +28,17 @@ class ExternalModel:
     """A model of another library.
 
     Attributes:
-        model: its sizes, as ours.
+        model: its sizes, as a model group.
         image_size: [height, width] in pixels.
         channels: of an image.
-        classes: names, in the order of the scores; empty of a masked autoencoder or a model without a head.
-        files: with its weights.
-        mapping: of the names there.
-        pixels: how it sees an image.
-        assumed: settings of the model group that its files do not state, each with what was taken, in words.
-        notes: for the user, a line each.
-        other_pooling: how its classifier pools, in words, where ours cannot pool like that.
-        decoder: a masked autoencoder's other sizes: settings of the task group.
+        classes: names, in the order of the scores; empty for a masked autoencoder or a model without a head.
+        files: that hold its weights.
+        mapping: of timm's names to the names in the files.
+        pixels: how it preprocesses images.
+        assumed: settings of the model group that its files do not state, each with a description of the assumption.
+        notes: lines for the user.
+        other_pooling: description of its classifier's pooling, if megavit's head cannot pool like that; else None.
+        decoder: a masked autoencoder's decoder sizes, as settings of the task group.
     """
 
     model: ModelConfig
@@ -52,7 +54,7 @@ class ExternalModel:
     decoder: dict[str, Any] = field(default_factory=dict)
 
     def assumptions(self, *, typed: Iterable[str] = ()) -> list[str]:
-        """What its files do not state and was taken as usual, a line for the network and one for the pixels.
+        """Describe what its files do not state and was assumed: a line for the network and one for the pixels.
 
         Args:
             typed: settings that the user types.
@@ -67,10 +69,10 @@ class ExternalModel:
         return lines
 
     def weight(self, timm_name: str) -> Tensor:
-        """One weight by its plain name.
+        """Return one weight by timm's name.
 
         Raises:
-            ConfigError: if it is not there.
+            ConfigError: if it is missing.
         """
         try:
             return self.mapping.weight(timm_name)
@@ -78,7 +80,7 @@ class ExternalModel:
             raise ConfigError(f"the model has no weight {error}, which {timm_name} is made of") from error
 
     def unread(self, wanted: Iterable[str]) -> list[str]:
-        """Their names that none of the wanted plain ones is made of."""
+        """Return the names in the files that none of the wanted weights is made of."""
         fixed = ["decoder_pos_embed"] if self.decoder else []
         if self.model.positions is Positions.sincos:
             fixed.append("pos_embed")
@@ -86,7 +88,7 @@ class ExternalModel:
         return sorted(name for name in self.files if name not in used and name not in _UNUSED)
 
     def unknown(self) -> list[str]:
-        """Their names that no network of ours has a place for, whatever stands on its encoder."""
+        """Return the names in the files that no megavit network has a parameter for, whatever its head."""
         layers, decoder = self.model.num_layers, self.decoder.get("decoder_num_layers", 0)
         known = []
         for row in TABLE:
@@ -98,17 +100,17 @@ class ExternalModel:
         try:
             return bool(self.mapping.names(timm_name))
         except ConfigError:
-            # Theirs has no such part at all.
+            # The library's model has no such part.
             return False
 
 
 def usual_heads(width: int, layers: int) -> int:
-    """How many heads a model of these sizes has where nobody says."""
+    """Return the usual number of heads for a width and a number of layers."""
     return _HEADS.get((width, layers), max(1, width // 64))
 
 
 def network_words(model: ModelConfig) -> dict[str, str]:
-    """What weights alone do not tell of a network, each setting in words."""
+    """Describe each setting that weights alone do not determine."""
     pooled = "class token" if model.pool is Pool.cls else "mean of the patches"
     heads = f"{model.num_heads} head{'s' if model.num_heads > 1 else ''}"
     eps = f"eps {model.norm_eps:g}".replace("e-0", "e-")
@@ -116,6 +118,26 @@ def network_words(model: ModelConfig) -> dict[str, str]:
 
 
 def written(key: str, value: Any) -> str:
-    """A setting as it is typed."""
+    """Return a setting as it is typed."""
     text = str(format_value(value)).lower() if isinstance(value, bool) else str(format_value(value))
     return f"{key}={text}".replace(" ", "")
+
+
+def are_sincos(positions_NH: Tensor, grid: tuple[int, int], *, class_tokens: int) -> bool:
+    """Return whether positions are those of `sincos_positions`, which other libraries store as weights."""
+    if positions_NH.shape[1] % 4:
+        return False
+    ours_NH = sincos_positions(grid, positions_NH.shape[1], class_tokens=class_tokens)
+    # They were computed in another precision and order.
+    return torch.allclose(positions_NH.float(), ours_NH, atol=1e-5)
+
+
+def choose_positions(external: ExternalModel) -> None:
+    """Set a masked autoencoder's `model.positions`; its decoder's positions must be sine and cosine."""
+    grid, tokens = external.model.patch_grid(external.image_size), external.model.class_tokens
+    if are_sincos(external.weight("pos_embed")[0], grid, class_tokens=tokens):
+        external.model.positions = Positions.sincos
+    if not are_sincos(external.weight("decoder_pos_embed")[0], grid, class_tokens=tokens):
+        raise ConfigError(
+            "the decoder's positions are no sine and cosine of the patches' places, which ours always are"
+        )

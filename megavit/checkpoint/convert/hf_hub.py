@@ -1,4 +1,4 @@
-"""What goes beside the weights into Hugging Face's folder, and onto its hub."""
+"""The files beside the weights in a Hugging Face folder, and the upload to the hub."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from megavit.model.config import Head, ModelConfig, Pool
 
 
 def check_hf_compatible(model: ModelConfig, data: DataConfig, *, is_mae: bool) -> None:
-    """Raise ConfigError, naming the setting, where Hugging Face's ViT or ViTMAE has no such part."""
+    """Raise ConfigError, naming the setting, if Hugging Face's ViT or ViTMAE has no such part."""
     reasons = {
         f"model.class_tokens={model.class_tokens}": model.class_tokens != 1,
         f"model.pool={model.pool.value}": model.pool is not Pool.cls and not is_mae,
@@ -37,14 +37,14 @@ def check_hf_compatible(model: ModelConfig, data: DataConfig, *, is_mae: bool) -
 def hf_config(
     model: ModelConfig, data: DataConfig, classes: tuple[str, ...], dtype: str, *, decoder: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The content of `config.json`.
+    """Return the content of `config.json`.
 
     Args:
         model: the run's model group.
         data: the run's data group.
         classes: class names, in the order of the scores; empty for a model without a classifier.
         dtype: fp32, bf16 or fp16.
-        decoder: ViTMAE's own settings; None for a classifier.
+        decoder: settings of ViTMAE's decoder; None for a classifier.
     """
     size = data.image_size
     settings: dict[str, Any] = {
@@ -75,7 +75,7 @@ def hf_config(
 
 
 def hf_preprocessor(data: DataConfig) -> dict[str, Any]:
-    """The content of `preprocessor_config.json`: images as the run evaluated them."""
+    """Return the content of `preprocessor_config.json`: images as the run evaluated them."""
     full = {"height": data.image_size[0], "width": data.image_size[1]}
     if data.crop_pct is None:
         view = {"size": full, "do_center_crop": False}
@@ -97,7 +97,7 @@ def hf_preprocessor(data: DataConfig) -> dict[str, Any]:
 
 
 def model_card(name: str, model: ModelConfig, data: DataConfig, checkpoint: Path) -> str:
-    """The content of the folder's `README.md`."""
+    """Return the content of the folder's `README.md`."""
     state = json.loads((checkpoint / "state.json").read_text())
     results = "\n".join(f"- {metric}: {value}" for metric, value in state["metrics"].items()) or "- none"
     return (
@@ -109,7 +109,7 @@ def model_card(name: str, model: ModelConfig, data: DataConfig, checkpoint: Path
 
 
 def push(folder: Path, repository: str) -> None:
-    """Copy a folder to the hub; a repository that is made for it is private.
+    """Upload a folder to the hub; a new repository is private.
 
     Raises:
         ConfigError: if the hub cannot be reached or refuses.
@@ -122,7 +122,7 @@ def push(folder: Path, repository: str) -> None:
         api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Converted by megavit")
     except Exception as error:
-        # Without a network its HTTP library raises errors of its own, which are no OSError.
+        # Without a network the hub's HTTP library raises its own errors, which are not OSErrors.
         known = (OSError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError)
         if not isinstance(error, known) and not type(error).__module__.startswith("httpx"):
             raise

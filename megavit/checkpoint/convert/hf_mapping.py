@@ -1,7 +1,6 @@
-"""Weight names of other libraries beside the plain models' (see `names.py`), as one two-sided table per format.
+"""Weight names of other libraries and timm's (see `param_mapping.py`), as one two-sided table per format.
 
-timm's names are the plain ones, and so are those of facebookresearch/mae; Hugging Face keeps queries, keys and values
-apart and names every part anew.
+facebookresearch/mae uses timm's names; Hugging Face stores queries, keys and values separately and has other names.
 """
 
 import re
@@ -21,9 +20,9 @@ Read = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class HfRow:
-    """One line of Hugging Face's table: a plain name and the names whose rows, one under the other, it is.
+    """One row: timm's name, and Hugging Face's names, whose weights are concatenated by rows.
 
-    `#` stands for the layer's number.
+    `#` is the layer's number.
     """
 
     timm_name: str
@@ -68,7 +67,7 @@ HF_TABLE = (
 )
 _HF_BY_PLAIN = {row.timm_name: row.theirs for row in HF_TABLE}
 
-# Other spellings of theirs: those that transformers 5 has in memory, and what its save_pretrained makes of a decoder.
+# Other spellings of Hugging Face's: in memory in transformers 5, and of a decoder written by its save_pretrained.
 _HF_SPELLINGS = (
     (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
     (r"^vit\.layers\.", "vit.encoder.layer."),
@@ -82,7 +81,7 @@ _HF_SPELLINGS = (
 
 
 def hf_spelling(name: str) -> str:
-    """Hugging Face's name as its files on the hub spell it, with the `vit.` that a bare ViTModel leaves away."""
+    """Return a name as the files on the hub spell it, with the prefix `vit.` that a bare ViTModel omits."""
     if name.startswith(("embeddings.", "encoder.", "layers.", "layernorm.")):
         name = f"vit.{name}"
     for pattern, mapping in _HF_SPELLINGS:
@@ -91,10 +90,10 @@ def hf_spelling(name: str) -> str:
 
 
 def hf_names(timm_name: str) -> tuple[str, ...]:
-    """Hugging Face's names for a plain one, in order.
+    """Return Hugging Face's names for timm's name, in order.
 
     Raises:
-        ConfigError: if theirs has no such part.
+        ConfigError: if Hugging Face's model has no such part.
     """
     number = re.search(r"blocks\.(\d+)\.", timm_name)
     layer = number.group(1) if number else ""
@@ -105,28 +104,28 @@ def hf_names(timm_name: str) -> tuple[str, ...]:
 
 
 def from_hf(read: Read, timm_name: str) -> Tensor:
-    """A plain weight out of theirs."""
+    """Join Hugging Face's weights to timm's weight."""
     return torch.cat([read(name) for name in hf_names(timm_name)])
 
 
 def to_hf(timm_name: str, weight: Tensor) -> dict[str, Tensor]:
-    """Theirs out of a plain weight."""
+    """Split timm's weight into Hugging Face's."""
     names = hf_names(timm_name)
     return {name: part.contiguous() for name, part in zip(names, weight.chunk(len(names)), strict=True)}
 
 
 def join_prefix(read: Read, names: Iterable[str], *, num_patches: int) -> dict[str, Tensor]:
-    """Timm's class and register tokens as one tensor, and positions for each of them.
+    """Join timm's class and register tokens to one tensor, with positions for each of them.
 
-    Models without positions for those tokens (`no_embed_class`) get zeros, which is the same.
+    Models without positions for those tokens (`no_embed_class`) get zeros, which is equivalent.
 
     Args:
-        read: a weight by timm's name.
-        names: that there are.
-        num_patches: of an image.
+        read: returns a weight by timm's name.
+        names: of the weights in the files.
+        num_patches: per image.
 
     Returns:
-        `cls_token` and `pos_embed`, as far as there are any.
+        `cls_token` and `pos_embed`, those that the model has.
     """
     there = set(names)
     tokens = [read(name) for name in ("cls_token", "reg_token") if name in there]
@@ -142,10 +141,10 @@ def join_prefix(read: Read, names: Iterable[str], *, num_patches: int) -> dict[s
 
 
 def split_prefix(timm_weights: dict[str, Tensor], *, pools_class_token: bool, learned: bool) -> dict[str, Tensor]:
-    """The inverse of `join_prefix`: the first token is the class token where it is pooled, the others are registers.
+    """Invert `join_prefix`: the first token is the class token if it is pooled; the others are registers.
 
     Args:
-        timm_weights: weights of the plain model; `cls_token` and `pos_embed` are looked at.
+        timm_weights: by timm's names; only `cls_token` and `pos_embed` are read.
         pools_class_token: whether the head reads the first token.
         learned: whether positions are learned.
     """
@@ -168,26 +167,26 @@ def split_prefix(timm_weights: dict[str, Tensor], *, pools_class_token: bool, le
 
 
 class NameMapping(Protocol):
-    """How one library's files spell plain weights."""
+    """Maps timm's names to the weights in one library's files."""
 
     def names(self, timm_name: str) -> tuple[str, ...]:
-        """The names in the files of what a plain weight is made of; some may not be there."""
+        """Return the names in the files that a weight is made of; some may be missing."""
 
     def weight(self, timm_name: str) -> Tensor:
-        """A plain weight.
+        """Return a weight by timm's name.
 
         Raises:
-            KeyError: naming what is not there.
+            KeyError: naming the weight that is missing.
         """
 
 
 class TimmMapping:
-    """timm's and facebookresearch/mae's.
+    """Mapping for timm and facebookresearch/mae.
 
     Args:
-        read: a weight by its name in the files.
-        there: those names.
-        num_patches: of an image.
+        read: returns a weight by its name in the files.
+        there: the names in the files.
+        num_patches: per image.
     """
 
     def __init__(self, read: Read, there: Iterable[str], *, num_patches: int) -> None:
@@ -205,7 +204,7 @@ class TimmMapping:
 
 
 class HfMapping:
-    """Hugging Face's (see `TimmMapping`)."""
+    """Mapping for Hugging Face (see `TimmMapping`)."""
 
     def __init__(self, read: Read, there: Iterable[str]) -> None:
         self._read, self._aliases = read, {hf_spelling(name): name for name in there}
@@ -220,13 +219,13 @@ class HfMapping:
 
 
 class NemoMapping:
-    """NVIDIA NeMo's (see `TimmMapping`).
+    """Mapping for NVIDIA NeMo (see `TimmMapping`).
 
     Args:
-        read: a weight by its name in the files.
-        there: those names.
-        dims: of the model.
-        two_matrices: whether its head has two.
+        read: returns a weight by its name in the files.
+        there: the names in the files.
+        dims: sizes of the model.
+        two_matrices: whether the head has two matrices.
     """
 
     def __init__(self, read: Read, there: Iterable[str], dims: Dims, *, two_matrices: bool) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face's image processors: what ViT's and DeiT's do, as settings of the data group.
+"""Hugging Face's image processors of ViT and DeiT, as settings of the data group.
 
 Source: transformers 5.24, `image_processing_backends.py`: resize, centre crop, rescale, normalise, in this order.
 """
@@ -14,7 +14,7 @@ from megavit.errors import ConfigError
 
 _FILE, _OF_PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
-# By the first part of the class's name: what its file need not state.
+# Defaults by the first part of the class's name, for what its file does not state.
 _VIT = {
     "resample": 2,
     "image_mean": 0.5,
@@ -35,26 +35,26 @@ _DEIT = {
 _DEFAULTS: dict[str, dict[str, Any]] = {"ViT": _VIT, "DeiT": _VIT | _DEIT}
 _CLASS_ENDINGS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
 
-# Of Pillow.
+# Pillow's codes.
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
 def read_processor(
     folder: Path, *, image_size: list[int], channels: int, typed: Collection[str]
 ) -> tuple[Pixels, list[str]]:
-    """How a folder's processor makes images for its model.
+    """Read how a folder's processor preprocesses images.
 
     Args:
         folder: of the model.
         image_size: [height, width] in pixels that the model takes.
         channels: of an image.
-        typed: data settings that the user types; what the files say of them is not read.
+        typed: data settings that the user types; they are not read from the files.
 
     Returns:
         The settings, and notes for the user.
 
     Raises:
-        ConfigError: if megavit cannot see the same pixels.
+        ConfigError: if megavit cannot produce the same pixels.
     """
     found = _read(folder)
     if found is None:
@@ -78,7 +78,7 @@ def read_processor(
 
 
 def _read(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The file that states a processor's settings, and these; transformers looks in this order."""
+    """Return the file with a processor's settings, and the settings; transformers searches in this order."""
     nested = folder / _OF_PROCESSOR
     if nested.is_file():
         settings = read_object(nested).get("image_processor")
@@ -89,11 +89,11 @@ def _read(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 class _Processor:
-    """One processor's settings, missing ones as its class has them.
+    """One processor's settings, with its class's defaults for missing ones.
 
     Args:
-        file: that states them, for the errors.
-        settings: as stated.
+        file: of the settings, for errors.
+        settings: content of the file.
     """
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
@@ -101,22 +101,22 @@ class _Processor:
         named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "ViTImageProcessor"
         known = {f"{kind}{ending}": kind for kind in _DEFAULTS for ending in _CLASS_ENDINGS}
         self._unknown = named if named not in known else None
-        # Null is stated: false, or no value, and not the class's default.
+        # An explicit null means false or no value, not the class's default.
         self._stated = settings
         self._settings = _DEFAULTS.get(known.get(named, ""), {}) | settings
 
     def get(self, key: str) -> Any:
-        """A setting, None where neither the file nor its class states it.
+        """Return a setting; None if neither the file nor its class has it.
 
         Raises:
-            ConfigError: if the file does not state it and its class is not known.
+            ConfigError: if the file does not have it and the class is not known.
         """
         if self._unknown is not None and key not in self._settings:
             raise self._unknown_class(f"states no {key}")
         return self._settings.get(key)
 
     def normalisation(self, channels: int) -> tuple[list[float], list[float]]:
-        """Mean and deviation of values in [0, 1], another scale of theirs folded in."""
+        """Return mean and standard deviation for values in [0, 1], including the processor's rescaling."""
         mean, std = [0.0] * channels, [1.0] * channels
         if self.get("do_normalize"):
             mean, std = (numbers(self.get(key), channels, self._name(key)) for key in ("image_mean", "image_std"))
@@ -127,7 +127,7 @@ class _Processor:
         return [value / scale for value in mean], [value / scale for value in std]
 
     def interpolation(self) -> Interpolation:
-        """Of the resizing."""
+        """Return the interpolation of the resizing."""
         resample = self.get("resample") if self.get("do_resize") else _VIT["resample"]
         name = _RESAMPLE.get(resample) if isinstance(resample, int) else None
         if name not in {choice.value for choice in Interpolation}:
@@ -138,7 +138,7 @@ class _Processor:
         return Interpolation(name)
 
     def crop_pct(self, image_size: list[int]) -> float | None:
-        """The share that the centre crop keeps of an image resized by its shorter side; None where it is squashed."""
+        """Return the share kept by the centre crop of an image resized by its shorter side; None without a crop."""
         if self._unknown is not None:
             raise self._unknown_class("may have steps of its own")
         for key in ("do_pad", "do_flip_channel_order"):
@@ -162,7 +162,7 @@ class _Processor:
                 raise self._refusal(f"resizes to {list(resized)}, whatever its proportions, and takes {list(crop)}")
             if "size" in self._stated or crop is not None:
                 self._require_size(resized, image_size)
-            # transformers' 224 for a size that nobody states is none that another model takes.
+            # transformers' default of 224 does not fit a model of another size.
             return None
         cut = f"crop_size={list(crop)}" if crop is not None else "no centre crop"
         raise self._refusal(f"has size={size} and {cut}")

@@ -1,4 +1,4 @@
-"""JSON beside weights: an object whose values are not trusted to have the right type."""
+"""Read JSON files beside weights, and check the types of their values."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ from megavit.errors import ConfigError
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a file.
+    """Return the JSON object in a file.
 
     Raises:
-        ConfigError: if it cannot be read, or is no JSON object.
+        ConfigError: if it cannot be read, or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text())
@@ -25,14 +25,14 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def positive(value: Any, name: str) -> int:
-    """A whole number of at least 1.
+    """Check that a value is an integer of at least 1.
 
     Args:
-        value: out of a JSON file.
-        name: of the file and key, for the error.
+        value: from a JSON file.
+        name: file and key, for the error.
 
     Raises:
-        ConfigError: if it is none.
+        ConfigError: if it is not.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
@@ -40,7 +40,7 @@ def positive(value: Any, name: str) -> int:
 
 
 def height_width(value: Any, name: str) -> tuple[int, int]:
-    """One side of a square, or [height, width] (see `positive`)."""
+    """Return [height, width], from one side of a square or both (see `positive`)."""
     sides = list(value) if isinstance(value, list | tuple) else [value, value]
     if len(sides) != 2:
         raise ConfigError(f"{name}={value!r} must be one side or [height, width]")
@@ -48,7 +48,7 @@ def height_width(value: Any, name: str) -> tuple[int, int]:
 
 
 def square_patch(value: Any, name: str) -> int:
-    """The side of a square patch, from one side or [height, width].
+    """Return the side of a square patch, from one side or [height, width].
 
     Raises:
         ConfigError: if the patch is not square.
@@ -60,15 +60,15 @@ def square_patch(value: Any, name: str) -> int:
 
 
 def numbers(value: Any, count: int, name: str) -> list[float]:
-    """Numbers, one per channel; a single one is every channel's.
+    """Return one number per channel; a single number is repeated.
 
     Args:
-        value: out of a JSON file.
-        count: channels.
-        name: of the file and key, for the error.
+        value: from a JSON file.
+        count: number of channels.
+        name: file and key, for the error.
 
     Raises:
-        ConfigError: if they are no numbers, or of another count.
+        ConfigError: if they are not numbers, or not as many.
     """
     values = list(value) if isinstance(value, list | tuple) else [value]
     if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in values):

@@ -1,6 +1,6 @@
-"""NVIDIA NeMo's names beside the plain models' (see `names.py`): its ViT of 8 class tokens, as it was until NeMo 2.
+"""NVIDIA NeMo's parameter names and timm's (see `param_mapping.py`): its ViT with 8 class tokens, until NeMo 2.
 
-A patch's values lie row, column, channel there; queries, keys and values head by head, as ours.
+NeMo orders a patch's values row, column, channel, and queries, keys and values head by head, as megavit does.
 
 Shapes: H hidden, C channels, p patch side, V = p²·C, N tokens.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megavit.checkpoint.param_mapping import Dims, ParamMapping, find_row, heads_to_parts, parts_to_heads
 
-# Before every name, in a model that O2 had wrapped too.
+# Prefix of every name that is written; models trained with O2 have further ones.
 PREFIX = "model."
 _PREFIXES = re.compile(r"^(?:model\.|module\.)*")
 
@@ -63,27 +63,27 @@ TABLE = (
     ),
 )
 
-# What pre-training has of a head, and what fine-tuning has.
+# The head of pre-training, and that of fine-tuning.
 _TWO_MATRICES = (("head.dense_in", "pre_logits.0"), ("head.dense_out", "head"))
 _ONE_MATRIX = (("head", "head"),)
 
 
 def table(*, two_matrices: bool) -> tuple[ParamMapping, ...]:
-    """The rows of a model with one head or the other."""
+    """Return the rows of a model with one or two matrices in its head."""
     heads = _TWO_MATRICES if two_matrices else _ONE_MATRIX
     return (*TABLE, *(ParamMapping(f"{a}.{leaf}", f"{b}.{leaf}") for leaf in ("weight", "bias") for a, b in heads))
 
 
 def bare(name: str) -> str:
-    """A name of theirs without what wrapped the model."""
+    """Return a NeMo name without the prefixes of wrappers."""
     return _PREFIXES.sub("", name)
 
 
 def nemo_row(timm_name: str, *, two_matrices: bool) -> tuple[ParamMapping, str]:
-    """The row of a plain name, and theirs.
+    """Return the row of a timm name, and NeMo's name.
 
     Raises:
-        KeyError: if theirs has no such part.
+        KeyError: if NeMo's model has no such part.
     """
     row, layer = find_row({row.timm_name: row for row in table(two_matrices=two_matrices)}, timm_name)
     return row, row.name.replace("#", layer)

@@ -1,11 +1,11 @@
-"""Architectures that are near a plain Vision Transformer, told by the names of their weights."""
+"""Recognise architectures that resemble a plain Vision Transformer by the names of their weights."""
 
 import re
 
 from megavit.checkpoint.convert.tensor_files import TensorFiles
 from megavit.errors import ConfigError
 
-# A name that only they have, and what they are.
+# A weight name that only this architecture has, and a description of it.
 _SIGNS = (
     (r"dist_token", "a distilled DeiT, with a distillation token and two heads"),
     (r"attn_pool\..*", "SigLIP's ViT or another that pools by attention"),
@@ -21,11 +21,11 @@ _SIGNS = (
 
 
 def refuse_other_architectures(place: str, files: TensorFiles) -> None:
-    """Raise ConfigError, with what they look like, for weights that are no plain ViT's.
+    """Raise ConfigError, naming the architecture, for weights that are not a plain ViT's.
 
     Args:
-        place: of the weights, for the error.
-        files: with them.
+        place: path or id of the weights, for the error.
+        files: that hold the weights.
     """
     for pattern, what in _SIGNS:
         found = next((name for name in files if re.fullmatch(pattern, name)), None)

@@ -1,11 +1,11 @@
-"""How another library's model sees an image, as settings of the data group."""
+"""How another library's model preprocesses images, as settings of the data group."""
 
 import math
 from dataclasses import dataclass
 
 from megavit.data.config import PIXEL_SETTINGS, Interpolation
 
-# Of facebookresearch/mae, timm's DeiT and NeMo.
+# Used by facebookresearch/mae, timm's DeiT and NeMo.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -15,7 +15,7 @@ class Pixels:
 
     Attributes:
         mean, std: per channel, of values in [0, 1].
-        crop_pct: share of the resized image that the centre crop keeps; None resizes the whole image.
+        crop_pct: share of the resized image that the centre crop keeps; None for no crop.
         interpolation: of the resizing.
         assumed: which of `PIXEL_SETTINGS` the files do not state.
     """
@@ -28,12 +28,12 @@ class Pixels:
 
 
 def assumed_pixels(channels: int, *, crop_pct: float | None, interpolation: Interpolation) -> Pixels:
-    """Images in [-1, 1], as most of timm's ViTs and Google's take them."""
+    """Return pixels in [-1, 1], as most of timm's and Google's ViTs use."""
     return Pixels([0.5] * channels, [0.5] * channels, crop_pct, interpolation, PIXEL_SETTINGS)
 
 
 def imagenet_pixels(channels: int, *, crop_pct: float | None) -> Pixels:
-    """ImageNet's mean and deviation, which are of three channels; others take their average."""
+    """Return ImageNet's mean and standard deviation; their average for images without three channels."""
     mean, std = list(IMAGENET_MEAN), list(IMAGENET_STD)
     if channels != len(mean):
         mean, std = [sum(mean) / len(mean)] * channels, [sum(std) / len(std)] * channels
@@ -42,10 +42,10 @@ def imagenet_pixels(channels: int, *, crop_pct: float | None) -> Pixels:
 
 
 def crop_share(side: int, shorter: int) -> float:
-    """The `data.crop_pct` by which a crop of `side` is taken of images whose shorter side is `shorter`.
+    """Return the `data.crop_pct` for a centre crop of `side` pixels from images with a shorter side of `shorter`.
 
-    Evaluation resizes to floor(side / crop_pct); of the shares that give `shorter` this is one of the fewest
-    decimals: 0.875 for 224 of 256, 0.9 for 224 of 248.
+    Evaluation resizes to floor(side / crop_pct); of the shares that give `shorter`, one with the fewest decimals is
+    returned: 0.875 for 224 of 256, 0.9 for 224 of 248.
     """
     for decimals in range(1, 16):
         share = math.floor(side / shorter * 10**decimals) / 10**decimals

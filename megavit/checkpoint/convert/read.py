@@ -1,15 +1,14 @@
-"""Weights of another library read into a configuration and tensors."""
+"""Read a model of another library into a configuration and tensors."""
 
 import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megavit.checkpoint.convert.external_model import ExternalModel, network_words, usual_heads
+from megavit.checkpoint.convert.external_model import ExternalModel, choose_positions, network_words, usual_heads
 from megavit.checkpoint.convert.hf_mapping import TimmMapping
 from megavit.checkpoint.convert.other_architectures import refuse_other_architectures
 from megavit.checkpoint.convert.pixels import assumed_pixels, imagenet_pixels
-from megavit.checkpoint.convert.positions import choose_positions
 from megavit.checkpoint.convert.read_hf import read_hf
 from megavit.checkpoint.convert.read_nemo import read_nemo
 from megavit.checkpoint.convert.read_timm import TimmConfig, find_weights_file, read_timm_config
@@ -18,7 +17,7 @@ from megavit.data.config import Interpolation
 from megavit.errors import ConfigError
 from megavit.model.config import ModelConfig, Pool
 
-# Other libraries' forms, as a user writes them before the colon.
+# The formats of other libraries, as a user types them before the colon.
 KINDS = ("hf", "timm", "mae", "nemo")
 _HUB_FILES = ["*.json", "*.safetensors"]
 
@@ -30,11 +29,11 @@ def read_foreign(kind: str, path: Path, *, num_heads: int | None, typed: Collect
         kind: `timm` (a file of weights, or a folder with one, and perhaps timm's config.json beside it), `mae`
             (facebookresearch/mae's .pth), `hf` (a folder with config.json) or `nemo` (one file with a state dict).
         path: the file or folder.
-        num_heads: where the files do not tell; None for those of the named sizes, else heads of 64.
-        typed: data settings that the user types; what the files say of them is not read.
+        num_heads: used if the files do not state it; None for the usual number (see `usual_heads`).
+        typed: data settings that the user types; they are not read from the files.
 
     Raises:
-        ConfigError: if it cannot be read, or is no ViT that this network can be.
+        ConfigError: if it cannot be read, or is not a ViT that megavit supports.
     """
     if kind == "hf":
         return read_hf(path, typed=typed)
@@ -48,7 +47,7 @@ def read_foreign(kind: str, path: Path, *, num_heads: int | None, typed: Collect
     stated = read_timm_config(path) if kind == "timm" else None
     external = _read_plain(path, files, num_heads=num_heads, stated=stated)
     if external.decoder or kind == "mae":
-        # facebookresearch/mae, util/datasets.py: larger images are not cropped.
+        # As in facebookresearch/mae, util/datasets.py: larger images are not cropped.
         crop = 0.875 if max(external.image_size) <= 224 else 1.0
         external.pixels = imagenet_pixels(external.channels, crop_pct=crop)
     elif stated is not None:
@@ -119,7 +118,7 @@ def _read_plain(path: Path, files: TensorFiles, *, num_heads: int | None, stated
 
 
 def _image_size(path: Path, positions: int, *, prefix: int, patch: int, stated: TimmConfig | None) -> list[int]:
-    """The size that positions are for: as stated, else of square images, with positions of the class tokens or not."""
+    """Return the image size of the positions: as stated, else of a square image, with or without class tokens."""
     if stated is not None:
         height, width = stated.image_size
         patches = height // patch * (width // patch)
@@ -164,7 +163,7 @@ def _decoder(files: TensorFiles) -> dict[str, Any]:
 
 
 def fetch(kind: str, place: str, *, setting: str) -> Path:
-    """The file or folder of a model, brought from the Hugging Face hub where its place is no path but an id.
+    """Return the file or folder of a model; an id is downloaded from the Hugging Face hub.
 
     Args:
         kind: as `read_foreign` takes it.
@@ -172,7 +171,7 @@ def fetch(kind: str, place: str, *, setting: str) -> Path:
         setting: that named it, for the error.
 
     Raises:
-        ConfigError: if it is neither here nor there.
+        ConfigError: if it is found in neither place.
     """
     path = Path(place)
     if path.exists() or kind in ("mae", "nemo") or place.count("/") != 1:

@@ -1,19 +1,18 @@
-"""Hugging Face's folder: config.json, weights, preprocessor."""
+"""Read a Hugging Face folder: config.json, weights, preprocessor."""
 
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megavit.checkpoint.convert.external_model import ExternalModel
+from megavit.checkpoint.convert.external_model import ExternalModel, choose_positions
 from megavit.checkpoint.convert.hf_mapping import HfMapping
 from megavit.checkpoint.convert.hf_processor import read_processor
 from megavit.checkpoint.convert.json_files import height_width, positive, read_object, square_patch
-from megavit.checkpoint.convert.positions import choose_positions
 from megavit.checkpoint.convert.tensor_files import TensorFiles
 from megavit.errors import ConfigError
 from megavit.model.config import ModelConfig
 
-# transformers' own, where a config.json does not state them.
+# transformers' defaults, for what a config.json does not state.
 _DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -35,7 +34,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def read_hf(path: Path, *, typed: Collection[str]) -> ExternalModel:
-    """See `read_foreign`."""
+    """Read a Hugging Face model (see `read_foreign`)."""
     if not (path / "config.json").is_file():
         raise ConfigError(f"hf:{path} needs a folder with config.json")
     config = _DEFAULTS | read_object(path / "config.json")
@@ -100,7 +99,7 @@ def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
 
 
 def _class_names(id2label: Any, count: int) -> list[str]:
-    """Names in the order of the scores; numbers where transformers has filled in LABEL_0, LABEL_1, …"""
+    """Return class names in the order of the scores; numbers instead of transformers' LABEL_0, LABEL_1, …"""
     labels = {str(key): str(label) for key, label in id2label.items()} if isinstance(id2label, dict) else {}
     names = [labels.get(str(index), str(index)) for index in range(count)]
     filled_in = all(name == f"LABEL_{index}" for index, name in enumerate(names))

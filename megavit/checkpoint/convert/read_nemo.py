@@ -1,4 +1,4 @@
-"""NVIDIA NeMo's state dict: what sizes its shapes tell."""
+"""Read NVIDIA NeMo's state dict; the sizes follow from the shapes."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from megavit.model.config import Head, ModelConfig
 
 
 def read_nemo(path: Path, files: TensorFiles, *, num_heads: int | None) -> ExternalModel:
-    """See `read_foreign`."""
+    """Read a NeMo model (see `read_foreign`)."""
     shapes = {bare(name): files.shape(name) for name in files}
     try:
         width, values = shapes["backbone.linear_encoder.weight"]
@@ -24,7 +24,7 @@ def read_nemo(path: Path, files: TensorFiles, *, num_heads: int | None) -> Exter
     except KeyError as error:
         raise ConfigError(f"{path} is no ViT of NeMo's names: {error} is missing") from error
     layers = 1 + max(int(name.split(".")[3]) for name in shapes if name.startswith("backbone.transformer.layers."))
-    # Its images were of three channels.
+    # NeMo's ViT takes three channels.
     side, patch = math.isqrt(positions), math.isqrt(values // 3)
     if side * side != positions or 3 * patch * patch != values:
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""What timm's `config.json` states of the weights beside it, read off the network that timm itself builds of it.
+"""Read timm's `config.json` by building its network with timm.
 
-The network is built without memory (torch's meta device): activation, norms, pooling and heads stand in it, whichever
-of the architecture's defaults and `model_args` they come from.
+The network is built on torch's meta device, without memory. It has the activation, norms, pooling and heads, whether
+they come from the architecture's defaults or from `model_args`.
 """
 
 import inspect
@@ -19,10 +19,10 @@ from megavit.data.config import Interpolation
 from megavit.errors import ConfigError
 
 _FILE = "config.json"
-# timm's own order, with what training scripts leave.
+# timm's search order, and the names that training scripts write.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
-# Another resolution or another number of classes is still the same network.
+# Positions and classifier may differ: resolution and number of classes do not make another network.
 _MAY_DIFFER = ("pos_embed", "head.")
 
 
@@ -32,13 +32,13 @@ class TimmConfig:
 
     Attributes:
         file: the config.json.
-        architecture: timm's name of it.
+        architecture: timm's name of the network.
         num_heads, norm_eps, image_size: of the network.
-        other_encoder: how its encoder differs from ours, in words; None where it does not.
-        other_pooling: how its classifier pools, in words, where ours cannot pool like that.
-        shapes: of its weights by name, but for positions and classifier.
-        classes: names, in the order of the scores; empty where it names none.
-        pretrained_cfg: how it sees an image, as stated.
+        other_encoder: how its encoder differs from megavit's; None if it does not.
+        other_pooling: how its classifier pools, if megavit's head cannot pool like that; else None.
+        shapes: of its weights by name, without positions and classifier.
+        classes: names, in the order of the scores; empty if the file has none.
+        pretrained_cfg: the file's preprocessing settings.
     """
 
     file: Path
@@ -53,7 +53,7 @@ class TimmConfig:
     pretrained_cfg: dict[str, Any]
 
     def refuse_other_weights(self, files: TensorFiles) -> None:
-        """Raise ConfigError, naming the first that differs, for weights that are not this network's."""
+        """Raise ConfigError, naming the first difference, for weights that do not belong to this network."""
         there = {name: files.shape(name) for name in files if not name.startswith(_MAY_DIFFER)}
         for name in sorted(there.keys() | self.shapes.keys()):
             stated, found = self.shapes.get(name), there.get(name)
@@ -65,14 +65,14 @@ class TimmConfig:
                 )
 
     def pixels(self, channels: int, *, typed: Collection[str]) -> Pixels:
-        """How the network sees an image, as `timm.data.create_transform` makes it.
+        """Return how the network's images are preprocessed, as `timm.data.create_transform` does it.
 
         Args:
             channels: of an image.
-            typed: data settings that the user types; what the file says of them is not read.
+            typed: data settings that the user types; they are not read from the file.
 
         Raises:
-            ConfigError: if megavit cannot see the same pixels.
+            ConfigError: if megavit cannot produce the same pixels.
         """
         stated, name = self.pretrained_cfg, f"{self.file}: "
         pixels = Pixels([0.5] * channels, [0.5] * channels, None)
@@ -107,7 +107,7 @@ class TimmConfig:
 
 
 def find_weights_file(folder: Path) -> Path:
-    """The file of weights in a folder that timm's `save_for_hf` wrote.
+    """Return the file of weights in a folder that timm's `save_for_hf` wrote.
 
     Raises:
         ConfigError: if there is none.
@@ -119,10 +119,10 @@ def find_weights_file(folder: Path) -> Path:
 
 
 def read_timm_config(weights: Path) -> TimmConfig | None:
-    """The `config.json` beside a file of weights; None where there is none, or it is not timm's.
+    """Read the `config.json` beside a file of weights; None if there is none, or it is not timm's.
 
     Raises:
-        ConfigError: if it cannot be read, or timm builds no network of it.
+        ConfigError: if it cannot be read, or timm cannot build its network.
     """
     file = weights.parent / _FILE
     if not file.is_file():
@@ -130,7 +130,7 @@ def read_timm_config(weights: Path) -> TimmConfig | None:
     config = read_object(file)
     if not isinstance(config.get("architecture"), str):
         return None
-    # An earlier form has all keys in one.
+    # timm's earlier format has all keys in one object.
     pretrained = config.get("pretrained_cfg", config)
     arguments, count = config.get("model_args", {}), config.get("num_classes", pretrained.get("num_classes", 1000))
     if not isinstance(pretrained, dict) or not isinstance(arguments, dict):
@@ -171,7 +171,7 @@ def _build(file: Path, architecture: str, arguments: dict[str, Any]) -> torch.nn
             f"{file}: timm {timm.__version__} knows no architecture={architecture}; upgrade timm, or take config.json "
             f"away, and what the weights do not tell is assumed"
         )
-    # Of a stranger's file only what makes a network, and nothing that makes timm open another file.
+    # Only arguments that define a network are taken, none that makes timm open another file.
     known = inspect.signature(VisionTransformer).parameters
     unknown = sorted(set(arguments) - set(known))
     if unknown:
@@ -180,14 +180,14 @@ def _build(file: Path, architecture: str, arguments: dict[str, Any]) -> torch.nn
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False, **arguments)
     except Exception as error:
-        # Whatever timm's constructors raise of wrong arguments.
+        # timm's constructors raise various types for wrong arguments.
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ConfigError(f"{file}: timm builds no architecture={architecture} of it: {reason}") from error
 
 
 def _other_encoder(network: Any) -> str | None:
-    """How a network's encoder differs from ours beyond sizes, the first difference in words."""
-    from timm.layers import Attention, Mlp, PatchEmbed
+    """Describe the first difference of an encoder from megavit's, sizes aside; None if there is none."""
+    from timm.layers import AttentionBackend, Mlp, PatchEmbed
     from timm.models import VisionTransformer
     from timm.models.vision_transformer import Block
 
@@ -200,13 +200,13 @@ def _other_encoder(network: Any) -> str | None:
     norms = {type(module) for module in network.modules() if "Norm" in type(module).__name__}
     for differs, words in (
         (type(network.patch_embed) is not PatchEmbed, f"patches by {type(network.patch_embed).__name__}"),
-        (type(block.attn) is not Attention, f"attention by {type(block.attn).__name__}"),
+        (type(block.attn) is not AttentionBackend, f"attention by {type(block.attn).__name__}"),
         (type(block.mlp) is not Mlp, f"an MLP by {type(block.mlp).__name__}"),
         (not _is_gelu(activation), f"the activation {type(activation).__name__}"),
         (not all(issubclass(norm, torch.nn.LayerNorm) for norm in norms), "norms other than LayerNorm"),
         (not isinstance(network.norm_pre, torch.nn.Identity), "a norm before its layers (pre_norm)"),
         (
-            type(block.attn) is Attention and block.attn.qkv.bias is None,
+            type(block.attn) is AttentionBackend and block.attn.qkv.bias is None,
             "queries, keys and values without bias (qkv_bias=false)",
         ),
     ):
@@ -220,7 +220,7 @@ def _is_gelu(activation: Any) -> bool:
 
 
 def _other_pooling(network: Any) -> str | None:
-    """How a classifier pools, in words, where ours pools neither the class token nor the patches before its norm."""
+    """Describe a classifier's pooling if megavit's head cannot pool like that; else None."""
     pool, norms_after = network.global_pool, not isinstance(network.fc_norm, torch.nn.Identity)
     settings = f"global_pool={pool}, fc_norm={str(norms_after).lower()}"
     if pool == "token" and network.has_class_token and not norms_after:

@@ -1,4 +1,4 @@
-"""Files of weights, read tensor by tensor and without running anything."""
+"""Read files of weights tensor by tensor, without running code from them."""
 
 import argparse
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ class TensorFiles:
         paths: the files.
 
     Raises:
-        ConfigError: if one cannot be read, or holds more than tensors.
+        ConfigError: if one cannot be read, or holds anything but tensors.
     """
 
     def __init__(self, paths: list[Path]) -> None:
@@ -32,7 +32,7 @@ class TensorFiles:
             except ConfigError:
                 raise
             except Exception as error:
-                # Of any type: a torn file breaks where it likes.
+                # Any exception: a truncated file can raise any type.
                 message = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ConfigError(f"{path} cannot be read as weights: {message}") from error
 
@@ -41,7 +41,7 @@ class TensorFiles:
             file = self._open.enter_context(safe_open(path, framework="pt"))
             self._where |= dict.fromkeys(file.keys(), file)
             return
-        # facebookresearch/mae keeps its arguments beside the weights, as a bare Namespace.
+        # facebookresearch/mae stores its arguments beside the weights, as an argparse.Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         for key in ("model", "state_dict", "model_ema"):
@@ -59,15 +59,15 @@ class TensorFiles:
         return name in self._where
 
     def read(self, name: str) -> Tensor:
-        """One tensor.
+        """Return one tensor.
 
         Raises:
-            KeyError: if there is none of this name.
+            KeyError: if there is no tensor of this name.
         """
         where = self._where[name]
         return where[name] if isinstance(where, dict) else where.get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """One tensor's shape."""
+        """Return the shape of one tensor."""
         where = self._where[name]
         return tuple(where[name].shape if isinstance(where, dict) else where.get_slice(name).get_shape())

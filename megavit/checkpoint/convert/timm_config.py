@@ -1,4 +1,4 @@
-"""timm's `config.json`, by which `timm.create_model` builds the network and `create_transform` its view."""
+"""Write timm's `config.json`, from which `timm.create_model` and `timm.data.create_transform` work."""
 
 import math
 from typing import Any
@@ -8,8 +8,8 @@ from torch import Tensor
 from megavit.data.config import DataConfig
 from megavit.model.config import ModelConfig
 
-# Width, layers, heads: timm's name, and the patches that it has in this size. `vit_base_patch16_224` takes any other
-# size as arguments.
+# (width, layers, heads): timm's name, and its patch sizes. `vit_base_patch16_224` takes all other sizes as
+# arguments.
 _NAMES = {
     (192, 12, 3): ("tiny", (16,)),
     (384, 12, 6): ("small", (8, 16, 32)),
@@ -19,20 +19,20 @@ _NAMES = {
     (1408, 40, 16): ("giant", (14,)),
     (1664, 48, 16): ("gigantic", (14,)),
 }
-# Of its LayerNorms, which config.json cannot set.
+# Epsilon of timm's LayerNorms, which config.json cannot set.
 TIMM_NORM_EPS = 1e-6
 
 
 def timm_config(
     model: ModelConfig, data: DataConfig, classes: tuple[str, ...], weights: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """The content of `config.json`: the network, and images as the run evaluated them.
+    """Return the content of `config.json`: the network, and images as the run evaluated them.
 
     Args:
         model: the run's model group.
         data: the run's data group.
-        classes: names, in the order of the scores; empty of a model without a classifier.
-        weights: as they stand in the file, by timm's names.
+        classes: names, in the order of the scores; empty for a model without a classifier.
+        weights: of the file, by timm's names.
     """
     size = data.image_size
     patches = size[0] // model.patch_size * (size[1] // model.patch_size)
@@ -84,6 +84,6 @@ def _name(model: ModelConfig) -> str:
 
 
 def _mlp_ratio(hidden: int, ffn: int) -> float:
-    """The ratio of which timm's `int(hidden * ratio)` makes the MLP's width."""
+    """Return a ratio for which timm's `int(hidden * ratio)` gives the MLP's width."""
     ratio = ffn / hidden
     return ratio if int(hidden * ratio) == ffn else math.nextafter(ratio, math.inf)

@@ -1,4 +1,4 @@
-"""A run's weights written as other libraries' files."""
+"""Write a run's weights as other libraries' files."""
 
 import json
 from pathlib import Path
@@ -19,14 +19,14 @@ from megavit.model.config import ModelConfig, Pool, Positions
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a .safetensors file, with the mode of any file that the user makes."""
+    """Write a .safetensors file with the user's default file mode."""
     path.touch()
     mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
         raise ConfigError(f"{path} cannot be written: {error}; make room there, or choose another place") from error
-    # safetensors 0.8 renames a temporary file, which nobody else may read.
+    # safetensors 0.8 renames a temporary file, which only its owner may read.
     path.chmod(mode)
 
 
@@ -37,10 +37,10 @@ def write_timm(
 
     Args:
         path: the file.
-        timm_weights: weights of the plain model, `pos_embed` among them also where it is fixed; taken out one by one.
+        timm_weights: by timm's names, including `pos_embed` if it is fixed; removed from the mapping one by one.
         model: the run's model group.
         data: the run's data group.
-        classes: names, in the order of the scores; empty of a model without a classifier.
+        classes: names, in the order of the scores; empty for a model without a classifier.
     """
     split = split_prefix(
         timm_weights, pools_class_token=model.pool is Pool.cls, learned=model.positions is Positions.learned
@@ -62,11 +62,11 @@ def write_nemo(path: Path, timm_weights: dict[str, Tensor], dims: Dims) -> None:
 
     Args:
         path: the file.
-        timm_weights: weights of the plain model; taken out one by one.
-        dims: of the model.
+        timm_weights: by timm's names; removed from the mapping one by one.
+        dims: sizes of the model.
 
     Raises:
-        ConfigError: for a weight that theirs has no place for.
+        ConfigError: for a weight that NeMo's model does not have.
     """
     two_matrices = "pre_logits.0.weight" in timm_weights
     theirs = {}
@@ -86,18 +86,18 @@ def write_hf(
     """Write a folder that `from_pretrained(folder)` reads.
 
     Args:
-        folder: where to.
-        timm_weights: weights of the plain model; taken out one by one.
-        settings: of config.json.
-        preprocessor: of preprocessor_config.json.
+        folder: target.
+        timm_weights: by timm's names; removed from the mapping one by one.
+        settings: content of config.json.
+        preprocessor: content of preprocessor_config.json.
 
     Raises:
-        ConfigError: for a weight that theirs has no place for.
+        ConfigError: for a weight that Hugging Face's model does not have.
     """
     folder.mkdir(parents=True, exist_ok=True)
     theirs: dict[str, Tensor] = {}
     for name in list(timm_weights):
-        # Taken out: never are both whole in memory.
+        # Removed one by one: both copies never exist in full.
         theirs |= to_hf(name, timm_weights.pop(name))
     write_tensors(folder / "model.safetensors", theirs, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")

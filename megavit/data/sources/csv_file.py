@@ -1,4 +1,4 @@
-"""Images named in a CSV file, a line each with path and label; here or elsewhere."""
+"""Images listed in a local or remote CSV file, one line each with path and label."""
 
 import csv
 import io
@@ -17,10 +17,10 @@ _COLUMNS = ("path", "label")
 
 
 def open_csv(config: DataConfig, split: str) -> ImageFileSource:
-    """One split of a list: PATH/train.csv and PATH/val.csv, or the file PATH with a share to validate on.
+    """Open one split of a list: PATH/train.csv and PATH/val.csv, or the file PATH with a share to validate on.
 
     The first line names the columns; `path` is relative to the CSV's folder, or a URL; `label` is a class's name, with
-    `data.multi_label` several joined by |, or nothing; blanks around a name are left away.
+    `data.multi_label` several joined by |, or nothing; blanks around a name are removed.
     Classes are sorted by name, or as numbers where all of them are. PATH may be a URL.
 
     Args:
@@ -49,7 +49,7 @@ def open_csv(config: DataConfig, split: str) -> ImageFileSource:
     if not classes:
         raise ConfigError(f"{path} has no label in any line; without labels images are data=images")
     label_sets = [[places[label] for label in labels] for _, labels in rows]
-    # Of several labels none is the one by which a share could be taken of each class.
+    # With several labels per image a share of each class is not defined: all images are of one class here.
     labels = np.zeros(len(rows), dtype=int) if several else np.array([label for (label,) in label_sets])
     return ImageFileSource(
         as_bytes([name for name, _ in rows]),
@@ -62,12 +62,12 @@ def open_csv(config: DataConfig, split: str) -> ImageFileSource:
 
 
 def _read(path: str, *, several: bool) -> list[tuple[str, list[str]]]:
-    """Paths and labels, line by line."""
+    """Return the path and labels of each line."""
     folder = remote.bare(path).rpartition("/")[0] if remote.is_url(path) else os.path.dirname(path)
     try:
         content = remote.read(path) if remote.is_url(path) else Path(path).read_bytes()
         reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
-        # Spreadsheets and people put blanks behind commas.
+        # Blanks after commas are common.
         columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
         if not set(_COLUMNS) <= set(columns):
             raise ConfigError(

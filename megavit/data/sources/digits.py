@@ -1,7 +1,7 @@
-"""1,797 real handwritten digits of 8×8 pixels, inside the package: the data of the first run.
+"""1,797 handwritten digits of 8×8 pixels, part of the package: the data of the first run.
 
-They are scikit-learn's `load_digits`, as 0 to 255, with the split of its `train_test_split`, kept as a file: to import
-scikit-learn for them took 1.3 s of every start.
+They are scikit-learn's `load_digits`, scaled to 0 to 255 and split by its `train_test_split`, stored as a file:
+importing scikit-learn took 1.3 s of every start.
 
 Source: the test set of UCI's "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak (CC BY 4.0).
 """
@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megavit.data.config import DataConfig
+
 
 class Digits:
-    """One split of the digits: 1,437 to train on, 360 to validate on, the classes in equal shares, always the same.
+    """One split of the digits: 1,437 for training, 360 for validation, stratified by class, always the same.
 
     Args:
         split: `train` or `val`.
@@ -33,12 +35,17 @@ class Digits:
         return len(self._labels)
 
     def image(self, index: int) -> Tensor:
-        """One image_CYX, uint8, 0 to 255."""
+        """Return one image_CYX, uint8, 0 to 255."""
         return self._images[index].unsqueeze(0)
 
     def label(self, index: int) -> int:
-        """The digit."""
+        """Return the digit."""
         return int(self._labels[index])
+
+
+def open_digits(config: DataConfig, split: str) -> Digits:
+    """Open one split; the digits need no setting."""
+    return Digits(split)
 
 
 @cache

@@ -1,5 +1,5 @@
-"""Images in rows of a table, read through Hugging Face `datasets` without filling memory: parquet files, a folder that
-`save_to_disk` has left, or a dataset of the hub.
+"""Images in table rows, memory-mapped by Hugging Face `datasets`: parquet files, a folder written by `save_to_disk`, or
+a dataset of the hub.
 """
 
 import os
@@ -18,10 +18,10 @@ from megavit.errors import DISK_ERRORS, ConfigError
 
 
 class HfDatasetSource:
-    """One split of tables with a column of images and, unless nothing is labelled, one of labels.
+    """One split of tables with a column of images and, if the images are labelled, one of labels.
 
     Args:
-        tables: those of `train` and `val`, or the one of `all` with a share to validate on.
+        tables: `train` and `val`, or `all` with a share to validate on.
         config: the data group.
         split: `train` or `val`.
 
@@ -72,12 +72,12 @@ class HfDatasetSource:
         return len(self._part)
 
     def image(self, index: int) -> Tensor:
-        """One image_CYX, uint8, of its natural size."""
+        """Return one image_CYX, uint8, in its original size."""
         image = self.opened(index)
         return image.decode() if isinstance(image, Jpeg) else image
 
     def opened(self, index: int) -> Tensor | Jpeg:
-        """The same, a JPEG not decoded yet."""
+        """Return one image; a JPEG is not decoded yet."""
         cell, name = self._rows[int(self._part[index])][self._image] or {}, self.name(index)
         if cell.get("bytes") is not None:
             return open_image(cell["bytes"], channels=self._channels, name=name)
@@ -86,30 +86,30 @@ class HfDatasetSource:
         return open_image(Path(cell["path"]), channels=self._channels, name=f"{name}, {cell['path']}")
 
     def label(self, index: int) -> int:
-        """The row's label."""
+        """Return the row's label."""
         return int(self._labels[index])
 
     def labels(self, index: int) -> list[int]:
-        """All the row's labels."""
+        """Return all labels of the row."""
         return self._label_sets[self._part[index]]
 
     def label_counts(self) -> np.ndarray:
-        """Images of each class."""
+        """Return the number of images of each class."""
         labels = self._labels
         if self._label_sets:
             labels = np.array([label for place in self._part for label in self._label_sets[place]], dtype=np.int64)
         return np.bincount(labels, minlength=len(self.classes))
 
     def name(self, index: int) -> str:
-        """File or folder, and row."""
+        """Return file or folder, and row."""
         return f"{self._where}, row {self._part[index]}"
 
 
 def open_parquet(config: DataConfig, split: str) -> HfDatasetSource:
-    """One split of a folder of parquet files, told by their names, or of one file with a share to validate on.
+    """Open one split of parquet files: a folder with splits by file name, or one file with a share to validate on.
 
     Raises:
-        ConfigError: if there is none, or one cannot be read.
+        ConfigError: if there is no file, or one cannot be read.
     """
     assert config.path is not None
     files = _files_by_split(Path(config.path))
@@ -117,10 +117,10 @@ def open_parquet(config: DataConfig, split: str) -> HfDatasetSource:
 
 
 def open_arrow(config: DataConfig, split: str) -> HfDatasetSource:
-    """One split of a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` has left.
+    """Open one split of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
 
     Raises:
-        ConfigError: if it is none.
+        ConfigError: if the folder is not one.
     """
     import datasets
     import pyarrow  # type: ignore[import-untyped]
@@ -135,10 +135,10 @@ def open_arrow(config: DataConfig, split: str) -> HfDatasetSource:
 
 
 def open_hub(config: DataConfig, split: str) -> HfDatasetSource:
-    """One split of a dataset of the Hugging Face hub, by its id; downloaded once, then read from the hub's cache.
+    """Open one split of a dataset of the Hugging Face hub; downloaded once, then read from the hub's cache.
 
     Raises:
-        ConfigError: if it is not there, or the hub cannot be reached.
+        ConfigError: if it does not exist, or the hub cannot be reached.
     """
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
@@ -157,7 +157,7 @@ def open_hub(config: DataConfig, split: str) -> HfDatasetSource:
 
 
 def _by_part(loaded: Any, where: str) -> dict[str, Any]:
-    """Tables of `train` and `val`, or of `all` where there is one set."""
+    """Return the tables of `train` and `val`, or of `all` if there is one set."""
     if not isinstance(loaded, dict):
         return {"all": loaded}
     if len(loaded) == 1:
@@ -169,7 +169,7 @@ def _by_part(loaded: Any, where: str) -> dict[str, Any]:
 
 
 def _files_by_split(path: Path) -> dict[str, list[str]]:
-    """Files of `train` and `val`, or of `all` where there is one set."""
+    """Return the files of `train` and `val`, or of `all` if there is one set."""
     if path.is_file():
         return {"all": [str(path)]}
     if not path.is_dir():
@@ -201,10 +201,10 @@ def _read_parquet(files: list[str]) -> Any:
 
 
 def _refuse_cache(error: Exception, *, reads: Sequence[str] = ()) -> None:
-    """Report an error of the cache as such: datasets copies there what it reads, once.
+    """Report an error of datasets' cache, to which it copies what it reads, as such.
 
     Args:
-        error: of datasets; which file it could not open or make its cause says.
+        error: of datasets; its cause names the file.
         reads: files that were to be read.
 
     Raises:
@@ -215,7 +215,7 @@ def _refuse_cache(error: Exception, *, reads: Sequence[str] = ()) -> None:
     cause = error.__cause__ or error
     if not isinstance(cause, OSError):
         return
-    # Datasets itself looks for room first, and gives no number.
+    # datasets checks for free space first, and gives no number.
     is_full = cause.errno in DISK_ERRORS or str(cause).startswith("Not enough disk space")
     place = None if cause.filename is None else os.path.abspath(os.fsdecode(cause.filename))
     if is_full or (place is not None and place not in map(os.path.abspath, reads)):
@@ -228,12 +228,12 @@ def _refuse_cache(error: Exception, *, reads: Sequence[str] = ()) -> None:
 
 
 def _columns(rows: Any, where: str, *, several: bool) -> tuple[str, str | None]:
-    """The names of the one column of images and of the one of labels; None where no column could be that.
+    """Return the names of the image column and the label column; None if there is no label column.
 
     Args:
         rows: a table.
-        where: it is, for the error.
-        several: whether a label is a list of whole numbers.
+        where: path or id, for the error.
+        several: whether a label is a list of integers.
     """
     import datasets
 
@@ -247,7 +247,7 @@ def _columns(rows: Any, where: str, *, several: bool) -> tuple[str, str | None]:
             f"{where} must have one column of lists of labels, whole numbers, for data.multi_label=true, not "
             f"{named or full} of {', '.join(features)}"
         )
-    # Words in a column that says it holds labels are not taken for their absence.
+    # A label column that holds text is an error, not a table without labels.
     labels = named or full or [name for name in features if name in ("label", "labels")]
     if len(images) != 1 or len(labels) > 1 or not set(labels) <= {*named, *full}:
         raise ConfigError(
@@ -258,7 +258,7 @@ def _columns(rows: Any, where: str, *, several: bool) -> tuple[str, str | None]:
 
 
 def _labels(rows: Any, label: str, where: str) -> np.ndarray:
-    """The column of labels, from Arrow at once: through Python's integers it takes 2,000 times as long."""
+    """Return the label column, converted by Arrow: through Python integers it takes 2,000 times as long."""
     column = rows.data.column(label)
     if column.null_count or not len(column):
         raise ConfigError(
@@ -269,7 +269,7 @@ def _labels(rows: Any, label: str, where: str) -> np.ndarray:
 
 
 def _refuse_other_names(training: Any, validation: Any, where: str) -> None:
-    """Refuse numbers that name one class in the rows for training and another one in those for validation."""
+    """Raise ConfigError if a label names different classes in the training and the validation rows."""
     trained, other_names = (getattr(getattr(of, "feature", of), "names", None) or [] for of in (training, validation))
     if all(name == other for name, other in zip(trained, other_names, strict=False)):
         return
@@ -280,7 +280,7 @@ def _refuse_other_names(training: Any, validation: Any, where: str) -> None:
 
 
 def _several_labels(training: Any, rows: Any, label: str, where: str) -> tuple[tuple[str, ...], list[list[int]]]:
-    """The classes, and all labels of each row; a row without a list has none."""
+    """Return the classes, and all labels of each row; a row with null has none."""
     trained, other_names = ([cell or [] for cell in table.data.column(label).to_pylist()] for table in (training, rows))
     names = getattr(training.features[label].feature, "names", None)
     classes = tuple(names or map(str, range(max((max(cell) for cell in trained if cell), default=-1) + 1)))
@@ -291,7 +291,7 @@ def _several_labels(training: Any, rows: Any, label: str, where: str) -> tuple[t
 
 
 def _encoded(rows: Any, image: str) -> Any:
-    """The same rows, their images left as they lie in the file."""
+    """Return the rows with encoded images."""
     import datasets
 
     if not isinstance(rows.features[image], datasets.Image):

@@ -1,4 +1,4 @@
-"""Images that lie in files of their own: what every source that lists files has in common."""
+"""Images in files of their own; the base of all sources that list files."""
 
 import os
 from collections.abc import Sequence
@@ -17,14 +17,13 @@ class ImageFileSource:
     """Image files and their labels.
 
     Args:
-        names: paths relative to the folder, or whole, or URLs; as bytes of a fixed width (see `as_bytes`).
-        labels: theirs, in [0, number of classes); without classes all 0.
-        classes: names, in label order; empty where nothing is labelled.
-        channels: that each image is to have.
-        folder: that the names are relative to.
-        part: which of the files are meant, by their places; None for all. An index that is mapped into memory is not
-            copied for it.
-        label_sets: all labels of each file, where it may have several; the labels are not looked at then.
+        names: paths relative to the folder, absolute paths, or URLs; as bytes of a fixed width (see `as_bytes`).
+        labels: one per name, in [0, number of classes); all 0 without classes.
+        classes: names, in label order; empty without labels.
+        channels: of the decoded images.
+        folder: that relative names are in.
+        part: positions of the files to use; None for all. A memory-mapped index is not copied.
+        label_sets: all labels of each file, with data.multi_label; `labels` is ignored then.
     """
 
     image_shape: tuple[int, ...] | None = None
@@ -49,24 +48,24 @@ class ImageFileSource:
         return len(self._part)
 
     def image(self, index: int) -> Tensor:
-        """One image_CYX, uint8, of its natural size."""
+        """Return one image_CYX, uint8, in its original size."""
         return decode_image(self._encoded(index), channels=self._channels, name=self.name(index))
 
     def opened(self, index: int) -> Tensor | Jpeg:
-        """The same, a JPEG not decoded yet."""
+        """Return one image; a JPEG is not decoded yet."""
         return open_image(self._encoded(index), channels=self._channels, name=self.name(index))
 
     def label(self, index: int) -> int:
-        """Its label."""
+        """Return an image's label."""
         return int(self._labels[self._part[index]])
 
     def labels(self, index: int) -> list[int]:
-        """All its labels."""
+        """Return all labels of an image."""
         assert self._label_sets is not None
         return self._label_sets[self._part[index]]
 
     def label_counts(self) -> np.ndarray:
-        """Images of each class."""
+        """Return the number of images of each class."""
         if self._label_sets is None:
             labels = self._labels[self._part]
         else:
@@ -74,7 +73,7 @@ class ImageFileSource:
         return np.bincount(labels, minlength=len(self.classes))
 
     def name(self, index: int) -> str:
-        """Its path."""
+        """Return an image's path."""
         return printable(self._path(index))
 
     def _encoded(self, index: int) -> Path | bytes:
@@ -86,23 +85,23 @@ class ImageFileSource:
 
 
 def as_bytes(names: Sequence[str]) -> np.ndarray:
-    """Names as one array, of the longest one's width.
+    """Return names as one array of bytes, as wide as the longest.
 
-    Not a list: it is copied into every worker, and ImageNet has more than a million. Not text: that takes four bytes
-    a letter, and cannot hold every name that a file may have.
+    A list would be copied into every worker, and ImageNet has more than a million names. A text array takes four bytes
+    a letter, and cannot hold every file name.
     """
     return np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
 
 
 def find_images(path: Path, *, setting: str = "images") -> list[Path]:
-    """The images in a folder and in the folders within, sorted; or the one image that the path is.
+    """Return the images in a folder and its subfolders, sorted; or the image that the path names.
 
     Args:
         path: a folder or an image.
         setting: that gave the path, for the error.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is no image.
     """
     if path.is_file():
         return [path]

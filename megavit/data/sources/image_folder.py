@@ -1,4 +1,4 @@
-"""Images in folders: one folder per class, as ImageNet lies on most disks, or without labels."""
+"""Images in folders: one folder per class, or without labels."""
 
 import os
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ from megavit.data.sources.list_files import SUFFIXES, list_images, places_in_ord
 from megavit.data.sources.train_val_split import SPLIT_WORDS, find_splits, split_indices
 from megavit.errors import ConfigError, printable
 
-# Folders that are asked at once whether they have changed.
+# Folders that are checked for changes at once.
 _THREADS = 16
 
 
 def open_folder(config: DataConfig, split: str, index: Path | None = None) -> ImageFileSource:
-    """One split of a folder: PATH/train/CLASS/… and PATH/val/CLASS/…, or PATH/CLASS/… with a share to validate on.
+    """Open one split: PATH/train/CLASS/… and PATH/val/CLASS/…, or PATH/CLASS/… with a share to validate on.
 
-    The two folders may have other words for names, Training and Validation for example. Within a class's folder images
-    may lie in folders of their own. A class may have no validation images. A class's name that is no UTF-8 is escaped.
+    The split folders may have similar names, Training and Validation for example. A class's folder may have subfolders.
+    A class may have no validation images. Class names that are not UTF-8 are escaped.
 
     Args:
         config: the data group.
@@ -47,7 +47,7 @@ def open_folder(config: DataConfig, split: str, index: Path | None = None) -> Im
 
 
 def open_images(config: DataConfig, split: str, index: Path | None = None) -> ImageFileSource:
-    """One split of images without labels: those under PATH/train and PATH/val, or a share of those under PATH.
+    """Open one split of images without labels: those in PATH/train and PATH/val, or a share of those in PATH.
 
     Args:
         config: the data group.
@@ -64,7 +64,7 @@ def open_images(config: DataConfig, split: str, index: Path | None = None) -> Im
 def _open(
     folder: Path, classes: tuple[str, ...], config: DataConfig, half: str | None, *, split: str, index: Path | None
 ) -> ImageFileSource:
-    """The images of a folder, or, where it holds one set for both splits, this split's share."""
+    """Open a folder's images; if one set serves both splits, this split's share."""
     about = {"source": config.source, "folder": os.path.abspath(folder), "classes": list(classes)}
     listing = load_or_build(
         index,
@@ -85,7 +85,7 @@ def _open(
 
 
 def _list(folder: Path, classes: tuple[str, ...], about: dict[str, Any], half: str | None) -> Index:
-    """The images under a folder, of each class or of none, in their order."""
+    """List the images in a folder, in order, by class or without classes."""
     paths: list[str] = []
     labels: list[int] = []
     changed_ns: dict[str, int | None] = {}
@@ -105,7 +105,7 @@ def _list(folder: Path, classes: tuple[str, ...], about: dict[str, Any], half: s
 
 
 def _refuse_empty(folder: Path, classes: Sequence[str], labels: list[int], half: str | None) -> None:
-    """Refuse a folder without images, and one to train on with a class without any: that is a slip."""
+    """Raise ConfigError for a folder without images, or a training class without images."""
     if not labels and (not classes or half == "val"):
         raise ConfigError(f"data.path={printable(str(folder))} holds no image ({', '.join(SUFFIXES)})")
     if half == "val":
@@ -123,7 +123,7 @@ def _is_of(cached: dict[str, Any], about: dict[str, Any]) -> bool:
 
 
 def _is_unchanged(folder: Path, changed_ns: dict[str, int | None]) -> bool:
-    """Whether every folder that was walked has the entries that it had."""
+    """Return whether no listed folder has changed since it was listed."""
 
     def now(path: str) -> int:
         try:
@@ -138,7 +138,7 @@ def _is_unchanged(folder: Path, changed_ns: dict[str, int | None]) -> bool:
 
 
 def _halves(config: DataConfig) -> tuple[Path, dict[str, Path]]:
-    """The folder, and its train/ and val/ where it has them."""
+    """Return the folder, and its split folders if it has them."""
     assert config.path is not None
     root = Path(config.path)
     if not root.is_dir():

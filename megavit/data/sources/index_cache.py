@@ -1,4 +1,4 @@
-"""A listing of many samples, kept in a file beside the run and mapped into memory: listed once, read at every start."""
+"""Cache a list of many samples in a file, memory-mapped: built once, read at every later start."""
 
 import json
 import os
@@ -13,11 +13,11 @@ import numpy as np
 
 from megavit.errors import ConfigError
 
-# A folder that changed this shortly before it was listed may change again and keep its time: file systems count in
-# jiffies, some in whole seconds.
+# A folder that changed this shortly before it was listed may change again without a new timestamp: file systems count
+# in jiffies, some in seconds.
 _UNSETTLED_NS = 2_000_000_000
 
-# To be raised where the file's form or the order of what is listed changes.
+# Increase when the file's format or the order of the samples changes.
 _FORMAT = 1
 
 _CRC_BYTES = len(b"00000000\n")
@@ -26,11 +26,11 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Index:
-    """A listing.
+    """A list of samples.
 
     Attributes:
-        about: what it lists and what it depends on, as JSON can hold it.
-        arrays: columns of whole numbers or bytes; where they come from a file, its pages, shared by all processes.
+        about: what is listed and what it depends on, as JSON.
+        arrays: columns of integers or bytes; memory-mapped if read from a file.
     """
 
     about: dict[str, Any]
@@ -40,15 +40,15 @@ class Index:
 def load_or_build(
     folder: Path | None, name: str, *, fits: Callable[[dict[str, Any]], bool], build: Callable[[], Index]
 ) -> Index:
-    """Take a listing from its file, or make it and keep it there.
+    """Read a list from its file, or build it and write the file.
 
-    A file that is broken, or written by half, is as one that is not there.
+    A broken or incomplete file is treated as missing.
 
     Args:
-        folder: of the files; None to make the listing and keep nothing.
-        name: of the listing.
-        fits: whether what a listing says about itself still holds.
-        build: makes the listing.
+        folder: of the files; None to build without caching.
+        name: of the list.
+        fits: whether `about` of a cached list is still valid.
+        build: builds the list.
 
     Raises:
         ConfigError: if the file cannot be written.
@@ -65,12 +65,12 @@ def load_or_build(
 
 
 def settled(changed_ns: int) -> int | None:
-    """The time of a change, by which a later one can be told; None where a later one could bear the same time."""
+    """Return the time of a change; None if a later change could have the same time."""
     return changed_ns if changed_ns < time.time_ns() - _UNSETTLED_NS else None
 
 
 def _write(file: Path, index: Index) -> None:
-    """A line with the checksum of the rest; a line of JSON; the arrays, each on a round address."""
+    """Write a line with the checksum of the rest, a line of JSON, and the arrays at aligned offsets."""
     places, at = {}, 0
     for name, array in index.arrays.items():
         places[name] = [array.dtype.str, len(array), at]
@@ -83,7 +83,7 @@ def _write(file: Path, index: Index) -> None:
     checksum = 0
     for part in parts:
         checksum = zlib.crc32(part, checksum)
-    # A name of its own: several ranks may write, where the folder is not shared or the data are too new to be kept.
+    # A unique name: several ranks may write, if the folder is not shared or the data changed too recently to be cached.
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What is odd about the classes of some data, and may be meant: classes without images, names that differ in case."""
+"""Warn of unusual classes: classes without images, names that differ only in case."""
 
 import re
 from collections import defaultdict
@@ -8,18 +8,18 @@ import numpy as np
 
 from megavit.data.sources.base import Source
 
-# Names that a line lists; more are counted.
+# Names that a line lists; the others are counted.
 _NAMED = 5
 
 _LEADING_ZEROS = re.compile(r"(?<!\d)0+(?=\d)")
 
 
 def describe_oddities(sources: Mapping[str, Source]) -> Iterator[str]:
-    """Warnings about the classes, in lines.
+    """Return warnings about the classes.
 
     Args:
-        sources: the data of `train` and, if there are any, of `val`. Only those with a method `label_counts` are looked
-            at for classes without images: to ask for each label may take long.
+        sources: the data of `train` and, if there are any, of `val`. Only those with a method `label_counts` are
+            checked for classes without images: reading each label may take long.
     """
     names = sources["train"].classes
     yield from _describe_likenesses(names)

@@ -1,4 +1,4 @@
-"""Which images lie in a folder, and in what order they come."""
+"""List the images in a folder, and define their order."""
 
 import os
 import re
@@ -13,18 +13,18 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".t
 
 _NUMBER = re.compile(r"\d+")
 
-# Folders that are read at once: on a network file system each is a round trip.
+# Folders that are read at once: on a network file system each read is a round trip.
 _THREADS = 16
 
 
 @dataclass(frozen=True)
 class DirListing:
-    """One folder, as it was found.
+    """One listed folder.
 
     Attributes:
-        path: relative to where the walk began; empty for that folder itself.
-        changed_ns: when its entries last changed, as the file system says; read before them.
-        images: the names of the images in it.
+        path: relative to the root; empty for the root.
+        changed_ns: modification time, read before the entries.
+        images: names of the images in it.
     """
 
     path: str
@@ -33,13 +33,13 @@ class DirListing:
 
 
 def list_images(root: Path, *, start: Sequence[str] = ("",)) -> Iterator[DirListing]:
-    """List folders and the folders within, hidden ones left away, in no order.
+    """List folders and their subfolders, without hidden ones, in no particular order.
 
-    Links are followed, but for one that leads back to a folder it lies in.
+    Links are followed, except those to a folder that contains them.
 
     Args:
-        root: where the walk begins.
-        start: folders in it to list; by default all of it.
+        root: the top folder.
+        start: folders in it to list; by default the root.
 
     Raises:
         ConfigError: if a folder cannot be read.
@@ -58,7 +58,7 @@ def list_images(root: Path, *, start: Sequence[str] = ("",)) -> Iterator[DirList
 def _list_folder(
     root: Path, path: str, above: frozenset[str]
 ) -> tuple[DirListing | None, list[tuple[str, frozenset[str]]]]:
-    """One folder, and the folders in it with the true paths of those that they lie in."""
+    """List one folder; return it, and its subfolders with the resolved paths of their parents."""
     folder = os.path.join(root, path)
     images, within = [], []
     try:
@@ -81,26 +81,26 @@ def _list_folder(
 
 
 def places_in_order(paths: Sequence[str]) -> list[int]:
-    """The places of paths, sorted by the files' own names, numbers in them as numbers, then by folder.
+    """Return the indices that sort paths by file name, with numbers as numbers, then by folder.
 
-    Files that were numbered when they were exported from a table come in the table's order, whatever folder they are
-    in, so that both give the same run.
+    Numbered files that were exported from a table come in the table's order, whatever their folders, so that both give
+    the same run.
     """
     keys = [_key(path) for path in paths]
     return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def in_order(paths: Iterable[str]) -> list[str]:
-    """Paths, sorted as `places_in_order` says."""
+    """Return paths sorted by `places_in_order`."""
     paths = list(paths)
     return [paths[place] for place in places_in_order(paths)]
 
 
 def _key(path: str) -> str:
-    """Text that sorts as the list of a name's texts and numbers would: 1.3 million names in 3.7 s, not in 9.5.
+    """Return text that sorts as the list of a name's texts and numbers would: 1.3 million names in 3.7 s, not 9.5 s.
 
-    A number becomes NUL, its digits' count and its digits; the name ends in two NULs. No name holds a NUL, so what
-    ends first comes first.
+    A number becomes NUL, the count of its digits and its digits; the name ends in two NULs. No file name holds a NUL,
+    so a name sorts before its extensions.
     """
     return _NUMBER.sub(_sortable, path.rpartition("/")[2]) + "\0\0" + path
 

@@ -1,4 +1,4 @@
-"""A source under the labels of other classes: those of a trained classifier, or of the training images."""
+"""Give a source the labels of other classes: those of a trained classifier, or of the training images."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ class Relabelled:
 
     Args:
         source: the samples.
-        places: the new label of each of the source's labels.
+        places: new label of each of the source's labels.
         classes: names, in the order of the new labels.
     """
 
@@ -27,23 +27,23 @@ class Relabelled:
         return len(self._source)
 
     def image(self, index: int) -> Tensor:
-        """One image_CYX, uint8."""
+        """Return one image_CYX, uint8."""
         return self._source.image(index)
 
     def opened(self, index: int) -> Tensor | Jpeg:
-        """The same, a JPEG not decoded yet where the source can leave it so."""
+        """Return one image; not decoded yet if the source supports that."""
         return open_sample(self._source, index)
 
     def label(self, index: int) -> int:
-        """The new label."""
+        """Return the new label."""
         return self._places[self._source.label(index)]
 
     def labels(self, index: int) -> list[int]:
-        """All new labels of the sample, where it may have several."""
+        """Return all new labels of a sample."""
         return [self._places[label] for label in label_set(self._source, index)]
 
     def name(self, index: int) -> str:
-        """The source's own."""
+        """Return the source's name of a sample."""
         return name_of(self._source, index)
 
 
@@ -51,13 +51,13 @@ def relabel(source: Source, classes: Sequence[str], *, data: str, trained: str) 
     """Give a source the labels of other classes, by the classes' names.
 
     Args:
-        source: labelled by some of the classes or all of them, in any order.
-        classes: names, in the order of the labels that are wanted.
-        data: the source, for the error.
-        trained: what has those classes, for the error.
+        source: with some or all of the classes, in any order.
+        classes: names, in the order of the new labels.
+        data: describes the source, for the error.
+        trained: describes what has the classes, for the error.
 
     Raises:
-        ConfigError: if it has no labels, or one of its classes is none of those.
+        ConfigError: if the source has no labels, or a class that is not among `classes`.
     """
     if source.classes == tuple(classes):
         return source

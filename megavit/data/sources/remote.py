@@ -1,4 +1,4 @@
-"""Files that lie elsewhere, by URL: http and object stores, through fsspec."""
+"""Read remote files by URL: http and object stores, through fsspec."""
 
 import os
 import time
@@ -20,30 +20,30 @@ _PACKAGES = {
     "abfs": "adlfs",
 }
 
-# Seconds before a read is tried again; object stores answer "slow down", and a training lasts for days.
+# Seconds before a read is retried; object stores answer "slow down", and training lasts for days.
 _PAUSES_S = (0.5, 2.0)
 
-# How stores tell one version of a file from the next; the first that is there.
+# Keys that identify a version of a file; the first that a store has is used.
 _VERSIONS = ("ETag", "etag", "Content-MD5", "md5Hash", "LastModified", "Last-Modified", "updated", "mtime", "created")
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is a URL, and so not of this machine's file system."""
+    """Return whether a path is a URL."""
     return "://" in path
 
 
 def bare(path: str) -> str:
-    """A URL without what it asks of the server, as in s.tar?signature=…; any other path as it is."""
+    """Return a URL without its query, as in s.tar?signature=…; other paths unchanged."""
     return path.partition("?")[0] if is_url(path) else path
 
 
 def can_list(url: str) -> bool:
-    """Whether the store can tell which files it has; web servers cannot."""
+    """Return whether the store can list files; web servers cannot."""
     return not url.startswith(("http://", "https://"))
 
 
 def read(url: str) -> bytes:
-    """A file's content.
+    """Return a file's content.
 
     Raises:
         ConfigError: if it cannot be read.
@@ -53,10 +53,10 @@ def read(url: str) -> bytes:
 
 
 def read_range(url: str, offset: int, size: int) -> bytes:
-    """Part of a file.
+    """Return part of a file.
 
     Raises:
-        ConfigError: if it cannot be read, or the server gives other than was asked for.
+        ConfigError: if it cannot be read, or the server returns another range.
     """
     system, path = _system(url)
     got = _patiently(url, lambda: system.cat_file(path, start=offset, end=offset + size))
@@ -70,7 +70,7 @@ def read_range(url: str, offset: int, size: int) -> bytes:
 
 @contextmanager
 def open_stream(url: str) -> Iterator[IO[bytes]]:
-    """A file to be read from front to back.
+    """Open a file for sequential reading.
 
     Raises:
         ConfigError: if it cannot be opened.
@@ -89,10 +89,10 @@ def open_stream(url: str) -> Iterator[IO[bytes]]:
 
 
 def version(url: str) -> list[int | str | None]:
-    """A file's size in bytes and what tells this content from a later one, None where the store tells nothing.
+    """Return a file's size in bytes and its version, None if the store has no versions.
 
     Raises:
-        ConfigError: if it is not there.
+        ConfigError: if it does not exist.
     """
     system, path = _system(url)
     about = _patiently(url, lambda: system.info(path))
@@ -100,17 +100,17 @@ def version(url: str) -> list[int | str | None]:
 
 
 def exists(url: str) -> bool:
-    """Whether there is such a file.
+    """Return whether a file exists.
 
     Raises:
-        ConfigError: if that cannot be told.
+        ConfigError: if that cannot be determined.
     """
     system, path = _system(url)
     return bool(_patiently(url, lambda: system.exists(path)))
 
 
 def names_within(url: str) -> list[str]:
-    """The files under a folder of a store that can list, relative to it.
+    """Return the files in a folder of a store that can list, relative to it.
 
     Raises:
         ConfigError: if it cannot be listed.
@@ -120,7 +120,7 @@ def names_within(url: str) -> list[str]:
 
 
 def _system(url: str) -> tuple[Any, str]:
-    """The store and its own name for the file; asked anew each time, because fsspec keeps one per process."""
+    """Return the file system and its name for the file; not cached here, because fsspec caches one per process."""
     import fsspec
 
     try:
@@ -132,7 +132,7 @@ def _system(url: str) -> tuple[Any, str]:
             f"{url} needs a package that is not here ({error}); {way_out}, or copy the data here"
         ) from error
     except Exception as error:
-        # Each store has errors of its own: of credentials, regions, names.
+        # Each store raises its own errors, for credentials, regions and names.
         raise ConfigError(f"{url} cannot be opened: {_describe(error)}") from error
     return system, path
 
@@ -142,7 +142,7 @@ def _patiently(url: str, ask: Callable[[], T]) -> T:
         try:
             return ask()
         except Exception as error:
-            # Of any type: each store's library raises its own.
+            # Any exception: each store's library raises its own types.
             if pause_s is None or isinstance(error, (FileNotFoundError, PermissionError, ImportError)):
                 raise ConfigError(f"{url} cannot be read: {_describe(error)}") from error
             time.sleep(pause_s)

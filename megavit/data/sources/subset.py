@@ -1,6 +1,5 @@
-"""Part of a source: some of its classes, some samples of each."""
+"""Select part of a source: some of its classes, some samples of each."""
 
-import difflib
 import zlib
 
 import numpy as np
@@ -10,6 +9,7 @@ from megavit.data.config import DataConfig
 from megavit.data.decode import Jpeg
 from megavit.data.sources.base import Source, all_labels, name_of, open_sample
 from megavit.errors import ConfigError, printable
+from megavit.validation import suggest
 
 _SUBSET_SEED = 1
 
@@ -18,9 +18,9 @@ class Subset:
     """The chosen samples of a source, under the labels of the chosen classes.
 
     Args:
-        source: the whole.
-        indices: of its samples.
-        labels: theirs, among `classes`.
+        source: the full source.
+        indices: of the chosen samples.
+        labels: of the chosen samples, among `classes`.
         classes: names, in label order.
     """
 
@@ -32,61 +32,61 @@ class Subset:
         return len(self._indices)
 
     def image(self, index: int) -> Tensor:
-        """One image_CYX, uint8."""
+        """Return one image_CYX, uint8."""
         return self._source.image(int(self._indices[index]))
 
     def opened(self, index: int) -> Tensor | Jpeg:
-        """The same, a JPEG not decoded yet where the whole source can leave it so."""
+        """Return one image; not decoded yet if the full source supports that."""
         return open_sample(self._source, int(self._indices[index]))
 
     def label(self, index: int) -> int:
-        """Its class's place among the chosen ones."""
+        """Return the position of the sample's class among the chosen ones."""
         return int(self._labels[index])
 
     def label_counts(self) -> np.ndarray:
-        """Images of each class."""
+        """Return the number of images of each class."""
         return np.bincount(self._labels, minlength=len(self.classes))
 
     def name(self, index: int) -> str:
-        """The source's own."""
+        """Return the full source's name of a sample."""
         return name_of(self._source, int(self._indices[index]))
 
 
 def choose(source: Source, config: DataConfig, split: str) -> Source:
-    """Leave of a source what `data.classes`, `data.samples_per_class` and `data.fraction` name.
+    """Select what `data.classes`, `data.samples_per_class` and `data.fraction` name.
 
-    Classes are left away in both splits, samples in training alone. Which samples stay is drawn with a fixed seed, so
-    that a larger share holds every smaller one.
+    Classes are removed from both splits, samples from training only. The samples are drawn with a fixed seed, so that a
+    larger share contains every smaller one.
 
     Args:
-        source: one split, whole.
+        source: one full split.
         config: the data group.
         split: `train` or `val`.
 
     Raises:
-        ConfigError: for a class that is not there, or more samples than a class has.
+        ConfigError: for a class that does not exist, or more samples than a class has.
     """
     thins = split == "train" and (config.samples_per_class is not None or config.fraction is not None)
     if config.classes is None and not thins:
         return source
-    # A name that is no UTF-8 may be typed as it is or as it is printed.
+    # A name that is not UTF-8 may be typed as it is or as it is printed.
     names = source.classes if config.classes is None else tuple(map(printable, config.classes))
     for name in names:
         if name not in source.classes:
-            near = difflib.get_close_matches(name, source.classes, n=1)
+            near = suggest(name, source.classes)
             some = f"its first classes are {', '.join(source.classes[:10])}" if source.classes else "it has no classes"
-            hint = f"did you mean {near[0]}?" if near else some
+            hint = f"did you mean {near}?" if near else some
             raise ConfigError(f"data.classes: {name} is no class of data.source={config.source}; {hint}")
     every = all_labels(source)
     indices, labels = [], []
-    # Without labels all are of one nameless class.
+    # Without labels all samples belong to one class without a name.
     for label, name in enumerate(names or ("",)):
         members = np.flatnonzero(every == (source.classes.index(name) if names else 0))
         if thins:
             members = _thin(members, name, config)
         indices.append(members)
         labels.append(np.full(len(members), label))
-    # In the source's own order, as the whole would be.
+    # In the order of the full source.
     chosen, of = np.concatenate(indices), np.concatenate(labels)
     order = chosen.argsort()
     return Subset(source, chosen[order], of[order], names)
@@ -102,6 +102,6 @@ def _thin(members: np.ndarray, name: str, config: DataConfig) -> np.ndarray:
             f"data.samples_per_class={count} is more than the {len(members)} training images of class "
             f"{name or '(none)'}; lower it"
         )
-    # By the class's name: which of its samples stay does not depend on the classes beside it.
+    # Keyed by the class's name: the choice does not depend on the other classes.
     key = [_SUBSET_SEED, zlib.crc32(name.encode())]
     return np.random.Generator(np.random.Philox(key=key)).permutation(members)[:count]

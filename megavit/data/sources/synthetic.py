@@ -1,4 +1,4 @@
-"""Noise with labels, of any size and number: for layouts to be tried and steps to be timed without data."""
+"""Noise images with labels, of any size and number, to try layouts and time steps without data."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,11 @@ from megavit.data.config import DataConfig
 
 
 class Synthetic:
-    """Images of uniform noise, a function of their index; as many classes and samples as are asked for.
+    """Images of uniform noise, a function of their index.
 
     Args:
-        config: the data group, for shapes and numbers.
-        split: `train`, or `val` of a hundredth of the samples.
+        config: the data group, with shape, number of classes and number of samples.
+        split: `train`, or `val` with a hundredth of the samples.
     """
 
     def __init__(self, config: DataConfig, split: str) -> None:
@@ -26,10 +26,10 @@ class Synthetic:
         return self._num_samples
 
     def image(self, index: int) -> Tensor:
-        """One image_CYX, uint8."""
+        """Return one image_CYX, uint8."""
         generator = torch.Generator().manual_seed(index)
         return torch.randint(0, 256, self._shape, dtype=torch.uint8, generator=generator)
 
     def label(self, index: int) -> int:
-        """The index, wrapped."""
+        """Return the index modulo the number of classes."""
         return index % len(self.classes)

@@ -1,4 +1,4 @@
-"""What lies where in a tar: its samples as WebDataset groups them, found by reading the headers once."""
+"""Index the samples of a tar, as WebDataset groups them, by reading its headers once."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from megavit.errors import ConfigError, printable
 
 _ENDINGS = tuple(suffix[1:] for suffix in SUFFIXES)
 
-# Labels count from 0, and each up to the largest becomes a class: far more than there are is a slip of the pen.
+# Labels count from 0, and each up to the largest becomes a class; a larger label is taken for a mistake.
 _MAX_LABEL = 1_000_000
 
-# How much is looked at behind the end: tar fills its last record, of 10,240 bytes as a rule, with zeros.
+# Bytes that are checked after the end: tar pads its last record, usually of 10,240 bytes, with zeros.
 _TRAILER_BYTES = 1 << 20
 
 
@@ -24,10 +24,10 @@ class Placed:
     """One image.
 
     Attributes:
-        name: its member's path, without a leading ./
-        offset: of its first byte in the tar.
+        name: path of the member, without a leading ./
+        offset: of the first byte in the tar.
         size: in bytes.
-        label: None where it has none.
+        label: None for no label.
     """
 
     name: str
@@ -44,19 +44,18 @@ class _Sample:
 
 
 def read_headers(file: IO[bytes], shard: str) -> list[Placed]:
-    """The images of a tar, in its order.
+    """Return the images of a tar, in its order.
 
-    A sample's members share their path up to the first dot of the file's own name: an image, and `.cls`, a whole
-    number, or `.json` with a whole number as "label". Other members are left away, and what is hidden or lies
-    in a hidden folder.
+    A sample's members share their path up to the first dot of the file name: an image, and `.cls`, an integer, or
+    `.json` with an integer "label". Other members, hidden members and members of hidden folders are skipped.
 
     Args:
         file: the tar, not compressed.
-        shard: its path, for the errors.
+        shard: path of the tar, for errors.
 
     Raises:
-        ConfigError: if it is no whole tar, holds what is neither file nor folder or lies outside it, or a sample has
-            two images, none beside its label, a member twice, or a label that is no whole number.
+        ConfigError: if the tar is incomplete, has members that are neither files nor folders or are outside it, or if a
+            sample has two images, a label without an image, a member twice, or a label that is not an integer.
     """
     samples: dict[str, _Sample] = {}
     try:
@@ -67,7 +66,7 @@ def read_headers(file: IO[bytes], shard: str) -> list[Placed]:
     except OSError as error:
         raise ConfigError(f"{shard} cannot be read: {error.strerror or error}") from error
     except Exception as error:
-        # Of any type: tarfile takes numbers, texts and recursion from the file.
+        # Any exception: tarfile takes numbers, text and recursion depth from the file.
         raise ConfigError(f"{shard} cannot be read as a tar: {error}; is it whole, and not compressed?") from error
     placed = []
     for key, sample in samples.items():
@@ -83,12 +82,12 @@ def read_headers(file: IO[bytes], shard: str) -> list[Placed]:
 
 
 def _members(file: IO[bytes], shard: str) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar, each checked before the next is looked for."""
+    """Yield the files of a tar, each checked before the next is read."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
         while (member := tar.next()) is not None:
-            # Else it keeps them all, a kilobyte each.
+            # tarfile would keep all members, a kilobyte each.
             tar.members = []  # type: ignore[attr-defined]
             _refuse_unsafe(member, shard)
             if not 0 <= member.size <= size - member.offset_data:
@@ -162,10 +161,10 @@ def _add(member: tarfile.TarInfo, file: IO[bytes], samples: dict[str, _Sample], 
 
 
 def _label(content: bytes, ending: str, name: str) -> int | None:
-    """The label that a member tells; None of a .json without one."""
+    """Return the label in a member; None for a .json without one."""
     if ending == "cls":
         text = content.strip()
-        # Not int() alone: it takes 1_0, +1 and the digits of other scripts.
+        # int() alone would accept 1_0, +1 and the digits of other scripts.
         label: object = (
             int(text) if text.isdigit() and len(text) < 20 else text.decode("utf-8", "backslashreplace")[:40]
         )

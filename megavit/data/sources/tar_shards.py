@@ -1,4 +1,4 @@
-"""Tar shards, here or elsewhere: which there are, of which part, and bytes out of them."""
+"""Find local or remote tar shards, assign them to splits, and read bytes from them."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,10 @@ from megavit.data.sources.list_files import in_order
 from megavit.data.sources.train_val_split import find_splits, parts_by_name
 from megavit.errors import ConfigError
 
-# Shards that are asked for, or read, at once.
+# Shards that are queried or read at once.
 _THREADS = 16
 
-# Local shards that stay open in a process; the rest are opened for each image. Systems allow 1,024 as a rule.
+# Local shards that stay open per process; others are opened for each image. Systems usually allow 1,024 open files.
 _MAX_OPEN = 256
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
@@ -28,9 +28,9 @@ class Shard:
     """One tar.
 
     Attributes:
-        path: a file's, or a URL.
+        path: of a file, or a URL.
         size: in bytes.
-        version: what tells this content from a later one, its last change's time for example; None if nothing does.
+        version: identifies the content, by its modification time for example; None if nothing does.
     """
 
     path: str
@@ -39,13 +39,13 @@ class Shard:
 
 
 def find_shards(path: str) -> dict[str, list[str]]:
-    """The tars of `train` and `val`, or of `all` where there is one set.
+    """Return the tars of `train` and `val`, or of `all` if there is one set.
 
     Args:
-        path: a tar; a text file with a tar a line; or a folder, with train/ and val/ or without. Each may be a URL.
+        path: a tar; a text file with a tar per line; or a folder, with or without train/ and val/. Each may be a URL.
 
     Raises:
-        ConfigError: if there is none, or one is compressed.
+        ConfigError: if there is no tar, or one is compressed.
     """
     if remote.bare(path).endswith((".tar", *_COMPRESSED)):
         return {"all": _uncompressed([path])}
@@ -70,16 +70,16 @@ def find_shards(path: str) -> dict[str, list[str]]:
 
 
 def beside(path: str, name: str) -> str:
-    """A file beside the shards: in their folder, or where the tar or the list of them is."""
+    """Return the path of a file beside the shards: in their folder, or in that of the tar or the list."""
     bare = remote.bare(path)
     return os.path.join(bare.rpartition("/")[0] if bare.endswith((".tar", ".txt")) else bare, name)
 
 
 def look_at(paths: Sequence[str]) -> list[Shard]:
-    """Their sizes and versions, now.
+    """Return the shards with their current sizes and versions.
 
     Raises:
-        ConfigError: if one is not there.
+        ConfigError: if one does not exist.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(_look_at_one, paths))
@@ -87,7 +87,7 @@ def look_at(paths: Sequence[str]) -> list[Shard]:
 
 @contextmanager
 def open_shard(path: str) -> Iterator[IO[bytes]]:
-    """A shard to be read from front to back.
+    """Open a shard for sequential reading.
 
     Raises:
         ConfigError: if it cannot be opened.
@@ -105,10 +105,10 @@ def open_shard(path: str) -> Iterator[IO[bytes]]:
 
 
 class ShardReader:
-    """Bytes out of shards, at any place and in any process.
+    """Read bytes from shards, at any offset and in any process.
 
-    Files are opened when they are first read from. A process that was forked reads from the same: no position is
-    shared, each read says where. One that was sent opens its own.
+    Files are opened at the first read. Forked processes share the open files: each read passes its offset, so that no
+    position is shared. A pickled copy opens its own files.
 
     Args:
         shards: by number.
@@ -122,10 +122,10 @@ class ShardReader:
         return {"shards": self.shards, "_files": {}}
 
     def read(self, number: int, offset: int, size: int) -> bytes:
-        """Part of a shard.
+        """Return part of a shard.
 
         Raises:
-            ConfigError: if it cannot be read, or has changed since it was looked at.
+            ConfigError: if it cannot be read, or has changed since it was listed.
         """
         path = self.shards[number].path
         if remote.is_url(path):
@@ -146,7 +146,7 @@ class ShardReader:
         if about.st_size != shard.size or shard.version not in (None, about.st_mtime_ns):
             raise ConfigError(f"{shard.path} is another file than was listed; {_CHANGED}")
         if len(self._files) < _MAX_OPEN:
-            # Of two threads that open it the first one's stays.
+            # If two threads open it, the first one's file is kept.
             return self._files.setdefault(number, file)
         return file
 
@@ -168,7 +168,7 @@ def _look_at_one(path: str) -> Shard:
 
 
 def _listed(path: str) -> list[str]:
-    """The tars that a text file names, relative to its folder."""
+    """Return the tars that a text file lists, relative to its folder."""
     try:
         content = remote.read(path) if remote.is_url(path) else Path(path).read_bytes()
         lines = [line.strip() for line in content.decode().splitlines()]
@@ -192,7 +192,7 @@ def _listed(path: str) -> list[str]:
 
 
 def _within(path: str) -> tuple[list[str], dict[str, str]]:
-    """The tars in a folder and in its splits' folders, relative to it, hidden ones left away; and those folders."""
+    """Return the visible tars in a folder and its split folders, relative to it; and the split folders."""
     splits = {"train": "train", "val": "val"}
     if not remote.is_url(path):
         if not os.path.isdir(path):

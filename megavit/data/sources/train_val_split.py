@@ -1,4 +1,4 @@
-"""A training and a validation part: told by the files' names, or, where data come as one, of each class a share."""
+"""Split data into training and validation: by file names, or by a share of each class."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from megavit.data.sources import remote
 from megavit.errors import ConfigError
 
-# The words for splits, in any case. Test data validate where nothing else does.
+# Names of splits, in any case. Test data are for validation if there are no validation data.
 _TRAINING, _VALIDATION, _TEST = (
     ("train", "training"),
     ("val", "valid", "validation", "eval", "dev"),
@@ -21,10 +21,10 @@ _SPLIT_SEED = 0
 
 
 def find_splits(names: Iterable[str]) -> dict[str, str] | None:
-    """Which of some names, of folders or of a dataset's splits, are that of the training and of the validation split.
+    """Find the names of the training and the validation split among names of folders or splits.
 
     Returns:
-        The names of `train` and `val`; None where one is missing, or several could be it.
+        The names of `train` and `val`; None if one is missing or ambiguous.
     """
     every = set(names)
     if {"train", "val"} <= every:
@@ -37,12 +37,12 @@ def find_splits(names: Iterable[str]) -> dict[str, str] | None:
 
 
 def parts_by_name(names: Iterable[str]) -> dict[str, list[str]] | None:
-    """Files with the word train or training in their names train; those with val, valid, … else test validate.
+    """Assign files to splits by words in their names: train or training; val, valid, …, or else test.
 
-    A word is what stands between digits and signs, `set` at its end left away: `retrieval-0.tar` does not validate.
+    Words are separated by digits and punctuation, and a final `set` is ignored: `retrieval-0.tar` does not validate.
 
     Returns:
-        The files of `train` and `val`; None where one of the two has none.
+        The files of `train` and `val`; None if one of the two has none.
     """
     every = list(names)
     training = _with_a_word(every, _TRAINING)
@@ -58,19 +58,19 @@ def _with_a_word(names: Sequence[str], words: tuple[str, ...]) -> list[str]:
 
 
 def split_indices(labels: np.ndarray, fraction: float | None, split: str, *, where: str) -> np.ndarray:
-    """Choose one part's samples.
+    """Choose the samples of one split.
 
-    Each class gives the stated share of its samples, drawn with a fixed seed, to validation: at least one, but never
-    its only one. Of 0 all samples train.
+    The stated share of each class's samples, drawn with a fixed seed, is for validation: at least one, but never the
+    only one. With 0 all samples are for training.
 
     Args:
         labels: of all samples.
         fraction: `data.val_fraction`.
         split: `train` or `val`.
-        where: the data, for the error.
+        where: path of the data, for the error.
 
     Raises:
-        ConfigError: if no fraction is stated, or it leaves nothing to validate on and that is asked for.
+        ConfigError: if the fraction is null, or if the validation split is requested and has no samples.
     """
     if fraction is None:
         raise ConfigError(
@@ -85,7 +85,7 @@ def split_indices(labels: np.ndarray, fraction: float | None, split: str, *, whe
             f"another data.path has some"
         )
     validates = np.zeros(len(labels), dtype=bool)
-    # Sorted once: to look for each of 1,000 classes in 1.3 million labels takes seconds.
+    # Sorted once: searching 1.3 million labels for each of 1,000 classes takes seconds.
     by_label = labels.argsort(kind="stable")
     distinct, starts = np.unique(labels[by_label], return_index=True)
     for label, members in zip(distinct, np.split(by_label, starts)[1:], strict=True):

@@ -1,4 +1,4 @@
-"""Images in tar shards, as WebDataset packs them, read from any place by an index."""
+"""Images in WebDataset tar shards, read at random through an index."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ from megavit.errors import ConfigError, printable
 
 _CLASSES_FILE = "classes.txt"
 
-# Shards whose headers are read at once; they wait for the disk or the network.
+# Shards whose headers are read at once; the threads wait for disk or network.
 _THREADS = 16
 
 
@@ -30,10 +30,10 @@ class WebDatasetSource:
 
     Args:
         shards: the tars.
-        index: which image lies where (see `index_shards`).
-        classes: names, in label order; empty where nothing is labelled.
-        channels: that each image is to have.
-        part: which of the images are meant, by their places; None for all.
+        index: location of each image (see `index_shards`).
+        classes: names, in label order; empty without labels.
+        channels: of the decoded images.
+        part: positions of the images to use; None for all.
     """
 
     image_shape: tuple[int, ...] | None = None
@@ -55,11 +55,11 @@ class WebDatasetSource:
         return len(self._part)
 
     def image(self, index: int) -> Tensor:
-        """One image_CYX, uint8, of its natural size."""
+        """Return one image_CYX, uint8, in its original size."""
         return decode_image(self._encoded(index), channels=self._channels, name=self.name(index))
 
     def opened(self, index: int) -> Tensor | Jpeg:
-        """The same, a JPEG not decoded yet."""
+        """Return one image; a JPEG is not decoded yet."""
         return open_image(self._encoded(index), channels=self._channels, name=self.name(index))
 
     def _encoded(self, index: int) -> bytes:
@@ -68,27 +68,26 @@ class WebDatasetSource:
         return self._shards.read(shard, offset, size)
 
     def label(self, index: int) -> int:
-        """Its label; 0 where nothing is labelled."""
+        """Return an image's label; 0 without labels."""
         return max(0, int(self._columns["labels"][self._part[index]]))
 
     def label_counts(self) -> np.ndarray:
-        """Images of each class; of no class where nothing is labelled."""
+        """Return the number of images of each class; empty without labels."""
         labels = self._columns["labels"][self._part]
         return np.bincount(labels[labels >= 0], minlength=len(self.classes))
 
     def name(self, index: int) -> str:
-        """Its shard and member."""
+        """Return an image's shard and member."""
         place = self._part[index]
         shard = self._shards.shards[int(self._columns["shards"][place])]
         return f"{printable(shard.path)}, {printable(bytes(self._columns['names'][place]))}"
 
 
 def open_tars(config: DataConfig, split: str, index: Path | None = None) -> WebDatasetSource:
-    """One split of tar shards: those in PATH/train/ and PATH/val/, or told by their names, or one set with a share to
-    validate on. PATH is a folder, a tar or a text file with a tar a line, each also as a URL.
+    """Open one split of tar shards: by folder (PATH/train/, PATH/val/), by file name, or as a share of one set.
 
-    Classes are named by the lines of a classes.txt beside the shards; without it they are the numbers up to the
-    training set's largest label.
+    PATH is a folder, a tar or a text file with a tar per line; each may be a URL. Class names are the lines of a
+    classes.txt beside the shards; without it they are the numbers up to the training set's largest label.
 
     Args:
         config: the data group.
@@ -96,7 +95,7 @@ def open_tars(config: DataConfig, split: str, index: Path | None = None) -> WebD
         index: folder that keeps the listing for the next start; None to keep none.
 
     Raises:
-        ConfigError: if there is no shard, one cannot be used, or the labels do not fit.
+        ConfigError: if there is no shard, one cannot be read, or the labels do not fit.
     """
     assert config.path is not None
     parts = find_shards(config.path)
@@ -138,10 +137,10 @@ def _open_part(paths: list[str], name: str, folder: Path | None) -> tuple[list[S
 
 
 def index_shards(paths: list[str]) -> dict[str, np.ndarray]:
-    """Which image lies where: names, shards, offsets, sizes and labels (−1 for none), in the images' order.
+    """Return names, shards, offsets, sizes and labels (−1 for none) of all images, in order.
 
     Raises:
-        ConfigError: if a shard cannot be used, none has an image, or some images have labels and some have none.
+        ConfigError: if a shard cannot be read, if no shard has an image, or if only some images have labels.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(_read_shard, paths))
@@ -168,7 +167,7 @@ def _read_shard(path: str) -> list[Placed]:
 
 
 def _class_names(path: str) -> tuple[str, ...] | None:
-    """The lines of classes.txt beside the shards; None where there is none."""
+    """Return the lines of classes.txt beside the shards; None if there is no such file."""
     file = beside(path, _CLASSES_FILE)
     try:
         if remote.is_url(file):

@@ -15,11 +15,8 @@ from megavit.data.sampler import SampleKey
 from megavit.data.transforms.auto_augment import colour_transforms
 from megavit.data.transforms.resize import center_box, eval_frame, named_if_too_large, resize, resize_part
 from megavit.errors import ConfigError
-from megavit.parallel.rng import hash_int64
+from megavit.parallel.rng import RandomStream, hash_int64
 from megavit.plugins import import_plugin
-
-# What the draws are for (see transforms.py).
-_VIEW = 3
 
 
 class ImageTransform:
@@ -77,7 +74,7 @@ class ImageTransform:
     def sample_seeds(self, keys: list[SampleKey], *, seed: int) -> list[int]:
         """For each key what its image's view is drawn from."""
         columns = torch.tensor([(key.epoch, key.sample_id, key.occurrence) for key in keys]).unbind(dim=1)
-        return (hash_int64(seed, *columns, _VIEW) & (2**62 - 1)).tolist()
+        return (hash_int64(seed, *columns, RandomStream.IMAGE_TRANSFORM) & (2**62 - 1)).tolist()
 
     def drawing(self) -> AbstractContextManager[None]:
         """Within it images are cut and changed; after it torch's generator is as it was."""

@@ -12,10 +12,15 @@ from torch import Tensor
 from megavit.data.config import DataConfig
 from megavit.data.loader import Batch
 from megavit.data.transforms.random_erasing import Boxes
-from megavit.parallel.rng import drawn_from, uniform
+from megavit.parallel.rng import RandomStream, drawn_from, uniform
 
-# What the draws are for (see transforms.py).
-_WHETHER, _WHICH, _SHARE, _DOWN, _ACROSS = 10, 11, 12, 13, 14
+_STREAMS = (
+    RandomStream.MIX_WHETHER,
+    RandomStream.MIX_WHICH,
+    RandomStream.MIX_SHARE,
+    RandomStream.MIX_DOWN,
+    RandomStream.MIX_ACROSS,
+)
 _QUANTILES = 2**16
 
 
@@ -75,8 +80,8 @@ class MixupCutmix:
     def draw(self, batch: Batch) -> MixParams:
         """How this batch is mixed."""
         ids, epochs, occurrences = (column.unsqueeze(1) for column in batch.key_columns())
-        purposes = torch.tensor([_WHETHER, _WHICH, _SHARE, _DOWN, _ACROSS])
-        whether_B, which_B, share_B, down_B, across_B = uniform(self.seed, epochs, ids, occurrences, purposes).unbind(1)
+        streams = torch.tensor(_STREAMS)
+        whether_B, which_B, share_B, down_B, across_B = uniform(self.seed, epochs, ids, occurrences, streams).unbind(1)
         mixed_B, cut_B = whether_B < self.prob, which_B < self.cut_share
         own_B = torch.ones_like(share_B)
         if self.blends is not None:

@@ -8,16 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megavit.data.sampler import SampleKey
-from megavit.parallel.rng import uniform
-
-# What a draw is for; drawn numbers of different purposes are independent.
-_SHIFT_DOWN, _SHIFT_ACROSS = 1, 2
+from megavit.parallel.rng import RandomStream, uniform
 
 
 def draw_shifts(keys: list[SampleKey], *, pixels: int, seed: int) -> list[list[int]]:
     """Draw how far each image is moved, [down, across] in pixels, a function of its key and the seed alone."""
     columns = torch.tensor([(key.epoch, key.sample_id, key.occurrence) for key in keys]).unbind(dim=1)
-    draws_B2 = torch.stack([uniform(seed, *columns, purpose) for purpose in (_SHIFT_DOWN, _SHIFT_ACROSS)], dim=1)
+    streams = (RandomStream.SHIFT_DOWN, RandomStream.SHIFT_ACROSS)
+    draws_B2 = torch.stack([uniform(seed, *columns, stream) for stream in streams], dim=1)
     return ((draws_B2 * (2 * pixels + 1)).long() - pixels).tolist()
 
 

@@ -11,10 +11,14 @@ from torch import Tensor
 
 from megavit.data.config import DataConfig
 from megavit.data.loader import Batch
-from megavit.parallel.rng import drawn_from, normal, uniform
+from megavit.parallel.rng import RandomStream, drawn_from, normal, uniform
 
-# What the draws are for (see transforms.py).
-_WHETHER, _AREA, _ASPECT, _DOWN, _ACROSS, _NOISE = 20, 21, 22, 23, 24, 25
+_BOX_STREAMS = (
+    RandomStream.ERASE_AREA,
+    RandomStream.ERASE_ASPECT,
+    RandomStream.ERASE_DOWN,
+    RandomStream.ERASE_ACROSS,
+)
 _TRIES = 10
 _AREAS = (0.02, 1 / 3)
 _ASPECTS = (0.3, 1 / 0.3)
@@ -66,21 +70,22 @@ class Erasing:
             column[rows_R].to(device, non_blocking=True).view(-1, 1, 1, 1) for column in batch.key_columns()
         )
         values_CYX = torch.arange(math.prod(shape), device=device).view(shape)
-        noise_RCYX = normal(self.seed, epochs, ids, occurrences, _NOISE, values_CYX)
+        noise_RCYX = normal(self.seed, epochs, ids, occurrences, RandomStream.ERASE_NOISE, values_CYX)
         rows_R = rows_R.to(device, non_blocking=True)
         return images_BCYX.index_copy(0, rows_R, noise_RCYX.where(inside_R1YX, images_BCYX[rows_R]))
 
     def erased(self, batch: Batch) -> Tensor:
         """The rows of a batch in which something is erased, on the CPU."""
         ids_B, epochs_B, occurrences_B = batch.key_columns()
-        return (uniform(self.seed, epochs_B, ids_B, occurrences_B, _WHETHER) < self.share).nonzero().flatten()
+        draws_B = uniform(self.seed, epochs_B, ids_B, occurrences_B, RandomStream.ERASE_WHETHER)
+        return (draws_B < self.share).nonzero().flatten()
 
     def boxes(self, batch: Batch) -> Boxes:
         """The box of every image, erased or not, on the CPU; empty where none of ten fits."""
         ids, epochs, occurrences = (column.view(-1, 1) for column in batch.key_columns())
         tries = torch.arange(_TRIES)
         area, aspect, down, across = (
-            uniform(self.seed, epochs, ids, occurrences, purpose, tries) for purpose in (_AREA, _ASPECT, _DOWN, _ACROSS)
+            uniform(self.seed, epochs, ids, occurrences, stream, tries) for stream in _BOX_STREAMS
         )
         pixels = (_AREAS[0] + (_AREAS[1] - _AREAS[0]) * area) * (self.height * self.width)
         proportion = drawn_from(self.aspects, aspect)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megavit.model.config import Head, ModelConfig, Pool
 from megavit.model.layers.norm import LayerNorm
+from megavit.model.parameters import CLASSIFIER_BIAS, CLASSIFIER_WEIGHT
 
 
 class FeatureNorm(torch.nn.Module):
@@ -118,4 +119,4 @@ class ClassifierHead(torch.nn.Module):
             norm = self.feature_norm
             weight_KH = weight_KH / (norm.running_var + norm.eps).sqrt()
             bias_K = bias_K - weight_KH @ norm.running_mean
-        return {"head.out.weight": weight_KH, "head.out.bias": bias_K}
+        return {CLASSIFIER_WEIGHT: weight_KH, CLASSIFIER_BIAS: bias_K}

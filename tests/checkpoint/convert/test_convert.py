@@ -169,7 +169,7 @@ def mae_model() -> torch.nn.Module:
         decoder_intermediate_size=40,
     )
     model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**HF, **sizes, norm_pix_loss=True))
-    from megavit.model.layers.patch_embed import sincos_positions
+    from megavit.model.layers.pos_embed import sincos_positions
 
     with torch.no_grad():
         # Their own start leaves both at zero (5.23).

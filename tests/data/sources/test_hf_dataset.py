@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from megavit.config.compose import compose
-from megavit.data.sources.registry import open_source
+from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ from megavit.data.sources import webdataset as tars_module
 from megavit.data.sources.image_folder import open_folder
 from megavit.data.sources.index_cache import Index, load_or_build, settled
 from megavit.data.sources.list_files import in_order
-from megavit.data.sources.registry import open_source, prepare_index
+from megavit.data.sources.open import open_source, prepare_index
 from megavit.errors import ConfigError
 from tests.data.sources.tars import labelled, png, shard
 from tests.data.sources.test_sources import config, pairs

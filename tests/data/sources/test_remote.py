@@ -11,7 +11,7 @@ import torch
 from megavit.data.loader import Loader
 from megavit.data.prefetch import RequiredFields
 from megavit.data.sources import remote
-from megavit.data.sources.registry import open_source
+from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
 from tests.data.sources.tars import labelled, png, shard
 from tests.data.sources.test_sources import config, pairs

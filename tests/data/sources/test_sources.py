@@ -11,7 +11,7 @@ from PIL import Image
 
 from megavit.config.compose import compose
 from megavit.data.config import DataConfig
-from megavit.data.sources.registry import open_source
+from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
 from tests.distributed import run_ranks
 from tests.reference import SMALL

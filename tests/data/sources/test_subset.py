@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megavit.config.compose import compose
-from megavit.data.sources.registry import open_source
+from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megavit.data.sources.registry import open_source
+from megavit.data.sources.open import open_source
 from megavit.data.sources.tar_index import read_headers
 from megavit.errors import ConfigError
 from tests.data.sources.tars import labelled, png, shard

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megavit.model.layers.accumulate import accumulating_linear
+from megavit.model.layers.linear import accumulating_linear
 from tests.distributed import run_ranks
 from tests.reference import SMALL
 

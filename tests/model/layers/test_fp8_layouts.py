@@ -78,7 +78,7 @@ SIZES = ["model.hidden_size=64", "model.ffn_size=256", "model.num_layers=1", TOK
 
 def mlp_of(overrides: list[str]) -> dict[str, torch.Tensor] | None:
     """What one MLP makes of tokens, and its gradients, those of its weights put together."""
-    from megavit.checkpoint.full_state import gather_full_state_dict
+    from megavit.checkpoint.shards import gather_full_state_dict
     from megavit.model.vit import parameter_names
     from megavit.parallel.layout import ParallelLayout
     from megavit.train.setup import build_model

@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from megavit.model.layers.patch_embed import sincos_positions
+from megavit.model.layers.pos_embed import sincos_positions
 
 
 def test_sincos_positions_are_sines_and_cosines_of_column_then_row():
