@@ -1,9 +1,12 @@
-"""How a process ends: exit codes, and where they are kept."""
+"""Exit codes, and `RUN/exit.json`, which keeps the code of a run.
+
+0 finished; 1 a fault; 2 wrong settings or data; 3 findings, of commands that look for something; 75 stopped and saved.
+"""
 
 import json
 from pathlib import Path
 
-FINISHED, FAULT, USER_ERROR, STOPPED = 0, 1, 2, 75
+FINISHED, FAULT, USER_ERROR, FINDINGS, STOPPED = 0, 1, 2, 3, 75
 
 
 def write_exit(run_dir: Path | None, code: int | None, error: str | None) -> None:
