@@ -4,31 +4,28 @@ python -m benchmarks.step [rows=vit_b16:fp32,… candidates=… rounds=5 block_s
 [key=value …]
 """
 
-import difflib
 import sys
 import time
 from pathlib import Path
-from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from benchmarks.step.cases import ON_CPU, ON_GPU, PRECISIONS, ROWS, TP2, overrides_of
-from benchmarks.step.config import KEYS, BenchConfig
+from benchmarks.step.config import BenchConfig
 from benchmarks.step.measure import Measured, RowMeasurement, to_come
+from megavit.cli.arguments import describe, parse
 from megavit.config.compose import compose
-from megavit.config.overrides import read_text
 from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from megavit.metrics.provenance import provenance
-from megavit.runtime.run_dir import USER_ERROR
+from megavit.runtime.run_dir import FINISHED, USER_ERROR
+
+_PROGRAM = "python -m benchmarks.step"
 
 
 def bench(arguments: list[str]) -> int:
     """Measure every row, print the table, leave figures and picture in `dir`.
 
     Args:
-        arguments: `bench.KEY=value`, and settings that are laid over those of each row.
+        arguments: `KEY=value` of `BenchConfig`, and settings that are laid over those of each row.
 
     Raises:
         ConfigError: for a setting that is wrong.
@@ -39,9 +36,9 @@ def bench(arguments: list[str]) -> int:
     from megavit.parallel.cpu_backend import run_on_cpu
 
     start = time.monotonic()
-    config, overrides = read_arguments(arguments)
+    config, overrides = parse(_PROGRAM, BenchConfig, arguments, settings=True)
     device = "cpu" if run_on_cpu() else "cuda"
-    rows = config.rows or list(ON_CPU if device == "cpu" else ON_GPU)
+    rows = list(config.rows) or list(ON_CPU if device == "cpu" else ON_GPU)
     for label in rows:
         _check_row(label, overrides)
     known = list(dict.fromkeys(name for row in ROWS.values() for name in row.candidates))
@@ -84,37 +81,6 @@ def bench(arguments: list[str]) -> int:
     return 0
 
 
-def read_arguments(arguments: list[str]) -> tuple[BenchConfig, list[str]]:
-    """The bench section, checked, and the other settings as typed.
-
-    Raises:
-        ConfigError: for a key or a value that is wrong.
-    """
-    options: dict[str, Any] = {}
-    overrides = []
-    for argument in arguments:
-        key, sign, value = argument.partition("=")
-        if "." in key or not sign:
-            overrides.append(argument)
-        elif key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
-            raise ConfigError(
-                f"the argument {key} does not exist; "
-                + (f"did you mean {near[0]}?" if near else f"known: {', '.join(KEYS)}")
-            )
-        else:
-            name = key
-            options[name] = value.strip("[]").split(",") if name in ("rows", "candidates") else read_text(value)
-    options = {name: None if value == "null" else value for name, value in options.items()}
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchConfig), options))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}={options[error.full_key or '']}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, BenchConfig)
-    config.check()
-    return config, overrides
-
-
 def _check_row(label: str, overrides: list[str]) -> None:
     name, _, precision = label.partition(":")
     if name not in ROWS or precision not in PRECISIONS:
@@ -130,6 +96,10 @@ def _check_row(label: str, overrides: list[str]) -> None:
 
 def main() -> int:
     """Run the benchmark; the exit code is 2 for a wrong argument."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        about = "time a training step of megavit, timm, Hugging Face and plain torch on the same work"
+        print(describe(_PROGRAM, BenchConfig, about=about, settings=True))
+        return FINISHED
     try:
         return bench(sys.argv[1:])
     except ConfigError as error:

@@ -1,130 +1,274 @@
-"""`key=value` arguments of the verbs that open a run instead of composing one."""
+"""Parse the `key=value` arguments of a command into its dataclass, and describe them for `--help`.
 
-from collections.abc import Iterable
-from dataclasses import replace
+Nothing here imports torch or Hydra: `megavit doctor` parses its arguments where packages may be missing.
+"""
+
+import difflib
+import inspect
+import math
+import re
+import textwrap
+from collections.abc import Collection
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
 from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from megavit.checkpoint.find import CheckpointRef, resolve_checkpoint
-from megavit.config.compose import from_yaml, merge
-from megavit.config.experiment import ExperimentConfig
 from megavit.config.overrides import read_text
-from megavit.config.validate import validate
 from megavit.errors import ConfigError
-from megavit.inference.trained_run import read_config, refuse_another_network
-from megavit.plugins import is_plugin
-from megavit.validation import suggest
+from megavit.validation import format_value, parse_int, parse_ints
+
+T = TypeVar("T")
+
+# Settings of a run that resemble a command's argument.
+_SETTINGS_WITHOUT_DOT = ("init_from",)
+_WIDTH = 110
 
 
-def parse_arguments(
-    command: str, arguments: list[str], *, needed: Iterable[str], optional: Iterable[str]
-) -> dict[str, str]:
-    """Split arguments into a dictionary; values are text, as a run's text settings (see `overrides.py`).
-
-    Args:
-        command: for the messages.
-        arguments: as typed.
-        needed: keys that must be there.
-        optional: keys that may be.
-
-    Raises:
-        ConfigError: for an argument that is no `key=value`, an unknown key, or a missing one.
-    """
-    needed, known = list(needed), [*needed, *optional]
-    usage = " ".join([f"{key}=…" for key in needed] + [f"[{key}=…]" for key in optional])
-    args: dict[str, str] = {}
-    for argument in arguments:
-        key, sign, value = argument.partition("=")
-        if not sign:
-            raise ConfigError(f"'{argument}' is no setting: megavit {command} {usage}")
-        if key not in known:
-            near = suggest(key, known, cutoff=0.5)
-            hint = f"did you mean {near}=?" if near else f"megavit {command} {usage}"
-            raise ConfigError(f"megavit {command} knows no {key}=; {hint}")
-        args[key] = read_text(value)
-    missing = [key for key in needed if not args.get(key)]
-    if missing:
-        raise ConfigError(f"megavit {command} needs {missing[0]}=: megavit {command} {usage}")
-    return args
-
-
-def split_from(command: str, arguments: list[str]) -> tuple[str, list[str]]:
-    """`from=RUN` apart from the settings beside it.
-
-    Raises:
-        ConfigError: if it is missing.
-    """
-    args = [argument for argument in arguments if argument.startswith("from=")]
-    if len(args) != 1 or args[0] == "from=":
-        raise ConfigError(f"megavit {command} needs from=RUN once, then settings as in megavit train: key=value …")
-    return read_text(args[0].removeprefix("from=")), [argument for argument in arguments if argument != args[0]]
-
-
-def split_own(command: str, arguments: list[str], *, known: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """A verb's own arguments apart from `from=RUN` and the settings beside them.
+def argument(
+    default: Any = MISSING,
+    *,
+    key: str = "",
+    short: str = "",
+    form: str = "",
+    at_least: int = 1,
+    above: float | None = None,
+) -> Any:
+    """Declare a field of a command's dataclass; a plain field is one too.
 
     Args:
-        command: for the messages.
-        arguments: as typed.
-        known: keys that are the verb's own.
+        default: value where the argument is not typed; without one it must be typed.
+        key: the word before the sign; a field named `from_` has the key `from`. `--word` declares a flag.
+        short: second spelling of a flag.
+        form: placeholder for the usage text, such as FILE.json.
+        at_least: smallest value of an integer or a number.
+        above: exclusive lower bound of a number, instead of at_least.
+    """
+    return field(
+        default=default, metadata={"key": key, "short": short, "form": form, "at_least": at_least, "above": above}
+    )
+
+
+@dataclass(frozen=True)
+class NoArguments:
+    """The arguments of a command that takes none."""
+
+
+@dataclass(frozen=True)
+class _Argument:
+    """One argument of a command.
+
+    Attributes:
+        name: the field's name.
+        key: the word as typed.
+        short: second spelling of a flag.
+        kind: its type, without `| None`.
+        default: MISSING where the argument is required.
+        may_be_null: whether `null` stands for None.
+        form: placeholder in the usage text.
+        about: the line of the docstring.
+        at_least: smallest integer or number.
+        above: exclusive lower bound of a number.
+    """
+
+    name: str
+    key: str
+    short: str
+    kind: Any
+    default: Any
+    may_be_null: bool
+    form: str
+    about: str
+    at_least: int
+    above: float | None
+
+    @property
+    def is_flag(self) -> bool:
+        return self.key.startswith("--")
+
+    @property
+    def usage(self) -> str:
+        if self.is_flag:
+            return f"[{self.key}]"
+        return f"{self.key}={self.form}" if self.default is MISSING else f"[{self.key}={self.form}]"
+
+    def read(self, text: str) -> Any:
+        """Convert the typed text to the field's type, or raise ConfigError."""
+        if self.kind in (str, Path):
+            return self.kind(text)
+        if self.may_be_null and text == "null":
+            return None
+        if self.kind is int:
+            return parse_int(self.key, text, at_least=self.at_least)
+        if self.kind is float:
+            return self._read_float(text)
+        if isinstance(self.kind, type) and issubclass(self.kind, Enum):
+            if text not in self.kind.__members__:
+                raise ConfigError(f"{self.key}={text} must be one of {', '.join(self.kind.__members__)}")
+            return self.kind[text]
+        if get_args(self.kind)[0] is int:
+            return tuple(parse_ints(self.key, text))
+        return tuple(part.strip() for part in text.removeprefix("[").removesuffix("]").split(","))
+
+    def _read_float(self, text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or (value <= self.above if self.above is not None else value < self.at_least):
+            bound = f"above {self.above:g}" if self.above is not None else f"of at least {self.at_least}"
+            raise ConfigError(f"{self.key}={text} must be a finite number {bound}")
+        return value
+
+
+def parse(
+    program: str, kind: type[T], arguments: list[str], *, settings: bool | Collection[str] = False
+) -> tuple[T, list[str]]:
+    """Split a command line into the command's own arguments and a run's settings.
+
+    Args:
+        program: the command as typed, such as `megavit knn`, for messages.
+        kind: the dataclass of the command's own arguments. Its method `check()`, if it has one, is called.
+        arguments: as typed; text values follow the rules of `megavit.config.overrides.read_text`.
+        settings: whether other `key=value` are settings of a run; a collection names those that are.
+
+    Returns:
+        The dataclass, and the settings as typed.
 
     Raises:
-        ConfigError: for an own argument that is empty or given twice, or a key that seems to be a mistyped one.
+        ConfigError: for an unknown key, a repeated or empty argument, a value that does not fit, a missing argument.
     """
-    known, rest = list(known), []
-    args: dict[str, str] = {}
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        # Settings are known further on; nearly all of them have a dot.
-        near = None if "." in key or key in ("from", "init_from") else suggest(key, known)
-        if key in known:
-            if not value or key in args:
-                raise ConfigError(f"{argument}: megavit {command} takes {key}= once, with a value")
-            args[key] = read_text(value)
-        elif near:
-            raise ConfigError(f"megavit {command} knows no {key}=; did you mean {near}=?")
+    known = {word: own for own in _arguments_of(kind) for word in (own.key, own.short) if word}
+    values: dict[str, Any] = {}
+    rest = []
+    for typed in arguments:
+        key, sign, text = typed.partition("=")
+        own = known.get(key)
+        if own is None:
+            _check_setting(program, kind, typed, known, settings)
+            rest.append(typed)
+        elif own.is_flag and not sign:
+            values[own.name] = True
+        elif not text or own.name in values or own.is_flag:
+            raise ConfigError(f"{typed}: {program} takes {key}{'' if own.is_flag else '='} once, with a value")
         else:
-            rest.append(argument)
+            values[own.name] = own.read(read_text(text))
+    for own in known.values():
+        if own.name not in values and own.default is MISSING:
+            raise ConfigError(f"{program} needs {own.key}={own.form}: {usage(program, kind, settings=settings)}")
+    args = kind(**values)
+    check = getattr(args, "check", None)
+    if check is not None:
+        check()
     return args, rest
 
 
-def refuse_untyped_code(checkpoint: Path, overrides: list[str]) -> None:
-    """A checkpoint may come from a stranger: parts by name that it would have run must be typed once more.
-
-    Raises:
-        ConfigError: naming the setting to type.
-    """
-    config = from_yaml((checkpoint / "run.yaml").read_text())
-    for setting, name in (("data.source", config.data.source), ("task.implementation", config.task.implementation)):
-        if name is not None and is_plugin(name) and not any(text.startswith(f"{setting}=") for text in overrides):
-            raise ConfigError(
-                f"{checkpoint} was made with {setting}={name}, code from outside megavit; type {setting}={name} too, "
-                f"if you trust it, or another {setting}"
-            )
+def usage(program: str, kind: type, *, settings: bool | Collection[str] = False) -> str:
+    """Return the line that shows how a command is typed."""
+    words = [program, *(argument.usage for argument in _arguments_of(kind))]
+    return " ".join(words + (["[key=value …]"] if settings else []))
 
 
-def prepare(
-    command: str, arguments: list[str], *, world_size: int | None = None
-) -> tuple[ExperimentConfig, CheckpointRef]:
-    """What to look at, and how: the run's own configuration with what is typed on top, on one rank unless told.
+def describe(program: str, kind: type, *, about: str, settings: bool | Collection[str] = False) -> str:
+    """Return the text of `megavit COMMAND --help`.
 
     Args:
-        command: for the messages.
-        arguments: `from=RUN` and settings.
-        world_size: ranks that take part; None while they are not started.
-
-    Raises:
-        ConfigError: if there is no checkpoint, or a setting does not fit.
+        program: the command as typed.
+        kind: the dataclass of its arguments; the lines under `Attributes:` explain them.
+        about: what the command does.
+        settings: as for `parse`.
     """
-    place, overrides = split_from(command, arguments)
-    weights = resolve_checkpoint(place)
-    refuse_untyped_code(weights.checkpoint, overrides)
-    before = read_config(weights.checkpoint)
-    config = merge(before, overrides)
-    refuse_another_network(weights.checkpoint, before, config)
-    if world_size is not None:
-        # Training's batch need not fit this world; images per micro batch are as they were, or as typed.
-        micro_batch = config.train.micro_batch or min(config.train.global_batch, 64)
-        batch = micro_batch * config.parallel.data_parallel_size(world_size) * config.parallel.pp
-        config = replace(config, train=replace(config.train, micro_batch=micro_batch, global_batch=batch))
-        validate(config, world_size)
-    return config, weights
+    lines = [usage(program, kind, settings=settings), "", about]
+    arguments = _arguments_of(kind)
+    rows = {a.key if a.is_flag else f"{a.key}={a.form}": _about(a) for a in arguments}
+    if rows:
+        width = min(24, max(map(len, rows))) + 2
+        lines += ["", "arguments"]
+        for left, right in rows.items():
+            first = f"  {left:<{width}}" if len(left) < width else f"  {left}  "
+            lines += textwrap.wrap(right, _WIDTH, initial_indent=first, subsequent_indent=" " * (width + 2))
+    if settings is True:
+        lines += ["", "key=value: settings of the run, as in megavit train; megavit train --cfg lists them all"]
+    elif settings:
+        lines += ["", f"key=value: {', '.join(settings)}"]
+    return "\n".join(lines)
+
+
+def _about(argument: _Argument) -> str:
+    if argument.default in (MISSING, None, False):
+        return argument.about
+    value = argument.default
+    shown = ",".join(map(str, value)) if isinstance(value, tuple) else format_value(value)
+    return f"{argument.about} (default {shown})" if shown != "" else argument.about
+
+
+def _check_setting(
+    program: str, kind: type, typed: str, known: dict[str, _Argument], settings: bool | Collection[str]
+) -> None:
+    """Refuse an argument that is neither the command's own nor a setting that it takes."""
+    key, sign, _ = typed.partition("=")
+    if settings is True:
+        # Settings are checked where the configuration is composed; nearly all of them have a dot.
+        is_setting = "." in key or key in _SETTINGS_WITHOUT_DOT or not sign
+        near = [] if is_setting else difflib.get_close_matches(key, known, n=1)
+        if near:
+            raise ConfigError(f"{program} knows no {key}=; did you mean {near[0]}=?")
+        return
+    allowed = settings or ()
+    if key in allowed:
+        return
+    line = usage(program, kind, settings=settings)
+    if not sign:
+        raise ConfigError(f"'{typed}' is no setting: {line}")
+    near = difflib.get_close_matches(key, [*known, *allowed], n=1, cutoff=0.5)
+    raise ConfigError(f"{program} knows no {key}=; {f'did you mean {near[0]}=?' if near else line}")
+
+
+def _arguments_of(kind: type) -> list[_Argument]:
+    hints, about = get_type_hints(kind), _docstring_lines(kind)
+    found = []
+    for part in fields(kind):
+        hint, metadata = hints[part.name], part.metadata
+        choices = get_args(hint) if get_origin(hint) is not tuple else ()
+        may_be_null = NoneType in choices
+        bare = next(choice for choice in choices if choice is not NoneType) if may_be_null else hint
+        found.append(
+            _Argument(
+                part.name,
+                metadata.get("key") or part.name.rstrip("_"),
+                metadata.get("short", ""),
+                bare,
+                part.default,
+                may_be_null,
+                metadata.get("form") or _form(bare, part.default),
+                about.get(part.name, ""),
+                metadata.get("at_least", 1),
+                metadata.get("above"),
+            )
+        )
+    return found
+
+
+def _form(kind: Any, default: Any) -> str:
+    """Return the placeholder of an argument without one of its own: its choices, or its default."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "|".join(kind.__members__)
+    if isinstance(default, tuple) and default:
+        return ",".join(map(str, default))
+    return "…" if default in (MISSING, None, ()) else str(format_value(default))
+
+
+def _docstring_lines(kind: type) -> dict[str, str]:
+    """Return the explanation of each attribute in a dataclass's docstring, in one line each."""
+    _, _, section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
+    found: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        start = re.match(r" {4}(\w+): (.*)", line)
+        if start:
+            name = start[1]
+            found[name] = start[2]
+        elif name and line.strip():
+            found[name] += f" {line.strip()}"
+    return found

@@ -3,9 +3,9 @@
 import ctypes
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,13 +19,13 @@ from megavit.checkpoint.find import resolve_checkpoint
 from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.param_mapping import Dims, from_timm, to_timm, to_timm_name
 from megavit.checkpoint.state import TrainingState, read_state
-from megavit.cli.arguments import parse_arguments
+from megavit.cli.arguments import argument
 from megavit.config.compose import compose, to_yaml
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.validate import validate
 from megavit.data.config import PIXEL_SETTINGS
 from megavit.errors import ConfigError
-from megavit.inference.trained_run import TrainedRun, open_run, read_classes, read_config, split_settings, with_settings
+from megavit.inference.trained_run import TrainedRun, open_run, read_classes, read_config, with_settings
 from megavit.model.config import Head, Positions
 from megavit.model.layers.pos_embed import sincos_positions
 from megavit.model.parameters import is_classifier, is_decoder, is_last_layer
@@ -34,52 +34,68 @@ from megavit.parallel.layout import ParallelLayout
 from megavit.runtime.run_dir import FINISHED, lock_folder
 from megavit.task.config import TaskConfig
 from megavit.train.setup import build_model
-from megavit.validation import format_value, parse_int
+from megavit.validation import format_value
 
 # Of glibc's malloc.h.
 _M_MMAP_THRESHOLD = -3
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def convert(arguments: list[str]) -> int:
+@dataclass(frozen=True)
+class ConvertArgs:
+    """The command's own arguments; one of `from` and `to` is a run, the other KIND:PATH.
+
+    Attributes:
+        from_: RUN or ema:RUN, or timm:FILE, hf:FOLDER_OR_ID, mae:FILE, nemo:FILE.
+        to: timm:FILE, hf:FOLDER, mae:FILE, nemo:FILE, or RUN.
+        dtype: fp32, bf16 or fp16, of the weights written for another library; fp32 if not given.
+        num_heads: attention heads of the weights read, where their files do not state them.
+        push: with to=hf:FOLDER, the repository on the Hugging Face hub to upload to.
+    """
+
+    SETTINGS: ClassVar = PIXEL_SETTINGS
+    from_: str = argument(form="RUN|KIND:PATH")
+    to: str = argument(form="KIND:PATH|RUN")
+    dtype: str | None = argument(None, form="fp32|bf16|fp16")
+    num_heads: int | None = argument(None, form="N")
+    push: str | None = argument(None, form="ORG/NAME")
+
+
+def convert(args: ConvertArgs, settings: list[str]) -> int:
     """Convert in the direction that the arguments name.
 
     Args:
-        arguments: `from=KIND:PATH to=RUN` or `from=RUN to=KIND:PATH`, KIND one of hf, timm, mae, nemo; optionally
-            `dtype=fp32|bf16|fp16` and `push=ORG/NAME` on the way out; on the way in `num_heads=N` and data.mean,
-            data.std, data.crop_pct, data.interpolation, where files do not state them. `from=ema:RUN` takes the moving
-            average of the weights.
+        args: the command's own.
+        settings: of `PIXEL_SETTINGS`, where the files of another library do not state them.
 
     Raises:
         ConfigError: if one of them cannot be read, or the other has no place for what it holds.
     """
     _return_freed_memory()
-    pixels, rest = split_settings(arguments)
-    args = parse_arguments("convert", rest, needed=("from", "to"), optional=("dtype", "num_heads", "push"))
-    kinds = {key: args[key].partition(":")[0] for key in ("from", "to") if args[key].partition(":")[0] in KINDS}
+    places = {"from": args.from_, "to": args.to}
+    kinds = {key: place.partition(":")[0] for key, place in places.items() if place.partition(":")[0] in KINDS}
     if len(kinds) != 1:
         raise ConfigError(
             f"megavit convert takes one run and one of {', '.join(f'{kind}:PATH' for kind in KINDS)}, not "
-            f"from={args['from']} to={args['to']}"
+            f"from={args.from_} to={args.to}"
         )
     if "from" in kinds:
-        if "dtype" in args:
-            raise ConfigError(f"dtype={args['dtype']} would be ignored: a run's weights are fp32")
-        heads = parse_int("num_heads", args["num_heads"]) if "num_heads" in args else None
-        place = args["from"].partition(":")[2]
-        return _into_run(kinds["from"], place, Path(args["to"]), num_heads=heads, pixels=pixels)
-    repository = args.get("push")
+        if args.dtype is not None:
+            raise ConfigError(f"dtype={args.dtype} would be ignored: a run's weights are fp32")
+        place = args.from_.partition(":")[2]
+        return _into_run(kinds["from"], place, Path(args.to), num_heads=args.num_heads, pixels=settings)
+    repository = args.push
     if repository is not None and (kinds["to"] != "hf" or repository.count("/") != 1):
         raise ConfigError(f"push={repository} takes ORG/NAME, where to=hf:FOLDER goes on the Hugging Face hub")
-    if "num_heads" in args:
-        raise ConfigError(f"num_heads={args['num_heads']} would be ignored: a run knows its heads")
-    if pixels:
-        raise ConfigError(f"{pixels[0]} would be ignored: a run knows how it sees an image")
-    dtype = args.get("dtype", "fp32")
+    if args.num_heads is not None:
+        raise ConfigError(f"num_heads={args.num_heads} would be ignored: a run knows its heads")
+    if settings:
+        raise ConfigError(f"{settings[0]} would be ignored: a run knows how it sees an image")
+    dtype = args.dtype or "fp32"
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype} is not known; known: {', '.join(_DTYPES)}")
-    target = Path(args["to"].partition(":")[2])
-    _out_of_run(args["from"], kinds["to"], target, dtype=dtype)
+    target = Path(args.to.partition(":")[2])
+    _out_of_run(args.from_, kinds["to"], target, dtype=dtype)
     if repository is not None:
         push(target, repository)
     return FINISHED

@@ -1,11 +1,47 @@
-"""What every rank of `megavit evaluate` runs; the network and all it needs are imported when they may be silent."""
+"""`megavit evaluate from=RUN`: check the configuration, then evaluate, in this process or on ranks.
+
+Each rank runs `python -m megavit.cli.evaluate`. The network is imported only after warnings are silenced.
+"""
 
 import os
 import sys
+from dataclasses import dataclass
 
+from megavit.cli.arguments import argument, parse
+from megavit.config.overrides import write_text
 from megavit.runtime.exit_handler import run_rank
 from megavit.runtime.signals import unblock
 from megavit.runtime.startup import gc_paused, silence_import_warnings
+
+
+@dataclass(frozen=True)
+class EvaluateArgs:
+    """The command's own arguments.
+
+    Attributes:
+        from_: a run's folder or one of its checkpoints; ema:RUN is the moving average of its weights.
+    """
+
+    from_: str = argument(form="RUN")
+
+
+def evaluate(args: EvaluateArgs, settings: list[str]) -> int:
+    """Check the run's configuration with the settings on top, then start the ranks.
+
+    Raises:
+        ConfigError: if there is no checkpoint, or a setting does not fit.
+    """
+    with gc_paused():
+        from megavit.cli.run_config import prepare
+        from megavit.runtime.workers import num_ranks, start_ranks
+
+    config, _ = prepare(args.from_, settings)
+    ranks = num_ranks(config)
+    prepare(args.from_, settings, world_size=ranks)
+    arguments = [write_text("from", args.from_), *settings]
+    if ranks > 1:
+        return start_ranks([*arguments, f"run.ranks={ranks}"], ranks=ranks, module="megavit.cli.evaluate")
+    return main(arguments)
 
 
 def main(arguments: list[str]) -> int:
@@ -15,11 +51,12 @@ def main(arguments: list[str]) -> int:
 
     def work() -> int:
         with gc_paused():
-            from megavit.cli.arguments import prepare
+            from megavit.cli.run_config import prepare
             from megavit.inference.evaluate import evaluate
             from megavit.parallel.layout import world_size_from_environment
 
-        return evaluate(*prepare("evaluate", arguments, world_size=world_size_from_environment()))
+        args, settings = parse("megavit evaluate", EvaluateArgs, arguments, settings=True)
+        return evaluate(*prepare(args.from_, settings, world_size=world_size_from_environment()))
 
     return run_rank(work, run_dir=lambda: None)
 

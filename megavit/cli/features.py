@@ -1,22 +1,43 @@
-"""`megavit features from=RUN out=FOLDER`: a vector for each image of a dataset, as safetensors."""
+"""`megavit features from=RUN out=FOLDER`: write a feature vector for each image of a dataset, as safetensors."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megavit.checkpoint.convert.write import write_tensors
-from megavit.cli.feature_args import FeatureArgs, make_folder, read_feature_args
+from megavit.cli.arguments import argument
+from megavit.cli.run_config import prepare_on_one_rank
 from megavit.data.sources.base import name_of
 from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
 from megavit.inference.features import FeatureExtractor, Features
-from megavit.runtime.output import complete_file
+from megavit.inference.load import check_pool
+from megavit.model.config import Pool
+from megavit.runtime.output import complete_file, make_folder
 from megavit.validation import format_value
 
 _SPLITS = ("train", "val")
 
 
-def features(arguments: list[str]) -> int:
+@dataclass(frozen=True)
+class FeaturesArgs:
+    """The command's own arguments.
+
+    Attributes:
+        from_: a run's folder or one of its checkpoints; ema:RUN is the moving average of its weights.
+        out: folder of the results; a file that is there is not overwritten.
+        splits: the splits to read.
+        pool: tokens that features are made of; without it those that the head reads.
+    """
+
+    from_: str = argument(form="RUN")
+    out: Path = argument(form="FOLDER")
+    splits: tuple[str, ...] = _SPLITS
+    pool: Pool | None = None
+
+
+def features(args: FeaturesArgs, settings: list[str]) -> int:
     """Write FOLDER/train.safetensors and FOLDER/val.safetensors.
 
     In each `features`, fp32 [images, hidden], and of data with labels `labels`, int64 [images], with `data.multi_label`
@@ -24,16 +45,17 @@ def features(arguments: list[str]) -> int:
     FOLDER/val.txt say which they are, a line an image: its file, or its row or place in an archive.
 
     Args:
-        arguments: `from=RUN out=FOLDER`, optionally `splits=train,val pool=cls|mean`, and settings as in `megavit
-            evaluate`.
+        args: the command's own.
+        settings: as in `megavit evaluate`.
 
     Raises:
         ConfigError: if there is no checkpoint, an argument does not fit, or a file is there already.
     """
-    args = read_feature_args("features", arguments, options=("out", "splits"))
+    config, weights = prepare_on_one_rank("megavit features", args.from_, settings)
+    check_pool(args.pool, config.model)
     files = _files(args)
-    sources = {split: open_source(args.config.data, split) for split in files}
-    extractor = FeatureExtractor(args.config, args.weights, args.pool)
+    sources = {split: open_source(config.data, split) for split in files}
+    extractor = FeatureExtractor(config, weights, args.pool)
     for split, file in files.items():
         found = extractor.extract(sources[split], split)
         names = (name_of(sources[split], index) for index in range(len(sources[split])))
@@ -42,23 +64,20 @@ def features(arguments: list[str]) -> int:
             temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         _write(found, file, {**extractor.about, "split": split})
         count, width = found.features_IH.shape
-        print(f"{file}: {count:,} images × {width}, pool={extractor.pool.value}, by {args.weights}")
+        print(f"{file}: {count:,} images × {width}, pool={extractor.pool.value}, by {weights}")
     return 0
 
 
-def _files(args: FeatureArgs) -> dict[str, Path]:
-    """The file of each split, none of which is there."""
-    splits = list(dict.fromkeys(args.options.get("splits", ",".join(_SPLITS)).split(",")))
+def _files(args: FeaturesArgs) -> dict[str, Path]:
+    """Return the file of each split, none of which exists."""
+    splits = list(dict.fromkeys(args.splits))
     for split in splits:
         if split not in _SPLITS:
             raise ConfigError(
-                f"splits={args.options['splits']}: there is no split '{split}'; give train, val or train,val"
+                f"splits={','.join(args.splits)}: there is no split '{split}'; give train, val or train,val"
             )
-    if "out" not in args.options:
-        raise ConfigError("megavit features needs out=FOLDER, where the features are to lie")
-    folder = Path(args.options["out"])
-    make_folder(folder)
-    files = {split: folder / f"{split}.safetensors" for split in splits}
+    make_folder(args.out)
+    files = {split: args.out / f"{split}.safetensors" for split in splits}
     for file in files.values():
         if file.exists():
             raise ConfigError(f"{file} is there already and stays as it is; give another out=, or remove it")

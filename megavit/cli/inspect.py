@@ -1,23 +1,30 @@
 """`megavit inspect from=PATH`: what a run or a checkpoint is, without opening its weights."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from megavit.checkpoint.find import find_checkpoint
 from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.state import read_state
-from megavit.cli.arguments import parse_arguments
+from megavit.cli.arguments import argument
 from megavit.config.compose import from_yaml
 from megavit.parallel.config import ParallelConfig
 
 
-def inspect_run(arguments: list[str]) -> int:
-    """Print a run's model, step, samples, layout at saving, size on disk and last metrics.
+@dataclass(frozen=True)
+class InspectArgs:
+    """The command's arguments.
 
-    Args:
-        arguments: `from=PATH`, a run's folder or a checkpoint.
+    Attributes:
+        from_: a run's folder, or one of its checkpoints.
     """
-    args = parse_arguments("inspect", arguments, needed=("from",), optional=())
-    checkpoint = find_checkpoint(Path(args["from"]))
+
+    from_: Path = argument(form="PATH")
+
+
+def inspect_run(args: InspectArgs) -> int:
+    """Print a run's model, step, samples, layout at saving, size on disk and last metrics."""
+    checkpoint = find_checkpoint(args.from_)
     config, state = from_yaml((checkpoint / "run.yaml").read_text()), read_state(checkpoint)
     model, files = config.model, [path for path in checkpoint.rglob("*") if path.is_file()]
     rows = {

@@ -1,47 +1,66 @@
-"""`megavit VERB key=value …`."""
+"""`megavit COMMAND key=value …`: one table of commands, from which help and hints are made."""
 
+import difflib
+import inspect
 import os
 import sys
+import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple, get_type_hints
 
 from megavit import __version__
+from megavit.cli.arguments import NoArguments, describe, parse
 from megavit.config.untested import list_untested
-from megavit.config.validate import validate
 from megavit.errors import ConfigError, escape_unprintable
-from megavit.runtime.run_dir import FAULT, USER_ERROR
-from megavit.validation import suggest
+from megavit.runtime.run_dir import FAULT, FINISHED, USER_ERROR
+from megavit.runtime.startup import gc_paused, silence_import_warnings
 
-_USAGE = """\
-megavit VERB key=value …     megavit --version
 
-verbs
-  train        train a model; RUN/checkpoints, RUN/metrics.jsonl and RUN/pictures are left in the run's folder
-  evaluate     a checkpoint over the validation set, in any layout: from=RUN [key=value …]
-  predict      names and probabilities for images: from=RUN images=PATH [out=FILE.csv|FILE.jsonl top=5]
-  reconstruct  draw what a masked autoencoder makes of images: from=RUN images=PATH [out=PICTURE.png count=8]
-  features     a vector for each image, as safetensors: from=RUN out=FOLDER [splits=train,val pool=cls|mean]
-               [key=value …]
-  knn          validation images named by their nearest training images, as features lie: from=RUN [k=10,20,100
-               temperature=0.07 pool=cls|mean out=FILE.json] [key=value …]
-  fewshot      a linear classifier of features learned from a few images of each class: from=RUN [shots=1,5,10 draws=5
-               seed=0 pool=cls|mean out=FILE.json] [key=value …]
-  inspect      what a run or a checkpoint is: from=PATH
-  verify       read every byte of a run's checkpoints, or of one, and say what is broken: from=PATH
-  prune        remove a run's older checkpoints: from=RUN keep_last=N [keep_every=STEPS]
-  convert      weights from elsewhere into a run: from=timm:FILE|hf:FOLDER_OR_ID|mae:FILE|nemo:FILE to=RUN
-               [num_heads=N]; a run's into theirs: from=RUN to=timm:FILE|hf:FOLDER|mae:FILE|nemo:FILE
-               [dtype=fp32|bf16|fp16] [push=ORG/NAME]
-  show-data    draw the first training images as the network will see them, beside what they were: key=value …
-               [out=PICTURE.png count=16]
-  recipes      the complete experiments that come with megavit
-  submit       a run as a job, checked here first: cluster=local|slurm|kubernetes|azureml|FILE.yaml [cluster.KEY=VALUE …
-               cluster.dry_run=true --multirun] key=value …
-  doctor       whether training can start here: packages, devices, attention kernels, the all-reduce across ranks and
-               its bandwidth, the run's folder; exit code 1 if it cannot: [run.ranks=N run.dir=FOLDER|run.name=NAME
-               run.timeout_s=60 out=FILE.json|-]; across nodes torchrun … -m megavit.cli.doctor.rank
+class Command(NamedTuple):
+    """A row of `COMMANDS`.
 
-RUN is a run's folder or one of its checkpoints; ema:RUN is the moving average of its weights.
+    The function returns the exit code. Its parameter `args`, if it has one, is annotated with the dataclass of the
+    command's own arguments; its parameter `settings` receives the other `key=value` as typed.
+
+    Attributes:
+        module: module below `megavit.cli`, or a full name with dots.
+        function: name of the function in it.
+        help: what the command does, in one line.
+    """
+
+    module: str
+    function: str
+    help: str
+
+
+COMMANDS = {
+    "train": Command("train", "train", "train a model; checkpoints, metrics and pictures go to the run's folder"),
+    "evaluate": Command(
+        "evaluate", "evaluate", "compute the metrics of a checkpoint on the validation set, in any layout"
+    ),
+    "predict": Command("predict", "predict", "classify images: class names and probabilities"),
+    "reconstruct": Command("reconstruct", "reconstruct", "draw what a masked autoencoder reconstructs of images"),
+    "features": Command("features", "features", "write a feature vector for each image, as safetensors"),
+    "knn": Command("knn", "knn", "classify validation images by their nearest training images in feature space"),
+    "fewshot": Command("fewshot", "fewshot", "fit a linear classifier on the features of a few images of each class"),
+    "inspect": Command("inspect", "inspect_run", "describe a run or a checkpoint without reading its weights"),
+    "verify": Command("checkpoints", "verify", "read every byte of a run's checkpoints; exit code 3 if one is broken"),
+    "prune": Command("checkpoints", "prune", "remove older checkpoints of a run"),
+    "convert": Command("convert", "convert", "convert weights from and to timm, Hugging Face, MAE and NeMo"),
+    "show-data": Command("show_data", "show_data", "draw training images beside what the network receives of them"),
+    "recipes": Command("recipes", "list_recipes", "list the complete experiments that come with megavit"),
+    "submit": Command("submit", "submit", "check a run here and submit it as a job to a cluster"),
+    "doctor": Command(
+        "doctor.command", "doctor", "check whether training can start on this machine; exit code 3 if it cannot"
+    ),
+}
+
+_EXAMPLES = """\
+megavit COMMAND --help shows a command's own arguments. RUN is a run's folder or one of its checkpoints; ema:RUN is the
+moving average of its weights.
 
 examples
   megavit train                                       the embedded digits: all GPUs, or one CPU process
@@ -50,37 +69,23 @@ examples
   megavit train recipe=digits_mae                     a masked autoencoder
   megavit evaluate from=runs/digits run.ranks=2 parallel.tp=2
 
+exit codes: 0 finished, 1 a fault, 2 wrong settings or data, 3 findings (verify, doctor), 75 stopped and saved
+
 Without GPUs the ranks are CPU processes; MEGAVIT_DEVICE=cpu asks for that on a GPU machine too.
 Not run on a GPU yet: everything. Layouts were measured on CPU processes, which run the same Megatron-Core code. On a
 GPU a run names those of these settings that it uses, and goes on:
 """
 
-# Verbs that look at what there is, in this process: module and function.
-_COMMANDS = {
-    "predict": "megavit.cli.predict:predict",
-    "reconstruct": "megavit.cli.reconstruct:reconstruct",
-    "features": "megavit.cli.features:features",
-    "knn": "megavit.cli.knn:knn",
-    "fewshot": "megavit.cli.fewshot:fewshot",
-    "inspect": "megavit.cli.inspect:inspect_run",
-    "verify": "megavit.cli.checkpoints:verify",
-    "prune": "megavit.cli.checkpoints:prune",
-    "convert": "megavit.cli.convert:convert",
-    "show-data": "megavit.cli.show_data:show_data",
-    "recipes": "megavit.cli.recipes:list_recipes",
-    "submit": "megavit.cli.submit:submit",
-}
-
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the verb on the command line; the exit code is 0 finished, 2 wrong input, 75 stopped and saved, 1 a fault.
+    """Run a command and return its exit code (see `megavit.runtime.run_dir`).
 
     Args:
-        arguments: the verb and its own; None takes the command line's.
+        arguments: the command and its own; None takes the command line's.
     """
     escape_unprintable()
     try:
-        code = _run(sys.argv[1:] if arguments is None else arguments)
+        code = run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
         return code
     except ConfigError as error:
@@ -90,32 +95,77 @@ def main(arguments: list[str] | None = None) -> int:
         print("megavit: interrupted", file=sys.stderr)
         return FAULT
     except BrokenPipeError:
-        # Whoever read our output, `head` for one, has had enough; Python would complain once more at its end.
+        # The reader of our output, `head` for one, has ended; Python would report that once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return FINISHED
 
 
-def _run(arguments: list[str]) -> int:
-    starting: dict[str, Callable[[list[str]], int]] = {"train": train, "evaluate": evaluate, "doctor": doctor}
+def usage() -> str:
+    """Return the text of `megavit --help`."""
+    lines = ["megavit COMMAND key=value …     megavit --version", "", "commands"]
+    for name, command in COMMANDS.items():
+        lines += textwrap.wrap(command.help, 104, initial_indent=f"  {name:<13}", subsequent_indent=" " * 15)
+    options = "".join(f"  {option}\n" for option in list_untested())
+    return "\n".join([*lines, "", _EXAMPLES]) + options
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command and return its exit code.
+
+    Raises:
+        ConfigError: for wrong settings or data.
+    """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        _print_usage()
-        return 0 if arguments else USER_ERROR
+        print(usage(), end="")
+        return FINISHED if arguments else USER_ERROR
     if arguments[0] == "--version":
         print(f"megavit {__version__} (torch {_version('torch')}, megatron-core {_version('megatron-core')})")
-        return 0
-    command, *rest = arguments
-    if command == "bench" or any(text.startswith("bench.") for text in rest):
+        return FINISHED
+    name, *rest = arguments
+    if name == "bench" or any(text.startswith("bench.") for text in rest):
         raise ConfigError("the benchmark left the package: now `make bench`, or python -m benchmarks.step in a clone")
-    if command not in starting and command not in _COMMANDS:
-        known = [*starting, *_COMMANDS]
-        near = suggest(command, known)
-        hint = f"did you mean {near}?" if near else f"known: {', '.join(known)}"
-        print(f"megavit: the verb {command} does not exist; {hint}", file=sys.stderr)
-        return USER_ERROR
-    if "-h" in rest or "--help" in rest:
-        _print_usage()
-        return 0
-    return starting[command](rest) if command in starting else _run_command(command, rest)
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
+        raise ConfigError(f"the command {name} does not exist; {hint}")
+    return _Entry.of(COMMANDS[name]).run(f"megavit {name}", rest, about=COMMANDS[name].help)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A command's function, imported.
+
+    Attributes:
+        function: the function.
+        kind: the dataclass of its own arguments; None if it has no parameter `args`.
+        takes_settings: whether it has a parameter `settings`.
+    """
+
+    function: Callable[..., int]
+    kind: type | None
+    takes_settings: bool
+
+    @classmethod
+    def of(cls, command: Command) -> "_Entry":
+        silence_import_warnings()
+        module = command.module if command.module.startswith("megavit.") else f"megavit.cli.{command.module}"
+        with gc_paused():
+            function = getattr(import_module(module), command.function)
+        parameters = inspect.signature(function).parameters
+        kind = get_type_hints(function)["args"] if "args" in parameters else None
+        return cls(function, kind, "settings" in parameters)
+
+    def run(self, program: str, arguments: list[str], *, about: str) -> int:
+        kind: type = self.kind or NoArguments
+        # A command that takes some settings only names them in its dataclass.
+        settings = getattr(kind, "SETTINGS", self.takes_settings)
+        if "-h" in arguments or "--help" in arguments:
+            print(describe(program, kind, about=about, settings=settings))
+            return FINISHED
+        args: Any
+        args, rest = parse(program, kind, arguments, settings=settings)
+        given = {"args": args} if self.kind is not None else {}
+        return self.function(**given, **({"settings": rest} if self.takes_settings else {}))
 
 
 def _version(package: str) -> str:
@@ -124,81 +174,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _print_usage() -> None:
-    print(_USAGE, *(f"  {option}\n" for option in list_untested()), sep="", end="")
-
-
-def train(arguments: list[str]) -> int:
-    """Check the configuration here, once, then start the ranks."""
-    import signal
-    from pathlib import Path
-
-    from megavit.runtime.signals import HELD_BACK
-
-    # Held back until the run listens: asked to stop while it still imports, it stops where it stands.
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
-
-    from megavit.config.compose import AUTO_MODEL, compose, to_yaml
-    from megavit.runtime.workers import num_ranks, start_ranks
-
-    overrides = [argument for argument in arguments if argument != "--cfg"]
-    if AUTO_MODEL in overrides:
-        from megavit.train.auto_model import resolve_auto
-
-        overrides, taken = resolve_auto(overrides)
-        print(f"# {taken}" if "--cfg" in arguments else taken, flush=True)
-    config = compose(overrides)
-    if "--cfg" in arguments:
-        print(to_yaml(config), end="")
-        return 0
-    ranks = num_ranks(config)
-    validate(config, ranks)
-    if ranks > 1:
-        return start_ranks(overrides, ranks=ranks, run_dir=Path(config.run.dir))
-    from megavit.train.__main__ import main as train_as_rank
-
-    return train_as_rank(overrides)
-
-
-def evaluate(arguments: list[str]) -> int:
-    """Look at the run's configuration here, once, then start the ranks."""
-    from megavit.runtime.startup import gc_paused, silence_import_warnings
-
-    silence_import_warnings()
-    with gc_paused():
-        from megavit.cli.arguments import prepare
-        from megavit.runtime.workers import num_ranks, start_ranks
-
-    config, _ = prepare("evaluate", arguments)
-    ranks = num_ranks(config)
-    prepare("evaluate", arguments, world_size=ranks)
-    if ranks > 1:
-        return start_ranks([*arguments, f"run.ranks={ranks}"], ranks=ranks, module="megavit.cli.evaluate")
-    from megavit.cli.evaluate import main as evaluate_as_rank
-
-    return evaluate_as_rank(arguments)
-
-
-def doctor(arguments: list[str]) -> int:
-    """Look at this machine; torch may be missing or broken, so nothing is imported beforehand."""
-    from megavit.cli.doctor.command import doctor as look_at_machine
-
-    return look_at_machine(arguments)
-
-
-def _run_command(command: str, arguments: list[str]) -> int:
-    """Run a verb that starts no ranks."""
-    from importlib import import_module
-
-    from megavit.runtime.startup import gc_paused, silence_import_warnings
-
-    silence_import_warnings()
-    module, _, function = _COMMANDS[command].partition(":")
-    with gc_paused():
-        look = getattr(import_module(module), function)
-    return look(arguments)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,62 @@
-"""`megavit predict from=RUN images=PATH`: names and probabilities for images of one's own."""
+"""`megavit predict from=RUN images=PATH`: class names and probabilities of images."""
 
 import csv
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import ClassVar, TextIO
 
 import torch
 
-from megavit.cli.arguments import parse_arguments
+from megavit.cli.arguments import argument
+from megavit.data.config import PIXEL_SETTINGS
 from megavit.data.sources.image_files import find_images
 from megavit.errors import ConfigError, printable
-from megavit.inference.trained_run import open_run, read_classes, read_run, split_settings, with_settings
+from megavit.inference.trained_run import open_run, read_classes, read_run, with_settings
 from megavit.runtime.output import check_writable, complete_file
 from megavit.task.config import Loss
-from megavit.validation import parse_int
 
 _AT_ONCE = 64
 
 
-def predict(arguments: list[str]) -> int:
+@dataclass(frozen=True)
+class PredictArgs:
+    """The command's own arguments.
+
+    Attributes:
+        from_: a run's folder or one of its checkpoints; ema:RUN is the moving average of its weights.
+        images: an image, or a folder of images.
+        out: file for the results, CSV or JSON lines; without it they are printed.
+        top: number of classes given for each image.
+    """
+
+    SETTINGS: ClassVar = PIXEL_SETTINGS
+    from_: str = argument(form="RUN")
+    images: Path = argument(form="PATH")
+    out: Path | None = argument(None, form="FILE.csv|FILE.jsonl")
+    top: int = 5
+
+
+def predict(args: PredictArgs, settings: list[str]) -> int:
     """Classify images and write a row for each; one that cannot be read is named, and the others are classified.
 
     Args:
-        arguments: `from=RUN images=PATH`, and optionally `out=FILE.csv|FILE.jsonl top=5`; without `out` to the console.
-            data.mean, data.std, data.crop_pct and data.interpolation may be others than the run's.
+        args: the command's own.
+        settings: of `PIXEL_SETTINGS`, where the run's do not fit the images.
 
     Raises:
         ConfigError: if the run is no classifier's, or images cannot be read: then after all others have been written.
     """
-    pixels, rest = split_settings(arguments)
-    args = parse_arguments("predict", rest, needed=("from", "images"), optional=("out", "top"))
-    weights, config = read_run(args["from"], classifies=True, does="predicts")
-    config = with_settings(config, pixels)
+    weights, config = read_run(args.from_, classifies=True, does="predicts")
+    config = with_settings(config, settings)
     classes = read_classes(weights.checkpoint)
-    top = min(parse_int("top", args.get("top", "5")), len(classes))
-    out = Path(args["out"]) if "out" in args else None
+    top, out = min(args.top, len(classes)), args.out
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"out={out} must end in .csv or .jsonl")
     if out is not None:
         check_writable(out)
-    paths = find_images(Path(args["images"]))
+    paths = find_images(args.images)
     trained = open_run(config, weights, num_classes=len(classes))
     rows, unread = [], list[ConfigError]()
     for first in range(0, len(paths), _AT_ONCE):

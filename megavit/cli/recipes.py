@@ -3,7 +3,7 @@
 from megavit.config.compose import choices, config_dir
 
 
-def list_recipes(arguments: list[str]) -> int:
+def list_recipes() -> int:
     """Print each recipe's name, what it is, and its command."""
     for name in choices("recipe"):
         command, about = recipe_header(name)

@@ -1,40 +1,57 @@
-"""`megavit reconstruct from=RUN images=PATH`: what a masked autoencoder makes of a few images, as a picture."""
+"""`megavit reconstruct from=RUN images=PATH`: draw what a masked autoencoder reconstructs of a few images."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
-from megavit.cli.arguments import parse_arguments
+from megavit.cli.arguments import argument
+from megavit.data.config import PIXEL_SETTINGS
 from megavit.data.sources.image_files import find_images
-from megavit.inference.trained_run import open_run, read_run, split_settings, with_settings
+from megavit.inference.trained_run import open_run, read_run, with_settings
 from megavit.metrics.plots import plot_image_grid
 from megavit.runtime.output import complete_file
-from megavit.validation import parse_int
 
 
-def reconstruct(arguments: list[str]) -> int:
+@dataclass(frozen=True)
+class ReconstructArgs:
+    """The command's own arguments.
+
+    Attributes:
+        from_: a run's folder or one of its checkpoints; ema:RUN is the moving average of its weights.
+        images: an image, or a folder of images.
+        out: the picture; without it RUN/pictures/reconstruct.png.
+        count: number of images to draw.
+    """
+
+    SETTINGS: ClassVar = PIXEL_SETTINGS
+    from_: str = argument(form="RUN")
+    images: Path = argument(form="PATH")
+    out: Path | None = argument(None, form="PICTURE.png")
+    count: int = 8
+
+
+def reconstruct(args: ReconstructArgs, settings: list[str]) -> int:
     """Mask, reconstruct and draw.
 
     Args:
-        arguments: `from=RUN images=PATH`, and optionally `out=PICTURE.png count=8`, and data.mean, data.std,
-            data.crop_pct and data.interpolation other than the run's.
+        args: the command's own.
+        settings: of `PIXEL_SETTINGS`, where the run's do not fit the images.
 
     Raises:
         ConfigError: if the run is no masked autoencoder's, or the images cannot be read.
     """
-    pixels, rest = split_settings(arguments)
-    args = parse_arguments("reconstruct", rest, needed=("from", "images"), optional=("out", "count"))
-    weights, config = read_run(args["from"], classifies=False, does="reconstructs")
-    config = with_settings(config, pixels)
-    count = parse_int("count", args.get("count", "8"))
-    paths = find_images(Path(args["images"]))
-    chosen = paths[:count]
+    weights, config = read_run(args.from_, classifies=False, does="reconstructs")
+    config = with_settings(config, settings)
+    paths = find_images(args.images)
+    chosen = paths[: args.count]
     trained = open_run(config, weights, num_classes=0)
     with torch.no_grad():
         output, judge = trained.network.task.visualize(trained.batch(chosen), trained.network.chunks["model"])
         image_grid = judge(output)[1]["image_grid"]
-    out = Path(args.get("out", weights.checkpoint.parent.parent / "pictures" / "reconstruct.png"))
+    out = args.out or weights.checkpoint.parent.parent / "pictures" / "reconstruct.png"
     with complete_file(out) as temporary:
         plot_image_grid(image_grid, titles=trained.network.task.image_grid, path=temporary)
-    print(f"{out}: {len(chosen)} of {len(paths)} images of {args['images']}, by {weights}")
+    print(f"{out}: {len(chosen)} of {len(paths)} images of {args.images}, by {weights}")
     return 0

@@ -1,12 +1,12 @@
 """`megavit show-data key=value …`: the first training images as the network will see them, as a picture."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megavit.cli.arguments import split_own
+from megavit.cli.arguments import argument
 from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.validate import check_task
@@ -21,29 +21,41 @@ from megavit.parallel.layout import ParallelLayout
 from megavit.runtime.output import complete_file
 from megavit.task.config import TaskName
 from megavit.task.masking import hidden_mask, random_keep
-from megavit.validation import parse_int
 
 _HIDDEN = 127
 
 
-def show_data(arguments: list[str]) -> int:
+@dataclass(frozen=True)
+class ShowDataArgs:
+    """The command's own arguments.
+
+    Attributes:
+        out: the picture; without it RUN/pictures/data.png.
+        count: number of images to draw.
+    """
+
+    out: Path | None = argument(None, form="PICTURE.png")
+    count: int = 16
+
+
+def show_data(args: ShowDataArgs, settings: list[str]) -> int:
     """Draw the first training images, in the order of training: what they are, and what the network gets.
 
     They come from the loader and the transforms that a run has; which samples they are, and what is drawn for them,
     does not depend on the layout, so this one process shows what any number of ranks will see.
 
     Args:
-        arguments: settings as in `megavit train`, and optionally `out=PICTURE.png count=16`.
+        args: the command's own.
+        settings: as in `megavit train`.
 
     Raises:
         ConfigError: if a setting does not fit, or the data cannot be read.
     """
-    options, settings = split_own("show-data", arguments, known=("out", "count"))
     config = compose(settings)
     for group in (config.model, config.task, config.data):
         group.check()
     check_task(config)
-    count = parse_int("count", options.get("count", "16"))
+    count = args.count
     if config.data.mixes and count % 2:
         raise ConfigError(f"count={count} is odd, and images are mixed in pairs; set count={count + 1}")
     source = open_source(config.data, "train")
@@ -71,7 +83,7 @@ def show_data(arguments: list[str]) -> int:
         captions["original"] = names
         if mix is not None:
             captions["seen"] = [_shares(names, row, share) for row, share in enumerate(mix.share_B.tolist())]
-    out = Path(options.get("out") or Path(config.run.dir) / "pictures" / "data.png")
+    out = args.out or Path(config.run.dir) / "pictures" / "data.png"
     with complete_file(out) as temporary:
         draw_samples(rows, captions=captions, path=temporary)
     for line in describe_oddities({"train": source}):

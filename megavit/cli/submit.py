@@ -1,8 +1,10 @@
 """`megavit submit cluster=… key=value …`: check a job here, write it down, hand it to a cluster."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from megavit.cli.arguments import argument
 from megavit.cluster.backend import Backend, Submitted
 from megavit.cluster.job import Job, plan_job, split_sweep
 from megavit.cluster.registry import get_backend, split_cluster
@@ -13,23 +15,35 @@ from megavit.errors import ConfigError
 _FOLDER = "launch"
 
 
-def submit(arguments: list[str]) -> int:
+@dataclass(frozen=True)
+class SubmitArgs:
+    """The command's own arguments, beside the settings `cluster=NAME` and `cluster.KEY=VALUE`.
+
+    Attributes:
+        multirun: submit a job for each combination of settings with several values.
+    """
+
+    multirun: bool = argument(False, key="--multirun", short="-m")
+
+
+def submit(args: SubmitArgs, settings: list[str]) -> int:
     """Submit one job, or with --multirun one for each combination of settings; nothing unless all of them are right.
 
     Args:
-        arguments: `cluster=NAME`, `cluster.KEY=VALUE`, the run's settings, `--multirun`.
+        args: the command's own.
+        settings: `cluster=local|slurm|kubernetes|azureml|FILE.yaml`, `cluster.KEY=VALUE` and the run's settings.
 
     Raises:
         ConfigError: for a setting that is wrong, or a cluster that takes no such job.
     """
-    cluster_args, overrides = split_cluster([text for text in arguments if text not in ("--multirun", "-m")])
+    cluster_args, overrides = split_cluster(settings)
     backend = get_backend(cluster_args)
     refuse_secret_names(backend.config.env)
-    runs = split_sweep(overrides) if len(cluster_args) + len(overrides) < len(arguments) else [overrides]
+    runs = split_sweep(overrides) if args.multirun else [overrides]
     jobs = [plan_job(run, backend.config, resolve=_resolve_auto) for run in runs]
     _refuse_shared_folders(jobs)
     # Before the quoting, which would hide a secret that holds a quote.
-    refuse_secrets("\n".join([*arguments, *map(str, flatten(backend.config).values())]))
+    refuse_secrets("\n".join([*settings, *map(str, flatten(backend.config).values())]))
     texts = [backend.render(job) for job in jobs]
     for text in texts:
         refuse_secrets(text)

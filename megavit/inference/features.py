@@ -12,9 +12,11 @@ from torch import Tensor
 from megavit.checkpoint.find import CheckpointRef
 from megavit.config.experiment import ExperimentConfig
 from megavit.data.bad_samples import BadSampleTracker
+from megavit.data.config import DataConfig
 from megavit.data.loader import Loader
 from megavit.data.prefetch import RequiredFields
 from megavit.data.sources.base import Source
+from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError, printable
 from megavit.inference.load import open_encoder
 from megavit.model.config import Pool
@@ -104,3 +106,32 @@ class FeatureExtractor:
             return Features(features_IH, None, ())
         all_labels = torch.cat(labels)
         return Features(features_IH, all_labels.bool() if config.data.multi_label else all_labels, source.classes)
+
+
+def open_labelled(data: DataConfig, *, why: str) -> tuple[Source, Source]:
+    """Open the training and the validation split, each image of which has one label.
+
+    Args:
+        data: the data group.
+        why: what labels are needed for, for the error.
+
+    Raises:
+        ConfigError: if the data are not there, or not so.
+    """
+    if data.multi_label:
+        raise ConfigError(
+            f"data.multi_label=true: {why} one label of each image; choose data with one and data.multi_label=false, "
+            f"or take the features themselves: megavit features"
+        )
+    training, validation = open_source(data, "train"), open_source(data, "val")
+    if not training.classes:
+        raise ConfigError(
+            f"data.source={data.source} has no labels: {why} one label of each image; choose data that has them: "
+            f"data.source=folder data.path=LABELLED"
+        )
+    if training.classes != validation.classes:
+        raise ConfigError(
+            f"the training images of data.source={data.source} have {len(training.classes)} classes and the validation "
+            f"images {len(validation.classes)}, or other names; both must have the same"
+        )
+    return training, validation

@@ -98,12 +98,6 @@ def read_config(checkpoint: Path) -> ExperimentConfig:
     )
 
 
-def split_settings(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The settings that say which pixels the network sees of an image, apart from a verb's own arguments."""
-    settings = [text for text in arguments if text.partition("=")[0] in PIXEL_SETTINGS]
-    return settings, [text for text in arguments if text not in settings]
-
-
 def with_settings(config: ExperimentConfig, settings: list[str]) -> ExperimentConfig:
     """Put settings of `PIXEL_SETTINGS` over a run's, where its weights were made with others.
 

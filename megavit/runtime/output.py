@@ -1,9 +1,11 @@
 """Write a command's output files: complete, or not there."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megavit.errors import DISK_ERRORS, ConfigError
 
@@ -19,6 +21,43 @@ def check_writable(path: Path) -> None:
             raise IsADirectoryError(None, "it is a folder")
         temporary = _prepare(path)
         temporary.unlink()
+
+
+def check_json(out: Path | None) -> None:
+    """Refuse a file for results, `out=FILE.json`, that has another suffix or cannot be written; None passes.
+
+    Raises:
+        ConfigError: saying why.
+    """
+    if out is None:
+        return
+    if out.suffix != ".json":
+        raise ConfigError(f"out={out} must end in .json")
+    check_writable(out)
+
+
+def write_json(out: Path, results: dict[str, Any]) -> None:
+    """Write results as JSON.
+
+    Raises:
+        ConfigError: if the file cannot be written.
+    """
+    with complete_file(out) as temporary:
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of `out=`, before anything takes time.
+
+    Raises:
+        ConfigError: if it cannot be made, or is a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ConfigError(f"out: {folder} is a file; give a folder, there or to be made") from error
+    except OSError as error:
+        raise ConfigError(f"out: {folder} cannot be made: {error.strerror}") from error
 
 
 @contextmanager

@@ -13,12 +13,14 @@ import torch
 
 import benchmarks.step.__main__
 import benchmarks.step.measure
-from benchmarks.step.__main__ import bench, read_arguments
+from benchmarks.step.__main__ import bench
 from benchmarks.step.cases import ON_CPU, ROWS, overrides_of
+from benchmarks.step.config import BenchConfig
 from benchmarks.step.memory import saved_bytes, storage_bytes
 from benchmarks.step.offload import CpuOffload
 from benchmarks.step.parity_check import Difference, StepOutput, difference
 from benchmarks.step.profile import kind_of
+from megavit.cli.arguments import parse
 from megavit.errors import ConfigError
 from tests.distributed import run_ranks
 
@@ -91,11 +93,11 @@ def test_a_deadline_leaves_what_was_measured_and_says_what_was_not(tmp_path, cap
 @pytest.mark.parametrize(
     ("argument", "says"),
     [
-        ("row=vit_b16:fp32", "the argument row does not exist; did you mean rows?"),
+        ("row=vit_b16:fp32", "python -m benchmarks.step knows no row=; did you mean rows=?"),
         ("rows=vit_b17:fp32", "there is no row vit_b17:fp32; a row is NAME:PRECISION, of vit_b16,"),
         ("rows=vit_b16:fp8", "there is no row vit_b16:fp8"),
-        ("rounds=0", "rounds=0 must be a finite number at least 1"),
-        ("rounds=many", "rounds=many: "),
+        ("rounds=0", "rounds=0 must be a whole number of at least 1"),
+        ("rounds=many", "rounds=many must be a whole number of at least 1"),
         ("candidates=tim", "candidates: there is no tim; known: megavit,"),
         ("model.hidden_sise=3", "did you mean model.hidden_size"),
     ],
@@ -225,8 +227,9 @@ def test_kernels_are_sorted_by_kind(name, kind):
 
 
 def test_settings_of_the_bench_are_read_beside_those_of_the_network():
-    config, others = read_arguments(["rows=[vit_b16:fp32,tp2:fp32]", "batch=null", "model.num_layers=3"])
-    assert config.rows == ["vit_b16:fp32", "tp2:fp32"]
+    typed = ["rows=[vit_b16:fp32,tp2:fp32]", "batch=null", "model.num_layers=3"]
+    config, others = parse("bench", BenchConfig, typed, settings=True)
+    assert config.rows == ("vit_b16:fp32", "tp2:fp32")
     assert config.batch is None
     assert others == ["model.num_layers=3"]
 
@@ -268,8 +271,8 @@ class Pretended:
         spent, answer = {
             "about": (self.ready_s, {"device": "CPU", "threads": 2}),
             "build": (self.ready_s, None),
-            "judge": (0, (np.ones(2), 1.0)),
-            "practise": (2 * self.step_s, self.step_s),
+            "outputs": (0, (np.ones(2), 1.0)),
+            "warm_up": (2 * self.step_s, self.step_s),
             "rates": (1, {"matmul_flops": 4e11, "copy_bytes": 4e10}),
             "run": (self.step_s, self.step_s),
             "memory": (self.step_s / 3, {"held_bytes": 1, "saved_bytes": 1}),

@@ -174,7 +174,7 @@ def test_verify_says_of_each_checkpoint_what_is_broken(saved, tmp_path):
     run_dir = Path(shutil.copytree(saved, tmp_path / "run"))
     assert run_ranks(main_here, 1, ["verify", f"from={run_dir}"])[0][0] == 0
     flip(run_dir / "checkpoints" / "step_00000002" / "common.pt")
-    assert run_ranks(main_here, 1, ["verify", f"from={run_dir}"])[0][0] == 2
+    assert run_ranks(main_here, 1, ["verify", f"from={run_dir}"])[0][0] == 3
     assert run_ranks(main_here, 1, ["verify", f"from={run_dir / 'checkpoints' / 'step_00000001'}"])[0][0] == 0
     code, output = run_ranks(main_here, 1, ["verify", f"from={tmp_path}"])[0]
     assert code == 2

@@ -129,10 +129,13 @@ def test_classes_whose_names_are_no_utf8_are_evaluated_and_predicted(tmp_path):
 
 
 def evaluate_in_process(arguments: list[str]) -> int:
-    from megavit.cli.arguments import prepare
+    from megavit.cli.arguments import parse
+    from megavit.cli.evaluate import EvaluateArgs
+    from megavit.cli.run_config import prepare
     from megavit.inference.evaluate import evaluate
 
-    return evaluate(*prepare("evaluate", arguments, world_size=1))
+    args, settings = parse("megavit evaluate", EvaluateArgs, arguments, settings=True)
+    return evaluate(*prepare(args.from_, settings, world_size=1))
 
 
 def load_and_look(run_dir: str, pictures: list[str]) -> dict:

@@ -212,7 +212,7 @@ def test_wrong_input_leaves_with_2_and_a_way_out(trained, tmp_path):
         assert message in refusal("features", f"from={trained}", *arguments), arguments
     assert (held / "val.safetensors").read_text() == "kept"
     assert [path.name for path in held.iterdir()] == ["val.safetensors"]
-    assert "megavit features needs from=RUN once" in refusal("features", "out=x")
+    assert "megavit features needs from=RUN" in refusal("features", "out=x")
 
 
 def test_a_class_token_is_not_made_up(tmp_path):

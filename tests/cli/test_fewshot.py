@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from megavit.cli.fewshot import draw_rows
+from megavit.inference.fewshot import draw_rows
 from tests.trained import refusal, run_command, train_small
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megavit.cli.knn import count_right
 from megavit.inference.features import Features
+from megavit.inference.knn import count_right
 from tests.test_mae_parity import MAE
 from tests.trained import refusal, run_command, train_small
 

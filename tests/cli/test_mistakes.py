@@ -275,7 +275,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "a torn configuration": (with_a_torn_configuration, "a run's configuration cannot be read"),
     "a tampered configuration": (with_a_tampered_configuration, "holds ${…}, which is resolved before it is written"),
     "a stranger's code": (with_a_strangers_code, "data.source=strange_code:Source, code from outside megavit; type"),
-    "an unknown verb": (lambda root: ["trian"], "the verb trian does not exist; did you mean train?"),
+    "an unknown command": (lambda root: ["trian"], "the command trian does not exist; did you mean train?"),
 }
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from megavit.cli import show_data as run_command
+from megavit.cli import show_data
+from megavit.cli.main import run
 from megavit.config.compose import compose
 from megavit.data.loader import Loader
 from megavit.data.prefetch import RequiredFields
@@ -24,9 +25,7 @@ MIXED = ["recipe=digits", "data.mixup=0.8", "data.cutmix=1.0", "data.random_eras
 def drawn(monkeypatch):
     """What would be drawn."""
     kept: dict = {}
-    monkeypatch.setattr(
-        run_command, "draw_samples", lambda rows, *, captions, path: kept.update(rows, captions=captions)
-    )
+    monkeypatch.setattr(show_data, "draw_samples", lambda rows, *, captions, path: kept.update(rows, captions=captions))
     return kept
 
 
@@ -43,7 +42,7 @@ def test_it_draws_a_picture_and_prints_its_path(tmp_path, monkeypatch, capsys):
 
 
 def test_it_shows_the_first_training_images_as_any_micro_batch_has_them(drawn):
-    run_command.show_data([*MIXED, "count=6"])
+    run(["show-data", *MIXED, "count=6"])
     config = compose(MIXED)
     loader = Loader(
         Digits("train"),
@@ -71,7 +70,7 @@ def test_it_shows_the_first_training_images_as_any_micro_batch_has_them(drawn):
 
 
 def test_of_a_masked_autoencoder_it_shows_what_is_left(drawn):
-    run_command.show_data(["recipe=digits_mae", "count=3"])
+    run(["show-data", "recipe=digits_mae", "count=3"])
     assert not drawn["captions"]
     config = compose(["recipe=digits_mae"])
     ids = torch.tensor([_place(image) for image in drawn["original"]])
@@ -100,4 +99,4 @@ def _place(image: torch.Tensor) -> int:
 )
 def test_what_a_run_would_refuse_is_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        run_command.show_data(arguments)
+        run(["show-data", *arguments])

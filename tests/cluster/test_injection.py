@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megavit.cli.submit import submit
+from megavit.cli.main import run
 from megavit.cluster.config import ClusterConfig, LocalConfig, SlurmConfig
 from megavit.cluster.job import plan_job
 from megavit.cluster.registry import get_backend
@@ -39,6 +39,10 @@ CLUSTERS = [
 SCONTROL = 'case "$*" in *hostnames*) echo node1;; *) echo "JobId=41 JobState=RUNNING";; esac'
 JOB = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node1"}
 PLAIN = {"kind": "slurm", "gpus_per_node": 0, "container": "pyxis", "image": "a.sqsh"}
+
+
+def submit(arguments: list[str]) -> int:
+    return run(["submit", *arguments])
 
 
 def cluster_file(folder: Path, values: dict) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megavit.cli.submit import submit
+from megavit.cli.main import run
 from megavit.cluster.azureml_config import AzureMLConfig
 from megavit.cluster.config import SlurmConfig
 from megavit.cluster.job import plan_job, split_sweep
@@ -22,6 +22,10 @@ from tests.reference import SMALL
 
 CPU = ["cluster=slurm", "cluster.gpus_per_node=0", "cluster.cpus_per_rank=1"]
 QUICK = ["train.steps=2", "optim.warmup_steps=0", "train.global_batch=16", "train.eval_every=null"]
+
+
+def submit(arguments: list[str]) -> int:
+    return run(["submit", *arguments])
 
 
 @pytest.fixture(autouse=True)

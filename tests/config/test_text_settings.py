@@ -1,6 +1,7 @@
 """Text settings are the text as typed, from the command line to the started ranks and back from config.yaml."""
 
 import re
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.distributed.elastic.utils.api import macros
 
-from megavit.cli.arguments import parse_arguments, split_from, split_own
+from megavit.cli.arguments import parse
+from megavit.cli.features import FeaturesArgs
+from megavit.cli.predict import PredictArgs
 from megavit.cluster.azureml_config import AzureMLConfig
 from megavit.cluster.config import LocalConfig, SlurmConfig
 from megavit.cluster.job import plan_job, split_sweep
@@ -216,12 +219,11 @@ def test_a_job_gets_the_home_directory_of_the_desk(monkeypatch):
     assert job.overrides == ["data=folder", "data.path=/home/me/imgs", "run.name=1e3", "train.steps=1"]
 
 
-def test_a_verbs_own_arguments_are_text_with_the_home_directory(monkeypatch):
+def test_a_commands_own_arguments_are_text_with_the_home_directory(monkeypatch):
     home = "/home/me"
     monkeypatch.setenv("HOME", home)
-    given = parse_arguments(
-        "x", ["from=ema:~/r", "out=1e3", "images=a=b"], needed=("from",), optional=("out", "images")
-    )
-    assert given == {"from": f"ema:{home}/r", "out": "1e3", "images": "a=b"}
-    assert split_from("x", ["from=~/r", "optim.lr=1"]) == (f"{home}/r", ["optim.lr=1"])
-    assert split_own("x", ["out=~/o", "optim.lr=1"], known=("out",)) == ({"out": f"{home}/o"}, ["optim.lr=1"])
+    args, settings = parse("megavit predict", PredictArgs, ["from=ema:~/r", "out=1e3", "images=a=b", "top=3"])
+    assert (args, settings) == (PredictArgs(f"ema:{home}/r", Path("a=b"), Path("1e3"), 3), [])
+    typed = ["from=~/r", "out=~/o", "optim.lr=1", "data.path=~/d"]
+    args, settings = parse("megavit features", FeaturesArgs, typed, settings=True)
+    assert (args, settings) == (FeaturesArgs(f"{home}/r", Path(f"{home}/o")), typed[2:])

@@ -6,7 +6,7 @@ import sys
 PROGRAM = """
 import gc
 from weakref import ref
-from megavit.runtime.startup import uncollected
+from megavit.runtime.startup import gc_paused
 
 class Thing:
     pass
@@ -17,7 +17,7 @@ def drop_a_cycle():
     return ref(thing)
 
 try:
-    with uncollected():
+    with gc_paused():
         assert not gc.isenabled()
         imported = drop_a_cycle()
         raise KeyError

@@ -307,7 +307,7 @@ def test_a_run_paints_and_its_checkpoint_reconstructs_pictures_of_ones_own(tmp_p
     ],
 )
 def test_reconstruct_refuses_what_it_cannot_read(arguments, message):
-    from megavit.cli.reconstruct import reconstruct
+    from megavit.cli.main import run
 
     with pytest.raises(ConfigError, match=message):
-        reconstruct(arguments)
+        run(["reconstruct", *arguments])

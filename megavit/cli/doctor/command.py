@@ -1,4 +1,4 @@
-"""`megavit doctor`: whether training could start here, and what there is for it; exit code 1 if it could not.
+"""`megavit doctor`: check whether training can start on this machine; exit code 3 if it cannot.
 
 Nothing here imports torch or Megatron-Core: that they are broken is why people call it.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from megavit.cli.doctor.arguments import DoctorArgs, read_arguments
+from megavit.cli.doctor.arguments import DoctorArgs
 from megavit.cli.doctor.disk import check_disk
 from megavit.cli.doctor.environment import check_settings, check_tools
 from megavit.cli.doctor.finding import Finding, State, in_a_line
@@ -21,19 +21,15 @@ from megavit.runtime.output import check_writable, complete_file
 Network = Callable[[list[Finding]], list[Finding]]
 
 
-def doctor(arguments: list[str]) -> int:
-    """Look at this machine.
-
-    Args:
-        arguments: `run.ranks=N run.dir=FOLDER run.name=NAME run.timeout_s=SECONDS out=FILE.json`.
+def doctor(args: DoctorArgs) -> int:
+    """Check this machine.
 
     Returns:
-        1 if something is broken, so that training could not start; else 0.
+        3 if something is broken, so that training could not start; else 0.
 
     Raises:
-        ConfigError: for an argument that is wrong.
+        ConfigError: if `out` cannot be written.
     """
-    args = read_arguments(arguments)
     return examine(args, network=lambda before: check_network(args.ranks, before, timeout_s=args.timeout_s))
 
 

@@ -18,7 +18,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megavit.cli.doctor.arguments import DoctorArgs, read_arguments
+from megavit.cli.arguments import parse
+from megavit.cli.doctor.arguments import DoctorArgs
 from megavit.cli.doctor.disk import check_shared_folder
 from megavit.cli.doctor.finding import Finding, State, in_a_line
 from megavit.errors import ConfigError
@@ -50,7 +51,10 @@ def main(arguments: list[str]) -> int:
 
     def check() -> None:
         nonlocal args
-        args = read_arguments(arguments, under_launcher=wanted is None)
+        parsed, _ = parse("megavit doctor", DoctorArgs, arguments)
+        if wanted is None:
+            parsed.check_under_launcher()
+        args = parsed
 
     def work() -> int:
         assert args is not None

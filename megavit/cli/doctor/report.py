@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megavit.cli.doctor.finding import Finding, State
+from megavit.runtime.run_dir import FINDINGS, FINISHED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,8 +29,8 @@ class Report:
 
     @property
     def code(self) -> int:
-        """1 where something is broken, so that training could not start."""
-        return int(any(finding.state is State.broken for finding in self.findings))
+        """The exit code: 3 where something is broken, so that training could not start."""
+        return FINDINGS if any(finding.state is State.broken for finding in self.findings) else FINISHED
 
     def add(self, findings: list[Finding]) -> None:
         """Take and show findings, those of one section under its title."""

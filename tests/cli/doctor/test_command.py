@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
+from megavit.cli.arguments import parse
 from megavit.cli.doctor import command
-from megavit.cli.doctor.command import doctor
+from megavit.cli.doctor.arguments import DoctorArgs
 from megavit.cli.doctor.finding import Finding, State
 from megavit.cli.doctor.report import Report
 from megavit.errors import ConfigError
@@ -23,6 +24,11 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
         capture_output=True, text=True, timeout=200,
         env={**os.environ, "MEGAVIT_DEVICE": "cpu", "COLUMNS": "100", **environment},
     )  # fmt: skip
+
+
+def doctor(arguments: list[str]) -> int:
+    args, _ = parse("megavit doctor", DoctorArgs, arguments)
+    return command.doctor(args)
 
 
 def states(findings: list[dict]) -> list[tuple[str, str]]:
@@ -69,11 +75,11 @@ def test_a_broken_torch_is_told_without_a_stack_and_everything_else_is_looked_at
     pretend(tmp_path, "megatron-core", "0.15.2")
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
     result = run("megavit", "doctor", f"run.dir={tmp_path / 'run'}", "out=-", PYTHONPATH=path)
-    assert result.returncode == 1
+    assert result.returncode == 3
     assert result.stderr == ""
     report = json.loads(result.stdout)
     found = {name: state for state, name in states(report["findings"])}
-    assert report["code"] == 1
+    assert report["code"] == 3
     assert {name for name, state in found.items() if state == "broken"} == {
         "megatron-core", "torch", "megavit.train.trainer", "training on", "attention", "all-reduce",
     }  # fmt: skip
@@ -86,7 +92,7 @@ def test_a_broken_torch_is_told_without_a_stack_and_everything_else_is_looked_at
         ("run.rank=2", "did you mean run.ranks=?"),
         ("run.ranks=0", "run.ranks=0 must be a whole number of at least 1"),
         ("run.name=a/b", "run.dir takes a path"),
-        ("run.dir=", "run.dir= is empty"),
+        ("run.dir=", "run.dir=: megavit doctor takes run.dir= once, with a value"),
         ("out=/proc/doctor.json", "out=/proc/doctor.json cannot be written"),
         ("ranks", "'ranks' is no setting"),
     ],
@@ -114,14 +120,14 @@ def quick(monkeypatch, *found: Finding) -> None:
     monkeypatch.setattr(command, "check_network", lambda *_, **__: [])
 
 
-def test_an_unwritable_run_folder_or_another_megatron_core_leaves_with_1(tmp_path, monkeypatch, capsys):
+def test_an_unwritable_run_folder_or_another_megatron_core_leaves_with_3(tmp_path, monkeypatch, capsys):
     quick(monkeypatch)
     assert doctor([f"run.dir={tmp_path}"]) == 0
     (tmp_path / "file").write_text("")
-    assert doctor([f"run.dir={tmp_path / 'file'}"]) == 1
+    assert doctor([f"run.dir={tmp_path / 'file'}"]) == 3
     assert "training cannot start: run folder" in capsys.readouterr().out
     monkeypatch.syspath_prepend(pretend(tmp_path / "other", "megatron-core", "0.15.2"))
-    assert doctor([f"run.dir={tmp_path}"]) == 1
+    assert doctor([f"run.dir={tmp_path}"]) == 3
     output = capsys.readouterr().out
     assert "0.15.2 is installed, and megavit needs ==0.16.1" in output
     assert "training cannot start: megatron-core" in output
@@ -133,7 +139,7 @@ def test_a_check_that_fails_itself_is_told_as_one_that_found_something_broken(tm
 
     quick(monkeypatch)
     monkeypatch.setattr(command, "check_versions", fail)
-    assert doctor([f"run.dir={tmp_path}", "out=-"]) == 1
+    assert doctor([f"run.dir={tmp_path}", "out=-"]) == 3
     first = json.loads(capsys.readouterr().out)["findings"][0]
     assert first["text"] == "could not be looked at: ModuleNotFoundError: No module named 'packaging'"
 

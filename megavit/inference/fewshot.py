@@ -1,0 +1,45 @@
+"""Fit a linear classifier on the features of a few images of each class."""
+
+import numpy as np
+
+from megavit.inference.features import Features
+
+# Of scikit-learn's LogisticRegression: the inverse strength of its L2 penalty, its own default.
+C = 1.0
+_MOST_ITERATIONS = 1000
+
+
+def draw_rows(labels: np.ndarray, shots: int, *, seed: int, draw: int) -> np.ndarray:
+    """Choose `shots` training images of every class: their indices in the dataset, class by class.
+
+    A pure function of its arguments: neither the features nor other draws and numbers of shots change it.
+
+    Args:
+        labels: of all training images.
+        shots: images per class.
+        seed: of all draws.
+        draw: number of the draw.
+    """
+    generator = np.random.default_rng([seed, shots, draw])
+    members = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
+    return np.concatenate([generator.choice(some, shots, replace=False) for some in members])
+
+
+def fit_and_score(train: Features, val: Features, rows: np.ndarray) -> float:
+    """Fit a classifier on some of the training images and return its top-1 accuracy over all of `val`.
+
+    Args:
+        train: features to fit on.
+        val: features to score on.
+        rows: indices in `train`.
+    """
+    # Imported where it is needed: that takes a second.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    assert train.labels is not None
+    assert val.labels is not None
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=_MOST_ITERATIONS))
+    classifier.fit(train.features_IH.numpy()[rows], train.labels.numpy()[rows])
+    return float((classifier.predict(val.features_IH.numpy()) == val.labels.numpy()).mean())
