@@ -20,6 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.overrides import Setting, key_of, read_setting, read_text, types_of
 from megavit.errors import ConfigError
+from megavit.optim.registry import rule_settings
+from megavit.plugins import is_plugin
 
 # What other trainers call a setting, by the last word of its path.
 _CALLED_ELSEWHERE = {
@@ -136,6 +138,9 @@ def compose(overrides: list[str]) -> ExperimentConfig:
         for winner, loser in (pair, pair[::-1])
         if winner in typed and loser not in typed
     ]
+    if any(setting.key == "optim.name" and is_plugin(str(setting.value)) for setting in settings):
+        # What the chosen group and recipe set is for an optimizer of megavit's.
+        cleared += [f"optim.{key}=null" for key in sorted(rule_settings()) if f"optim.{key}" not in typed]
     # Hydra deletes a group's choice with a tilde; to a user, null says the same.
     typed_overrides = ["~recipe" if setting.hydra == "recipe=null" else setting.hydra for setting in settings]
     if "recipe" not in typed and any(_is_other_data(setting) for setting in settings):

@@ -5,7 +5,8 @@ from megavit.config.train import Compile, GradReduce, Precision
 from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
 from megavit.model.config import AttentionBackend, LinearBackend, ModelConfig, Pool
-from megavit.optim.config import ENCODER, OptimConfig, Optimizer
+from megavit.optim.config import ENCODER, OptimConfig
+from megavit.optim.registry import is_sharded
 from megavit.parallel.config import Recompute
 from megavit.parallel.stages import plan_stages
 from megavit.task.config import Loss, TaskName
@@ -185,10 +186,10 @@ def _check_overlap(config: ExperimentConfig, world_size: int) -> None:
             f"parallel.overlap_grad_reduce=true would be ignored: world size {world_size} leaves data-parallel "
             f"size 1, nothing is reduced; set it to false"
         )
-    if config.parallel.overlap_param_gather and config.optim.name is not Optimizer.adamw:
+    if config.parallel.overlap_param_gather and not is_sharded(config.optim.name):
         raise ConfigError(
             f"parallel.overlap_param_gather=true needs weights that the optimizer shards, as optim=adamw does; "
-            f"optim.name={config.optim.name.value} keeps them whole: set it to false"
+            f"optim.name={config.optim.name} keeps them whole: set it to false"
         )
     if config.parallel.overlap_param_gather and config.optim.ema is not None:
         raise ConfigError(

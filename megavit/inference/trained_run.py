@@ -23,7 +23,7 @@ from megavit.data.sources.relabel import relabel
 from megavit.data.transforms.image import ImageTransform
 from megavit.errors import ConfigError, printable
 from megavit.model.config import AttentionBackend, LinearBackend, Positions
-from megavit.optim.config import Implementation
+from megavit.optim.config import without_optimizer
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.train.resume_rules import Rule, changes
@@ -98,7 +98,7 @@ def read_config(checkpoint: Path) -> ExperimentConfig:
         task=replace(config.task, implementation=None),
         model=replace(config.model, attention_backend=AttentionBackend.sdpa, linear_backend=LinearBackend.local),
         # With base_lr the peak follows the batch, and an evaluation's may be so small that it comes out below min_lr.
-        optim=replace(config.optim, min_lr=0.0, implementation=config.optim.implementation and Implementation.megavit),
+        optim=without_optimizer(replace(config.optim, min_lr=0.0)),
     )
 
 

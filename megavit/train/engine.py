@@ -12,7 +12,7 @@ from megavit.config.train import GradReduce
 from megavit.data.loader import Batch, Loader
 from megavit.data.sampler import DeterministicSampler
 from megavit.data.sources.base import Source
-from megavit.optim.config import Optimizer
+from megavit.optim.registry import is_sharded
 from megavit.optim.step import step_if_finite
 from megavit.parallel.collectives import broadcast_from
 from megavit.parallel.ddp import wrap_for_data_parallel
@@ -132,7 +132,7 @@ def wrap_network(network: ModelSetup, config: ExperimentConfig) -> list[Distribu
         list(network.chunks.values()),
         network.mcore_config,
         config.parallel,
-        use_distributed_optimizer=config.optim.name is Optimizer.adamw,
+        use_distributed_optimizer=is_sharded(config.optim.name),
         bf16_reduce=config.train.grad_reduce is GradReduce.bf16,
         fused_accumulation=config.train.gradient_accumulation_fusion,
     )

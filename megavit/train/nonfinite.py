@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from megavit.model.vit import EncoderStage, parameter_names
-from megavit.optim.step import last_layer_not_finite
 from megavit.parallel.collectives import gather_objects
 from megavit.parallel.layout import ParallelLayout
 
@@ -22,7 +21,7 @@ def describe_nonfinite(chunks: list[EncoderStage], sums: dict[str, Tensor], layo
     """
     named = {name: parameter for chunk in chunks for name, parameter in parameter_names(chunk).items()}
     loss_bad = "loss" in sums and not bool(torch.isfinite(sums["loss"]))
-    place = (layout.rank, layout.pp_rank, loss_bad, last_layer_not_finite(named))
+    place = (layout.rank, layout.pp_rank, loss_bad, _last_layer_not_finite(named))
     everyone = gather_objects(place)
     losses = [rank for rank, _, bad, _ in everyone if bad]
     stage = max((stage for _, stage, _, layer in everyone if layer is not None), default=None)
@@ -34,3 +33,19 @@ def describe_nonfinite(chunks: list[EncoderStage], sums: dict[str, Tensor], layo
         layer = next(iter(layers.values()))
         message.append(f"the gradient of {layer} is not finite on rank {', '.join(map(str, layers))}")
     return "; ".join(message) or "each gradient is finite and their norm is not"
+
+
+def _last_layer_not_finite(named: dict[str, torch.nn.Parameter]) -> str | None:
+    """Of the parameters whose gradient is not finite, the one closest to the loss; None where all are finite.
+
+    What is not finite spreads backwards from where it arose, towards the input.
+
+    Args:
+        named: parameters in the order of the forward pass, by their names in the whole model.
+    """
+    bad = None
+    for name, parameter in named.items():
+        gradient = getattr(parameter, "main_grad", None)
+        if gradient is not None and not bool(torch.isfinite(gradient).all()):
+            bad = name
+    return bad

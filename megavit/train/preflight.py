@@ -27,12 +27,12 @@ from megavit.config.experiment import ExperimentConfig
 from megavit.data.loader import Batch, Loader
 from megavit.errors import ConfigError
 from megavit.model.vit import EncoderStage
+from megavit.optim.optimizer import state_bytes
 from megavit.parallel.collectives import broadcast_from_rank0, raise_on_all_ranks
 from megavit.parallel.host import available_bytes
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
 from megavit.train.engine import Engine
-from megavit.train.optimizer_summary import state_bytes
 
 _FOLDER = ".preflight"
 _FP32_BYTES = 4

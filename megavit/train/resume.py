@@ -128,7 +128,7 @@ def find_resume_point(store: CheckpointManager, config: ExperimentConfig) -> tup
             f"anew under another run.name"
         )
     state = read_state(path)
-    if config.optim.momentum and not saved.optim.momentum and config.optim.name is saved.optim.name:
+    if config.optim.momentum and not saved.optim.momentum and config.optim.name == saved.optim.name:
         raise ConfigError(
             f"optim.momentum={config.optim.momentum}, but {path} holds no momentum: its run had optim.momentum="
             f"{format_value(saved.optim.momentum)}; set it back, or start another run from its weights: "

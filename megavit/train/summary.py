@@ -13,15 +13,21 @@ from megavit.data.sources.base import Source
 from megavit.data.sources.label_checks import describe_oddities
 from megavit.model.config import AttentionBackend
 from megavit.model.layers.attention_backends import sdpa_choice
-from megavit.optim.config import ENCODER
+from megavit.optim.config import ENCODER, OptimConfig
+from megavit.optim.optimizer import find_spec, state_bytes
+from megavit.optim.registry import is_sharded
 from megavit.parallel.layout import ParallelLayout
 from megavit.planner.flops import NetworkShape, embedding_flops, forward_flops, head_flops, layer_flops
 from megavit.planner.stage_balance import useful_stages
 from megavit.plugins import is_plugin
 from megavit.train.freeze import count_weights
-from megavit.train.optimizer_summary import describe_optimizer, warn_of_average, warn_of_optimizer
 from megavit.train.setup import ModelSetup
 from megavit.validation import AUTO
+
+_FP32_BYTES = 4
+
+# After this many times 1 / (1 - decay) steps 5 % of an average are still the weights it started from: e ** -3.
+_TIME_CONSTANTS = 3
 
 
 def describe_run(
@@ -59,8 +65,13 @@ def describe_run(
             f"{head_flops(network.shape) / layer_flops(network.shape):.1f} encoder layers"
             f"{describe_costly_decoder(network.shape)}"
         )
-    plugins = {"data.source": config.data.source, "data.transform": config.data.transform}
-    for setting, name in {**plugins, "task.implementation": config.task.implementation}.items():
+    plugins = {
+        "data.source": config.data.source,
+        "data.transform": config.data.transform,
+        "task.implementation": config.task.implementation,
+        "optim.name": config.optim.name,
+    }
+    for setting, name in plugins.items():
         if name is not None and is_plugin(name):
             yield f"{setting} is {name}, of {sys.modules[name.partition(':')[0]].__file__}"
     yield from idle_stages(config, network.shape)
@@ -155,3 +166,53 @@ def _kernel(config: ExperimentConfig, layout: ParallelLayout, network: ModelSetu
     dtype = network.mcore_config.params_dtype
     queries = torch.empty(1, heads, config.encoder_tokens, width, dtype=dtype, device=layout.device)
     return f"sdpa, for which torch takes {sdpa_choice(queries)}"
+
+
+def describe_optimizer(config: OptimConfig, *, num_trained: int, num_weights: int, bf16: bool, dp: int) -> str:
+    """One line: the rule, its bytes by weight, how many weights it trains.
+
+    Args:
+        config: the optim group.
+        num_trained: weights of the whole model that are not frozen.
+        num_weights: of the whole model.
+        bf16: whether the weights have fp32 copies that the optimizer works on.
+        dp: data-parallel ranks, which share Adam's state.
+    """
+    parts = [f"{state_bytes(config)} bytes of state for each weight"]
+    if bf16:
+        parts.append(f"{_FP32_BYTES} of its fp32 copy")
+    shared = is_sharded(config.name) and dp > 1
+    held = f"shared by {dp} data-parallel ranks" if shared else ("on every data-parallel rank" if dp > 1 else "")
+    of_all = "all" if num_trained == num_weights else f"{num_trained:,} of the"
+    trains = f"trains {of_all} {num_weights:,} weights"
+    return f"optimizer {config.name}: {' + '.join(parts)}{f', {held}' if held else ''}; {trains}"
+
+
+def warn_of_optimizer(config: OptimConfig, *, from_scratch: bool) -> str | None:
+    """What the literature has against this choice, None where it has nothing.
+
+    Args:
+        config: the optim group.
+        from_scratch: whether the weights that are trained start as they were drawn.
+    """
+    warning = find_spec(config).warning_from_scratch
+    return f"warning: {warning}" if warning is not None and from_scratch else None
+
+
+def warn_of_average(config: OptimConfig, *, num_steps: int) -> str | None:
+    """That a run is too short for the moving average of its weights, None where it is not.
+
+    Args:
+        config: the optim group.
+        num_steps: of the whole run.
+    """
+    if config.ema is None or num_steps * (1 - config.ema) >= _TIME_CONSTANTS:
+        return None
+    # Rounded to a digit this still fits: 5 / steps loses a third at most.
+    fitting = 1 - float(f"{5 / num_steps:.1g}")
+    way_out = f"optim.ema={fitting:g}" if fitting > 0 else "optim.ema=null"
+    return (
+        f"warning: optim.ema={config.ema:g} averages over about {1 / (1 - config.ema):,.0f} steps and the run has "
+        f"{num_steps:,}: the average, by which the best checkpoint is chosen, stays close to the initial weights; set "
+        f"{way_out}"
+    )

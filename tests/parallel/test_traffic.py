@@ -13,7 +13,7 @@ from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.train import GradReduce, Precision
 from megavit.config.validate import validate
-from megavit.optim.config import Optimizer
+from megavit.optim.registry import is_sharded
 from megavit.parallel.config import Recompute, RecomputeMethod
 from megavit.planner.communication import Axis, Share, Split, Work, step_exchanges, summed_values
 from megavit.planner.flops import NetworkShape
@@ -194,9 +194,9 @@ def expected_calls(name: str, seen: Seen) -> Counter:
         image_bytes=8 * 8,
         label_bytes=0 if config.task.name is TaskName.mae else 8,
     )
-    adam = config.optim.name is Optimizer.adamw
+    sharded = is_sharded(config.optim.name)
     calls: Counter = Counter()
-    for exchange in step_exchanges(seen.shape, split, work, seen.share, num_sums=3, shards_optimizer=adam):
+    for exchange in step_exchanges(seen.shape, split, work, seen.share, num_sums=3, shards_optimizer=sharded):
         ranks = seen.ranks[exchange.axis]
         assert exchange.ranks == len(ranks) + (exchange.axis in (Axis.next_stage, Axis.previous_stage))
         calls[exchange.collective.value, ranks, exchange.num_bytes] += STEPS * exchange.calls
