@@ -12,6 +12,7 @@ from benchmarks.step.torch_mae import TorchMae
 from megavit.checkpoint.param_mapping import Dims, to_timm
 from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_num_steps
 from megavit.data.sampler import DeterministicSampler, SampleKey
 from megavit.data.sources.digits import Digits
 from megavit.model.torch_vit import TorchViT
@@ -140,7 +141,7 @@ def train_torch(overrides: list[str]) -> Result:
     torch.set_num_threads(1)
     config = compose(overrides)
     source = Digits("train")
-    steps = config.num_steps(len(source))
+    steps = resolve_num_steps(config, len(source))
     model, order = plain_model(config), DeterministicSampler(len(source), seed=config.run.seed)
     probes, feature_norm = config.task.name is TaskName.linear_probe, None
     if probes:

@@ -13,6 +13,7 @@ from benchmarks.step.workload import Work
 from megavit.checkpoint.full_state import gather_full_state_dict
 from megavit.checkpoint.param_mapping import Dims, to_timm
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_step
 from megavit.optim.optimizer import build_optimizer, build_schedule
 from megavit.parallel.layout import ParallelLayout
 from megavit.train.engine import Engine, wrap_network
@@ -30,17 +31,20 @@ class Megavit:
 
     def __init__(self, work: Work, config: ExperimentConfig, layout: ParallelLayout) -> None:
         self._work, self._layout, self._config = work, layout, config
-        self._network = network = build_model(config, layout, num_classes=config.data.num_classes or 0)
+        resolved = resolve_step(config, layout.world_size, num_classes=config.data.num_classes or 0)
+        self._network = network = build_model(config, layout, resolved)
         self._task = network.task
         self._model = wrap_network(network, config)
-        self._engine = Engine(network, self._model, layout=layout, micro_batch=config.train.global_batch)
+        self._engine = Engine(network, self._model, layout=layout)
         self._task.prepare(iter([work.batch]))
-        peak_lr = config.optim.peak_lr(config.train.global_batch)
         self._optimizer = build_optimizer(
-            self._model, network.mcore_config, config.optim, names=network.parameters, peak_lr=peak_lr
+            self._model, network.mcore_config, config.optim, names=network.parameters, peak_lr=resolved.peak_lr
         )
         # It writes the weight decay of each group.
-        build_schedule(self._optimizer, config.optim, peak_lr=peak_lr, warmup_steps=0, num_steps=1_000_000).step(1)
+        schedule = build_schedule(
+            self._optimizer, config.optim, peak_lr=resolved.peak_lr, warmup_steps=0, num_steps=1_000_000
+        )
+        schedule.step(1)
         self._batches = repeat(work.batch)
 
     def step(self, *, alike: bool = False) -> None:

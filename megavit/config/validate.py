@@ -1,6 +1,7 @@
 """Check a configuration as a whole: settings of one group against those of another, and against the world size."""
 
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import check_warmup, resolve_micro_batch, resolve_num_microbatches
 from megavit.config.train import Compile, GradReduce, Precision
 from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
@@ -69,7 +70,7 @@ def _check_train(config: ExperimentConfig) -> None:
     if train.stop_at is not None and train.steps is not None and train.stop_at > train.steps:
         raise ConfigError(f"train.stop_at={train.stop_at} is after the last step, train.steps={train.steps}")
     if train.steps is not None:
-        config.check_warmup(train.steps)
+        check_warmup(config, train.steps)
     if isinstance(train.eval_every, int) and config.data.val_fraction == 0:
         raise ConfigError(
             f"train.eval_every={train.eval_every} would be ignored: data.val_fraction=0 leaves no images to "
@@ -196,13 +197,13 @@ def _check_overlap(config: ExperimentConfig, world_size: int) -> None:
             f"optim.ema={config.optim.ema} averages the weights after each step, and parallel.overlap_param_gather="
             f"true gathers them only during the next one; set one of them to null or false"
         )
-    portions = config.num_microbatches(world_size)
+    portions = resolve_num_microbatches(config, world_size)
     if config.parallel.vpp > 1 and portions % config.parallel.pp:
         raise ConfigError(
             f"parallel.vpp={config.parallel.vpp} needs micro batches per step in multiples of parallel.pp="
             f"{config.parallel.pp}, not train.global_batch={config.train.global_batch} / (train.micro_batch="
-            f"{config.micro_batch(world_size)} × data-parallel size {dp}) = {portions}; change train.global_batch or "
-            f"train.micro_batch"
+            f"{resolve_micro_batch(config, world_size)} × data-parallel size {dp}) = {portions}; change "
+            f"train.global_batch or train.micro_batch"
         )
 
 
@@ -290,7 +291,7 @@ def _check_splits(config: ExperimentConfig, group: str, heads_key: str, ffn_key:
 
 def _check_batch(config: ExperimentConfig, world_size: int) -> None:
     dp = config.parallel.data_parallel_size(world_size)
-    micro = config.micro_batch(world_size)
+    micro = resolve_micro_batch(config, world_size)
     portion = micro * dp
     if config.train.global_batch % portion:
         near = max(1, round(config.train.global_batch / portion)) * portion

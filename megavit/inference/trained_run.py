@@ -12,6 +12,7 @@ from megavit.checkpoint.shards import load_weights
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.config.compose import from_yaml, merge
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_step
 from megavit.config.train import Compile, GradReduce
 from megavit.data.class_names import go_by_number, some
 from megavit.data.config import PIXEL_SETTINGS, DataConfig
@@ -227,7 +228,7 @@ def open_run(config: ExperimentConfig, weights: CheckpointRef, *, num_classes: i
         num_classes: of the data; a masked autoencoder has none.
     """
     layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
-    network = build_model(config, layout, num_classes=num_classes)
+    network = build_model(config, layout, resolve_step(config, layout.world_size, num_classes=num_classes))
     load_weights(weights.checkpoint, network.chunks, averaged=weights.averaged)
     for chunk in network.chunks.values():
         chunk.eval()

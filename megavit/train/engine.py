@@ -31,14 +31,12 @@ class Engine:
         network: this rank's part.
         model: its chunks in order, as they run: wrapped for training, or as they are.
         layout: this rank's place.
-        micro_batch: images per micro batch.
     """
 
-    def __init__(
-        self, network: ModelSetup, model: list[torch.nn.Module], *, layout: ParallelLayout, micro_batch: int
-    ) -> None:
-        self.task, self.model, self.layout, self.micro_batch = network.task, model, layout, micro_batch
-        self.boundary = network.task.boundary(micro_batch, network.mcore_config)
+    def __init__(self, network: ModelSetup, model: list[torch.nn.Module], *, layout: ParallelLayout) -> None:
+        self.task, self.model, self.layout = network.task, model, layout
+        self.micro_batch = network.resolved.micro_batch
+        self.boundary = network.task.boundary(self.micro_batch, network.mcore_config)
 
     def train_step(
         self, batches: Iterator[Batch], num_microbatches: int, optimizer: MegatronOptimizer

@@ -24,6 +24,7 @@ from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.shards import Averages
 from megavit.checkpoint.state import TrainingState
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import ResolvedRun
 from megavit.data.loader import Batch, Loader
 from megavit.errors import ConfigError
 from megavit.model.vit import EncoderStage
@@ -50,8 +51,8 @@ def run_preflight(
     optimizer: MegatronOptimizer,
     averages: Averages | None,
     loaders: tuple[Loader, Loader | None],
-    save_every: int | None,
-    steps: range,
+    resolved: ResolvedRun,
+    step: int,
 ) -> list[str]:
     """Rehearse a run, if `run.preflight` wants it and steps are left; every rank calls this.
 
@@ -63,8 +64,8 @@ def run_preflight(
         optimizer: theirs, before its first step.
         averages: the weights' averages, if any.
         loaders: of training and of validation; None without validation images.
-        save_every: steps between saves; None saves at the end alone.
-        steps: that are to come.
+        resolved: its step, its length and its pace.
+        step: steps already done.
 
     Returns:
         What was found, in words; nothing where nothing was looked at.
@@ -73,9 +74,10 @@ def run_preflight(
         ConfigError: if the run would fail for its folder's sake.
     """
     wanted = layout.world_size > 1 if config.run.preflight is None else config.run.preflight
+    steps = range(step, resolved.num_steps)
     if not wanted or not steps:
         return []
-    run_dir, every = Path(config.run.dir), save_every or steps.stop
+    run_dir, every = Path(config.run.dir), resolved.pace.save_every or steps.stop
     check_folder(run_dir, rank=layout.rank)
     saves = _checkpoints_at_once(config.checkpoint, every, steps)
     of_optimizer, ema = state_bytes(config.optim), averages is not None
@@ -85,14 +87,14 @@ def run_preflight(
     )
     took = rehearsal.run(
         *loaders,
-        num_microbatches=config.num_microbatches(layout.world_size),
+        num_microbatches=resolved.num_microbatches,
         global_batch=config.train.global_batch,
         seed=config.run.seed,
     )
     return [f"preflight: {took}; {room}"]
 
 
-def check_batch(config: ExperimentConfig, layout: ParallelLayout, *, num_samples: int) -> None:
+def check_batch(config: ExperimentConfig, layout: ParallelLayout, resolved: ResolvedRun) -> None:
     """Refuse a global batch above the training set, and images of a micro batch that do not fit in the memory.
 
     Every rank calls this.
@@ -100,27 +102,27 @@ def check_batch(config: ExperimentConfig, layout: ParallelLayout, *, num_samples
     Args:
         config: the run's.
         layout: this rank's place.
-        num_samples: of the training data.
+        resolved: its step and its training images.
 
     Raises:
         ConfigError: with the arithmetic.
     """
-    global_batch = config.train.global_batch
+    global_batch, num_samples = config.train.global_batch, resolved.num_samples
     if global_batch > num_samples:
         raise ConfigError(
             f"train.global_batch={global_batch} is more than the {num_samples} training images of data.source="
             f"{config.data.source}: a step would see some of them twice; lower it to {num_samples} or less"
         )
-    raise_on_all_ranks(_describe_overflow(config, layout) if layout.holds_first_stage else None)
+    raise_on_all_ranks(_describe_overflow(config, layout, resolved.micro_batch) if layout.holds_first_stage else None)
 
 
-def _describe_overflow(config: ExperimentConfig, layout: ParallelLayout) -> str | None:
+def _describe_overflow(config: ExperimentConfig, layout: ParallelLayout, micro_batch: int) -> str | None:
     """Why the images that are held at one time do not fit, what the network makes of them left aside; None if they do.
 
     The device that trains holds a micro batch as uint8 and, while it is normalised, twice in fp32. One rank of each
     tensor-parallel group reads ahead.
     """
-    data, micro_batch = config.data, config.micro_batch(layout.world_size)
+    data = config.data
     ahead = _READ_AHEAD * data.workers if layout.tp_rank == 0 else 0
     local_ranks = min(layout.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     # Ranks of other stages hold no images.

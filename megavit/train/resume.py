@@ -9,6 +9,7 @@ from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.config.compose import from_yaml
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_num_steps
 from megavit.data.class_names import describe_change
 from megavit.errors import ConfigError
 from megavit.train.resume_rules import Rule, changes
@@ -56,8 +57,8 @@ class ResumePoint:
             num_samples: of the training data now, for checkpoints that do not say how many there were.
         """
         state = self.state
-        return self.config.num_steps(
-            state.num_samples or num_samples, step=state.step, consumed_samples=state.consumed_samples
+        return resolve_num_steps(
+            self.config, state.num_samples or num_samples, step=state.step, consumed_samples=state.consumed_samples
         )
 
     def settings_warnings(self, config: ExperimentConfig) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import ResolvedStep
 from megavit.config.train import Compile, Precision
 from megavit.errors import ConfigError
 from megavit.model.init import initialise
@@ -14,8 +15,7 @@ from megavit.model.layers.encoder_layer import EncoderLayer
 from megavit.model.transformer_block import transformer_config
 from megavit.model.vit import EncoderStage, parameter_names
 from megavit.parallel.layout import ParallelLayout
-from megavit.parallel.stages import plan_stages, rank_stages
-from megavit.planner.flops import NetworkShape
+from megavit.parallel.stages import rank_stages
 from megavit.task.base import Task
 from megavit.task.registry import build_task
 
@@ -26,15 +26,13 @@ class ModelSetup:
 
     Attributes:
         task: what it is for.
-        shape: what its FLOPs depend on.
-        stages: encoder layers of every stage.
+        resolved: its shape, its stages and its micro batches.
         mcore_config: Megatron-Core's configuration of the encoder.
         chunks: this rank's stages by name, on its device, with their initial weights.
     """
 
     task: Task
-    shape: NetworkShape
-    stages: list[int]
+    resolved: ResolvedStep
     mcore_config: TransformerConfig
     chunks: dict[str, EncoderStage]
 
@@ -44,13 +42,13 @@ class ModelSetup:
         return {parameter: name for chunk in self.chunks.values() for name, parameter in parameter_names(chunk).items()}
 
 
-def build_model(config: ExperimentConfig, layout: ParallelLayout, *, num_classes: int) -> ModelSetup:
+def build_model(config: ExperimentConfig, layout: ParallelLayout, resolved: ResolvedStep) -> ModelSetup:
     """Build this rank's stages and draw their initial weights.
 
     Args:
         config: checked.
         layout: this rank's place.
-        num_classes: of the data.
+        resolved: the numbers that follow from config, ranks and data.
 
     Raises:
         ConfigError: if a part of it cannot run here.
@@ -61,16 +59,16 @@ def build_model(config: ExperimentConfig, layout: ParallelLayout, *, num_classes
         config.task,
         model=config.model,
         data=config.data,
-        num_classes=num_classes,
+        num_classes=resolved.num_classes,
         layout=layout,
         seed=config.run.seed,
     )
-    shape = config.network_shape(num_classes=num_classes)
-    stages = plan_stages(config.parallel, shape)
     dtype = torch.bfloat16 if config.train.precision is Precision.bf16_o2 else torch.float32
-    mcore_config = transformer_config(config.model, config.parallel, layout, stages=stages, dtype=dtype)
+    mcore_config = transformer_config(config.model, config.parallel, layout, stages=resolved.stages, dtype=dtype)
     chunks = task.build_chunks(
-        mcore_config, parallel=config.parallel, stage_layers=rank_stages(stages, config.parallel, layout.pp_rank)
+        mcore_config,
+        parallel=config.parallel,
+        stage_layers=rank_stages(resolved.stages, config.parallel, layout.pp_rank),
     )
     for chunk in chunks.values():
         initialise(chunk, config.model, layout, seed=config.run.seed)
@@ -79,7 +77,7 @@ def build_model(config: ExperimentConfig, layout: ParallelLayout, *, num_classes
             chunk.compile_layers()
     if config.train.compile is Compile.layer:
         _make_room_for_graphs(list(chunks.values()))
-    return ModelSetup(task, shape, stages, mcore_config, chunks)
+    return ModelSetup(task, resolved, mcore_config, chunks)
 
 
 def _make_room_for_graphs(chunks: list[EncoderStage]) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megavit.config.compose import flatten
-from megavit.config.experiment import ExperimentConfig, Pace
+from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import ResolvedRun
 from megavit.config.train import Precision
 from megavit.config.untested import untested
 from megavit.data.sources.base import Source
@@ -51,19 +52,20 @@ def describe_run(
     yield f"run {config.run.name} in {config.run.dir}: {layout.describe()}"
     yield describe_data(config, sources)
     yield from describe_oddities(sources)
-    stages = f", layers per stage {network.stages}" if layout.pp > 1 else ""
-    micro_batch, portions = config.micro_batch(layout.world_size), config.num_microbatches(layout.world_size)
+    resolved = network.resolved
+    stages = f", layers per stage {resolved.stages}" if layout.pp > 1 else ""
     yield (
         f"{config.encoder_tokens} tokens, {model.num_layers} layers of {model.hidden_size}{stages}; "
-        f"{config.train.global_batch} images per step = {portions} micro batches of {micro_batch} × DP {layout.dp}"
+        f"{config.train.global_batch} images per step = {resolved.num_microbatches} micro "
+        f"batches of {resolved.micro_batch} × DP {layout.dp}"
     )
-    decoder = network.shape.decoder
+    decoder = resolved.shape.decoder
     if decoder is not None:
         yield (
             f"{config.visible_patches} of {config.num_patches} patches are seen; the decoder, {decoder.layers} "
             f"layers of {decoder.hidden} on {decoder.tokens} tokens, costs as much as "
-            f"{head_flops(network.shape) / layer_flops(network.shape):.1f} encoder layers"
-            f"{describe_costly_decoder(network.shape)}"
+            f"{head_flops(resolved.shape) / layer_flops(resolved.shape):.1f} encoder layers"
+            f"{describe_costly_decoder(resolved.shape)}"
         )
     plugins = {
         "data.source": config.data.source,
@@ -74,7 +76,7 @@ def describe_run(
     for setting, name in plugins.items():
         if name is not None and is_plugin(name):
             yield f"{setting} is {name}, of {sys.modules[name.partition(':')[0]].__file__}"
-    yield from idle_stages(config, network.shape)
+    yield from idle_stages(config, resolved.shape)
     trained, every = count_weights(network.chunks, layout=layout)
     bf16 = config.train.precision is Precision.bf16_o2
     yield describe_optimizer(config.optim, num_trained=trained, num_weights=every, bf16=bf16, dp=layout.dp)
@@ -112,14 +114,14 @@ def describe_data(config: ExperimentConfig, sources: Mapping[str, Source]) -> st
     )
 
 
-def describe_pace(config: ExperimentConfig, pace: Pace, *, num_steps: int) -> Iterator[str]:
+def describe_pace(config: ExperimentConfig, resolved: ResolvedRun) -> Iterator[str]:
     """Say what `auto` came to, that a warm-up is shorter than it was set, and that a moving average is too slow.
 
     Args:
         config: the run's.
-        pace: its step counts.
-        num_steps: of the whole run.
+        resolved: its length and its pace.
     """
+    pace, num_steps = resolved.pace, resolved.num_steps
     often = {"train.eval_every": (config.train.eval_every, pace.eval_every)}
     often["checkpoint.save_every"] = (config.checkpoint.save_every, pace.save_every)
     chosen = [f"{key}={steps}" for key, (asked, steps) in often.items() if asked == AUTO and steps is not None]

@@ -5,6 +5,7 @@ from PIL import Image
 
 from megavit.config.compose import compose, from_yaml, to_yaml
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_num_steps, resolve_pace
 from megavit.config.validate import validate
 from megavit.data.sources.registry import open_source
 from megavit.errors import ConfigError
@@ -16,8 +17,8 @@ OWN = ("folder", "csv", "images", "parquet", "tar", "arrow", "hub")
 
 def often(config: ExperimentConfig, *, num_samples: int) -> tuple[int, int | None, int | None, int]:
     """Steps, steps between evaluations and saves, and of the warm-up."""
-    steps = config.num_steps(num_samples)
-    pace = config.pace(steps, num_samples=num_samples)
+    steps = resolve_num_steps(config, num_samples)
+    pace = resolve_pace(config, steps, num_samples=num_samples)
     return steps, pace.eval_every, pace.save_every, pace.warmup_steps
 
 
@@ -76,15 +77,15 @@ def test_twenty_steps_of_any_recipe_run_with_a_shorter_warmup(recipe):
     # Of one epoch of few images the length is known once they are counted.
     short = compose([f"recipe={recipe}", "train.epochs=1", *path])
     validate(short, 1)
-    steps = short.num_steps(1000)
-    assert short.pace(steps, num_samples=1000).warmup_steps == steps // 20
+    steps, _, _, warmup_steps = often(short, num_samples=1000)
+    assert warmup_steps == steps // 20
 
 
 @pytest.mark.parametrize("length", ["train.steps=20", "train.epochs=1"])
 def test_a_warmup_that_was_typed_is_not_shortened_but_refused(length):
     config = compose([length, "optim.warmup_steps=100"])
     with pytest.raises(ConfigError, match=r"optim\.warmup_steps=100 must be below the run's 20 steps; lower it"):
-        config.num_steps(1280)
+        resolve_num_steps(config, 1280)
 
 
 @pytest.mark.parametrize(

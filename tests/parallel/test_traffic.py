@@ -11,6 +11,7 @@ import torch
 
 from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_num_microbatches
 from megavit.config.train import GradReduce, Precision
 from megavit.config.validate import validate
 from megavit.optim.registry import is_sharded
@@ -125,10 +126,10 @@ def record_run(config: ExperimentConfig, *, profiles: bool) -> Seen:
     }
     weights = [[weight.numel() for weight in chunk.parameters()] for chunk in trainer.chunks.values()]
     share = Share(
-        layout.pp_rank, trainer.network.stages, weights, summed=_summed(config, layout, trainer.network.stages)
+        layout.pp_rank, trainer.resolved.stages, weights, summed=_summed(config, layout, trainer.resolved.stages)
     )
     expected = Counter(map(as_gloo_counts, calls))
-    return Seen(Counter(calls), by_gloo, expected, ranks, share, trainer.network.shape)
+    return Seen(Counter(calls), by_gloo, expected, ranks, share, trainer.resolved.shape)
 
 
 def _summed(config: ExperimentConfig, layout, stages: list[int]) -> int:
@@ -188,7 +189,7 @@ def expected_calls(name: str, seen: Seen) -> Counter:
     )
     work = Work(
         micro_batch=MICRO_BATCH,
-        num_microbatches=config.num_microbatches(world),
+        num_microbatches=resolve_num_microbatches(config, world),
         value_bytes=2 if bf16 else 4,
         grad_bytes=2 if config.train.grad_reduce is GradReduce.bf16 else 4,
         image_bytes=8 * 8,

@@ -54,7 +54,7 @@ def log_steps(runs: list[ExperimentConfig]) -> list[tuple[Log, NetworkShape, lis
         log = Log()
         with logged(log, pp=trainer.layout.pp, pp_rank=trainer.layout.pp_rank):
             trainer.run()
-        steps.append((log, trainer.network.shape, trainer.network.stages))
+        steps.append((log, trainer.resolved.shape, trainer.resolved.stages))
     return steps
 
 

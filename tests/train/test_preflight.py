@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megavit.config.compose import compose
+from megavit.config.resolved import resolve_run
 from megavit.errors import ConfigError
 from megavit.train import preflight
 from megavit.train.preflight import check_batch
@@ -127,7 +128,7 @@ def test_images_that_the_memory_cannot_hold_are_refused_with_the_arithmetic(sett
     monkeypatch.setattr(preflight, "available_bytes", lambda: 2_000_000_000)
     monkeypatch.setattr(preflight, "raise_on_all_ranks", lambda output: found.append(output))
     found: list[str | None] = []
-    check_batch(config, layout, num_samples=10_000)
+    check_batch(config, layout, resolve_run(config, 1, num_classes=10, num_samples=10_000))
     if arithmetic is None:
         assert found == [None]
     else:
