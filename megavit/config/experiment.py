@@ -6,7 +6,8 @@ A folder of `megavit/` is a Hydra group in `conf/` is a field here; `run` and `t
 from dataclasses import dataclass, field
 
 from megavit.checkpoint.config import CheckpointConfig
-from megavit.config.train import RunConfig, TrainConfig
+from megavit.config.run import RunConfig
+from megavit.config.train import TrainConfig
 from megavit.data.config import DataConfig
 from megavit.metrics.config import MetricsConfig
 from megavit.model.config import ModelConfig

@@ -15,47 +15,46 @@ from megavit.validation import format_value, require_number, require_steps
 
 
 def validate(config: ExperimentConfig, world_size: int) -> None:
-    """Refuse what cannot run in a world of this size.
+    """Check each group, then the groups against each other and against the world size.
+
+    The first check that fails is reported: later checks compute with what earlier ones have accepted.
 
     Args:
-        world_size: ranks.
+        config: of the run.
+        world_size: number of ranks.
 
     Raises:
         ConfigError: with the setting, the arithmetic and the way out.
     """
     config.run.check(world_size)
-    for group in (
-        config.parallel,
-        config.model,
-        config.task,
-        config.data,
-        config.optim,
-        config.checkpoint,
-        config.metrics,
-    ):
+    groups = (config.parallel, config.model, config.task, config.data, config.optim, config.checkpoint, config.metrics)
+    for group in groups:
         group.check()
+    for check in _CHECKS:
+        check(config, world_size)
+
+
+def _check_init_from(config: ExperimentConfig, world_size: int) -> None:
     if config.init_from is not None and config.checkpoint.resume not in ("auto", "never"):
         raise ConfigError(
             f"init_from={config.init_from} and checkpoint.resume={config.checkpoint.resume} exclude each other: a run "
             f"starts anew from weights, or goes on with all its state"
         )
-    _check_train(config)
-    check_task(config)
+
+
+def _check_layer_decay(config: ExperimentConfig, world_size: int) -> None:
     if config.optim.layer_decay is not None and ENCODER in config.frozen:
         raise ConfigError(
             f"optim.layer_decay={config.optim.layer_decay} would be ignored: no layer of the encoder is trained; set "
             f"it to null"
         )
-    _check_tensor_parallel(config)
-    _check_batch(config, world_size)
-    _check_precision(config)
-    _check_linears(config)
-    _check_fusion(config)
-    _check_overlap(config, world_size)
+
+
+def _check_stages(config: ExperimentConfig, world_size: int) -> None:
     plan_stages(config.parallel, config.network_shape(num_classes=config.data.num_classes or 0))
 
 
-def _check_train(config: ExperimentConfig) -> None:
+def _check_train(config: ExperimentConfig, world_size: int) -> None:
     train = config.train
     if (train.steps is None) == (train.epochs is None):
         both = f"train.steps={format_value(train.steps)} and train.epochs={format_value(train.epochs)}"
@@ -81,7 +80,7 @@ def _check_train(config: ExperimentConfig) -> None:
         raise ConfigError(f"optim.min_lr={config.optim.min_lr} is above the peak learning rate {peak:g}; lower it")
 
 
-def _check_precision(config: ExperimentConfig) -> None:
+def _check_precision(config: ExperimentConfig, world_size: int) -> None:
     train, model = config.train, config.model
     if train.grad_reduce is GradReduce.bf16 and train.precision is not Precision.bf16_o2:
         raise ConfigError(
@@ -119,7 +118,7 @@ def _check_precision(config: ExperimentConfig) -> None:
             )
 
 
-def _check_fusion(config: ExperimentConfig) -> None:
+def _check_fusion(config: ExperimentConfig, world_size: int) -> None:
     train, tp = config.train, config.parallel.tp
     if not train.gradient_accumulation_fusion:
         return
@@ -142,7 +141,7 @@ def _check_fusion(config: ExperimentConfig) -> None:
         )
 
 
-def _check_linears(config: ExperimentConfig) -> None:
+def _check_linears(config: ExperimentConfig, world_size: int) -> None:
     linears, precision = config.model.linear_backend, config.train.precision
     if linears is LinearBackend.onednn:
         if precision is not Precision.fp32:
@@ -260,7 +259,7 @@ def _check_probe(config: ExperimentConfig) -> None:
                 )
 
 
-def _check_tensor_parallel(config: ExperimentConfig) -> None:
+def _check_tensor_parallel(config: ExperimentConfig, world_size: int) -> None:
     for group, prefix in (("model", ""), ("task", "decoder_")):
         _check_splits(config, group, f"{prefix}num_heads", f"{prefix}ffn_size")
     tp, tokens, seen = config.parallel.tp, config.encoder_tokens, config.visible_patches
@@ -307,3 +306,23 @@ def _check_batch(config: ExperimentConfig, world_size: int) -> None:
             f"train.micro_batch={micro} leaves one over: {micro} mod 2 = 1; set "
             f"train.micro_batch={max(2, micro - 1)}, and a train.global_batch that it divides"
         )
+
+
+def _check_task(config: ExperimentConfig, world_size: int) -> None:
+    check_task(config)
+
+
+# In this order: a check may rely on those before it.
+_CHECKS = (
+    _check_init_from,
+    _check_train,
+    _check_task,
+    _check_layer_decay,
+    _check_tensor_parallel,
+    _check_batch,
+    _check_precision,
+    _check_linears,
+    _check_fusion,
+    _check_overlap,
+    _check_stages,
+)
