@@ -16,6 +16,7 @@ from megavit.config.experiment import ExperimentConfig
 from megavit.config.resolved import resolve_step
 from megavit.optim.optimizer import build_optimizer, build_schedule
 from megavit.parallel.layout import ParallelLayout
+from megavit.train.callbacks import StepReport
 from megavit.train.engine import Engine, wrap_network
 from megavit.train.setup import build_model
 
@@ -95,27 +96,24 @@ def time_loop(
     """
     from megavit.train.trainer import Trainer
 
-    trainer = Trainer(config)
     seconds: dict[str, list[float]] = {"megavit": [], "trainer": []}
-    device, schedule_step = trainer.layout.device, trainer.schedule.step
-    started, count = 0.0, 0
+    started = 0.0
 
-    def at_start_of_step(increment: int) -> Any:
-        """Called by the trainer at the start of each step: at the end of a turn the bare steps have theirs."""
-        nonlocal started, count
-        if count % steps == 0:
-            synchronize(device)
-            # The first turn warms up.
-            if count > steps:
-                seconds["trainer"].append(time.perf_counter() - started)
-            seconds["megavit"].append(timed(bare.step, steps, device))
-            if len(seconds["trainer"]) >= rounds or time.monotonic() > until:
-                raise _Enough
-            started = time.perf_counter()
-        count += 1
-        return schedule_step(increment)
+    def alternate(report: StepReport) -> None:
+        """After every `steps` steps of the trainer, time as many bare ones."""
+        nonlocal started
+        if report.step % steps:
+            return
+        synchronize(trainer.layout.device)
+        # The first turn warms up.
+        if report.step > steps:
+            seconds["trainer"].append(time.perf_counter() - started)
+        seconds["megavit"].append(timed(bare.step, steps, trainer.layout.device))
+        if len(seconds["trainer"]) >= rounds or time.monotonic() > until:
+            raise _Enough
+        started = time.perf_counter()
 
-    trainer.schedule.step = at_start_of_step  # type: ignore[method-assign]
+    trainer = Trainer(config, on_step_end=[alternate])
     try:
         trainer.run()
     except _Enough:

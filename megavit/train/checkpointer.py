@@ -1,4 +1,4 @@
-"""What a run keeps: checkpoints at their time, in the background if wished; the best one named, older ones removed."""
+"""Save checkpoints during training, in the background if asked; mark the best, delete old ones."""
 
 import time
 from collections.abc import Callable
@@ -17,8 +17,6 @@ from megavit.checkpoint.state import TrainingState
 from megavit.config.compose import to_yaml
 from megavit.config.experiment import ExperimentConfig
 from megavit.metrics.logger import MetricLogger
-from megavit.metrics.plots import draw_curves
-from megavit.metrics.task_metric import TaskMetric
 from megavit.model.vit import EncoderStage
 
 
@@ -30,8 +28,8 @@ class Checkpointer:
         config: of the run.
         chunks: this rank's stages by name.
         optimizer: theirs.
-        averages: the weights' averages as they are when it is called, if any.
-        task_metrics: metrics of the task, for the curves.
+        averages: returns the weights' averages at the time of the call, if any.
+        on_saved: called on rank 0, in the background, after a checkpoint is complete and old ones are deleted.
     """
 
     def __init__(
@@ -42,9 +40,9 @@ class Checkpointer:
         chunks: dict[str, EncoderStage],
         optimizer: MegatronOptimizer,
         averages: Callable[[], Averages | None],
-        task_metrics: tuple[TaskMetric, ...],
+        on_saved: Callable[[], None],
     ) -> None:
-        self._store, self._config, self._task_metrics = store, config, task_metrics
+        self._store, self._config, self._on_saved = store, config, on_saved
         self._chunks, self._optimizer, self._averages = chunks, optimizer, averages
         self._save: PendingSave | None = None
         self._is_best = False
@@ -105,10 +103,9 @@ class Checkpointer:
         self._tidying = None
 
     def _tidy(self, path: Path, *, is_best: bool) -> None:
-        """What nobody needs to wait for: gigabytes take a second to remove."""
+        """Mark the best and delete old ones; in the background, because gigabytes take a second to delete."""
         if is_best:
             self._store.name_best(path)
-        keeping, run_dir = self._config.checkpoint, Path(self._config.run.dir)
-        self._store.prune(keep_last=keeping.keep_last, keep_every=keeping.keep_every)
-        curves = run_dir / "pictures" / "curves.png"
-        draw_curves(run_dir / "metrics.jsonl", curves, task_metrics=self._task_metrics)
+        retention = self._config.checkpoint
+        self._store.prune(keep_last=retention.keep_last, keep_every=retention.keep_every)
+        self._on_saved()

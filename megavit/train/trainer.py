@@ -1,5 +1,6 @@
 """The training loop, the only one: its parts are built in the order in which data flows."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megavit.data.sources.registry import open_splits, prepare_index
 from megavit.data.sources.relabel import relabel
 from megavit.errors import ConfigError
 from megavit.metrics.logger import MetricLogger
+from megavit.metrics.plots import draw_curves
 from megavit.metrics.provenance import record_launch
 from megavit.metrics.throughput import Throughput, peak_memory_bytes
 from megavit.optim.config import Schedule
@@ -31,6 +33,7 @@ from megavit.parallel.rng import seed_step
 from megavit.planner.flops import training_flops
 from megavit.runtime.exits import FINISHED, STOPPED
 from megavit.runtime.signals import StopConsensus, StopRequest
+from megavit.train.callbacks import StepCallback, StepReport
 from megavit.train.checkpointer import Checkpointer
 from megavit.train.engine import Engine, prepare_task, wrap_network
 from megavit.train.freeze import freeze
@@ -48,10 +51,22 @@ class Trainer:
     Args:
         config: checked against the world size.
         stop: whether this process has been asked to stop.
+        on_step_end: called in this order at the end of each step, after its evaluation and save.
+        evaluates: whether the validation set is evaluated.
+        saves: whether checkpoints are written.
     """
 
-    def __init__(self, config: ExperimentConfig, *, stop: StopRequest | None = None) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        *,
+        stop: StopRequest | None = None,
+        on_step_end: Sequence[StepCallback] = (),
+        evaluates: bool = True,
+        saves: bool = True,
+    ) -> None:
         self.config, self.stop = config, stop or StopRequest()
+        self.on_step_end, self.evaluates, self.saves = on_step_end, evaluates, saves
         self.run_dir = Path(config.run.dir)
         self.store = CheckpointManager(self.run_dir / "checkpoints")
         self.layout = layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
@@ -135,7 +150,7 @@ class Trainer:
             chunks=self.chunks,
             optimizer=self.optimizer,
             averages=lambda: self._averages,
-            task_metrics=self.task.reported,
+            on_saved=self._draw_curves,
         )
         if self.resume_point is None and config.init_from is not None:
             self._start_from(config.init_from)
@@ -204,9 +219,8 @@ class Trainer:
             seed_step(self.layout, seed=self.config.run.seed, step=self.step)
             self.schedule.step(1)
             sums, grad_norm, updated = self.engine.train_step(batches, self.resolved.num_microbatches, self.optimizer)
-            if not updated:
-                self._refuse_step(logger, grad_norm, sums)
-            elif self.average is not None:
+            skipped = None if updated else self._refuse_step(logger, grad_norm, sums)
+            if updated and self.average is not None:
                 self.average.update()
             self.step += 1
             self.consumed_samples += train.global_batch
@@ -223,12 +237,14 @@ class Trainer:
                 self._report(logger, window, grad_norm)
                 window = {}
             self._evaluate_paint_save(logger, is_last=self.step == last)
+            for callback in self.on_step_end:
+                callback(StepReport(self.step, sums, grad_norm, skipped))
             consensus.start(is_writing=self.checkpointer.is_writing)
         consensus.result()
         self.checkpointer.close(logger)
 
-    def _refuse_step(self, logger: MetricLogger, grad_norm: float, sums: dict[str, Tensor]) -> None:
-        """Stop before a step that would ruin the weights, or go on without it; every rank comes here together."""
+    def _refuse_step(self, logger: MetricLogger, grad_norm: float, sums: dict[str, Tensor]) -> str:
+        """Stop before a step that would ruin the weights, or skip it and return why; every rank calls this."""
         account = describe_nonfinite(list(self.chunks.values()), sums, self.layout)
         message = f"step {self.step + 1}: the gradient norm is {grad_norm:g}; {account}"
         if self.config.train.on_nonfinite is OnNonfinite.stop:
@@ -238,6 +254,7 @@ class Trainer:
                 f"optim.warmup_steps or lower optim.clip_grad; train.on_nonfinite=skip goes on without such steps"
             )
         logger.info(f"{message}; the step is skipped")
+        return message
 
     def _report(self, logger: MetricLogger, window: dict[str, Tensor], grad_norm: float) -> None:
         """Log the steps since the last report: their mean loss and accuracy, the last step's rate and norm."""
@@ -270,9 +287,8 @@ class Trainer:
     def _evaluate_paint_save(self, logger: MetricLogger, *, is_last: bool) -> None:
         finished = self.step == self.resolved.num_steps
         every, eval_every = self.resolved.pace.save_every, self.resolved.pace.eval_every
-        evaluates = self.val_loader is not None and (
-            finished or (eval_every is not None and self.step % eval_every == 0)
-        )
+        evaluates = self.evaluates and self.val_loader is not None
+        evaluates = evaluates and (finished or (eval_every is not None and self.step % eval_every == 0))
         due = is_last or (every is not None and self.step % every == 0)
         pictures_every = self.config.metrics.pictures_every
         paints = pictures_every is not None and (finished or self.step % pictures_every == 0)
@@ -288,7 +304,7 @@ class Trainer:
         if paints:
             image_grid = self.engine.visualize(self.paint_loader)
             logger.log_images(self.step, self.painted, image_grid, titles=self.task.image_grid)
-        if due or is_best:
+        if self.saves and (due or is_best):
             self._save(logger, due=due, is_best=is_best, is_last=is_last)
         self.throughput.resume()
 
@@ -304,6 +320,10 @@ class Trainer:
         self.checkpointer.save(state, logger, is_best=is_best, waits=is_last or not self.config.checkpoint.async_save)
         if is_best:
             self.best_validation = self.last_validation
+
+    def _draw_curves(self) -> None:
+        pictures = self.run_dir / "pictures"
+        draw_curves(self.run_dir / "metrics.jsonl", pictures / "curves.png", task_metrics=self.task.reported)
 
     def _is_best(self) -> bool:
         wanted = self.config.checkpoint.best

@@ -128,8 +128,8 @@ def test_a_run_says_what_it_found_and_how_often_it_saves_and_goes_on_by_the_same
             Image.new("RGB", (20, 20), (grey + number,) * 3).save(tmp_path / "images" / name / f"{number}.png")
     run_dir = tmp_path / "run"
     command = [f"data.path={tmp_path}/images", *SMALL, "train.epochs=7", f"run.dir={run_dir}"]
-    run_ranks(ranks.train_and_keep, 1, [*command, "train.stop_at=6"])
-    done = run_ranks(ranks.train_and_keep, 1, command)[0]
+    run_ranks(ranks.train_evaluate_and_keep, 1, [*command, "train.stop_at=6"])
+    done = run_ranks(ranks.train_evaluate_and_keep, 1, command)[0]
     assert done["code"] == 0
     said = (run_dir / "train.log").read_text()
     first = said.splitlines()[:8]
@@ -160,7 +160,7 @@ def test_without_validation_images_a_run_trains_on_all_saves_once_an_epoch_and_p
         "run.preflight=true",
         f"run.dir={tmp_path}/run",
     ]
-    done = run_ranks(ranks.train_and_keep, 1, command)[0]
+    done = run_ranks(ranks.train_evaluate_and_keep, 1, command)[0]
     assert (done["code"], done["validation"]) == (0, {})
     assert sorted([*done["due"][0], *done["due"][1]]) == list(range(16))
     said = (tmp_path / "run" / "train.log").read_text()

@@ -94,11 +94,9 @@ def record_run(config: ExperimentConfig, *, profiles: bool) -> Seen:
     from megavit.parallel.layout import world_size_from_environment
     from megavit.train.trainer import Trainer
     from tests.parallel.traffic import as_gloo_counts, counted_by_gloo, recorded
-    from tests.ranks import no_evaluation
 
     validate(config, world_size_from_environment())
-    trainer = Trainer(config)
-    trainer.checkpointer.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
+    trainer = Trainer(config, evaluates=False, saves=False)
     loop, calls, by_gloo = trainer._train, [], Counter()
 
     def train(*arguments) -> None:
