@@ -44,5 +44,5 @@ def test_a_report_holds_the_loss_and_the_norm_that_are_logged(tmp_path):
 def test_a_run_that_neither_evaluates_nor_saves_logs_and_writes_neither(tmp_path):
     from tests import ranks
 
-    assert run_ranks(ranks.train, 1, [*SMALL, "train.steps=2", f"run.dir={tmp_path}"])[0]["validation"] == []
+    assert run_ranks(ranks.train, 1, [*SMALL, "train.steps=3", f"run.dir={tmp_path}"])[0]["validation"] == []
     assert not list(tmp_path.glob("checkpoints/step_*"))
