@@ -227,9 +227,9 @@ class RowMeasurement:
         try:
             start = time.monotonic()
             self._call(world, "build", there)
-            before = StepOutput(*self._call(world, "judge", there))
-            seconds = self._call(world, "practise", there, STEPS)
-            after = StepOutput(*self._call(world, "judge", there))
+            before = StepOutput(*self._call(world, "outputs", there))
+            seconds = self._call(world, "warm_up", there, STEPS)
+            after = StepOutput(*self._call(world, "outputs", there))
             took = time.monotonic() - start
         except Fault as error:
             figures.without = str(error)
@@ -281,7 +281,7 @@ class RowMeasurement:
 
     def _measure_loop(self, world: WorkerPool) -> None:
         self._call(world, "build", "megavit")
-        seconds = self._call(world, "practise", "megavit", STEPS)
+        seconds = self._call(world, "warm_up", "megavit", STEPS)
         self.measured.rates.append(self._call(world, "rates"))
         steps = max(1, math.ceil(self._config.block_s / seconds))
         found = self._call(world, "loop", self._run_dir, self._rounds, steps, self._until)
