@@ -1,6 +1,6 @@
 """All settings of an experiment.
 
-A folder of `megavit/` is a Hydra group in `conf/` is a field here; `run` and `train` have no folder.
+A Hydra group `conf/X/` is a field `X` here and a folder `megavit/X/`; `run` and `train` have no folder.
 """
 
 from dataclasses import dataclass, field
@@ -19,13 +19,13 @@ from megavit.task.config import TaskConfig, TaskName
 
 @dataclass
 class ExperimentConfig:
-    """Everything a run depends on: the groups, and
+    """All settings of a run: one field per group.
 
     Attributes:
-        init_from: whose weights a new run starts from: a run or checkpoint, ema:RUN for its moving average, or another
-            library's, as hf:FOLDER_OR_ID, timm:FILE_OR_ID, mae:FILE, nemo:FILE; once it has checkpoints of its own it
-            goes on from those. Positions are resized where images have another size, the classifier is drawn anew where
-            the classes are others.
+        init_from: weights that a new run starts from: a run or checkpoint, ema:RUN for its moving average, or another
+            library's, as hf:FOLDER_OR_ID, timm:FILE_OR_ID, mae:FILE, nemo:FILE; a run with checkpoints of its own
+            resumes from those. Position embeddings are resized to another image size; the classifier is initialised
+            from scratch if the classes differ.
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -41,19 +41,19 @@ class ExperimentConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches that an image is cut into."""
+        """Patches per image."""
         rows, columns = self.model.patch_grid(self.data.image_size)
         return rows * columns
 
     @property
     def visible_patches(self) -> int:
-        """Patches of an image that the encoder sees."""
+        """Patches per image that the encoder receives."""
         patches = self.num_patches
         return self.task.num_visible_patches(patches) if self.task.name is TaskName.mae else patches
 
     @property
     def encoder_tokens(self) -> int:
-        """Tokens of an image in the encoder: the patches it sees and the class tokens."""
+        """Tokens per image in the encoder: visible patches and class tokens."""
         return self.visible_patches + self.model.class_tokens
 
     @property

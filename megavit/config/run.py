@@ -11,13 +11,13 @@ class RunConfig:
     """Section `run`: name, folder, seed and processes.
 
     Attributes:
-        name: names the run; its folder derives from it, so that all ranks and every restart agree.
+        name: the run's name; its folder follows from it, so that all ranks and every restart agree.
         dir: the run's folder.
-        seed: of initial weights, data order, augmentation and dropout.
+        seed: seed of initial weights, data order, augmentation and dropout.
         ranks: processes that `megavit train` starts; null: one per GPU, without GPUs tp · pp.
-        preflight: rehearse at the real layout before the long part: one step, one evaluation batch, one save and load;
-            null rehearses where there are several ranks.
-        timeout_s: seconds after which a collective that waits for a lost rank fails.
+        preflight: before training, run one step, one evaluation batch, one save and one load in the real layout; null
+            does so where there are several ranks.
+        timeout_s: seconds after which a collective fails that waits for a lost rank.
     """
 
     name: str = "run"
@@ -28,7 +28,7 @@ class RunConfig:
     timeout_s: float = 600.0
 
     def check(self, world_size: int) -> None:
-        """Raise ConfigError where this section contradicts itself or the world it runs in."""
+        """Raise ConfigError where this section contradicts itself or the number of ranks."""
         require_number("run", self, "ranks", at_least=1)
         # Megatron-Core counts its groups' time-out in whole minutes.
         require_number("run", self, "timeout_s", at_least=60)

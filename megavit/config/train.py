@@ -22,14 +22,14 @@ class GradReduce(Enum):
 
 
 class Compile(Enum):
-    """What torch.compile gets: nothing, or each encoder layer as one graph without a break (not run on a GPU)."""
+    """What torch.compile compiles: nothing, or each encoder layer as one graph (not run on a GPU)."""
 
     none = "none"
     layer = "layer"
 
 
 class OnNonfinite(Enum):
-    """What happens to a step whose gradient is not finite: the run stops before it, or goes on without it."""
+    """What happens at a step with a gradient that is not finite: the run stops, or skips the step."""
 
     stop = "stop"
     skip = "skip"
@@ -43,17 +43,17 @@ class TrainConfig:
         steps: optimizer steps of the whole run; or null and epochs.
         epochs: passes over the training data; or null and steps.
         global_batch: images per step, over all ranks.
-        micro_batch: images that pass the model at once on one rank; null takes all of a rank's at once.
+        micro_batch: images per micro batch on one rank; null makes one micro batch of all of a rank's images.
         precision: number formats.
-        grad_reduce: format of gradient accumulation and reduction; bf16 halves its bytes and loses digits. Not run on a
-            GPU: bf16.
-        gradient_accumulation_fusion: add each product that is a weight's gradient to the step's gradients as it is
-            computed; at TP 1, for the encoder layers' matrices. Not run on a GPU.
-        compile: what torch.compile gets. Not run on a GPU: layer.
-        eval_every: steps between evaluations of the whole validation set; null evaluates at the end alone, auto once an
+        grad_reduce: format of gradient accumulation and reduction; bf16 halves the bytes and loses precision. Not run
+            on a GPU: bf16.
+        gradient_accumulation_fusion: accumulate weight gradients inside the matrix product, without a temporary tensor;
+            at TP 1, for the encoder layers' matrices. Not run on a GPU.
+        compile: what torch.compile compiles. Not run on a GPU: layer.
+        eval_every: steps between evaluations of the whole validation set; null evaluates at the end only, auto once an
             epoch and at most 50 times a run.
         on_nonfinite: what happens when a gradient is not finite.
-        stop_at: save and leave after this step, as if signalled (exit code 75).
+        stop_at: save and exit after this step, as after a signal (exit code 75).
     """
 
     steps: int | None = None

@@ -1,4 +1,4 @@
-"""Check a configuration as a whole: settings of one group against those of another, and against the world size."""
+"""Check a full configuration: settings of one group against those of another, and against the world size."""
 
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.resolved import check_warmup, resolve_micro_batch, resolve_num_microbatches
@@ -165,7 +165,7 @@ def _check_linears(config: ExperimentConfig, world_size: int) -> None:
 
 
 def _check_eight_bit_sizes(config: ExperimentConfig, group: str, *keys: str) -> None:
-    """Refuse widths of which a rank's share is none that cuBLAS multiplies in 8 bits; on a CPU too, for a GPU."""
+    """Refuse widths whose part on a rank cuBLAS cannot multiply in 8 bits; on a CPU too, as a GPU would."""
     tp = config.parallel.tp
     for key in keys:
         size = getattr(getattr(config, group), key)
@@ -207,7 +207,7 @@ def _check_overlap(config: ExperimentConfig, world_size: int) -> None:
 
 
 def check_task(config: ExperimentConfig) -> None:
-    """Raise ConfigError where another group has settings that the task would ignore."""
+    """Raise ConfigError for settings of other groups that the task would ignore."""
     if config.data.multi_label and config.task.loss is not Loss.bce:
         raise ConfigError(
             "data.multi_label=true needs task.loss=bce, by which each class is judged by itself; without labels "
@@ -238,7 +238,7 @@ def check_task(config: ExperimentConfig) -> None:
 
 
 def _check_probe(config: ExperimentConfig) -> None:
-    """Refuse what a frozen encoder would ignore, or what would blur its features."""
+    """Refuse settings that a frozen encoder would ignore, or that would randomise its features."""
     defaults = ModelConfig()
     for group, used, keys, why in (
         (
@@ -276,7 +276,7 @@ def _check_tensor_parallel(config: ExperimentConfig, world_size: int) -> None:
 
 
 def _check_splits(config: ExperimentConfig, group: str, heads_key: str, ffn_key: str) -> None:
-    """Refuse heads or an MLP that the tensor-parallel ranks cannot share."""
+    """Refuse heads or an MLP that cannot be split over the tensor-parallel ranks."""
     tp, sizes = config.parallel.tp, getattr(config, group)
     heads, ffn = getattr(sizes, heads_key), getattr(sizes, ffn_key)
     for key, value in ((heads_key, heads), (ffn_key, ffn)):

@@ -21,13 +21,13 @@ from megavit.model.vit import EncoderStage
 
 
 class Checkpointer:
-    """The checkpoints of a run in training; every rank calls its methods together.
+    """Save and prune the checkpoints of a run; every rank calls its methods together.
 
     Args:
-        store: of the run.
-        config: of the run.
+        store: checkpoints of the run.
+        config: the run's.
         chunks: this rank's stages by name.
-        optimizer: theirs.
+        optimizer: their optimizer.
         averages: returns the weights' averages at the time of the call, if any.
         on_saved: called on rank 0, in the background, after a checkpoint is complete and old ones are deleted.
     """
@@ -51,17 +51,17 @@ class Checkpointer:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank still writes its part of a checkpoint."""
+        """Whether this rank is still writing its part of a checkpoint."""
         return self._save is not None and not self._save.is_written
 
     def save(self, state: TrainingState, logger: MetricLogger, *, is_best: bool, waits: bool) -> None:
-        """Save, as it stands, what is trained.
+        """Save the current state.
 
         Args:
-            state: where the run stands.
-            logger: to tell it.
-            is_best: better than all before.
-            waits: see it complete before the training goes on; else `finish` must be called later.
+            state: step, samples and metrics.
+            logger: of the run.
+            is_best: whether it is better than all before.
+            waits: complete the save before returning; otherwise `finish` must be called later.
         """
         self.finish(logger)
         begun = time.perf_counter()
@@ -78,7 +78,7 @@ class Checkpointer:
             self.finish(logger)
 
     def finish(self, logger: MetricLogger) -> None:
-        """Make a checkpoint of what has been written, waiting for what has not."""
+        """Complete the pending save, if any."""
         save, self._save = self._save, None
         if save is None:
             return
@@ -93,7 +93,7 @@ class Checkpointer:
             logger.info(f"step {save.state.step}  the best so far")
 
     def close(self, logger: MetricLogger) -> None:
-        """See everything done; every rank calls this when no more is to be saved."""
+        """Complete everything; every rank calls this after the last save."""
         self.finish(logger)
         self._wait_for_tidying()
 

@@ -1,4 +1,4 @@
-"""Micro batches through this rank's part of the network: with gradients, over the validation set, for a picture."""
+"""Run micro batches through this rank's stages: to train, to evaluate, to draw predictions."""
 
 from collections.abc import Callable, Iterator
 
@@ -25,11 +25,11 @@ _IMAGES_PAINTED = 8
 
 
 class Engine:
-    """What runs the network; every rank calls its methods together.
+    """Run the network; every rank calls its methods together.
 
     Args:
-        network: this rank's part.
-        model: its chunks in order, as they run: wrapped for training, or as they are.
+        network: this rank's stages.
+        model: the stages in order: wrapped for data parallelism to train, or unwrapped.
         layout: this rank's place.
     """
 
@@ -86,8 +86,8 @@ class Engine:
         image_grid = outputs[0]["image_grid"][:count] if outputs else torch.empty(shape, dtype=torch.uint8)
         return broadcast_from(self.layout.last_stage_rank, image_grid)
 
-    def rehearse_evaluation(self, loader: Loader) -> None:
-        """Evaluate as few images as can be."""
+    def evaluate_fewest(self, loader: Loader) -> None:
+        """Evaluate the smallest possible number of micro batches."""
         self._evaluating(self.task.forward, loader, self._fewest_microbatches)
 
     def gather_weights(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a number that is not finite came from, told when a step is refused."""
+"""Locate the first number of a step that is not finite."""
 
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ from megavit.parallel.layout import ParallelLayout
 
 
 def describe_nonfinite(chunks: list[EncoderStage], sums: dict[str, Tensor], layout: ParallelLayout) -> str:
-    """Say which ranks and which layer; every rank calls this, and each hears the same.
+    """Name the ranks and the layer; every rank calls this and gets the same text.
 
-    A loss tells the data-parallel rank, gradients only the layer: they are reduced by then. What is not finite spreads
-    from where it arose towards the input, so the layer named is the one closest to the loss.
+    A loss names the data-parallel rank; gradients name only the layer, since they are reduced by then. A value that is
+    not finite spreads from its origin towards the input, so the layer closest to the loss is named.
 
     Args:
         chunks: this rank's stages, in order.

@@ -1,4 +1,4 @@
-"""Where a run goes on: its checkpoint, and whether that is of the same model and run."""
+"""Find the checkpoint to resume from, and check that it is of the same model and run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,12 @@ from megavit.validation import format_value
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The checkpoint that a run goes on from.
+    """The checkpoint that a run resumes from.
 
     Attributes:
         path: its folder.
-        config: what it was made with.
-        state: where it stands.
+        config: configuration it was saved with.
+        state: step, samples and metrics at the save.
     """
 
     path: Path
@@ -31,15 +31,15 @@ class ResumePoint:
     state: TrainingState
 
     def refuse_other_classes(self, classes: tuple[str, ...]) -> None:
-        """Refuse to train a classifier further on other classes than its own.
+        """Refuse to resume a classifier on other classes.
 
         Args:
             classes: names of the data's classes, in label order.
 
         Raises:
-            ConfigError: naming the classes that are new, gone or moved.
+            ConfigError: naming the classes that were added, removed or moved.
         """
-        # A checkpoint of an earlier megavit does not name them.
+        # Checkpoints of earlier versions do not name them.
         if not self.config.task.name.classifies or not self.state.classes:
             return
         change = describe_change(self.state.classes, classes)
@@ -51,10 +51,10 @@ class ResumePoint:
             )
 
     def num_steps(self, num_samples: int) -> int:
-        """The steps that the run was to have as it was saved.
+        """Return the length in steps that the run had when it was saved.
 
         Args:
-            num_samples: of the training data now, for checkpoints that do not say how many there were.
+            num_samples: training images now, for checkpoints that do not store the number.
         """
         state = self.state
         return resolve_num_steps(
@@ -62,7 +62,7 @@ class ResumePoint:
         )
 
     def settings_warnings(self, config: ExperimentConfig) -> list[str]:
-        """What the user must know of settings that are not as they were, in at most one line."""
+        """Return at most one line that lists changed settings."""
         differ = [
             f"{setting} was {before} and is {now}"
             for setting, (before, now) in changes(self.config, config, Rule.reported).items()
@@ -73,7 +73,7 @@ class ResumePoint:
         return [f"changed since step {self.state.step}: {'; '.join(differ)}"] if differ else []
 
     def data_warnings(self, num_samples: int) -> list[str]:
-        """What the user must know of a run that goes on with so many training images."""
+        """Return warnings for a changed number or order of training images."""
         before = self.state.num_samples
         if self.state.former_order and self.state.step:
             return [
@@ -88,9 +88,9 @@ class ResumePoint:
         ]
 
     def mend_updates(self, optimizer: MegatronOptimizer) -> list[str]:
-        """Give Adam its count of updates where an earlier megavit has lost it, and say so.
+        """Restore Adam's count of updates if an earlier version lost it, and return a warning.
 
-        It saved the first rank's count, which is 0 where that rank's stages are frozen.
+        That version saved the first rank's count, which is 0 if that rank's stages are frozen.
         """
         groups = [group for group in optimizer.param_groups if "step" in group]
         if not groups or any(group["step"] for group in groups) or not self.state.step:
@@ -104,14 +104,14 @@ class ResumePoint:
 
 
 def find_resume_point(store: CheckpointManager, config: ExperimentConfig) -> tuple[ResumePoint | None, list[str]]:
-    """Find the checkpoint to go on from, None to start anew; and warn of each that is broken.
+    """Find the checkpoint to resume from, None to start from scratch; return a warning for each broken one.
 
     Args:
         store: the run's checkpoints.
-        config: what the run is to be.
+        config: the run's.
 
     Raises:
-        ConfigError: if no checkpoint is whole, or it is of another model or run, or already where this one would stop.
+        ConfigError: if no checkpoint is valid, or it is of another model or run, or already past `train.stop_at`.
     """
     path, warnings = store.find(config.checkpoint.resume)
     if path is None:

@@ -1,4 +1,4 @@
-"""From a configuration to this rank's part of its network, for whoever trains it or only looks at it."""
+"""Build this rank's part of the network from a configuration, for training or evaluation."""
 
 import os
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class ModelSetup:
     """This rank's part of a network.
 
     Attributes:
-        task: what it is for.
-        resolved: its shape, its stages and its micro batches.
+        task: the task.
+        resolved: shape, stages and micro batches.
         mcore_config: Megatron-Core's configuration of the encoder.
         chunks: this rank's stages by name, on its device, with their initial weights.
     """
@@ -38,12 +38,12 @@ class ModelSetup:
 
     @property
     def parameters(self) -> dict[torch.nn.Parameter, str]:
-        """This rank's parameters, each with its name in the whole network."""
+        """This rank's parameters, each with its name in the full network."""
         return {parameter: name for chunk in self.chunks.values() for name, parameter in parameter_names(chunk).items()}
 
 
 def build_model(config: ExperimentConfig, layout: ParallelLayout, resolved: ResolvedStep) -> ModelSetup:
-    """Build this rank's stages and draw their initial weights.
+    """Build this rank's stages with their initial weights.
 
     Args:
         config: checked.
@@ -51,7 +51,7 @@ def build_model(config: ExperimentConfig, layout: ParallelLayout, resolved: Reso
         resolved: the numbers that follow from config, ranks and data.
 
     Raises:
-        ConfigError: if a part of it cannot run here.
+        ConfigError: if a setting cannot run on this machine.
     """
     if config.train.compile is Compile.layer and layout.device.type == "cpu":
         _require_compiler()
@@ -83,13 +83,13 @@ def build_model(config: ExperimentConfig, layout: ParallelLayout, resolved: Reso
 def _make_room_for_graphs(chunks: list[EncoderStage]) -> None:
     """Raise torch's limit of graphs of one function, which is 8 whatever the number of layers.
 
-    Layers that are frozen in the same parts share their graphs: of training, of full recompute's first pass, of
-    evaluation. Where each layer is frozen in other parts, each has its own.
+    Layers with the same frozen parameters share graphs: for training, the first pass of full recompute and evaluation.
+    If the frozen parameters differ from layer to layer, each layer has its own.
     """
     from torch._dynamo import config
 
     layers = sum(isinstance(module, EncoderLayer) for chunk in chunks for module in chunk.modules())
-    # One more for each: of a size that has come twice with two values, torch makes a variable.
+    # One more each: torch makes a size dynamic after it has had two values.
     config.recompile_limit = max(config.recompile_limit, 4 * layers)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * layers)
 

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step: layout, batch, kernel, where it goes on."""
+"""Log lines before the first step: layout, data, batch, kernel, pace."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -39,14 +39,14 @@ def describe_run(
     sources: Mapping[str, Source],
     from_scratch: bool,
 ) -> Iterator[str]:
-    """The lines, in order; every rank calls this, and one says them.
+    """Yield the lines in order; every rank calls this.
 
     Args:
         config: the run's.
         layout: this rank's place.
         network: its part of the network.
-        sources: the data of `train` and, if there are any, of `val`.
-        from_scratch: whether the weights are as they were drawn.
+        sources: the data of `train` and, if any, of `val`.
+        from_scratch: whether the weights are the random initial ones.
     """
     model = config.model
     yield f"run {config.run.name} in {config.run.dir}: {layout.describe()}"
@@ -92,7 +92,7 @@ def describe_run(
 
 
 def describe_costly_decoder(shape: NetworkShape) -> str:
-    """That a decoder costs more than its encoder; nothing where it does not."""
+    """Describe a decoder that costs more than its encoder; return an empty text for any other."""
     decoder = head_flops(shape)
     encoder = forward_flops(shape) - decoder
     if decoder <= encoder:
@@ -104,7 +104,7 @@ def describe_costly_decoder(shape: NetworkShape) -> str:
 
 
 def describe_data(config: ExperimentConfig, sources: Mapping[str, Source]) -> str:
-    """How many images were found, of how many classes, and how many of them train and validate."""
+    """Count the images found, their classes, and how many train and validate."""
     place = f" {config.data.path}" if config.data.path is not None else ""
     train, val = (len(sources[split]) if split in sources else 0 for split in ("train", "val"))
     classes = len(sources["train"].classes)
@@ -115,7 +115,7 @@ def describe_data(config: ExperimentConfig, sources: Mapping[str, Source]) -> st
 
 
 def describe_pace(config: ExperimentConfig, resolved: ResolvedRun) -> Iterator[str]:
-    """Say what `auto` came to, that a warm-up is shorter than it was set, and that a moving average is too slow.
+    """Describe the values of `auto`, a shortened warm-up, and a moving average that is too slow.
 
     Args:
         config: the run's.
@@ -143,7 +143,7 @@ def describe_pace(config: ExperimentConfig, resolved: ResolvedRun) -> Iterator[s
 
 
 def idle_stages(config: ExperimentConfig, shape: NetworkShape) -> Iterator[str]:
-    """Say where the last stage, which holds the decoder whole, is what all others wait for."""
+    """Warn if all pipeline stages wait for the last one, which holds the whole decoder."""
     parallel = config.parallel
     if shape.decoder is None or parallel.pp == 1 or parallel.stages is not None or parallel.vpp > 1:
         return
