@@ -42,9 +42,7 @@ def measure(overrides: list[str], folder: str, rounds: int) -> dict[str, Any]:
 
         config = compose([*SETTINGS, *overrides, f"run.dir={folder}/run"])
         validate(config, RANKS)
-        trainer = Trainer(config)
-    trainer.evaluate = lambda: {"loss": 0.0, "top1": 0.0}  # type: ignore[method-assign]
-    trainer.checkpointer.save = lambda *_, **__: None  # type: ignore[method-assign]
+        trainer = Trainer(config, evaluates=False, saves=False)
     trainer.run()
     rank, root = dist.get_rank(), Path(folder)
     saves = iter(range(1, 10**6))

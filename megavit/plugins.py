@@ -1,4 +1,4 @@
-"""A user's own parts by name: `package.module:name`, from installed packages or the working folder."""
+"""Plug-ins by name, `package.module:name`, from installed packages or the working folder."""
 
 import importlib
 import re
@@ -14,15 +14,15 @@ _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def is_plugin(text: str) -> bool:
-    """Whether a setting names a user's own part rather than one of megavit's."""
+    """Return whether a setting names a plug-in rather than a part of megavit."""
     return ":" in text
 
 
 def check_name(text: str, setting: str) -> None:
-    """Refuse what is no name of a user's own part; nothing is imported.
+    """Check the name of a plug-in without importing it.
 
     Raises:
-        ConfigError: if it is not of the form, or is Python's own or nobody's.
+        ConfigError: if it has another form, belongs to the standard library or is not installed.
     """
     if not _NAME.fullmatch(text):
         raise ConfigError(f"{setting}={text} must be package.module:name, for example my_images.py's my_images:Scans")
@@ -37,14 +37,14 @@ def check_name(text: str, setting: str) -> None:
 
 
 def import_plugin(text: str, setting: str) -> Any:
-    """Import a user's own part.
+    """Import a plug-in.
 
     Args:
         text: `package.module:name`.
-        setting: that named it, for the error.
+        setting: the setting that named it, for the error.
 
     Raises:
-        ConfigError: if it is not allowed (see `check_name`), or not there. Its own faults go up as they are.
+        ConfigError: if it is not allowed (see `check_name`), or does not exist. Errors it raises itself propagate.
     """
     check_name(text, setting)
     module_name, _, name = text.partition(":")

@@ -1,4 +1,4 @@
-"""What every group's `check` needs."""
+"""Checks of single values, shared by the `check` methods of all groups."""
 
 import difflib
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 from megavit.errors import ConfigError
 
-# A number of steps that follows from the number of training images.
+# In the place of a number of steps: computed from the number of training images.
 AUTO = "auto"
 
 
@@ -20,7 +20,7 @@ def require_number(
     above: float | None = None,
     below: float = math.inf,
 ) -> None:
-    """Refuse settings that are not finite or not in their range; null passes.
+    """Raise for settings that are not finite or out of range; null passes.
 
     Args:
         group: the group's name, for the message.
@@ -47,7 +47,7 @@ def require_number(
 
 
 def require_steps(group: str, config: Any, *keys: str, at_least: int) -> None:
-    """Refuse settings that are neither `auto` nor a number of steps in their range; null passes.
+    """Raise for settings that are neither `auto` nor a number of steps in range; null passes.
 
     Args:
         group: the group's name, for the message.
@@ -68,7 +68,7 @@ def require_steps(group: str, config: Any, *keys: str, at_least: int) -> None:
 
 
 def format_value(value: Any) -> Any:
-    """A setting's value as a user writes it."""
+    """Return a setting's value as a user types it."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -77,15 +77,15 @@ def format_value(value: Any) -> Any:
 
 
 def parse_int(key: str, text: str, *, at_least: int = 1) -> int:
-    """Read an argument that counts something.
+    """Parse an argument that is a count.
 
     Args:
-        key: for the message.
+        key: name of the argument, for the message.
         text: as typed.
         at_least: smallest allowed value, 0 or more.
 
     Raises:
-        ConfigError: if it is no whole number, or too small.
+        ConfigError: if it is not a whole number, or too small.
     """
     if not text.isdecimal() or int(text) < at_least:
         raise ConfigError(f"{key}={text} must be a whole number of at least {at_least}")
@@ -93,10 +93,10 @@ def parse_int(key: str, text: str, *, at_least: int = 1) -> int:
 
 
 def parse_ints(key: str, text: str) -> list[int]:
-    """Read an argument that names several counts, with commas between them; each is taken once.
+    """Parse counts separated by commas; duplicates are dropped.
 
     Raises:
-        ConfigError: if one is no whole number of at least 1.
+        ConfigError: if one is not a whole number of at least 1.
     """
     return list(dict.fromkeys(parse_int(key, part) for part in text.split(",")))
 

@@ -17,11 +17,8 @@ def train(overrides: list[str], *, evaluates: bool = False) -> dict:
 
     config = compose(overrides)
     validate(config, world_size_from_environment())
-    trainer = Trainer(config)
-    trainer.checkpointer.save = lambda *_, **__: None
-    if not evaluates:
-        # Half of a short test's time would go into the validation set.
-        trainer.evaluate = no_evaluation
+    # Half of a short test's time would go into the validation set.
+    trainer = Trainer(config, evaluates=evaluates, saves=False)
     code = trainer.run()
     parameters = {name: value for chunk in trainer.chunks.values() for name, value in parameter_names(chunk).items()}
     averages = None
@@ -47,8 +44,8 @@ def train_and_evaluate(overrides: list[str]) -> dict:
     return train(overrides, evaluates=True)
 
 
-def no_evaluation() -> dict[str, float]:
-    return {"loss": 0.0, "top1": 0.0, "loss_ratio": 0.0, "count": 0.0}
+def train_evaluate_and_keep(overrides: list[str]) -> dict:
+    return train_and_keep(overrides, evaluates=True)
 
 
 def resume(*runs: list[str]) -> dict:
@@ -59,7 +56,7 @@ def resume(*runs: list[str]) -> dict:
     return result
 
 
-def train_and_keep(overrides: list[str]) -> dict:
+def train_and_keep(overrides: list[str], *, evaluates: bool = False) -> dict:
     """Train and save; this rank's weights and optimizer state, every logged loss, the samples that were due."""
     from megavit.config.compose import compose
     from megavit.config.validate import validate
@@ -68,8 +65,7 @@ def train_and_keep(overrides: list[str]) -> dict:
 
     config = compose(overrides)
     validate(config, world_size_from_environment())
-    trainer = Trainer(config)
-    trainer.evaluate = no_evaluation
+    trainer = Trainer(config, evaluates=evaluates)
     due = []
     original = trainer.task.forward
 
@@ -112,8 +108,7 @@ def dtypes(overrides: list[str]) -> dict:
     from megavit.config.compose import compose
     from megavit.train.trainer import Trainer
 
-    trainer = Trainer(compose(overrides))
-    trainer.checkpointer.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
+    trainer = Trainer(compose(overrides), evaluates=False, saves=False)
     trainer.run()
     optimizer = trainer.optimizer.chained_optimizers[0].optimizer
     masters = [param for group in optimizer.param_groups for param in group["params"]]
@@ -135,8 +130,7 @@ def masks(overrides: list[str]) -> dict:
 
     config = compose(overrides)
     validate(config, world_size_from_environment())
-    trainer = Trainer(config)
-    trainer.evaluate = no_evaluation
+    trainer = Trainer(config, evaluates=False)
     original, kept = trainer.task.keep, {}
 
     def keep(batch):

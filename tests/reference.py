@@ -12,10 +12,11 @@ from benchmarks.step.torch_mae import TorchMae
 from megavit.checkpoint.param_mapping import Dims, to_timm
 from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_num_steps
 from megavit.data.sampler import DeterministicSampler, SampleKey
 from megavit.data.sources.digits import Digits
 from megavit.model.torch_vit import TorchViT
-from megavit.optim.config import Optimizer, Schedule
+from megavit.optim.config import Schedule
 from megavit.task.config import TaskName
 from megavit.task.masking import random_keep
 
@@ -109,11 +110,11 @@ def make_optimizer(model: torch.nn.Module, config: ExperimentConfig) -> torch.op
         decayed = decays(name, weight)
         groups.append({"params": [weight], "weight_decay": config.optim.weight_decay if decayed else 0.0})
         groups[-1]["share"] = layer_share(name, config)
-        if config.optim.name is Optimizer.lars:
+        if config.optim.name == "lars":
             groups[-1]["always_adapt"] = decayed
-    if config.optim.name is Optimizer.sgd:
+    if config.optim.name == "sgd":
         return torch.optim.SGD(groups, lr=1.0, momentum=config.optim.momentum)
-    if config.optim.name is Optimizer.lars:
+    if config.optim.name == "lars":
         return Lars(groups, lr=1.0, momentum=config.optim.momentum, trust_coeff=config.optim.trust_coefficient)
     return torch.optim.AdamW(groups, lr=1.0, betas=tuple(config.optim.betas), eps=config.optim.eps)
 
@@ -140,7 +141,7 @@ def train_torch(overrides: list[str]) -> Result:
     torch.set_num_threads(1)
     config = compose(overrides)
     source = Digits("train")
-    steps = config.num_steps(len(source))
+    steps = resolve_num_steps(config, len(source))
     model, order = plain_model(config), DeterministicSampler(len(source), seed=config.run.seed)
     probes, feature_norm = config.task.name is TaskName.linear_probe, None
     if probes:

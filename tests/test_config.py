@@ -5,6 +5,7 @@ import pytest
 from megavit.config import compose as composing
 from megavit.config.compose import compose, from_yaml, to_yaml
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_micro_batch, resolve_num_steps
 from megavit.config.validate import validate
 from megavit.errors import ConfigError
 
@@ -144,7 +145,7 @@ def test_typing_epochs_clears_steps():
     assert (config.train.steps, config.train.epochs) == (None, 2)
     # 2 · 1437 / 64 = 44.9: the run ends with the step that completes the second epoch.
     config.optim.warmup_steps = 1
-    assert config.num_steps(1437) == 45
+    assert resolve_num_steps(config, 1437) == 45
 
 
 def test_what_is_typed_decides_over_the_recipe():
@@ -154,7 +155,7 @@ def test_what_is_typed_decides_over_the_recipe():
 def test_a_recipe_may_be_left_away():
     config = compose(["recipe=null", "data=synthetic", "train.steps=3", "model=vit_b16", "train.global_batch=8"])
     validate(config, 2)
-    assert config.micro_batch(2) == 4
+    assert resolve_micro_batch(config, 2) == 4
     assert config.run.name == "run"
 
 

@@ -13,8 +13,10 @@ from benchmarks.step.workload import Work
 from megavit.checkpoint.param_mapping import Dims, to_timm
 from megavit.checkpoint.shards import gather_full_state_dict
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_step
 from megavit.optim.optimizer import build_optimizer, build_schedule
 from megavit.parallel.layout import ParallelLayout
+from megavit.train.callbacks import StepReport
 from megavit.train.engine import Engine, wrap_network
 from megavit.train.setup import build_model
 
@@ -30,17 +32,20 @@ class Megavit:
 
     def __init__(self, work: Work, config: ExperimentConfig, layout: ParallelLayout) -> None:
         self._work, self._layout, self._config = work, layout, config
-        self._network = network = build_model(config, layout, num_classes=config.data.num_classes or 0)
+        resolved = resolve_step(config, layout.world_size, num_classes=config.data.num_classes or 0)
+        self._network = network = build_model(config, layout, resolved)
         self._task = network.task
         self._model = wrap_network(network, config)
-        self._engine = Engine(network, self._model, layout=layout, micro_batch=config.train.global_batch)
+        self._engine = Engine(network, self._model, layout=layout)
         self._task.prepare(iter([work.batch]))
-        peak_lr = config.optim.peak_lr(config.train.global_batch)
         self._optimizer = build_optimizer(
-            self._model, network.mcore_config, config.optim, depths=network.depths(), peak_lr=peak_lr
+            self._model, network.mcore_config, config.optim, depths=network.depths(), peak_lr=resolved.peak_lr
         )
         # It writes the weight decay of each group.
-        build_schedule(self._optimizer, config.optim, peak_lr=peak_lr, warmup_steps=0, num_steps=1_000_000).step(1)
+        schedule = build_schedule(
+            self._optimizer, config.optim, peak_lr=resolved.peak_lr, warmup_steps=0, num_steps=1_000_000
+        )
+        schedule.step(1)
         self._batches = repeat(work.batch)
 
     def step(self, *, alike: bool = False) -> None:
@@ -91,27 +96,24 @@ def time_loop(
     """
     from megavit.train.trainer import Trainer
 
-    trainer = Trainer(config)
     seconds: dict[str, list[float]] = {"megavit": [], "trainer": []}
-    device, schedule_step = trainer.layout.device, trainer.schedule.step
-    started, count = 0.0, 0
+    started = 0.0
 
-    def at_start_of_step(increment: int) -> Any:
-        """Called by the trainer at the start of each step: at the end of a turn the bare steps have theirs."""
-        nonlocal started, count
-        if count % steps == 0:
-            synchronize(device)
-            # The first turn warms up.
-            if count > steps:
-                seconds["trainer"].append(time.perf_counter() - started)
-            seconds["megavit"].append(timed(bare.step, steps, device))
-            if len(seconds["trainer"]) >= rounds or time.monotonic() > until:
-                raise _Enough
-            started = time.perf_counter()
-        count += 1
-        return schedule_step(increment)
+    def alternate(report: StepReport) -> None:
+        """After every `steps` steps of the trainer, time as many bare ones."""
+        nonlocal started
+        if report.step % steps:
+            return
+        synchronize(trainer.layout.device)
+        # The first turn warms up.
+        if report.step > steps:
+            seconds["trainer"].append(time.perf_counter() - started)
+        seconds["megavit"].append(timed(bare.step, steps, trainer.layout.device))
+        if len(seconds["trainer"]) >= rounds or time.monotonic() > until:
+            raise _Enough
+        started = time.perf_counter()
 
-    trainer.schedule.step = at_start_of_step  # type: ignore[method-assign]
+    trainer = Trainer(config, on_step_end=[alternate])
     try:
         trainer.run()
     except _Enough:

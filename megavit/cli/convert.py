@@ -22,6 +22,7 @@ from megavit.checkpoint.state import TrainingState, read_state
 from megavit.cli.arguments import argument
 from megavit.config.compose import compose, to_yaml
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_step
 from megavit.config.validate import validate
 from megavit.data.config import PIXEL_SETTINGS
 from megavit.errors import ConfigError
@@ -127,7 +128,7 @@ def _into_run(kind: str, place: str, run_dir: Path, *, num_heads: int | None, pi
         if store.all():
             raise ConfigError(f"to={run_dir} already holds checkpoints; choose another folder")
         layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
-        network = build_model(config, layout, num_classes=len(external.classes) or 1)
+        network = build_model(config, layout, resolve_step(config, 1, num_classes=len(external.classes) or 1))
         _fill(network.chunks["model"], external, config)
         assumed = [key for key in (*external.assumed, *external.pixels.assumed) if key not in typed]
         state = TrainingState(0, 0, {}, classes=external.classes, optimizer=False, assumed=assumed)

@@ -1,4 +1,4 @@
-"""From the command line to a ExperimentConfig: Hydra composes, we say what is wrong with it in one line."""
+"""Compose an ExperimentConfig from the command line with Hydra, and report errors in one line."""
 
 import re
 from collections.abc import Iterable
@@ -19,9 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.overrides import Setting, key_of, read_setting, read_text, types_of
 from megavit.errors import ConfigError
+from megavit.optim.registry import rule_settings
+from megavit.plugins import is_plugin
 from megavit.validation import suggest
 
-# What other trainers call a setting, by the last word of its path.
+# Names that other trainers use for a setting, by the last word of the path.
 _CALLED_ELSEWHERE = {
     "learning_rate": "optim.lr",
     "max_lr": "optim.lr",
@@ -75,7 +77,7 @@ _CALLED_ELSEWHERE = {
     "pretrained": "init_from",
 }
 
-# Settings that had another name before the first release; a run's saved configuration is read with them.
+# Old and new names of settings; saved configurations are read with both.
 _RENAMED = {
     "optim.decay": "optim.schedule",
     "optim.clip": "optim.clip_grad",
@@ -91,31 +93,31 @@ _RENAMED = {
     "task.norm_pix": "task.norm_pix_loss",
 }
 
-# Settings that no longer exist, and what a run does without them; a run's saved configuration is read without them.
+# Settings that no longer exist, and why; saved configurations may hold them.
 _REMOVED = {
     "experimental": "a run on a GPU names the settings that have not been verified there, and goes on",
     "parallel.cp": "context parallelism does not exist",
 }
 
-# Of each pair one is null; to override one clears the other.
+# One of each pair is null; to override one clears the other.
 _EITHER_OR = (("train.steps", "train.epochs"), ("optim.lr", "optim.base_lr"))
 
-# Resolved by `megavit.train.auto_model`, before a configuration is composed.
+# Replaced by `megavit.train.auto_model` before a configuration is composed.
 AUTO_MODEL = "model=auto"
 
 
 def config_dir() -> Path:
-    """The folder of YAML files, in the repository or in the installed package."""
+    """Return the folder of YAML files, in the repository or in the installed package."""
     return Path(str(files("megavit.conf").joinpath("train.yaml"))).parent
 
 
 def choices(group: str) -> list[str]:
-    """What can be chosen for a group, `model` or `recipe` for example."""
+    """Return the choices of a group, such as `model` or `recipe`."""
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
 def groups() -> list[str]:
-    """The groups one can choose from; `cluster` is megavit submit's alone."""
+    """Return the Hydra groups, without `cluster`, which only megavit submit reads."""
     folders = (path for path in config_dir().iterdir() if path.is_dir() and any(path.glob("*.yaml")))
     return sorted(path.name for path in folders if path.name != "cluster")
 
@@ -127,7 +129,7 @@ def compose(overrides: list[str]) -> ExperimentConfig:
         overrides: `key=value`, as typed (see `overrides.py`).
 
     Raises:
-        ConfigError: for a key or choice that is not there (the nearest one is named), or a value of a wrong type.
+        ConfigError: for an unknown key or choice (the nearest one is named), or a value of a wrong type.
     """
     settings = _read(overrides)
     typed = {setting.key for setting in settings}
@@ -137,12 +139,15 @@ def compose(overrides: list[str]) -> ExperimentConfig:
         for winner, loser in (pair, pair[::-1])
         if winner in typed and loser not in typed
     ]
-    # Hydra deletes a group's choice with a tilde; to a user, null says the same.
+    if any(setting.key == "optim.name" and is_plugin(str(setting.value)) for setting in settings):
+        # What the chosen group and recipe set is for an optimizer of megavit's.
+        cleared += [f"optim.{key}=null" for key in sorted(rule_settings()) if f"optim.{key}" not in typed]
+    # Hydra deletes a group's choice with a tilde; users type null.
     typed_overrides = ["~recipe" if setting.hydra == "recipe=null" else setting.hydra for setting in settings]
     if "recipe" not in typed and any(_is_other_data(setting) for setting in settings):
         typed_overrides.append("~recipe")
         if "data" not in typed:
-            # Else the digits' one channel, mean and deviation would stay.
+            # Otherwise the channel, mean and std of the digits would remain.
             typed_overrides.append("data=folder")
     if "optim.warmup_steps" in typed and "optim.shorten_warmup" not in typed:
         typed_overrides.append("optim.shorten_warmup=false")
@@ -161,20 +166,20 @@ def compose(overrides: list[str]) -> ExperimentConfig:
 
 @cache
 def _register() -> None:
-    """Let Hydra know the types of all settings; it keeps them for as long as the process lives."""
+    """Register the types of all settings with Hydra, once a process."""
     ConfigStore.instance().store(name="run_config", node=ExperimentConfig)
 
 
 def to_yaml(config: ExperimentConfig) -> str:
-    """The resolved configuration as YAML, as it is kept in the run folder."""
+    """Return the resolved configuration as YAML, as saved in the run folder."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def from_yaml(text: str) -> ExperimentConfig:
-    """Read what `to_yaml` wrote.
+    """Read a configuration that `to_yaml` wrote.
 
     Raises:
-        ConfigError: if it does not fit this megavit's configuration.
+        ConfigError: if it does not fit this version's settings.
     """
     if "${" in text:
         raise ConfigError(
@@ -200,14 +205,14 @@ def from_yaml(text: str) -> ExperimentConfig:
 
 
 def merge(config: ExperimentConfig, overrides: list[str]) -> ExperimentConfig:
-    """Put settings over a configuration that a run has left.
+    """Override settings of a saved configuration.
 
     Args:
-        config: the run's.
-        overrides: `key=value`, as typed; a whole group cannot be chosen anew.
+        config: the saved configuration.
+        overrides: `key=value`, as typed; the choice of a group cannot change.
 
     Raises:
-        ConfigError: for a key that is not there, or a value of a wrong type.
+        ConfigError: for an unknown key, or a value of a wrong type.
     """
     settings = _read(overrides)
     for setting in settings:
@@ -226,7 +231,7 @@ def merge(config: ExperimentConfig, overrides: list[str]) -> ExperimentConfig:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every setting by its dotted path."""
+    """Return every setting by its dotted path."""
     found: dict[str, Any] = {}
     for part in fields(config):
         value = getattr(config, part.name)
@@ -237,7 +242,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 @cache
 def run_types() -> dict[str, Any]:
-    """The type of every setting of a run, by its dotted path."""
+    """Return the type of every setting by its dotted path."""
     return types_of(ExperimentConfig)
 
 
@@ -254,12 +259,12 @@ def _read(overrides: list[str]) -> list[Setting]:
 
 
 def _is_other_data(setting: Setting) -> bool:
-    """Whether a setting chooses other data than the recipe that stands where none is typed, that of the digits."""
+    """Return whether a setting chooses other data than the default recipe, the digits."""
     return setting.key in ("data", "data.path") and setting.value not in ("digits", None)
 
 
 def _check_key(typed: str) -> None:
-    """Refuse a key, or the choice of a group, that is not there."""
+    """Raise for an unknown key or an unknown choice of a group."""
     key, value = key_of(typed), typed.partition("=")[2]
     if key in groups():
         if typed == AUTO_MODEL:
@@ -286,7 +291,7 @@ def _check_key(typed: str) -> None:
 
 def _unknown(what: str, typed: str, known: list[str], *, form: str) -> str:
     last = typed.rpartition(".")[2].lower()
-    # `lr` where `optim.lr` was meant, or `trainer.steps`; of several the one whose whole path is nearest.
+    # `lr` or `trainer.lr` for `optim.lr`; of several candidates, the one with the nearest path.
     same = [path for path in known if path.rpartition(".")[2] == last]
     elsewhere = next((path for path in known if path == _CALLED_ELSEWHERE.get(last)), None)
     near = suggest(typed, same, cutoff=0) or elsewhere or suggest(typed, known, cutoff=0.5)
@@ -295,8 +300,8 @@ def _unknown(what: str, typed: str, known: list[str], *, form: str) -> str:
 
 
 def _explain(error: Exception, settings: Iterable[Setting] = ()) -> str:
-    """The setting, the value and what was expected, out of Hydra's and OmegaConf's messages."""
-    # OmegaConf's own message, at the bottom of the chain, names value and type; Hydra's above it names the file.
+    """Extract setting, value and expected type from a message of Hydra or OmegaConf."""
+    # OmegaConf's message, at the bottom of the chain, names value and type; Hydra's only names the file.
     cause: BaseException = error
     while cause.__cause__ is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
@@ -304,6 +309,6 @@ def _explain(error: Exception, settings: Iterable[Setting] = ()) -> str:
     found = re.search(r"full_key: (\S+)", text) or re.search(r"full_key: (\S+)", str(error))
     key, first = found.group(1) if found else getattr(cause, "full_key", None), text.splitlines()[0]
     typed = next((setting.typed for setting in settings if setting.key == key), "")
-    # 1e3 is shown as 1000.0 there.
+    # OmegaConf prints 1e3 as 1000.0.
     as_typed = f" ({typed})" if typed and typed.partition("=")[2] not in first else ""
     return f"{key}: {first}{as_typed}" if key else first

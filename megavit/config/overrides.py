@@ -1,14 +1,14 @@
-"""`key=value` as typed: a text setting takes the text behind the sign, every other setting Hydra's grammar.
+"""Parse `key=value`: a text setting takes the text after the equals sign, every other setting Hydra's grammar.
 
-Of a text setting (`str`, `str | None`, and the items of `list[str]` and `dict[str, str]`) nothing is a number, a truth
-value, a function or a sweep. Four things have a meaning:
+The value of a text setting (`str`, `str | None`, and the items of `list[str]` and `dict[str, str]`) is never parsed as
+a number, a boolean, a function or a sweep. Four forms are special:
 
 * null, where the setting may be null;
-* quotes around all of it, as Hydra reads them: what stands between them is the text, null and ~ too;
-* ~ at the beginning, also behind a word such as ema:, is the home directory, as a shell has it in an argument;
-* ${run.name} is another setting's value, as everywhere in a configuration.
+* quotes around the whole value, as Hydra reads them: the text between them is literal, null and ~ included;
+* ~ at the beginning, also after a prefix such as ema:, is the home directory, as in a shell;
+* ${run.name} is the value of another setting, as everywhere in a configuration.
 
-Items of a list, [a,b c,"d,e"], are divided by commas, and blanks around them are left away.
+Items of a list, [a,b c,"d,e"], are separated by commas; blanks around them are dropped.
 """
 
 import os
@@ -23,23 +23,23 @@ from megavit.errors import ConfigError
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-# As Hydra's grammar has it: a closing quote stands behind an even number of backslashes.
+# As in Hydra's grammar: an even number of backslashes precedes a closing quote.
 _QUOTED = r'"(?:\\.|[^"\\])*"|' + r"'(?:\\.|[^'\\])*'"
 _TEXT = re.compile(rf"\s*({_QUOTED}|[^,]*?)\s*(?:,|\Z)", re.S)
 _LIST = re.compile(rf"\s*(\[(?:{_QUOTED}|[^\"'])*?\]|[^,]*?)\s*(?:,|\Z)", re.S)
 _HOME = re.compile(r"(\w+:)?(~.*)", re.S)
-# Of a square one number says both sides.
+# Settings of [height, width]; one number sets both.
 _SIDES = ("data.image_size",)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A `key=value` that was read.
+    """A parsed `key=value`.
 
     Attributes:
         typed: the argument as typed.
         hydra: the same in Hydra's grammar.
-        override: what Hydra reads there.
+        override: Hydra's parsed override.
     """
 
     typed: str
@@ -58,11 +58,11 @@ class Setting:
 
 
 def types_of(config_class: type, prefix: str = "") -> dict[str, Any]:
-    """The type of every setting by its dotted path.
+    """Return the type of every setting by its dotted path.
 
     Args:
-        config_class: a dataclass of settings and of sections, which are dataclasses too.
-        prefix: of the paths, as `cluster.`.
+        config_class: a dataclass of settings and of groups, which are dataclasses too.
+        prefix: prefix of the paths, such as `cluster.`.
     """
     found: dict[str, Any] = {}
     hints = get_type_hints(config_class)
@@ -73,19 +73,19 @@ def types_of(config_class: type, prefix: str = "") -> dict[str, Any]:
 
 
 def key_of(typed: str) -> str:
-    """The key of an argument, without the signs by which Hydra adds and deletes."""
+    """Return the key of an argument, without Hydra's signs + and ~."""
     return typed.partition("=")[0].lstrip("+~").partition("@")[0]
 
 
 def read_setting(typed: str, types: Mapping[str, Any]) -> Setting:
-    """Read an argument; one that Hydra would sweep is left to the caller.
+    """Parse an argument; the caller handles sweeps.
 
     Args:
         typed: `key=value`.
-        types: of the settings, by path; an argument of another key follows Hydra's grammar.
+        types: types of the settings by path; the value of any other key follows Hydra's grammar.
 
     Raises:
-        ConfigError: if it cannot be read.
+        ConfigError: if it cannot be parsed.
     """
     # Not at the top: megavit doctor reads its own arguments where packages may be missing.
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -104,22 +104,22 @@ def read_setting(typed: str, types: Mapping[str, Any]) -> Setting:
 
 
 def read_text(value: str) -> str:
-    """The text that a value stands for: without Hydra's quotes, or with the home directory in place of a ~."""
+    """Return the text of a value: without Hydra's quotes, or with ~ replaced by the home directory."""
     if re.fullmatch(_QUOTED, value, re.S):
-        # Backslashes count before a quote alone, the closing one too.
+        # Backslashes are special only before a quote, the closing one included.
         return re.sub(rf"(\\+)({value[0]}|\Z)", lambda found: found[1][: len(found[1]) // 2] + found[2], value[1:-1])
     home = _HOME.fullmatch(value)
     return f"{home[1] or ''}{os.path.expanduser(home[2])}" if home else value
 
 
 def write_text(key: str, text: str) -> str:
-    """The argument that gives a text setting this text; a word of letters, digits and ./- needs no quotes."""
+    """Return the argument that sets a text setting to this text, quoted unless it is only letters, digits and ./-."""
     is_plain = re.fullmatch(r"[\w./-]+", text) and text.lower() != "null"
     return f"{key}={text if is_plain else _quote(text)}"
 
 
 def write_home_out(typed: str, types: Mapping[str, Any]) -> str:
-    """An argument with the home directory in place of a ~: where it is read next, the home may be another."""
+    """Replace ~ in an argument by the home directory, for a process that may have another one."""
     key, sign, value = typed.partition("=")
     if not sign or not value or value[0] in "\"'" or _bare(_type_of(key.lstrip("+"), types)) is not str:
         return typed
@@ -128,12 +128,12 @@ def write_home_out(typed: str, types: Mapping[str, Any]) -> str:
 
 
 def sweep(typed: str, types: Mapping[str, Any]) -> list[str]:
-    """The arguments that one stands for in a sweep: key=a,b or key=choice(a,b) is key=a and key=b.
+    """Expand a sweep into its arguments: key=a,b or key=choice(a,b) is key=a and key=b.
 
-    Of a text setting each value is the text between two commas; one that holds a comma goes in quotes.
+    Commas separate the values of a text setting; a value that contains a comma is quoted.
 
     Raises:
-        ConfigError: if it cannot be read.
+        ConfigError: if it cannot be parsed.
     """
     key, sign, value = typed.partition("=")
     bare = _bare(_type_of(key.lstrip("+"), types))
@@ -152,7 +152,7 @@ def sweep(typed: str, types: Mapping[str, Any]) -> list[str]:
 
 
 def _type_of(key: str, types: Mapping[str, Any]) -> Any:
-    """A setting's type, that of the values for a key of a dictionary; None for a key that is not there."""
+    """Return a setting's type, for a key of a dictionary that of its values; None for an unknown key."""
     if key in types:
         return types[key]
     for path, kind in types.items():
@@ -162,7 +162,7 @@ def _type_of(key: str, types: Mapping[str, Any]) -> Any:
 
 
 def _bare(kind: Any) -> Any:
-    """A type without its None."""
+    """Return a type without its None."""
     known = [part for part in get_args(kind) if part is not NoneType]
     return known[0] if NoneType in get_args(kind) and len(known) == 1 else kind
 
@@ -200,7 +200,7 @@ def _items(value: str, typed: str) -> Iterator[str]:
 
 
 def _inside(value: str, brackets: str, typed: str) -> list[str]:
-    """What is divided by commas between two brackets."""
+    """Return the items between two brackets."""
     if not (value[:1] == brackets[0] and value[-1:] == brackets[1] and len(value) > 1):
         key = key_of(typed)
         raise ConfigError(f"'{typed}' is no list: it goes in brackets, {key}={brackets[0]}{value}{brackets[1]}")

@@ -1,11 +1,13 @@
-"""Check a configuration as a whole: settings of one group against those of another, and against the world size."""
+"""Check a full configuration: settings of one group against those of another, and against the world size."""
 
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import check_warmup, resolve_micro_batch, resolve_num_microbatches
 from megavit.config.train import Compile, GradReduce, Precision
 from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
 from megavit.model.config import AttentionBackend, LinearBackend, ModelConfig, Pool
-from megavit.optim.config import ENCODER, OptimConfig, Optimizer
+from megavit.optim.config import ENCODER, OptimConfig
+from megavit.optim.registry import is_sharded
 from megavit.parallel.config import Recompute
 from megavit.parallel.stages import plan_stages
 from megavit.task.config import Loss, TaskName
@@ -13,47 +15,46 @@ from megavit.validation import format_value, require_number, require_steps
 
 
 def validate(config: ExperimentConfig, world_size: int) -> None:
-    """Refuse what cannot run in a world of this size.
+    """Check each group, then the groups against each other and against the world size.
+
+    The first check that fails is reported: later checks compute with what earlier ones have accepted.
 
     Args:
-        world_size: ranks.
+        config: of the run.
+        world_size: number of ranks.
 
     Raises:
         ConfigError: with the setting, the arithmetic and the way out.
     """
     config.run.check(world_size)
-    for group in (
-        config.parallel,
-        config.model,
-        config.task,
-        config.data,
-        config.optim,
-        config.checkpoint,
-        config.metrics,
-    ):
+    groups = (config.parallel, config.model, config.task, config.data, config.optim, config.checkpoint, config.metrics)
+    for group in groups:
         group.check()
+    for check in _CHECKS:
+        check(config, world_size)
+
+
+def _check_init_from(config: ExperimentConfig, world_size: int) -> None:
     if config.init_from is not None and config.checkpoint.resume not in ("auto", "never"):
         raise ConfigError(
             f"init_from={config.init_from} and checkpoint.resume={config.checkpoint.resume} exclude each other: a run "
             f"starts anew from weights, or goes on with all its state"
         )
-    _check_train(config)
-    check_task(config)
+
+
+def _check_layer_decay(config: ExperimentConfig, world_size: int) -> None:
     if config.optim.layer_decay is not None and ENCODER in config.frozen:
         raise ConfigError(
             f"optim.layer_decay={config.optim.layer_decay} would be ignored: no layer of the encoder is trained; set "
             f"it to null"
         )
-    _check_tensor_parallel(config)
-    _check_batch(config, world_size)
-    _check_precision(config)
-    _check_linears(config)
-    _check_fusion(config)
-    _check_overlap(config, world_size)
+
+
+def _check_stages(config: ExperimentConfig, world_size: int) -> None:
     plan_stages(config.parallel, config.network_shape(num_classes=config.data.num_classes or 0))
 
 
-def _check_train(config: ExperimentConfig) -> None:
+def _check_train(config: ExperimentConfig, world_size: int) -> None:
     train = config.train
     if (train.steps is None) == (train.epochs is None):
         both = f"train.steps={format_value(train.steps)} and train.epochs={format_value(train.epochs)}"
@@ -68,7 +69,7 @@ def _check_train(config: ExperimentConfig) -> None:
     if train.stop_at is not None and train.steps is not None and train.stop_at > train.steps:
         raise ConfigError(f"train.stop_at={train.stop_at} is after the last step, train.steps={train.steps}")
     if train.steps is not None:
-        config.check_warmup(train.steps)
+        check_warmup(config, train.steps)
     if isinstance(train.eval_every, int) and config.data.val_fraction == 0:
         raise ConfigError(
             f"train.eval_every={train.eval_every} would be ignored: data.val_fraction=0 leaves no images to "
@@ -79,7 +80,7 @@ def _check_train(config: ExperimentConfig) -> None:
         raise ConfigError(f"optim.min_lr={config.optim.min_lr} is above the peak learning rate {peak:g}; lower it")
 
 
-def _check_precision(config: ExperimentConfig) -> None:
+def _check_precision(config: ExperimentConfig, world_size: int) -> None:
     train, model = config.train, config.model
     if train.grad_reduce is GradReduce.bf16 and train.precision is not Precision.bf16_o2:
         raise ConfigError(
@@ -117,7 +118,7 @@ def _check_precision(config: ExperimentConfig) -> None:
             )
 
 
-def _check_fusion(config: ExperimentConfig) -> None:
+def _check_fusion(config: ExperimentConfig, world_size: int) -> None:
     train, tp = config.train, config.parallel.tp
     if not train.gradient_accumulation_fusion:
         return
@@ -140,7 +141,7 @@ def _check_fusion(config: ExperimentConfig) -> None:
         )
 
 
-def _check_linears(config: ExperimentConfig) -> None:
+def _check_linears(config: ExperimentConfig, world_size: int) -> None:
     linears, precision = config.model.linear_backend, config.train.precision
     if linears is LinearBackend.onednn:
         if precision is not Precision.fp32:
@@ -164,7 +165,7 @@ def _check_linears(config: ExperimentConfig) -> None:
 
 
 def _check_eight_bit_sizes(config: ExperimentConfig, group: str, *keys: str) -> None:
-    """Refuse widths of which a rank's share is none that cuBLAS multiplies in 8 bits; on a CPU too, for a GPU."""
+    """Refuse widths whose part on a rank cuBLAS cannot multiply in 8 bits; on a CPU too, as a GPU would."""
     tp = config.parallel.tp
     for key in keys:
         size = getattr(getattr(config, group), key)
@@ -185,28 +186,28 @@ def _check_overlap(config: ExperimentConfig, world_size: int) -> None:
             f"parallel.overlap_grad_reduce=true would be ignored: world size {world_size} leaves data-parallel "
             f"size 1, nothing is reduced; set it to false"
         )
-    if config.parallel.overlap_param_gather and config.optim.name is not Optimizer.adamw:
+    if config.parallel.overlap_param_gather and not is_sharded(config.optim.name):
         raise ConfigError(
             f"parallel.overlap_param_gather=true needs weights that the optimizer shards, as optim=adamw does; "
-            f"optim.name={config.optim.name.value} keeps them whole: set it to false"
+            f"optim.name={config.optim.name} keeps them whole: set it to false"
         )
     if config.parallel.overlap_param_gather and config.optim.ema is not None:
         raise ConfigError(
             f"optim.ema={config.optim.ema} averages the weights after each step, and parallel.overlap_param_gather="
             f"true gathers them only during the next one; set one of them to null or false"
         )
-    portions = config.num_microbatches(world_size)
+    portions = resolve_num_microbatches(config, world_size)
     if config.parallel.vpp > 1 and portions % config.parallel.pp:
         raise ConfigError(
             f"parallel.vpp={config.parallel.vpp} needs micro batches per step in multiples of parallel.pp="
             f"{config.parallel.pp}, not train.global_batch={config.train.global_batch} / (train.micro_batch="
-            f"{config.micro_batch(world_size)} × data-parallel size {dp}) = {portions}; change train.global_batch or "
-            f"train.micro_batch"
+            f"{resolve_micro_batch(config, world_size)} × data-parallel size {dp}) = {portions}; change "
+            f"train.global_batch or train.micro_batch"
         )
 
 
 def check_task(config: ExperimentConfig) -> None:
-    """Raise ConfigError where another group has settings that the task would ignore."""
+    """Raise ConfigError for settings of other groups that the task would ignore."""
     if config.data.multi_label and config.task.loss is not Loss.bce:
         raise ConfigError(
             "data.multi_label=true needs task.loss=bce, by which each class is judged by itself; without labels "
@@ -237,7 +238,7 @@ def check_task(config: ExperimentConfig) -> None:
 
 
 def _check_probe(config: ExperimentConfig) -> None:
-    """Refuse what a frozen encoder would ignore, or what would blur its features."""
+    """Refuse settings that a frozen encoder would ignore, or that would randomise its features."""
     defaults = ModelConfig()
     for group, used, keys, why in (
         (
@@ -258,7 +259,7 @@ def _check_probe(config: ExperimentConfig) -> None:
                 )
 
 
-def _check_tensor_parallel(config: ExperimentConfig) -> None:
+def _check_tensor_parallel(config: ExperimentConfig, world_size: int) -> None:
     for group, prefix in (("model", ""), ("task", "decoder_")):
         _check_splits(config, group, f"{prefix}num_heads", f"{prefix}ffn_size")
     tp, tokens, seen = config.parallel.tp, config.encoder_tokens, config.visible_patches
@@ -275,7 +276,7 @@ def _check_tensor_parallel(config: ExperimentConfig) -> None:
 
 
 def _check_splits(config: ExperimentConfig, group: str, heads_key: str, ffn_key: str) -> None:
-    """Refuse heads or an MLP that the tensor-parallel ranks cannot share."""
+    """Refuse heads or an MLP that cannot be split over the tensor-parallel ranks."""
     tp, sizes = config.parallel.tp, getattr(config, group)
     heads, ffn = getattr(sizes, heads_key), getattr(sizes, ffn_key)
     for key, value in ((heads_key, heads), (ffn_key, ffn)):
@@ -289,7 +290,7 @@ def _check_splits(config: ExperimentConfig, group: str, heads_key: str, ffn_key:
 
 def _check_batch(config: ExperimentConfig, world_size: int) -> None:
     dp = config.parallel.data_parallel_size(world_size)
-    micro = config.micro_batch(world_size)
+    micro = resolve_micro_batch(config, world_size)
     portion = micro * dp
     if config.train.global_batch % portion:
         near = max(1, round(config.train.global_batch / portion)) * portion
@@ -305,3 +306,23 @@ def _check_batch(config: ExperimentConfig, world_size: int) -> None:
             f"train.micro_batch={micro} leaves one over: {micro} mod 2 = 1; set "
             f"train.micro_batch={max(2, micro - 1)}, and a train.global_batch that it divides"
         )
+
+
+def _check_task(config: ExperimentConfig, world_size: int) -> None:
+    check_task(config)
+
+
+# In this order: a check may rely on those before it.
+_CHECKS = (
+    _check_init_from,
+    _check_train,
+    _check_task,
+    _check_layer_decay,
+    _check_tensor_parallel,
+    _check_batch,
+    _check_precision,
+    _check_linears,
+    _check_fusion,
+    _check_overlap,
+    _check_stages,
+)

@@ -20,7 +20,6 @@ from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
 from megavit.inference.trained_run import label_as_trained, open_run, read_config
 from megavit.metrics.plots import draw_confusion
-from megavit.parallel.layout import world_size_from_environment
 from megavit.train.engine import Engine, prepare_task
 
 # Settings of the data group on which the images of an evaluation and their labels depend.
@@ -51,26 +50,25 @@ def evaluate(config: ExperimentConfig, weights: CheckpointRef) -> int:
         config: the run's configuration, with what is typed on top, checked for this world.
         weights: the checkpoint to evaluate.
     """
-    world_size = world_size_from_environment()
     source, notes = open_source(config.data, "val"), list[str]()
     present = source.classes
     if config.task.name.classifies:
         source, notes = label_as_trained(source, config.data, weights.checkpoint)
     trained = open_run(config, weights, num_classes=len(source.classes))
     network, layout = trained.network, trained.layout
-    task, micro_batch = network.task, config.micro_batch(world_size)
+    task = network.task
 
     loader = partial(
         Loader,
         config=config.data,
         layout=layout,
         fields=task.fields,
-        micro_batch=micro_batch,
+        micro_batch=network.resolved.micro_batch,
         seed=config.run.seed,
     )
     if task.baseline_samples:
         prepare_task(task, loader, open_source(config.data, "train"), seed=config.run.seed)
-    engine = Engine(network, list(network.chunks.values()), layout=layout, micro_batch=micro_batch)
+    engine = Engine(network, list(network.chunks.values()), layout=layout)
     val_loader = loader(source, train=False)
     totals = engine.evaluate_sums(val_loader)
     bad_samples = BadSampleTracker(val_loader, "val", run_dir=weights.checkpoint.parent.parent)

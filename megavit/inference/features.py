@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megavit.checkpoint.find import CheckpointRef
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_micro_batch
 from megavit.data.bad_samples import BadSampleTracker
 from megavit.data.config import DataConfig
 from megavit.data.loader import Loader
@@ -76,7 +77,7 @@ class FeatureExtractor:
         Raises:
             ConfigError: if an image cannot be read, and `data.on_bad_sample` is stop.
         """
-        config, size = self._config, self._config.micro_batch(1)
+        config, size = self._config, resolve_micro_batch(self._config, 1)
         labelled = bool(source.classes)
         loader = Loader(
             source,

@@ -11,6 +11,7 @@ from megavit.checkpoint.shards import load_weights
 from megavit.checkpoint.state import read_state
 from megavit.config.compose import from_yaml, merge
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_step
 from megavit.config.train import Compile, GradReduce
 from megavit.data.class_names import go_by_number, some
 from megavit.data.config import PIXEL_SETTINGS, DataConfig
@@ -22,7 +23,7 @@ from megavit.data.sources.relabel import relabel
 from megavit.data.transforms.image import ImageTransform
 from megavit.errors import ConfigError, printable
 from megavit.model.config import AttentionBackend, LinearBackend, Positions
-from megavit.optim.config import Implementation
+from megavit.optim.config import without_optimizer
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.train.resume_rules import Rule, changes
@@ -94,7 +95,7 @@ def read_config(checkpoint: Path) -> ExperimentConfig:
         task=replace(config.task, implementation=None),
         model=replace(config.model, attention_backend=AttentionBackend.sdpa, linear_backend=LinearBackend.local),
         # With base_lr the peak follows the batch, and an evaluation's may be so small that it comes out below min_lr.
-        optim=replace(config.optim, min_lr=0.0, implementation=config.optim.implementation and Implementation.megavit),
+        optim=without_optimizer(replace(config.optim, min_lr=0.0)),
     )
 
 
@@ -207,7 +208,7 @@ def open_run(config: ExperimentConfig, weights: CheckpointRef, *, num_classes: i
         num_classes: of the data; a masked autoencoder has none.
     """
     layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
-    network = build_model(config, layout, num_classes=num_classes)
+    network = build_model(config, layout, resolve_step(config, layout.world_size, num_classes=num_classes))
     load_weights(weights.checkpoint, network.chunks, averaged=weights.averaged)
     for chunk in network.chunks.values():
         chunk.eval()

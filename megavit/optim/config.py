@@ -1,21 +1,18 @@
-"""How weights are updated."""
+"""Settings of the optimizer, its learning-rate schedule and the moving average of the weights."""
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 from megavit.errors import ConfigError
-from megavit.validation import require_number, require_steps
+from megavit.optim.registry import OPTIMIZERS, rule_settings
+from megavit.plugins import check_name, is_plugin
+from megavit.validation import format_value, require_number, require_steps
 
 # The word for all but what stands on the encoder, among the patterns of what is frozen.
 ENCODER = "encoder"
-
-
-class Optimizer(Enum):
-    """The update rule."""
-
-    adamw = "adamw"
-    sgd = "sgd"
-    lars = "lars"
 
 
 class Schedule(Enum):
@@ -37,20 +34,12 @@ class Implementation(Enum):
     te = "te"
 
 
-# What belongs to one update rule and is null for the others.
-_TAKES = {
-    Optimizer.adamw: {"betas", "eps", "implementation"},
-    Optimizer.sgd: {"momentum"},
-    Optimizer.lars: {"momentum", "trust_coefficient"},
-}
-
-
 @dataclass
 class OptimConfig:
     """Group `optim`.
 
     Attributes:
-        name: the update rule.
+        name: adamw, sgd or lars; or package.module:Class, a torch.optim.Optimizer of one's own (see docs/extending.md).
         implementation: whose fused AdamW; megavit's needs nothing installed. Null for other rules. Not run on a GPU:
             apex, te.
         lr: peak learning rate; or null and base_lr.
@@ -75,7 +64,7 @@ class OptimConfig:
             average starts from the initial weights, so the run should have at least 3 / (1 - ema) steps.
     """
 
-    name: Optimizer = Optimizer.adamw
+    name: str = "adamw"
     implementation: Implementation | None = None
     lr: float | None = 1e-3
     base_lr: float | None = None
@@ -116,15 +105,7 @@ class OptimConfig:
                 f"one rate for all"
             )
         require_number("optim", self, "momentum", "ema", at_least=0, below=1)
-        takes = _TAKES[self.name]
-        for key in sorted(set().union(*_TAKES.values())):
-            value = getattr(self, key)
-            if key in takes and value is None:
-                raise ConfigError(f"optim.name={self.name.value} needs optim.{key}; choose optim={self.name.value}")
-            if key not in takes and value is not None:
-                raise ConfigError(
-                    f"optim.{key}={value} would be ignored by optim.name={self.name.value}; set it to null"
-                )
+        self._check_name()
         if self.betas is not None and (len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas)):
             raise ConfigError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
         require_number("optim", self, "decay_steps", at_least=1)
@@ -136,3 +117,47 @@ class OptimConfig:
             )
         if self.schedule is Schedule.constant and self.min_lr:
             raise ConfigError(f"optim.min_lr={self.min_lr} would be ignored by optim.schedule=constant; set it to 0")
+
+    def _check_name(self) -> None:
+        if is_plugin(self.name):
+            # What its class takes is known once it is imported, see `inspect_plugin`.
+            check_name(self.name, "optim.name")
+            return
+        if self.name not in OPTIMIZERS:
+            near = difflib.get_close_matches(self.name, OPTIMIZERS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(OPTIMIZERS)}, or package.module:Class"
+            raise ConfigError(f"optim.name={self.name} is not known; {hint}")
+        takes = OPTIMIZERS[self.name].settings
+        for key in sorted(takes):
+            if getattr(self, key) is None:
+                raise ConfigError(f"optim.name={self.name} needs optim.{key}; choose optim={self.name}")
+        self.refuse_ignored(takes)
+
+    def refuse_ignored(self, takes: Container[str]) -> None:
+        """Raise ConfigError if a setting of another optimizer is set.
+
+        Args:
+            takes: settings that this optimizer has.
+        """
+        for key in sorted(rule_settings()):
+            value = getattr(self, key)
+            if key not in takes and value is not None:
+                raise ConfigError(
+                    f"optim.{key}={format_value(value)} would be ignored by optim.name={self.name}; set it to null"
+                )
+
+    def keywords(self, settings: Iterable[str]) -> dict[str, Any]:
+        """Return an optimizer's settings as keyword arguments of its class; null leaves the class's default."""
+        values = {key: getattr(self, key) for key in settings if key != "implementation"}
+        return {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in values.items()
+            if value is not None
+        }
+
+
+def without_optimizer(config: OptimConfig) -> OptimConfig:
+    """Return the group with megavit's AdamW for any optimizer: an evaluation needs none and imports no plug-in."""
+    cleared: dict[str, Any] = dict.fromkeys(rule_settings())
+    adamw = {"name": "adamw", "implementation": Implementation.megavit, "betas": [0.9, 0.999], "eps": 1e-8}
+    return replace(config, **(cleared | adamw))

@@ -31,16 +31,35 @@ class TensorParallelLars(Lars):
     over the tensor-parallel ranks; what all of them hold alike it takes as it is.
 
     Args:
-        params: groups of parameters, or of their fp32 copies, which say how they are split.
-        group: the tensor-parallel ranks.
-        settings: timm's.
+        params: groups of parameters or of their fp32 copies, with the attributes of tensor parallelism.
+        lr: learning rate.
+        weight_decay: part of the gradient.
+        momentum: fraction of the last step that is added to the next.
+        trust_coefficient: a step moves a matrix by about lr times this fraction of its norm.
+        tensor_parallel_group: ranks that hold parts of the same matrices.
 
     Source: arXiv 1708.03888, algorithm 1.
     """
 
-    def __init__(self, params: Iterable[Any], *, group: dist.ProcessGroup, **settings: Any) -> None:
-        super().__init__(params, **settings)
-        self._group = group if group.size() > 1 else None
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        trust_coefficient: float,
+        tensor_parallel_group: dist.ProcessGroup,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            trust_coeff=trust_coefficient,
+            always_adapt=True,
+        )
+        self._group = tensor_parallel_group if tensor_parallel_group.size() > 1 else None
         self._mesh: DeviceMesh | None = None
 
     @torch.no_grad()

@@ -1,7 +1,10 @@
-"""Gradients to weights: the optimizer, the schedule."""
+"""Build the optimizer and the learning-rate schedule."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from functools import partial
+from importlib import import_module
+from typing import Any
 
 import torch
 from megatron.core import optimizer as megatron_optimizer
@@ -11,9 +14,29 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
 from megavit.errors import ConfigError
-from megavit.optim import fused_adam, grad_norm
-from megavit.optim.config import Implementation, OptimConfig, Optimizer, Schedule
+from megavit.optim import fused_adam
+from megavit.optim.config import OptimConfig, Schedule
 from megavit.optim.param_groups import group_overrides
+from megavit.optim.plugin import inspect_plugin
+from megavit.optim.registry import OPTIMIZERS, OptimizerSpec
+from megavit.optim.step import use_batched_norms
+from megavit.plugins import import_plugin, is_plugin
+
+_FP32_BYTES = 4
+
+
+def find_spec(config: OptimConfig) -> OptimizerSpec:
+    """Return the row of the optimizer that `optim.name` names; a plug-in is imported and inspected.
+
+    Raises:
+        ConfigError: if a plug-in does not fit.
+    """
+    return inspect_plugin(config) if is_plugin(config.name) else OPTIMIZERS[config.name]
+
+
+def state_bytes(config: OptimConfig) -> int:
+    """Return the bytes of optimizer state per trained weight, without its fp32 copy under bf16."""
+    return _FP32_BYTES * len(_state_keys(find_spec(config), config))
 
 
 def build_optimizer(
@@ -24,28 +47,37 @@ def build_optimizer(
     depths: Mapping[torch.nn.Parameter, int],
     peak_lr: float,
 ) -> MegatronOptimizer:
-    """Build Megatron-Core's optimizer: for Adam always the distributed one, so that one checkpoint form exists.
+    """Build Megatron-Core's optimizer around the class that the configuration names.
+
+    A sharded one is always the distributed optimizer, also on one data-parallel rank: its state has one form in
+    checkpoints.
 
     Args:
-        model: from `data_parallel.wrap_for_data_parallel`.
+        model: from `ddp.wrap_for_data_parallel`.
         mcore_config: gets the hooks that the schedules call at the end of a step.
         config: the optim group.
         depths: of this rank's parameters, see `group_overrides`.
         peak_lr: learning rate after warm-up.
+
+    Raises:
+        ConfigError: if the class is not installed, or a plug-in does not fit.
     """
-    adam = config.name is Optimizer.adamw
+    spec = find_spec(config)
+    build = _import_class(spec, config)
     numbers = {}
-    if adam:
-        _choose_adam(config.implementation)
+    if spec.sharded:
+        fused_adam.offer_to_megatron(build)
         assert config.betas is not None and config.eps is not None
         numbers = dict(adam_beta1=config.betas[0], adam_beta2=config.betas[1], adam_eps=config.eps)
     else:
-        assert config.momentum is not None
-        numbers = dict(sgd_momentum=config.momentum)
-        _choose_sgd(config, model[0].tp_group)
+        keywords = config.keywords(spec.settings)
+        if "tensor_parallel_group" in inspect.signature(build).parameters:
+            keywords["tensor_parallel_group"] = model[0].tp_group
+        # Megatron-Core constructs Adam and SGD alone; any other class is built where it would construct SGD (0.16.1).
+        megatron_optimizer.SGD = partial(_build_other, build, keywords)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam" if adam else "sgd",
+            optimizer="adam" if spec.sharded else "sgd",
             lr=peak_lr,
             min_lr=config.min_lr,
             weight_decay=config.weight_decay,
@@ -53,55 +85,57 @@ def build_optimizer(
             clip_grad=config.clip_grad or float("inf"),
             bf16=mcore_config.bf16,
             params_dtype=mcore_config.params_dtype,
-            use_distributed_optimizer=adam,
+            use_distributed_optimizer=spec.sharded,
             **numbers,
         ),
         model,
-        config_overrides=group_overrides(depths, config, peak_lr=peak_lr, num_layers=mcore_config.num_layers),
+        config_overrides=group_overrides(
+            depths, config, peak_lr=peak_lr, num_layers=mcore_config.num_layers, undecayed_group=spec.undecayed_group
+        ),
     )
-    if not adam:
-        # Before a load, state must exist to be filled; for these Megatron-Core knows no way to make it (0.16.1).
+    if not spec.sharded:
+        # State must exist before a checkpoint is loaded into it; Megatron-Core makes Adam's alone (0.16.1).
         (inner,) = optimizer.chained_optimizers
-        inner.init_state_fn = _make_momentum
-    grad_norm.offer_to_megatron()
+        inner.init_state_fn = partial(_make_state, _state_keys(spec, config))
+    use_batched_norms()
     mcore_config.grad_scale_func = optimizer.scale_loss
     mcore_config.finalize_model_grads_func = finalize_model_grads
     return optimizer
 
 
-def _choose_adam(implementation: Implementation | None) -> None:
-    """Have Megatron-Core take the named class; by itself it would take whichever is installed.
+def _state_keys(spec: OptimizerSpec, config: OptimConfig) -> tuple[str, ...]:
+    switch = spec.no_state_at_zero
+    return spec.state_keys if switch is None or getattr(config, switch) else ()
 
-    Raises:
-        ConfigError: if the named one is missing.
-    """
-    if implementation is Implementation.megavit:
-        fused_adam.offer_to_megatron(fused_adam.FusedAdam)
-        return
+
+def _import_class(spec: OptimizerSpec, config: OptimConfig) -> Any:
+    if is_plugin(config.name):
+        return import_plugin(config.name, "optim.name")
+    implementation = config.implementation.value if config.implementation is not None else ""
+    module, _, name = spec.implementations.get(implementation, spec.build).partition(":")
     try:
-        if implementation is Implementation.apex:
-            from apex.optimizers import FusedAdam
-        else:
-            from transformer_engine.pytorch.optimizers import FusedAdam
+        return getattr(import_module(module), name)
     except ImportError as error:
-        assert implementation is not None
+        if implementation not in spec.implementations:
+            raise
         raise ConfigError(
-            f"optim.implementation={implementation.value} is not installed (the `apex` of the package index is an "
+            f"optim.implementation={implementation} is not installed (the `apex` of the package index is an "
             f"unrelated project; NVIDIA's container has both); set optim.implementation=megavit"
         ) from error
-    fused_adam.offer_to_megatron(FusedAdam)
 
 
-def _choose_sgd(config: OptimConfig, tensor_parallel: torch.distributed.ProcessGroup) -> None:
-    """Have Megatron-Core take LARS, or torch's SGD, where it would take SGD."""
-    if config.name is Optimizer.sgd:
-        megatron_optimizer.SGD = torch.optim.SGD
-        return
-    from megavit.optim.lars import TensorParallelLars
+def _build_other(
+    build: Any, keywords: Mapping[str, Any], params: Iterable[Any], *, lr: float, weight_decay: float, momentum: float
+) -> torch.optim.Optimizer:
+    """Build an optimizer where Megatron-Core would construct SGD; its momentum, if any, is among the keywords."""
+    return build(params, lr=lr, weight_decay=weight_decay, **keywords)
 
-    megatron_optimizer.SGD = partial(
-        TensorParallelLars, group=tensor_parallel, trust_coeff=config.trust_coefficient, always_adapt=True
-    )
+
+def _make_state(keys: tuple[str, ...], optimizer: torch.optim.Optimizer, config: OptimizerConfig | None = None) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            for key in keys:
+                optimizer.state[param].setdefault(key, torch.zeros_like(param))
 
 
 def build_schedule(
@@ -133,9 +167,3 @@ def build_schedule(
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
-
-
-def _make_momentum(optimizer: torch.optim.Optimizer, config: OptimizerConfig | None = None) -> None:
-    for group in optimizer.param_groups:
-        for param in group["params"] if group["momentum"] else ():
-            optimizer.state[param].setdefault("momentum_buffer", torch.zeros_like(param))

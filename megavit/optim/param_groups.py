@@ -6,11 +6,16 @@ from typing import Any
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from torch.nn import Parameter
 
-from megavit.optim.config import OptimConfig, Optimizer
+from megavit.optim.config import OptimConfig
 
 
 def group_overrides(
-    depths: Mapping[Parameter, int], config: OptimConfig, *, peak_lr: float, num_layers: int
+    depths: Mapping[Parameter, int],
+    config: OptimConfig,
+    *,
+    peak_lr: float,
+    num_layers: int,
+    undecayed_group: Mapping[str, Any],
 ) -> dict[ParamKey, dict[str, Any]]:
     """What Megatron-Core is to set otherwise, and for which parameters; alike on every rank, whichever it holds.
 
@@ -19,11 +24,9 @@ def group_overrides(
         config: the optim group.
         peak_lr: learning rate after warm-up.
         num_layers: encoder layers of the whole model.
+        undecayed_group: further entries of the groups of weights without weight decay.
     """
-    no_weight_decay: dict[str, Any] = {"wd_mult": 0.0}
-    if config.name is Optimizer.lars:
-        # What does not decay is not adapted either, but learns as with SGD (arXiv 1708.03888 leaves biases out).
-        no_weight_decay["always_adapt"] = False
+    no_weight_decay = {"wd_mult": 0.0, **undecayed_group}
     overrides = {_param_key("not decayed", [param for param in depths if _is_not_decayed(param)]): no_weight_decay}
     if config.layer_decay is None:
         return overrides

@@ -1,11 +1,13 @@
 """One optimizer step, taken only if every gradient is a finite number."""
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import utils
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer, clip_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
@@ -67,17 +69,25 @@ def _any_uncounted_not_finite(optimizer: MegatronOptimizer, device: torch.device
     return bad
 
 
-def last_layer_not_finite(named: dict[str, torch.nn.Parameter]) -> str | None:
-    """Of the parameters whose gradient is not finite, the one closest to the loss; None where all are finite.
+def use_batched_norms() -> None:
+    """Have Megatron-Core take norms of and scale gradients in a handful of launches, without waiting for the device.
 
-    What is not finite spreads backwards from where it arose, towards the input.
-
-    Args:
-        named: parameters in the order of the forward pass, by their names in the whole model.
+    Without Transformer Engine and apex, Megatron-Core 0.16.1 reads the norm of every single gradient back to the host;
+    where one of them is installed, theirs stay.
     """
-    bad = None
-    for name, parameter in named.items():
-        gradient = getattr(parameter, "main_grad", None)
-        if gradient is not None and not bool(torch.isfinite(gradient).all()):
-            bad = name
-    return bad
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+        clip_grads.multi_tensor_scale_impl = _scale
+
+
+def _l2_norm(
+    chunk_size: int, overflow: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool, *_: Any
+) -> tuple[Tensor, None]:
+    (tensors,) = tensor_lists
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).reshape(1), None
+
+
+def _scale(chunk_size: int, overflow: Tensor, tensor_lists: list[list[Tensor]], factor: float) -> None:
+    sources, targets = tensor_lists
+    assert all(source is target for source, target in zip(sources, targets, strict=True)), "clipping works in place"
+    torch._foreach_mul_(targets, factor)

@@ -1,6 +1,6 @@
-"""`model=auto`: the network's sizes from the weights that `init_from` names, as settings in its place.
+"""`model=auto`: replace it by settings with the sizes of the weights that `init_from` names.
 
-They are resolved where a command line is read, so that ranks, jobs and the run's own config.yaml get concrete sizes.
+The command line is resolved once, so that ranks, jobs and the run's config.yaml get concrete sizes.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from megavit.task.config import TaskName
 from megavit.train.pretrained import open_foreign
 from megavit.validation import format_value, parse_int
 
-# What the weights' shapes and function depend on, whatever stands on the encoder.
+# Settings that determine the encoder's shapes and function, whatever its head.
 _ENCODER = (
     "hidden_size",
     "ffn_size",
@@ -35,15 +35,15 @@ _DECODER = ("decoder_hidden_size", "decoder_ffn_size", "decoder_num_heads", "dec
 
 
 def resolve_auto(overrides: list[str]) -> tuple[list[str], str | None]:
-    """Put the sizes of `init_from`'s weights in place of `model=auto`.
+    """Replace `model=auto` by the sizes of `init_from`'s weights.
 
-    A run that has a checkpoint of its own goes on with the sizes of that.
+    A run with a checkpoint of its own keeps that checkpoint's sizes.
 
     Args:
         overrides: as typed.
 
     Returns:
-        The settings, and what was taken, in words; None without model=auto.
+        The settings, and a line that lists the ones found; None without model=auto.
 
     Raises:
         ConfigError: without init_from, or if the weights cannot be read.
@@ -72,7 +72,7 @@ def _own_checkpoint(config: ExperimentConfig) -> Path | None:
 
 
 def _of_run(checkpoint: Path, config: ExperimentConfig) -> dict[str, Any]:
-    """Of a checkpoint of the run itself: every setting of its network that `config` need not repeat."""
+    """Return the network settings of the run's own checkpoint."""
     saved = from_yaml((checkpoint / "run.yaml").read_text())
     found = _settings(saved.model, vars(saved.task) if config.task.name is TaskName.mae else {})
     return found | {f"model.{key}": format_value(getattr(saved.model, key)) for key in ("positions", "pool", "head")}
@@ -93,7 +93,7 @@ def _of_weights(config: ExperimentConfig, typed: list[str]) -> dict[str, Any]:
     trains_decoder = config.task.name is TaskName.mae
     found = _settings(model, decoder if trains_decoder else {})
     if trains_decoder or model.positions is Positions.learned:
-        # A classifier may learn positions that its weights have as fixed ones.
+        # A classifier may learn positions that are fixed in the weights.
         found["model.positions"] = format_value(model.positions)
     if classifies and config.task.name is TaskName.classify:
         found |= {"model.pool": format_value(model.pool), "model.head": format_value(model.head)}

@@ -1,4 +1,4 @@
-"""What a run keeps: checkpoints at their time, in the background if wished; the best one named, older ones removed."""
+"""Save checkpoints during training, in the background if asked; mark the best, delete old ones."""
 
 import time
 from collections.abc import Callable
@@ -17,21 +17,19 @@ from megavit.checkpoint.state import TrainingState
 from megavit.config.compose import to_yaml
 from megavit.config.experiment import ExperimentConfig
 from megavit.metrics.logger import MetricLogger
-from megavit.metrics.plots import draw_curves
-from megavit.metrics.task_metric import TaskMetric
 from megavit.model.vit import EncoderStage
 
 
 class Checkpointer:
-    """The checkpoints of a run in training; every rank calls its methods together.
+    """Save and prune the checkpoints of a run; every rank calls its methods together.
 
     Args:
-        store: of the run.
-        config: of the run.
+        store: checkpoints of the run.
+        config: the run's.
         chunks: this rank's stages by name.
-        optimizer: theirs.
-        averages: the weights' averages as they are when it is called, if any.
-        task_metrics: metrics of the task, for the curves.
+        optimizer: their optimizer.
+        averages: returns the weights' averages at the time of the call, if any.
+        on_saved: called on rank 0, in the background, after a checkpoint is complete and old ones are deleted.
     """
 
     def __init__(
@@ -42,9 +40,9 @@ class Checkpointer:
         chunks: dict[str, EncoderStage],
         optimizer: MegatronOptimizer,
         averages: Callable[[], Averages | None],
-        task_metrics: tuple[TaskMetric, ...],
+        on_saved: Callable[[], None],
     ) -> None:
-        self._store, self._config, self._task_metrics = store, config, task_metrics
+        self._store, self._config, self._on_saved = store, config, on_saved
         self._chunks, self._optimizer, self._averages = chunks, optimizer, averages
         self._save: PendingSave | None = None
         self._is_best = False
@@ -53,17 +51,17 @@ class Checkpointer:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank still writes its part of a checkpoint."""
+        """Whether this rank is still writing its part of a checkpoint."""
         return self._save is not None and not self._save.is_written
 
     def save(self, state: TrainingState, logger: MetricLogger, *, is_best: bool, waits: bool) -> None:
-        """Save, as it stands, what is trained.
+        """Save the current state.
 
         Args:
-            state: where the run stands.
-            logger: to tell it.
-            is_best: better than all before.
-            waits: see it complete before the training goes on; else `finish` must be called later.
+            state: step, samples and metrics.
+            logger: of the run.
+            is_best: whether it is better than all before.
+            waits: complete the save before returning; otherwise `finish` must be called later.
         """
         self.finish(logger)
         begun = time.perf_counter()
@@ -80,7 +78,7 @@ class Checkpointer:
             self.finish(logger)
 
     def finish(self, logger: MetricLogger) -> None:
-        """Make a checkpoint of what has been written, waiting for what has not."""
+        """Complete the pending save, if any."""
         save, self._save = self._save, None
         if save is None:
             return
@@ -95,7 +93,7 @@ class Checkpointer:
             logger.info(f"step {save.state.step}  the best so far")
 
     def close(self, logger: MetricLogger) -> None:
-        """See everything done; every rank calls this when no more is to be saved."""
+        """Complete everything; every rank calls this after the last save."""
         self.finish(logger)
         self._wait_for_tidying()
 
@@ -105,10 +103,9 @@ class Checkpointer:
         self._tidying = None
 
     def _tidy(self, path: Path, *, is_best: bool) -> None:
-        """What nobody needs to wait for: gigabytes take a second to remove."""
+        """Mark the best and delete old ones; in the background, because gigabytes take a second to delete."""
         if is_best:
             self._store.name_best(path)
-        keeping, run_dir = self._config.checkpoint, Path(self._config.run.dir)
-        self._store.prune(keep_last=keeping.keep_last, keep_every=keeping.keep_every)
-        curves = run_dir / "pictures" / "curves.png"
-        draw_curves(run_dir / "metrics.jsonl", curves, task_metrics=self._task_metrics)
+        retention = self._config.checkpoint
+        self._store.prune(keep_last=retention.keep_last, keep_every=retention.keep_every)
+        self._on_saved()

@@ -1,4 +1,4 @@
-"""Micro batches through this rank's part of the network: with gradients, over the validation set, for a picture."""
+"""Run micro batches through this rank's stages: to train, to evaluate, to draw predictions."""
 
 from collections.abc import Callable, Iterator
 
@@ -12,7 +12,7 @@ from megavit.config.train import GradReduce
 from megavit.data.loader import Batch, Loader
 from megavit.data.sampler import DeterministicSampler
 from megavit.data.sources.base import Source
-from megavit.optim.config import Optimizer
+from megavit.optim.registry import is_sharded
 from megavit.optim.step import step_if_finite
 from megavit.parallel.collectives import broadcast_from
 from megavit.parallel.ddp import wrap_for_data_parallel
@@ -25,20 +25,18 @@ _IMAGES_PAINTED = 8
 
 
 class Engine:
-    """What runs the network; every rank calls its methods together.
+    """Run the network; every rank calls its methods together.
 
     Args:
-        network: this rank's part.
-        model: its chunks in order, as they run: wrapped for training, or as they are.
+        network: this rank's stages.
+        model: the stages in order: wrapped for data parallelism to train, or unwrapped.
         layout: this rank's place.
-        micro_batch: images per micro batch.
     """
 
-    def __init__(
-        self, network: ModelSetup, model: list[torch.nn.Module], *, layout: ParallelLayout, micro_batch: int
-    ) -> None:
-        self.task, self.model, self.layout, self.micro_batch = network.task, model, layout, micro_batch
-        self.boundary = network.task.boundary(micro_batch, network.mcore_config)
+    def __init__(self, network: ModelSetup, model: list[torch.nn.Module], *, layout: ParallelLayout) -> None:
+        self.task, self.model, self.layout = network.task, model, layout
+        self.micro_batch = network.resolved.micro_batch
+        self.boundary = network.task.boundary(self.micro_batch, network.mcore_config)
 
     def train_step(
         self, batches: Iterator[Batch], num_microbatches: int, optimizer: MegatronOptimizer
@@ -88,8 +86,8 @@ class Engine:
         image_grid = outputs[0]["image_grid"][:count] if outputs else torch.empty(shape, dtype=torch.uint8)
         return broadcast_from(self.layout.last_stage_rank, image_grid)
 
-    def rehearse_evaluation(self, loader: Loader) -> None:
-        """Evaluate as few images as can be."""
+    def evaluate_fewest(self, loader: Loader) -> None:
+        """Evaluate the smallest possible number of micro batches."""
         self._evaluating(self.task.forward, loader, self._fewest_microbatches)
 
     def gather_weights(self) -> None:
@@ -132,7 +130,7 @@ def wrap_network(network: ModelSetup, config: ExperimentConfig) -> list[Distribu
         list(network.chunks.values()),
         network.mcore_config,
         config.parallel,
-        use_distributed_optimizer=config.optim.name is Optimizer.adamw,
+        use_distributed_optimizer=is_sharded(config.optim.name),
         bf16_reduce=config.train.grad_reduce is GradReduce.bf16,
         fused_accumulation=config.train.gradient_accumulation_fusion,
     )

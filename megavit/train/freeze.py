@@ -1,4 +1,4 @@
-"""Weights that stay as they are, by patterns of their names."""
+"""Freeze weights by patterns of their names."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatch
@@ -14,17 +14,17 @@ from megavit.validation import suggest
 
 
 def freeze(chunks: Mapping[str, EncoderStage], patterns: list[str], *, layout: ParallelLayout) -> None:
-    """Freeze the weights that the patterns name; every rank calls this.
+    """Freeze the weights that match the patterns; every rank calls this.
 
-    Stages below which nothing is trained keep nothing for a backward pass.
+    A stage that trains nothing, with no trained stage before it, runs no backward pass.
 
     Args:
         chunks: this rank's stages by name.
-        patterns: of timm's names, `blocks.3.*` for example; or the word `encoder`.
+        patterns: glob patterns of timm's parameter names, such as `blocks.3.*`; or the word `encoder`.
         layout: this rank's place.
 
     Raises:
-        ConfigError: on every rank, for a pattern that names nothing, or where nothing would be left to train.
+        ConfigError: on every rank, if a pattern matches nothing, or nothing remains to train.
     """
     named = {name: param for chunk in chunks.values() for name, param in parameter_names(chunk).items()}
     frozen = {name for name in named if any(_matches(name, pattern) for pattern in patterns)}
@@ -44,7 +44,7 @@ def _plain(name: str) -> str:
     try:
         return to_timm_name(name)
     except KeyError:
-        # A part of somebody's own, which timm does not have.
+        # A parameter of a plug-in, unknown to timm.
         return name
 
 
@@ -64,7 +64,7 @@ def _check(patterns: list[str], local: list[str], frozen: set[str]) -> None:
 
 
 def _tell_stages(stages: list[EncoderStage], layout: ParallelLayout) -> None:
-    """Let each stage know whether anything of the encoder is trained in it or before it."""
+    """Set `is_frozen` of each stage: whether nothing of the encoder is trained in it or before it."""
     trains = {
         (stage.vp_stage or 0) * layout.pp + layout.pp_rank: any(
             param.requires_grad
@@ -82,11 +82,11 @@ def _tell_stages(stages: list[EncoderStage], layout: ParallelLayout) -> None:
 
 
 def count_weights(chunks: Mapping[str, EncoderStage], *, layout: ParallelLayout) -> tuple[int, int]:
-    """How many weights of the whole model are trained, and how many there are; every rank calls this."""
+    """Count the trained weights and all weights of the full model; every rank calls this."""
     trained, every = 0, 0
     for chunk in chunks.values() if layout.dp_rank == 0 else ():
         for param in chunk.parameters():
-            # What all tensor-parallel ranks hold alike, one of them counts.
+            # One tensor-parallel rank counts the replicated weights.
             if layout.tp_rank == 0 or getattr(param, "tensor_model_parallel", False):
                 trained += param.numel() * param.requires_grad
                 every += param.numel()

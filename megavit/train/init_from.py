@@ -1,4 +1,4 @@
-"""A new run's first weights: whatever of another network's this one has, positions resized."""
+"""Initialise a new run from pretrained weights, with position embeddings resized."""
 
 from collections.abc import Iterator, Mapping
 
@@ -17,7 +17,7 @@ from megavit.task.config import TaskName
 from megavit.train.pretrained import Shapes, WeightsInfo, open_weights
 from megavit.validation import format_value
 
-# What must be the same there; positions and classifier are seen to apart.
+# Settings that must be equal; positions and classifier are handled separately.
 _ALIKE = ("hidden_size", "ffn_size", "num_heads", "num_layers", "patch_size", "class_tokens", "patch_bias", "qk_norm")
 
 
@@ -29,20 +29,20 @@ def load_pretrained(
     *,
     classes: tuple[str, ...],
 ) -> list[str]:
-    """Take the weights that `init_from` names, in place; every rank calls this.
+    """Load the weights that `init_from` names, in place; every rank calls this.
 
     Args:
         place: as typed (see `open_weights`).
-        chunks: this rank's stages by name, their weights drawn.
-        config: of the new run.
+        chunks: this rank's stages by name, with initial weights.
+        config: the new run's.
         layout: this rank's place.
         classes: names of the data's classes.
 
     Returns:
-        What was taken and what was not, in words.
+        Lines that say what was loaded and what was not.
 
     Raises:
-        ConfigError: on every rank, if the networks differ in more than resolution and what stands on the encoder.
+        ConfigError: on every rank, if the networks differ in more than resolution and head.
     """
     weight_source = open_weights(place, num_heads=config.model.num_heads)
     weights_info = weight_source.weights_info
@@ -88,7 +88,7 @@ def _refuse_unlike(place: str, weights_info: WeightsInfo, config: ExperimentConf
 
 
 def _agree(place: str, wanted: set[str], there: Shapes, here: Shapes) -> set[str]:
-    """Which of this rank's wanted weights are not there and may be new; on every rank an error where others are not."""
+    """Return the wanted weights that are missing and may be initialised; raise on every rank for any other mismatch."""
     absent = {name for name in wanted if name not in there}
     unlike = sorted(name for name in wanted - absent if there[name] != here[name])
     wrong = [f"{name} is {list(there[name])} there and {list(here[name])} here" for name in unlike]
@@ -100,7 +100,7 @@ def _agree(place: str, wanted: set[str], there: Shapes, here: Shapes) -> set[str
 
 
 def _keeps_classifier(weights_info: WeightsInfo, config: ExperimentConfig, classes: tuple[str, ...]) -> bool:
-    """Whether the donor's classifier is of the same classes and on the same features."""
+    """Return whether the pretrained classifier has the same classes and the same features."""
     of_probe = weights_info.is_probe or config.task.name is TaskName.linear_probe
     alike = (weights_info.model.head, weights_info.model.pool) == (config.model.head, config.model.pool)
     if of_probe or not config.task.name.classifies or not alike:
@@ -129,7 +129,7 @@ def _fill_positions(
     weights_info: WeightsInfo,
     config: ExperimentConfig,
 ) -> None:
-    """Start learned positions from the donor's, fixed or of another grid."""
+    """Fill learned positions from the pretrained ones, which may be fixed or of another grid."""
     grid, to_grid, tokens = _grid(weights_info), _own_grid(config), config.model.class_tokens
     positions_N1H = learned_N1H
     if positions_N1H is None:
@@ -146,7 +146,7 @@ def _describe(weights_info: WeightsInfo, config: ExperimentConfig, drawn: list[s
     resized = ""
     if grid != to_grid and config.model.positions is Positions.learned:
         resized = f"; positions resized from {grid[0]}×{grid[1]} to {to_grid[0]}×{to_grid[1]} patches"
-    # A decoder's weights are many, and all of them or none.
+    # A decoder has many weights: all are missing or none.
     parts = dict.fromkeys("mae_decoder.*" if is_decoder(name) else name for name in drawn)
     reinitialised = f"; {', '.join(parts)} drawn anew" if parts else ""
     yield f"starts from the weights of {weights_info.called}{resized}{reinitialised}"

@@ -1,19 +1,18 @@
-"""Where a number that is not finite came from, told when a step is refused."""
+"""Locate the first number of a step that is not finite."""
 
 import torch
 from torch import Tensor
 
 from megavit.model.vit import EncoderStage, parameter_names
-from megavit.optim.step import last_layer_not_finite
 from megavit.parallel.collectives import gather_objects
 from megavit.parallel.layout import ParallelLayout
 
 
 def describe_nonfinite(chunks: list[EncoderStage], sums: dict[str, Tensor], layout: ParallelLayout) -> str:
-    """Say which ranks and which layer; every rank calls this, and each hears the same.
+    """Name the ranks and the layer; every rank calls this and gets the same text.
 
-    A loss tells the data-parallel rank, gradients only the layer: they are reduced by then. What is not finite spreads
-    from where it arose towards the input, so the layer named is the one closest to the loss.
+    A loss names the data-parallel rank; gradients name only the layer, since they are reduced by then. A value that is
+    not finite spreads from its origin towards the input, so the layer closest to the loss is named.
 
     Args:
         chunks: this rank's stages, in order.
@@ -22,7 +21,7 @@ def describe_nonfinite(chunks: list[EncoderStage], sums: dict[str, Tensor], layo
     """
     named = {name: parameter for chunk in chunks for name, parameter in parameter_names(chunk).items()}
     loss_bad = "loss" in sums and not bool(torch.isfinite(sums["loss"]))
-    place = (layout.rank, layout.pp_rank, loss_bad, last_layer_not_finite(named))
+    place = (layout.rank, layout.pp_rank, loss_bad, _last_layer_not_finite(named))
     everyone = gather_objects(place)
     losses = [rank for rank, _, bad, _ in everyone if bad]
     stage = max((stage for _, stage, _, layer in everyone if layer is not None), default=None)
@@ -34,3 +33,19 @@ def describe_nonfinite(chunks: list[EncoderStage], sums: dict[str, Tensor], layo
         layer = next(iter(layers.values()))
         message.append(f"the gradient of {layer} is not finite on rank {', '.join(map(str, layers))}")
     return "; ".join(message) or "each gradient is finite and their norm is not"
+
+
+def _last_layer_not_finite(named: dict[str, torch.nn.Parameter]) -> str | None:
+    """Of the parameters whose gradient is not finite, the one closest to the loss; None where all are finite.
+
+    What is not finite spreads backwards from where it arose, towards the input.
+
+    Args:
+        named: parameters in the order of the forward pass, by their names in the whole model.
+    """
+    bad = None
+    for name, parameter in named.items():
+        gradient = getattr(parameter, "main_grad", None)
+        if gradient is not None and not bool(torch.isfinite(gradient).all()):
+            bad = name
+    return bad

@@ -1,7 +1,6 @@
-"""A rehearsal at the real layout before the long part begins: what would fail after hours fails now.
+"""Preflight: run one step, one evaluation batch, one save and one load in the real layout before training.
 
-A step, an evaluation batch, a save and a load are made for real; then weights and optimizer are put back as they were,
-bit for bit.
+Errors that would occur after hours occur now. Weights and optimizer are then restored bit for bit.
 """
 
 import os
@@ -24,15 +23,16 @@ from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.shards import Averages
 from megavit.checkpoint.state import TrainingState
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import ResolvedRun
 from megavit.data.loader import Batch, Loader
 from megavit.errors import ConfigError
 from megavit.model.vit import EncoderStage
+from megavit.optim.optimizer import state_bytes
 from megavit.parallel.collectives import broadcast_from_rank0, raise_on_all_ranks
 from megavit.parallel.host import available_bytes
 from megavit.parallel.layout import ParallelLayout
 from megavit.parallel.rng import seed_step
 from megavit.train.engine import Engine
-from megavit.train.optimizer_summary import state_bytes
 
 _FOLDER = ".preflight"
 _FP32_BYTES = 4
@@ -50,80 +50,81 @@ def run_preflight(
     optimizer: MegatronOptimizer,
     averages: Averages | None,
     loaders: tuple[Loader, Loader | None],
-    save_every: int | None,
-    steps: range,
+    resolved: ResolvedRun,
+    step: int,
 ) -> list[str]:
-    """Rehearse a run, if `run.preflight` wants it and steps are left; every rank calls this.
+    """Run the preflight, if `run.preflight` asks for it and steps remain; every rank calls this.
 
     Args:
         config: the run's.
         layout: this rank's place.
         engine: runs the network.
-        chunks: its stages by name, with their first weights.
-        optimizer: theirs, before its first step.
-        averages: the weights' averages, if any.
-        loaders: of training and of validation; None without validation images.
-        save_every: steps between saves; None saves at the end alone.
-        steps: that are to come.
+        chunks: this rank's stages by name, with initial weights.
+        optimizer: their optimizer, before its first step.
+        averages: moving averages of the weights, if any.
+        loaders: training and validation loader; None without validation images.
+        resolved: step, length and pace of the run.
+        step: steps already done.
 
     Returns:
-        What was found, in words; nothing where nothing was looked at.
+        One line with the result; none if the preflight did not run.
 
     Raises:
-        ConfigError: if the run would fail for its folder's sake.
+        ConfigError: if the run's folder cannot be used.
     """
     wanted = layout.world_size > 1 if config.run.preflight is None else config.run.preflight
+    steps = range(step, resolved.num_steps)
     if not wanted or not steps:
         return []
-    run_dir, every = Path(config.run.dir), save_every or steps.stop
+    run_dir, every = Path(config.run.dir), resolved.pace.save_every or steps.stop
     check_folder(run_dir, rank=layout.rank)
     saves = _checkpoints_at_once(config.checkpoint, every, steps)
     of_optimizer, ema = state_bytes(config.optim), averages is not None
     room = check_disk(run_dir, chunks, layout, saves=saves, optimizer_bytes=of_optimizer, ema=ema)
-    rehearsal = PreflightRun(
+    preflight_run = PreflightRun(
         run_dir, layout=layout, engine=engine, chunks=chunks, optimizer=optimizer, averages=averages
     )
-    took = rehearsal.run(
+    took = preflight_run.run(
         *loaders,
-        num_microbatches=config.num_microbatches(layout.world_size),
+        num_microbatches=resolved.num_microbatches,
         global_batch=config.train.global_batch,
         seed=config.run.seed,
     )
     return [f"preflight: {took}; {room}"]
 
 
-def check_batch(config: ExperimentConfig, layout: ParallelLayout, *, num_samples: int) -> None:
-    """Refuse a global batch above the training set, and images of a micro batch that do not fit in the memory.
+def check_batch(config: ExperimentConfig, layout: ParallelLayout, resolved: ResolvedRun) -> None:
+    """Refuse a global batch larger than the training set, and micro batches of images that do not fit in memory.
 
     Every rank calls this.
 
     Args:
         config: the run's.
         layout: this rank's place.
-        num_samples: of the training data.
+        resolved: micro batch and number of training images.
 
     Raises:
         ConfigError: with the arithmetic.
     """
-    global_batch = config.train.global_batch
+    global_batch, num_samples = config.train.global_batch, resolved.num_samples
     if global_batch > num_samples:
         raise ConfigError(
             f"train.global_batch={global_batch} is more than the {num_samples} training images of data.source="
             f"{config.data.source}: a step would see some of them twice; lower it to {num_samples} or less"
         )
-    raise_on_all_ranks(_describe_overflow(config, layout) if layout.holds_first_stage else None)
+    raise_on_all_ranks(_describe_overflow(config, layout, resolved.micro_batch) if layout.holds_first_stage else None)
 
 
-def _describe_overflow(config: ExperimentConfig, layout: ParallelLayout) -> str | None:
-    """Why the images that are held at one time do not fit, what the network makes of them left aside; None if they do.
+def _describe_overflow(config: ExperimentConfig, layout: ParallelLayout, micro_batch: int) -> str | None:
+    """Describe why the images held at one time exceed the memory, activations not counted; None if they fit.
 
-    The device that trains holds a micro batch as uint8 and, while it is normalised, twice in fp32. One rank of each
-    tensor-parallel group reads ahead.
+    The training device holds a micro batch as uint8 and, while it is normalised, twice in fp32. One rank of each
+    tensor-parallel group prefetches.
     """
-    data, micro_batch = config.data, config.micro_batch(layout.world_size)
+    data = config.data
     ahead = _READ_AHEAD * data.workers if layout.tp_rank == 0 else 0
     local_ranks = min(layout.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    # Ranks of other stages hold no images.
+    # Other pipeline stages hold no images.
     holders = max(1, local_ranks // layout.pp)
     host = available_bytes() // holders, f"in the memory of {socket.gethostname()} for each of {holders} ranks"
     size = f"{_NORMALISED_BYTES} bytes (uint8, and fp32 twice)"
@@ -155,18 +156,18 @@ def check_disk(
     optimizer_bytes: int,
     ema: bool,
 ) -> str:
-    """Refuse a run whose checkpoints do not fit on the disk; every rank calls this.
+    """Refuse a run whose checkpoints exceed the free disk space; every rank calls this.
 
     Args:
         run_dir: the run's folder.
         chunks: this rank's stages.
-        layout: its place.
-        saves: checkpoints to come that lie there at the same time.
-        optimizer_bytes: of the optimizer's state for each trained weight, beside the weight's fp32 copy.
-        ema: whether each holds an average of the weights too.
+        layout: this rank's place.
+        saves: largest number of checkpoints that exist at the same time.
+        optimizer_bytes: bytes of optimizer state per trained weight, without the weight's fp32 copy.
+        ema: whether a checkpoint holds a moving average of the weights.
 
     Returns:
-        What is needed and what is there, in words.
+        The arithmetic, as text.
 
     Raises:
         ConfigError: with the arithmetic.
@@ -193,20 +194,20 @@ def check_disk(
 
 
 def _checkpoints_at_once(config: CheckpointConfig, every: int, steps: range) -> int:
-    """Those that come and stay: on the way, the last one and the best one."""
+    """Count the checkpoints that exist at the same time: periodic ones, the last and the best."""
     due = (steps.stop - 1) // every - steps.start // every + 1
     if config.keep_last is not None:
         spared = (steps.stop // config.keep_every) if config.keep_every else 0
-        # One more is written before another goes.
+        # A new one is written before an old one is deleted.
         due = min(due, config.keep_last + spared + 1)
     return due + config.best
 
 
 def check_folder(run_dir: Path, *, rank: int) -> None:
-    """See that every rank writes into the same folder; every rank calls this.
+    """Check that every rank writes into the same folder; every rank calls this.
 
     Raises:
-        ConfigError: on every rank, naming the first that cannot.
+        ConfigError: on every rank, naming the first rank that fails.
     """
     token, mine = run_dir / _FOLDER / "token", run_dir / _FOLDER / f"rank_{rank}"
 
@@ -231,15 +232,15 @@ def check_folder(run_dir: Path, *, rank: int) -> None:
 
 
 class PreflightRun:
-    """One step, one evaluation batch, one save and load, and everything as before.
+    """Run one step, one evaluation batch, one save and one load, and restore the state.
 
     Args:
-        run_dir: the run's folder, as `check_folder` has found it.
+        run_dir: the run's folder, already checked.
         layout: this rank's place.
         engine: runs the network.
-        chunks: its stages by name.
-        optimizer: theirs.
-        averages: the weights' averages, if any.
+        chunks: this rank's stages by name.
+        optimizer: their optimizer.
+        averages: moving averages of the weights, if any.
     """
 
     def __init__(
@@ -258,17 +259,17 @@ class PreflightRun:
     def run(
         self, train_loader: Loader, val_loader: Loader | None, *, num_microbatches: int, global_batch: int, seed: int
     ) -> str:
-        """Rehearse; every rank calls this.
+        """Run all parts; every rank calls this.
 
         Args:
-            train_loader: of training.
-            val_loader: of validation; None without validation images.
-            num_microbatches: of a step, on this rank.
+            train_loader: loader of training images.
+            val_loader: loader of validation images; None without any.
+            num_microbatches: micro batches per step on this rank.
             global_batch: images per step.
             seed: `run.seed`.
 
         Returns:
-            What each part took, in words.
+            The seconds of each part, as text.
 
         Raises:
             ConfigError: if the checkpoint cannot be written.
@@ -279,7 +280,7 @@ class PreflightRun:
         batches = train_loader.train_batches(0, num_steps=1, global_batch=global_batch)
         took = {"a step": self._timed(lambda: self._step(batches, num_microbatches))}
         if val_loader is not None:
-            took["an evaluation batch"] = self._timed(partial(self.engine.rehearse_evaluation, val_loader))
+            took["an evaluation batch"] = self._timed(partial(self.engine.evaluate_fewest, val_loader))
         checkpoints = CheckpointManager(self.run_dir / _FOLDER)
         nothing = TrainingState(0, 0, {})
         took["a save"] = self._timed(
@@ -301,7 +302,7 @@ class PreflightRun:
         return time.perf_counter() - start
 
     def _step(self, batches: Iterator[Batch], num_microbatches: int) -> None:
-        # Whether this one is finite the first step will tell.
+        # Whether it is finite is checked in the first training step.
         self.engine.train_step(batches, num_microbatches, self.optimizer)
         self.engine.gather_weights()
 
@@ -311,14 +312,14 @@ class PreflightRun:
     def _tensors(self) -> Iterator[Tensor]:
         for chunk in self.chunks.values():
             yield from chunk.parameters()
-            # The statistics of a linear probe's features.
+            # Feature statistics of a linear probe.
             yield from chunk.buffers()
         for part in self._parts():
             for group in part.param_groups:
                 yield from group["params"]
 
     def _kept(self) -> Iterator[Tensor]:
-        """Weights, buffers and the weights' masters, in the host's memory."""
+        """Yield copies of weights, buffers and master weights in host memory."""
         for tensor in self._tensors():
             yield tensor.detach().cpu().clone()
 

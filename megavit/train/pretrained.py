@@ -1,4 +1,4 @@
-"""Where a new run's first weights come from: another run's checkpoint, or another library's file."""
+"""Sources of pretrained weights: another run's checkpoint, or another library's file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,27 +24,27 @@ from megavit.parallel.layout import ParallelLayout
 from megavit.task.config import TaskName
 
 _SETTING = "init_from"
-# Training sees images in its own size and crop, whatever the weights were made with.
+# Training has its own size and crop, whatever the weights were trained with.
 _OWN_PIXELS = ("data.crop_pct", "data.interpolation")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """What a donor's weights were made for.
+    """Metadata of pretrained weights.
 
     Attributes:
-        called: what the weights are, in words.
-        model: the network's sizes.
+        called: name of the weights, for log lines.
+        model: sizes of the network.
         image_size: [height, width] in pixels.
-        channels: of an image.
-        mean, std: that images were normalised with.
+        channels: channels of an image.
+        mean, std: normalisation of the images, per channel.
         guessed: settings among these that no file states.
         classes: names of a classifier's classes, in the order of its scores; empty without a classifier.
-        names_classes: whether those are names, and not numbers for want of them.
-        is_probe: whether that classifier sees features by their statistics.
-        decoder_heads: of a masked autoencoder's decoder, None without one.
-        notes: what its files state beside the weights, and what was assumed, a line each.
+        names_classes: whether those are names rather than numbers.
+        is_probe: whether the classifier normalises its features by their statistics.
+        decoder_heads: heads of a masked autoencoder's decoder, None without one.
+        notes: lines on what the files state besides weights, and on what was assumed.
     """
 
     called: str
@@ -62,26 +62,26 @@ class WeightsInfo:
 
 
 class WeightSource(Protocol):
-    """Somebody's weights, by the names that they have in our network."""
+    """Pretrained weights by megavit's parameter names."""
 
     weights_info: WeightsInfo
 
     def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
-        """The whole shapes of the donor's weights, as far as this rank may want them, and of this rank's own."""
+        """Return the full shapes of the pretrained weights for this rank, and of its own parameters."""
         ...
 
     def load_into(
         self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, full: Shapes
     ) -> Mapping[str, Tensor]:
-        """Fill this rank's part of the named weights, and give those of `full` as they are; every rank calls this."""
+        """Load this rank's part of the named weights, and return those of `full` unsplit; every rank calls this."""
         ...
 
 
 class RunWeights:
-    """A run of megavit's.
+    """Weights of a megavit run.
 
     Args:
-        weights: of it.
+        weights: the checkpoint.
     """
 
     def __init__(self, weights: CheckpointRef) -> None:
@@ -115,14 +115,14 @@ class RunWeights:
 
 
 class ExternalWeights:
-    """A model of another library, of which each rank reads what it holds.
+    """Weights of another library; each rank reads its own part.
 
     Args:
         place: as typed.
         external: the model.
 
     Raises:
-        ConfigError: if it has weights that no network of ours has a place for.
+        ConfigError: if it has weights that megavit's network lacks.
     """
 
     def __init__(self, place: str, external: ExternalModel) -> None:
@@ -136,7 +136,7 @@ class ExternalWeights:
                 f"which would be another function without it"
             )
         grid = model.patch_grid(external.image_size)
-        # An encoder alone has them as weights like any others.
+        # An encoder without a decoder stores fixed positions as ordinary weights.
         if are_sincos(external.weight("pos_embed")[0], grid, class_tokens=model.class_tokens):
             model = replace(model, positions=Positions.sincos)
         usual = usual_heads(model.hidden_size, model.num_layers)
@@ -151,7 +151,7 @@ class ExternalWeights:
             channels=external.channels,
             mean=external.pixels.mean,
             std=external.pixels.std,
-            # A classifier that pools otherwise than ours is none for us.
+            # A classifier with another pooling cannot be used.
             classes=tuple(external.classes) if external.other_pooling is None else (),
             names_classes=not are_numbers(external.classes),
             decoder_heads=heads,
@@ -180,7 +180,7 @@ class ExternalWeights:
         return {name: self._known(name) for name in full}
 
     def _weight(self, name: str) -> Tensor | None:
-        """A weight by our name and in our form; None where there is none."""
+        """Return a weight by megavit's name and in its form; None if missing."""
         try:
             timm_name = to_timm_name(name)
             return from_timm({timm_name: self._external.weight(timm_name)}, self._dims)[name]
@@ -194,11 +194,11 @@ class ExternalWeights:
 
 
 def open_foreign(place: str, *, num_heads: int | None) -> ExternalModel:
-    """Another library's model that `init_from` names, already on this machine or brought from the hub.
+    """Open another library's model, on this machine or downloaded from the hub.
 
     Args:
         place: as typed, with its kind before a colon.
-        num_heads: taken where its files do not tell; None for the usual.
+        num_heads: attention heads if the files do not state them; None for the usual number.
 
     Raises:
         ConfigError: if it cannot be read.
@@ -208,15 +208,15 @@ def open_foreign(place: str, *, num_heads: int | None) -> ExternalModel:
 
 
 def open_weights(place: str, *, num_heads: int) -> WeightSource:
-    """Find the weights that a user names; every rank calls this.
+    """Open the weights that a user names; every rank calls this.
 
     Args:
         place: a run or checkpoint, with `ema:` before it for its moving average; or `hf:`, `timm:`, `mae:`, `nemo:` and
             a path or, of the first two, an id of the Hugging Face hub.
-        num_heads: of the new network, taken for the donor's where its files do not tell.
+        num_heads: attention heads of the new network, used if the files do not state them.
 
     Raises:
-        ConfigError: on every rank, if there are no such weights, or one of them cannot read them.
+        ConfigError: on every rank, if the weights do not exist or a rank cannot read them.
     """
     kind, _, rest = place.partition(":")
     if kind not in KINDS:
@@ -225,7 +225,7 @@ def open_weights(place: str, *, num_heads: int) -> WeightSource:
     def look() -> None:
         fetch(kind, rest, setting=_SETTING)
 
-    # First one rank, however long the network takes; the others find it, or bring it to their machine.
+    # Rank 0 downloads first, without a time limit; the others find the file or download it to their machine.
     wait_for_rank_zero(look)
     weight_source, refused = None, None
     try:

@@ -1,4 +1,4 @@
-"""Where a run goes on: its checkpoint, and whether that is of the same model and run."""
+"""Find the checkpoint to resume from, and check that it is of the same model and run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +7,7 @@ from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.config.compose import from_yaml
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_num_steps
 from megavit.data.class_names import describe_change
 from megavit.errors import ConfigError
 from megavit.train.resume_rules import Rule, changes
@@ -15,12 +16,12 @@ from megavit.validation import format_value
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The checkpoint that a run goes on from.
+    """The checkpoint that a run resumes from.
 
     Attributes:
         path: its folder.
-        config: what it was made with.
-        state: where it stands.
+        config: configuration it was saved with.
+        state: step, samples and metrics at the save.
     """
 
     path: Path
@@ -28,13 +29,13 @@ class ResumePoint:
     state: TrainingState
 
     def refuse_other_classes(self, classes: tuple[str, ...]) -> None:
-        """Refuse to train a classifier further on other classes than its own.
+        """Refuse to resume a classifier on other classes.
 
         Args:
             classes: names of the data's classes, in label order.
 
         Raises:
-            ConfigError: naming the classes that are new, gone or moved.
+            ConfigError: naming the classes that were added, removed or moved.
         """
         if not self.config.task.name.classifies:
             return
@@ -47,18 +48,18 @@ class ResumePoint:
             )
 
     def num_steps(self, num_samples: int) -> int:
-        """The steps that the run was to have as it was saved.
+        """Return the length in steps that the run had when it was saved.
 
         Args:
-            num_samples: of the training data now, for checkpoints that do not say how many there were.
+            num_samples: training images now, for checkpoints that do not store the number.
         """
         state = self.state
-        return self.config.num_steps(
-            state.num_samples or num_samples, step=state.step, consumed_samples=state.consumed_samples
+        return resolve_num_steps(
+            self.config, state.num_samples or num_samples, step=state.step, consumed_samples=state.consumed_samples
         )
 
     def settings_warnings(self, config: ExperimentConfig) -> list[str]:
-        """What the user must know of settings that are not as they were, in at most one line."""
+        """Return at most one line that lists changed settings."""
         differ = [
             f"{setting} was {before} and is {now}"
             for setting, (before, now) in changes(self.config, config, Rule.reported).items()
@@ -69,7 +70,7 @@ class ResumePoint:
         return [f"changed since step {self.state.step}: {'; '.join(differ)}"] if differ else []
 
     def data_warnings(self, num_samples: int) -> list[str]:
-        """What the user must know of a run that goes on with so many training images."""
+        """Return warnings for a changed number or order of training images."""
         before = self.state.num_samples
         if before in (0, num_samples):
             return []
@@ -80,14 +81,14 @@ class ResumePoint:
 
 
 def find_resume_point(store: CheckpointManager, config: ExperimentConfig) -> tuple[ResumePoint | None, list[str]]:
-    """Find the checkpoint to go on from, None to start anew; and warn of each that is broken.
+    """Find the checkpoint to resume from, None to start from scratch; return a warning for each broken one.
 
     Args:
         store: the run's checkpoints.
-        config: what the run is to be.
+        config: the run's.
 
     Raises:
-        ConfigError: if no checkpoint is whole, or it is of another model or run, or already where this one would stop.
+        ConfigError: if no checkpoint is valid, or it is of another model or run, or already past `train.stop_at`.
     """
     path, warnings = store.find(config.checkpoint.resume)
     if path is None:
@@ -105,7 +106,7 @@ def find_resume_point(store: CheckpointManager, config: ExperimentConfig) -> tup
             f"anew under another run.name"
         )
     state = read_state(path)
-    if config.optim.momentum and not saved.optim.momentum and config.optim.name is saved.optim.name:
+    if config.optim.momentum and not saved.optim.momentum and config.optim.name == saved.optim.name:
         raise ConfigError(
             f"optim.momentum={config.optim.momentum}, but {path} holds no momentum: its run had optim.momentum="
             f"{format_value(saved.optim.momentum)}; set it back, or start another run from its weights: "

@@ -1,4 +1,4 @@
-"""What a resume may change: one rule for each setting."""
+"""Which settings a resume may change: one rule per setting."""
 
 from enum import Enum
 from typing import Any
@@ -9,12 +9,12 @@ from megavit.validation import format_value
 
 
 class Rule(Enum):
-    """What happens where a setting differs between two parts of a run.
+    """What a resume does with a setting that has changed.
 
-    `free`: nothing, the training is the same, or the setting only counts at the start. `reported`: the run goes on and
-    says so. `run`: a resume is refused, the images, their order, what they mean to the network or the optimizer's state
-    would be others; the weights alone can still be looked at. `network`: refused wherever these weights are read, they
-    have other shapes or compute another function.
+    `free`: nothing: training is the same, or the setting matters at the start only. `reported`: the run resumes and
+    logs the change. `run`: refused: the images, their order, their meaning or the optimizer's state would change; the
+    weights can still be evaluated. `network`: refused wherever the weights are read: they have other shapes or compute
+    another function.
     """
 
     free = "free"
@@ -26,7 +26,7 @@ class Rule(Enum):
 _SETTINGS = {
     Rule.free: (
         "run.name run.dir run.ranks run.preflight run.timeout_s "
-        # Another length has a line of its own.
+        # A changed length is logged separately.
         "train.steps train.epochs "
         "train.micro_batch train.gradient_accumulation_fusion train.compile train.eval_every train.stop_at "
         "parallel.tp parallel.pp parallel.vpp parallel.sequence_parallel parallel.stages "
@@ -71,7 +71,7 @@ RULES = {setting: rule for rule, settings in _SETTINGS.items() for setting in se
 
 
 def changes(before: ExperimentConfig, now: ExperimentConfig, *rules: Rule) -> dict[str, tuple[Any, Any]]:
-    """The settings of some rules that differ, each with its value before and now, as a user writes them."""
+    """Return the settings of these rules that differ, with the old and the new value as a user types them."""
     former, current = flatten(before), flatten(now)
     return {
         setting: (format_value(former[setting]), format_value(current[setting]))
@@ -81,5 +81,5 @@ def changes(before: ExperimentConfig, now: ExperimentConfig, *rules: Rule) -> di
 
 
 def _meaning(setting: str, value: Any) -> Any:
-    # A start value alone; whether there are scales at all is the network's.
+    # The value is only an initial one; whether scales exist is the network's.
     return value is not None if setting == "model.layer_scale" else value

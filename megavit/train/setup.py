@@ -1,4 +1,4 @@
-"""From a configuration to this rank's part of its network, for whoever trains it or only looks at it."""
+"""Build this rank's part of the network from a configuration, for training or evaluation."""
 
 import os
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import ResolvedStep
 from megavit.config.train import Compile, Precision
 from megavit.errors import ConfigError
 from megavit.model.init import initialise
@@ -15,8 +16,7 @@ from megavit.model.parameters import layer_depth
 from megavit.model.transformer_block import transformer_config
 from megavit.model.vit import EncoderStage, parameter_names
 from megavit.parallel.layout import ParallelLayout
-from megavit.parallel.stages import plan_stages, rank_stages
-from megavit.planner.flops import NetworkShape
+from megavit.parallel.stages import rank_stages
 from megavit.task.base import Task
 from megavit.task.registry import build_task
 
@@ -26,22 +26,20 @@ class ModelSetup:
     """This rank's part of a network.
 
     Attributes:
-        task: what it is for.
-        shape: what its FLOPs depend on.
-        stages: encoder layers of every stage.
+        task: the task.
+        resolved: shape, stages and micro batches.
         mcore_config: Megatron-Core's configuration of the encoder.
         chunks: this rank's stages by name, on its device, with their initial weights.
     """
 
     task: Task
-    shape: NetworkShape
-    stages: list[int]
+    resolved: ResolvedStep
     mcore_config: TransformerConfig
     chunks: dict[str, EncoderStage]
 
     @property
     def parameters(self) -> dict[torch.nn.Parameter, str]:
-        """This rank's parameters, each with its name in the whole network."""
+        """This rank's parameters, each with its name in the full network."""
         return {parameter: name for chunk in self.chunks.values() for name, parameter in parameter_names(chunk).items()}
 
     def depths(self) -> dict[torch.nn.Parameter, int]:
@@ -50,16 +48,16 @@ class ModelSetup:
         return {parameter: layer_depth(name, num_layers=num_layers) for parameter, name in self.parameters.items()}
 
 
-def build_model(config: ExperimentConfig, layout: ParallelLayout, *, num_classes: int) -> ModelSetup:
-    """Build this rank's stages and draw their initial weights.
+def build_model(config: ExperimentConfig, layout: ParallelLayout, resolved: ResolvedStep) -> ModelSetup:
+    """Build this rank's stages with their initial weights.
 
     Args:
         config: checked.
         layout: this rank's place.
-        num_classes: of the data.
+        resolved: the numbers that follow from config, ranks and data.
 
     Raises:
-        ConfigError: if a part of it cannot run here.
+        ConfigError: if a setting cannot run on this machine.
     """
     if config.train.compile is Compile.layer and layout.device.type == "cpu":
         _require_compiler()
@@ -67,16 +65,16 @@ def build_model(config: ExperimentConfig, layout: ParallelLayout, *, num_classes
         config.task,
         model=config.model,
         data=config.data,
-        num_classes=num_classes,
+        num_classes=resolved.num_classes,
         layout=layout,
         seed=config.run.seed,
     )
-    shape = config.network_shape(num_classes=num_classes)
-    stages = plan_stages(config.parallel, shape)
     dtype = torch.bfloat16 if config.train.precision is Precision.bf16_o2 else torch.float32
-    mcore_config = transformer_config(config.model, config.parallel, layout, stages=stages, dtype=dtype)
+    mcore_config = transformer_config(config.model, config.parallel, layout, stages=resolved.stages, dtype=dtype)
     chunks = task.build_chunks(
-        mcore_config, parallel=config.parallel, stage_layers=rank_stages(stages, config.parallel, layout.pp_rank)
+        mcore_config,
+        parallel=config.parallel,
+        stage_layers=rank_stages(resolved.stages, config.parallel, layout.pp_rank),
     )
     for chunk in chunks.values():
         initialise(chunk, config.model, layout, seed=config.run.seed)
@@ -85,19 +83,19 @@ def build_model(config: ExperimentConfig, layout: ParallelLayout, *, num_classes
             chunk.compile_layers()
     if config.train.compile is Compile.layer:
         _make_room_for_graphs(list(chunks.values()))
-    return ModelSetup(task, shape, stages, mcore_config, chunks)
+    return ModelSetup(task, resolved, mcore_config, chunks)
 
 
 def _make_room_for_graphs(chunks: list[EncoderStage]) -> None:
     """Raise torch's limit of graphs of one function, which is 8 whatever the number of layers.
 
-    Layers that are frozen in the same parts share their graphs: of training, of full recompute's first pass, of
-    evaluation. Where each layer is frozen in other parts, each has its own.
+    Layers with the same frozen parameters share graphs: for training, the first pass of full recompute and evaluation.
+    If the frozen parameters differ from layer to layer, each layer has its own.
     """
     from torch._dynamo import config
 
     layers = sum(isinstance(module, EncoderLayer) for chunk in chunks for module in chunk.modules())
-    # One more for each: of a size that has come twice with two values, torch makes a variable.
+    # One more each: torch makes a size dynamic after it has had two values.
     config.recompile_limit = max(config.recompile_limit, 4 * layers)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * layers)
 

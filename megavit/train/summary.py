@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step: layout, batch, kernel, where it goes on."""
+"""Log lines before the first step: layout, data, batch, kernel, pace."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -6,22 +6,29 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megavit.config.compose import flatten
-from megavit.config.experiment import ExperimentConfig, Pace
+from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import ResolvedRun
 from megavit.config.train import Precision
 from megavit.config.untested import untested
 from megavit.data.sources.base import Source
 from megavit.data.sources.label_checks import describe_oddities
 from megavit.model.config import AttentionBackend
 from megavit.model.layers.attention_backends import sdpa_choice
-from megavit.optim.config import ENCODER
+from megavit.optim.config import ENCODER, OptimConfig
+from megavit.optim.optimizer import find_spec, state_bytes
+from megavit.optim.registry import is_sharded
 from megavit.parallel.layout import ParallelLayout
 from megavit.planner.flops import NetworkShape, embedding_flops, forward_flops, head_flops, layer_flops
 from megavit.planner.stage_balance import useful_stages
 from megavit.plugins import is_plugin
 from megavit.train.freeze import count_weights
-from megavit.train.optimizer_summary import describe_optimizer, warn_of_average, warn_of_optimizer
 from megavit.train.setup import ModelSetup
 from megavit.validation import AUTO
+
+_FP32_BYTES = 4
+
+# After this many times 1 / (1 - decay) steps 5 % of an average are still the weights it started from: e ** -3.
+_TIME_CONSTANTS = 3
 
 
 def describe_run(
@@ -32,38 +39,44 @@ def describe_run(
     sources: Mapping[str, Source],
     from_scratch: bool,
 ) -> Iterator[str]:
-    """The lines, in order; every rank calls this, and one says them.
+    """Yield the lines in order; every rank calls this.
 
     Args:
         config: the run's.
         layout: this rank's place.
         network: its part of the network.
-        sources: the data of `train` and, if there are any, of `val`.
-        from_scratch: whether the weights are as they were drawn.
+        sources: the data of `train` and, if any, of `val`.
+        from_scratch: whether the weights are the random initial ones.
     """
     model = config.model
     yield f"run {config.run.name} in {config.run.dir}: {layout.describe()}"
     yield describe_data(config, sources)
     yield from describe_oddities(sources)
-    stages = f", layers per stage {network.stages}" if layout.pp > 1 else ""
-    micro_batch, portions = config.micro_batch(layout.world_size), config.num_microbatches(layout.world_size)
+    resolved = network.resolved
+    stages = f", layers per stage {resolved.stages}" if layout.pp > 1 else ""
     yield (
         f"{config.encoder_tokens} tokens, {model.num_layers} layers of {model.hidden_size}{stages}; "
-        f"{config.train.global_batch} images per step = {portions} micro batches of {micro_batch} × DP {layout.dp}"
+        f"{config.train.global_batch} images per step = {resolved.num_microbatches} micro "
+        f"batches of {resolved.micro_batch} × DP {layout.dp}"
     )
-    decoder = network.shape.decoder
+    decoder = resolved.shape.decoder
     if decoder is not None:
         yield (
             f"{config.visible_patches} of {config.num_patches} patches are seen; the decoder, {decoder.layers} "
             f"layers of {decoder.hidden} on {decoder.tokens} tokens, costs as much as "
-            f"{head_flops(network.shape) / layer_flops(network.shape):.1f} encoder layers"
-            f"{describe_costly_decoder(network.shape)}"
+            f"{head_flops(resolved.shape) / layer_flops(resolved.shape):.1f} encoder layers"
+            f"{describe_costly_decoder(resolved.shape)}"
         )
-    plugins = {"data.source": config.data.source, "data.transform": config.data.transform}
-    for setting, name in {**plugins, "task.implementation": config.task.implementation}.items():
+    plugins = {
+        "data.source": config.data.source,
+        "data.transform": config.data.transform,
+        "task.implementation": config.task.implementation,
+        "optim.name": config.optim.name,
+    }
+    for setting, name in plugins.items():
         if name is not None and is_plugin(name):
             yield f"{setting} is {name}, of {sys.modules[name.partition(':')[0]].__file__}"
-    yield from idle_stages(config, network.shape)
+    yield from idle_stages(config, resolved.shape)
     trained, every = count_weights(network.chunks, layout=layout)
     bf16 = config.train.precision is Precision.bf16_o2
     yield describe_optimizer(config.optim, num_trained=trained, num_weights=every, bf16=bf16, dp=layout.dp)
@@ -79,7 +92,7 @@ def describe_run(
 
 
 def describe_costly_decoder(shape: NetworkShape) -> str:
-    """That a decoder costs more than its encoder; nothing where it does not."""
+    """Describe a decoder that costs more than its encoder; return an empty text for any other."""
     decoder = head_flops(shape)
     encoder = forward_flops(shape) - decoder
     if decoder <= encoder:
@@ -91,7 +104,7 @@ def describe_costly_decoder(shape: NetworkShape) -> str:
 
 
 def describe_data(config: ExperimentConfig, sources: Mapping[str, Source]) -> str:
-    """How many images were found, of how many classes, and how many of them train and validate."""
+    """Count the images found, their classes, and how many train and validate."""
     place = f" {config.data.path}" if config.data.path is not None else ""
     train, val = (len(sources[split]) if split in sources else 0 for split in ("train", "val"))
     classes = len(sources["train"].classes)
@@ -101,14 +114,14 @@ def describe_data(config: ExperimentConfig, sources: Mapping[str, Source]) -> st
     )
 
 
-def describe_pace(config: ExperimentConfig, pace: Pace, *, num_steps: int) -> Iterator[str]:
-    """Say what `auto` came to, that a warm-up is shorter than it was set, and that a moving average is too slow.
+def describe_pace(config: ExperimentConfig, resolved: ResolvedRun) -> Iterator[str]:
+    """Describe the values of `auto`, a shortened warm-up, and a moving average that is too slow.
 
     Args:
         config: the run's.
-        pace: its step counts.
-        num_steps: of the whole run.
+        resolved: its length and its pace.
     """
+    pace, num_steps = resolved.pace, resolved.num_steps
     often = {"train.eval_every": (config.train.eval_every, pace.eval_every)}
     often["checkpoint.save_every"] = (config.checkpoint.save_every, pace.save_every)
     chosen = [f"{key}={steps}" for key, (asked, steps) in often.items() if asked == AUTO and steps is not None]
@@ -130,7 +143,7 @@ def describe_pace(config: ExperimentConfig, pace: Pace, *, num_steps: int) -> It
 
 
 def idle_stages(config: ExperimentConfig, shape: NetworkShape) -> Iterator[str]:
-    """Say where the last stage, which holds the decoder whole, is what all others wait for."""
+    """Warn if all pipeline stages wait for the last one, which holds the whole decoder."""
     parallel = config.parallel
     if shape.decoder is None or parallel.pp == 1 or parallel.stages is not None or parallel.vpp > 1:
         return
@@ -155,3 +168,53 @@ def _kernel(config: ExperimentConfig, layout: ParallelLayout, network: ModelSetu
     dtype = network.mcore_config.params_dtype
     queries = torch.empty(1, heads, config.encoder_tokens, width, dtype=dtype, device=layout.device)
     return f"sdpa, for which torch takes {sdpa_choice(queries)}"
+
+
+def describe_optimizer(config: OptimConfig, *, num_trained: int, num_weights: int, bf16: bool, dp: int) -> str:
+    """One line: the rule, its bytes by weight, how many weights it trains.
+
+    Args:
+        config: the optim group.
+        num_trained: weights of the whole model that are not frozen.
+        num_weights: of the whole model.
+        bf16: whether the weights have fp32 copies that the optimizer works on.
+        dp: data-parallel ranks, which share Adam's state.
+    """
+    parts = [f"{state_bytes(config)} bytes of state for each weight"]
+    if bf16:
+        parts.append(f"{_FP32_BYTES} of its fp32 copy")
+    shared = is_sharded(config.name) and dp > 1
+    held = f"shared by {dp} data-parallel ranks" if shared else ("on every data-parallel rank" if dp > 1 else "")
+    of_all = "all" if num_trained == num_weights else f"{num_trained:,} of the"
+    trains = f"trains {of_all} {num_weights:,} weights"
+    return f"optimizer {config.name}: {' + '.join(parts)}{f', {held}' if held else ''}; {trains}"
+
+
+def warn_of_optimizer(config: OptimConfig, *, from_scratch: bool) -> str | None:
+    """What the literature has against this choice, None where it has nothing.
+
+    Args:
+        config: the optim group.
+        from_scratch: whether the weights that are trained start as they were drawn.
+    """
+    warning = find_spec(config).warning_from_scratch
+    return f"warning: {warning}" if warning is not None and from_scratch else None
+
+
+def warn_of_average(config: OptimConfig, *, num_steps: int) -> str | None:
+    """That a run is too short for the moving average of its weights, None where it is not.
+
+    Args:
+        config: the optim group.
+        num_steps: of the whole run.
+    """
+    if config.ema is None or num_steps * (1 - config.ema) >= _TIME_CONSTANTS:
+        return None
+    # Rounded to a digit this still fits: 5 / steps loses a third at most.
+    fitting = 1 - float(f"{5 / num_steps:.1g}")
+    way_out = f"optim.ema={fitting:g}" if fitting > 0 else "optim.ema=null"
+    return (
+        f"warning: optim.ema={config.ema:g} averages over about {1 / (1 - config.ema):,.0f} steps and the run has "
+        f"{num_steps:,}: the average, by which the best checkpoint is chosen, stays close to the initial weights; set "
+        f"{way_out}"
+    )

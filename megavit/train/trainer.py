@@ -1,5 +1,6 @@
 """The training loop, the only one: its parts are built in the order in which data flows."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from megavit.checkpoint.shards import Averages
 from megavit.checkpoint.state import TrainingState
 from megavit.config.compose import flatten, to_yaml
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_num_images, resolve_run
 from megavit.config.train import OnNonfinite
 from megavit.data.bad_samples import BadSampleTracker
 from megavit.data.loader import Loader
@@ -19,6 +21,7 @@ from megavit.data.sources.open import open_splits, prepare_index
 from megavit.data.sources.relabel import relabel
 from megavit.errors import ConfigError
 from megavit.metrics.logger import MetricLogger
+from megavit.metrics.plots import draw_curves
 from megavit.metrics.provenance import record_launch
 from megavit.metrics.throughput import Throughput, peak_memory_bytes
 from megavit.optim.config import Schedule
@@ -30,6 +33,7 @@ from megavit.parallel.rng import seed_step
 from megavit.planner.flops import training_flops
 from megavit.runtime.run_dir import FINISHED, STOPPED
 from megavit.runtime.signals import StopConsensus, StopRequest
+from megavit.train.callbacks import StepCallback, StepReport
 from megavit.train.checkpointer import Checkpointer
 from megavit.train.engine import Engine, prepare_task, wrap_network
 from megavit.train.freeze import freeze
@@ -47,10 +51,22 @@ class Trainer:
     Args:
         config: checked against the world size.
         stop: whether this process has been asked to stop.
+        on_step_end: called in this order at the end of each step, after its evaluation and save.
+        evaluates: whether the validation set is evaluated.
+        saves: whether checkpoints are written.
     """
 
-    def __init__(self, config: ExperimentConfig, *, stop: StopRequest | None = None) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        *,
+        stop: StopRequest | None = None,
+        on_step_end: Sequence[StepCallback] = (),
+        evaluates: bool = True,
+        saves: bool = True,
+    ) -> None:
         self.config, self.stop = config, stop or StopRequest()
+        self.on_step_end, self.evaluates, self.saves = on_step_end, evaluates, saves
         self.run_dir = Path(config.run.dir)
         self.store = CheckpointManager(self.run_dir / "checkpoints")
         self.layout = layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
@@ -72,19 +88,23 @@ class Trainer:
             val_source = relabel(val_source, train_source.classes, data="the validation split", trained="training")
         if self.resume_point is not None:
             self.resume_point.refuse_other_classes(train_source.classes)
-        self.num_steps = config.num_steps(len(train_source), step=self.step, consumed_samples=self.consumed_samples)
-        self.pace = config.pace(self.num_steps, num_samples=len(train_source))
-        self.micro_batch = config.micro_batch(layout.world_size)
-        self.num_microbatches = config.num_microbatches(layout.world_size)
-        check_batch(config, layout, num_samples=len(train_source))
+        self.resolved = resolved = resolve_run(
+            config,
+            layout.world_size,
+            num_classes=len(train_source.classes),
+            num_samples=len(train_source),
+            step=self.step,
+            consumed_samples=self.consumed_samples,
+        )
+        check_batch(config, layout, resolved)
 
         # Network
-        self.network = network = build_model(config, layout, num_classes=len(train_source.classes))
+        self.network = network = build_model(config, layout, resolved)
         self.task, self.chunks = network.task, network.chunks
         if config.frozen:
             freeze(self.chunks, config.frozen, layout=layout)
         self.model = wrap_network(network, config)
-        self.engine = Engine(network, self.model, layout=layout, micro_batch=self.micro_batch)
+        self.engine = Engine(network, self.model, layout=layout)
 
         # Data
         loader = partial(
@@ -92,7 +112,7 @@ class Trainer:
             config=config.data,
             layout=layout,
             fields=self.task.fields,
-            micro_batch=self.micro_batch,
+            micro_batch=resolved.micro_batch,
             seed=config.run.seed,
         )
         self.train_loader = loader(train_source, train=True)
@@ -110,16 +130,15 @@ class Trainer:
             prepare_task(self.task, loader, train_source, seed=config.run.seed)
 
         # Optimizer and schedule
-        peak_lr = config.optim.peak_lr(config.train.global_batch)
         self.optimizer = build_optimizer(
-            self.model, network.mcore_config, config.optim, depths=network.depths(), peak_lr=peak_lr
+            self.model, network.mcore_config, config.optim, depths=network.depths(), peak_lr=resolved.peak_lr
         )
         self.schedule = build_schedule(
             self.optimizer,
             config.optim,
-            peak_lr=peak_lr,
-            warmup_steps=self.pace.warmup_steps,
-            num_steps=self.num_steps,
+            peak_lr=resolved.peak_lr,
+            warmup_steps=resolved.pace.warmup_steps,
+            num_steps=resolved.num_steps,
         )
 
         self.average = ModelEma(self.chunks, decay=config.optim.ema) if config.optim.ema is not None else None
@@ -131,7 +150,7 @@ class Trainer:
             chunks=self.chunks,
             optimizer=self.optimizer,
             averages=lambda: self._averages,
-            task_metrics=self.task.reported,
+            on_saved=self._draw_curves,
         )
         if self.resume_point is None and config.init_from is not None:
             self._start_from(config.init_from)
@@ -143,12 +162,12 @@ class Trainer:
             optimizer=self.optimizer,
             averages=self._averages,
             loaders=(self.train_loader, self.val_loader),
-            save_every=self.pace.save_every,
-            steps=range(self.step, self.num_steps),
+            resolved=resolved,
+            step=self.step,
         )
         self._restore()
         self.throughput = Throughput(
-            flops_per_image=training_flops(network.shape), num_devices=layout.world_size, device=layout.device
+            flops_per_image=training_flops(resolved.shape), num_devices=layout.world_size, device=layout.device
         )
 
     def run(self) -> int:
@@ -170,39 +189,38 @@ class Trainer:
             settings=flatten(config),
             task_metrics=self.task.reported,
             first_step=self.step,
-            num_steps=self.num_steps,
+            num_steps=self.resolved.num_steps,
         )
         with logger:
             self._introduce(logger)
-            if self.step >= self.num_steps:
+            if self.step >= self.resolved.num_steps:
                 self._say_complete(logger)
                 return FINISHED
             batches = self.throughput.timed(
                 self.train_loader.train_batches(
                     self.consumed_samples,
-                    num_steps=self.num_steps - self.step,
+                    num_steps=self.resolved.num_steps - self.step,
                     global_batch=config.train.global_batch,
                 )
             )
             self._train(logger, batches)
-            if self.step < self.num_steps:
-                logger.info(f"stopped after step {self.step} of {self.num_steps}, saved; run again to go on")
+            if self.step < self.resolved.num_steps:
+                logger.info(f"stopped after step {self.step} of {self.resolved.num_steps}, saved; run again to go on")
                 return STOPPED
             self._say_complete(logger)
             return FINISHED
 
     def _train(self, logger: MetricLogger, batches: Any) -> None:
         train = self.config.train
-        last = min(self.num_steps, train.stop_at or self.num_steps)
+        last = min(self.resolved.num_steps, train.stop_at or self.resolved.num_steps)
         consensus = StopConsensus(self.stop, world_size=self.layout.world_size)
         window: dict[str, Tensor] = {}
         while self.step < last:
             seed_step(self.layout, seed=self.config.run.seed, step=self.step)
             self.schedule.step(1)
-            sums, grad_norm, updated = self.engine.train_step(batches, self.num_microbatches, self.optimizer)
-            if not updated:
-                self._refuse_step(logger, grad_norm, sums)
-            elif self.average is not None:
+            sums, grad_norm, updated = self.engine.train_step(batches, self.resolved.num_microbatches, self.optimizer)
+            skipped = None if updated else self._refuse_step(logger, grad_norm, sums)
+            if updated and self.average is not None:
                 self.average.update()
             self.step += 1
             self.consumed_samples += train.global_batch
@@ -219,12 +237,14 @@ class Trainer:
                 self._report(logger, window, grad_norm)
                 window = {}
             self._evaluate_paint_save(logger, is_last=self.step == last)
+            for callback in self.on_step_end:
+                callback(StepReport(self.step, sums, grad_norm, skipped))
             consensus.start(is_writing=self.checkpointer.is_writing)
         consensus.result()
         self.checkpointer.close(logger)
 
-    def _refuse_step(self, logger: MetricLogger, grad_norm: float, sums: dict[str, Tensor]) -> None:
-        """Stop before a step that would ruin the weights, or go on without it; every rank comes here together."""
+    def _refuse_step(self, logger: MetricLogger, grad_norm: float, sums: dict[str, Tensor]) -> str:
+        """Stop before a step that would ruin the weights, or skip it and return why; every rank calls this."""
         account = describe_nonfinite(list(self.chunks.values()), sums, self.layout)
         message = f"step {self.step + 1}: the gradient norm is {grad_norm:g}; {account}"
         if self.config.train.on_nonfinite is OnNonfinite.stop:
@@ -234,6 +254,7 @@ class Trainer:
                 f"optim.warmup_steps or lower optim.clip_grad; train.on_nonfinite=skip goes on without such steps"
             )
         logger.info(f"{message}; the step is skipped")
+        return message
 
     def _report(self, logger: MetricLogger, window: dict[str, Tensor], grad_norm: float) -> None:
         """Log the steps since the last report: their mean loss and accuracy, the last step's rate and norm."""
@@ -264,11 +285,10 @@ class Trainer:
         return bad.metrics
 
     def _evaluate_paint_save(self, logger: MetricLogger, *, is_last: bool) -> None:
-        finished = self.step == self.num_steps
-        every, eval_every = self.pace.save_every, self.pace.eval_every
-        evaluates = self.val_loader is not None and (
-            finished or (eval_every is not None and self.step % eval_every == 0)
-        )
+        finished = self.step == self.resolved.num_steps
+        every, eval_every = self.resolved.pace.save_every, self.resolved.pace.eval_every
+        evaluates = self.evaluates and self.val_loader is not None
+        evaluates = evaluates and (finished or (eval_every is not None and self.step % eval_every == 0))
         due = is_last or (every is not None and self.step % every == 0)
         pictures_every = self.config.metrics.pictures_every
         paints = pictures_every is not None and (finished or self.step % pictures_every == 0)
@@ -284,7 +304,7 @@ class Trainer:
         if paints:
             image_grid = self.engine.visualize(self.paint_loader)
             logger.log_images(self.step, self.painted, image_grid, titles=self.task.image_grid)
-        if due or is_best:
+        if self.saves and (due or is_best):
             self._save(logger, due=due, is_best=is_best, is_last=is_last)
         self.throughput.resume()
 
@@ -300,6 +320,10 @@ class Trainer:
         self.checkpointer.save(state, logger, is_best=is_best, waits=is_last or not self.config.checkpoint.async_save)
         if is_best:
             self.best_validation = self.last_validation
+
+    def _draw_curves(self) -> None:
+        pictures = self.run_dir / "pictures"
+        draw_curves(self.run_dir / "metrics.jsonl", pictures / "curves.png", task_metrics=self.task.reported)
 
     def _is_best(self) -> bool:
         wanted = self.config.checkpoint.best
@@ -345,23 +369,23 @@ class Trainer:
         sources = {split: loader.source for split, loader in self.loaders.items()}
         for line in (
             *describe_run(self.config, self.layout, self.network, sources=sources, from_scratch=from_scratch),
-            *describe_pace(self.config, self.pace, num_steps=self.num_steps),
+            *describe_pace(self.config, self.resolved),
         ):
             logger.info(line)
         for line in (*self.preflight_ran, *self.warnings):
             logger.info(line)
         if self.resume_point is not None:
-            logger.info(f"goes on from {self.resume_point.path} at step {self.step} of {self.num_steps}")
+            logger.info(f"goes on from {self.resume_point.path} at step {self.step} of {self.resolved.num_steps}")
             self._tell_of_another_length(logger, self.resume_point)
 
     def _tell_of_another_length(self, logger: MetricLogger, resume_point: ResumePoint) -> None:
-        num_samples, decay = len(self.train_loader.source), self.config.optim.schedule
+        num_samples, decay = self.resolved.num_samples, self.config.optim.schedule
         before = resume_point.num_steps(num_samples)
-        if before == self.num_steps:
+        if before == self.resolved.num_steps:
             return
         images, rate = "", ""
         if self.config.train.epochs is not None:
-            total = self.config.num_images(num_samples)
+            total = resolve_num_images(self.config, num_samples)
             images = (
                 f", train.epochs={self.config.train.epochs:g} of {num_samples:,} images = {total:,}, of which "
                 f"{max(0, total - self.consumed_samples):,} are left for steps of {self.config.train.global_batch:,}"
@@ -369,9 +393,9 @@ class Trainer:
         if decay is not Schedule.constant:
             current = max(self.schedule.get_lr(group) for group in self.optimizer.param_groups)
             rate = f": {decay.value} is that of the whole new length, so the learning rate goes on at {current:.2e}"
-        logger.info(f"the run was of {before} steps and is of {self.num_steps} now{images}{rate}")
+        logger.info(f"the run was of {before} steps and is of {self.resolved.num_steps} now{images}{rate}")
 
     def _say_complete(self, logger: MetricLogger) -> None:
         length = "train.steps" if self.config.train.steps is not None else "train.epochs"
         result = f"; {self.task.summary(self.last_validation)}" if self.last_validation else ""
-        logger.info(f"complete: step {self.step} of {self.num_steps}{result}. Raise {length} to go on")
+        logger.info(f"complete: step {self.step} of {self.resolved.num_steps}{result}. Raise {length} to go on")

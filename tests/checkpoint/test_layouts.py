@@ -136,7 +136,7 @@ def load_each(checkpoints: list[str], settings: list[str]) -> list[float]:
         seed_step(trainer.layout, seed=config.run.seed, step=SAVED)
         images = config.train.global_batch
         batches = trainer.train_loader.train_batches(SAVED * images, num_steps=1, global_batch=images)
-        sums = trainer.engine.accumulate(batches, trainer.num_microbatches)
+        sums = trainer.engine.accumulate(batches, trainer.resolved.num_microbatches)
         return trainer.task.metrics(trainer.engine.totals(sums))["loss"]
 
     losses = []

@@ -5,6 +5,7 @@ from PIL import Image
 
 from megavit.config.compose import compose, from_yaml, to_yaml
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_num_steps, resolve_pace
 from megavit.config.validate import validate
 from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
@@ -16,8 +17,8 @@ OWN = ("folder", "csv", "images", "parquet", "tar", "arrow", "hub")
 
 def often(config: ExperimentConfig, *, num_samples: int) -> tuple[int, int | None, int | None, int]:
     """Steps, steps between evaluations and saves, and of the warm-up."""
-    steps = config.num_steps(num_samples)
-    pace = config.pace(steps, num_samples=num_samples)
+    steps = resolve_num_steps(config, num_samples)
+    pace = resolve_pace(config, steps, num_samples=num_samples)
     return steps, pace.eval_every, pace.save_every, pace.warmup_steps
 
 
@@ -76,15 +77,15 @@ def test_twenty_steps_of_any_recipe_run_with_a_shorter_warmup(recipe):
     # Of one epoch of few images the length is known once they are counted.
     short = compose([f"recipe={recipe}", "train.epochs=1", *path])
     validate(short, 1)
-    steps = short.num_steps(1000)
-    assert short.pace(steps, num_samples=1000).warmup_steps == steps // 20
+    steps, _, _, warmup_steps = often(short, num_samples=1000)
+    assert warmup_steps == steps // 20
 
 
 @pytest.mark.parametrize("length", ["train.steps=20", "train.epochs=1"])
 def test_a_warmup_that_was_typed_is_not_shortened_but_refused(length):
     config = compose([length, "optim.warmup_steps=100"])
     with pytest.raises(ConfigError, match=r"optim\.warmup_steps=100 must be below the run's 20 steps; lower it"):
-        config.num_steps(1280)
+        resolve_num_steps(config, 1280)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +128,8 @@ def test_a_run_says_what_it_found_and_how_often_it_saves_and_goes_on_by_the_same
             Image.new("RGB", (20, 20), (grey + number,) * 3).save(tmp_path / "images" / name / f"{number}.png")
     run_dir = tmp_path / "run"
     command = [f"data.path={tmp_path}/images", *SMALL, "train.epochs=7", f"run.dir={run_dir}"]
-    run_ranks(ranks.train_and_keep, 1, [*command, "train.stop_at=6"])
-    done = run_ranks(ranks.train_and_keep, 1, command)[0]
+    run_ranks(ranks.train_evaluate_and_keep, 1, [*command, "train.stop_at=6"])
+    done = run_ranks(ranks.train_evaluate_and_keep, 1, command)[0]
     assert done["code"] == 0
     said = (run_dir / "train.log").read_text()
     first = said.splitlines()[:8]
@@ -159,7 +160,7 @@ def test_without_validation_images_a_run_trains_on_all_saves_once_an_epoch_and_p
         "run.preflight=true",
         f"run.dir={tmp_path}/run",
     ]
-    done = run_ranks(ranks.train_and_keep, 1, command)[0]
+    done = run_ranks(ranks.train_evaluate_and_keep, 1, command)[0]
     assert (done["code"], done["validation"]) == (0, {})
     assert sorted([*done["due"][0], *done["due"][1]]) == list(range(16))
     said = (tmp_path / "run" / "train.log").read_text()

@@ -10,6 +10,7 @@ import torch
 
 from megavit.config.compose import compose, flatten, from_yaml, run_types, to_yaml
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_step
 from megavit.config.untested import UNTESTED, list_untested, untested
 from megavit.config.validate import validate
 from megavit.errors import ConfigError
@@ -127,13 +128,14 @@ def _describe(options: list[str]) -> dict[str, list[str]]:
 
     config = compose([*SMALL, *options])
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
-    network = build_model(compose([*SMALL, *BF16]), layout, num_classes=10)
+    other = compose([*SMALL, *BF16])
+    network = build_model(other, layout, resolve_step(other, 1, num_classes=10))
     layouts = {name: replace(layout, device=torch.device(name)) for name in ("cpu", "cuda")}
     training, validation = open_splits(config.data)
     sources = {"train": training, "val": validation}
     return {
-        name: list(describe_run(config, other, network, sources=sources, from_scratch=True))[-2:]
-        for name, other in layouts.items()
+        name: list(describe_run(config, place, network, sources=sources, from_scratch=True))[-2:]
+        for name, place in layouts.items()
     }
 
 

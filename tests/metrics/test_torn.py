@@ -32,6 +32,4 @@ def code_of(overrides: list[str]) -> int:
     from megavit.config.compose import compose
     from megavit.train.trainer import Trainer
 
-    trainer = Trainer(compose(overrides))
-    trainer.evaluate = ranks.no_evaluation
-    return trainer.run()
+    return Trainer(compose(overrides), evaluates=False).run()

@@ -35,6 +35,7 @@ def step_of(overrides: list[str], evaluates: bool = False) -> dict:
     from torch._dynamo.utils import counters
 
     from megavit.config.compose import compose
+    from megavit.config.resolved import resolve_step
     from megavit.config.validate import validate
     from megavit.parallel.layout import ParallelLayout
     from megavit.parallel.rng import seed_step
@@ -46,7 +47,7 @@ def step_of(overrides: list[str], evaluates: bool = False) -> dict:
     config = compose(overrides)
     validate(config, 1)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
-    chunks = build_model(config, layout, num_classes=10).chunks
+    chunks = build_model(config, layout, resolve_step(config, layout.world_size, num_classes=10)).chunks
     if config.frozen:
         freeze(chunks, config.frozen, layout=layout)
     (chunk,) = chunks.values()

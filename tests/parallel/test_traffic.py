@@ -11,9 +11,10 @@ import torch
 
 from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_num_microbatches
 from megavit.config.train import GradReduce, Precision
 from megavit.config.validate import validate
-from megavit.optim.config import Optimizer
+from megavit.optim.registry import is_sharded
 from megavit.parallel.config import Recompute, RecomputeMethod
 from megavit.planner.communication import Axis, Share, Split, Work, step_exchanges, summed_values
 from megavit.planner.flops import NetworkShape
@@ -93,11 +94,9 @@ def record_run(config: ExperimentConfig, *, profiles: bool) -> Seen:
     from megavit.parallel.layout import world_size_from_environment
     from megavit.train.trainer import Trainer
     from tests.parallel.traffic import as_gloo_counts, counted_by_gloo, recorded
-    from tests.ranks import no_evaluation
 
     validate(config, world_size_from_environment())
-    trainer = Trainer(config)
-    trainer.checkpointer.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
+    trainer = Trainer(config, evaluates=False, saves=False)
     loop, calls, by_gloo = trainer._train, [], Counter()
 
     def train(*arguments) -> None:
@@ -125,10 +124,10 @@ def record_run(config: ExperimentConfig, *, profiles: bool) -> Seen:
     }
     weights = [[weight.numel() for weight in chunk.parameters()] for chunk in trainer.chunks.values()]
     share = Share(
-        layout.pp_rank, trainer.network.stages, weights, summed=_summed(config, layout, trainer.network.stages)
+        layout.pp_rank, trainer.resolved.stages, weights, summed=_summed(config, layout, trainer.resolved.stages)
     )
     expected = Counter(map(as_gloo_counts, calls))
-    return Seen(Counter(calls), by_gloo, expected, ranks, share, trainer.network.shape)
+    return Seen(Counter(calls), by_gloo, expected, ranks, share, trainer.resolved.shape)
 
 
 def _summed(config: ExperimentConfig, layout, stages: list[int]) -> int:
@@ -188,15 +187,15 @@ def expected_calls(name: str, seen: Seen) -> Counter:
     )
     work = Work(
         micro_batch=MICRO_BATCH,
-        num_microbatches=config.num_microbatches(world),
+        num_microbatches=resolve_num_microbatches(config, world),
         value_bytes=2 if bf16 else 4,
         grad_bytes=2 if config.train.grad_reduce is GradReduce.bf16 else 4,
         image_bytes=8 * 8,
         label_bytes=0 if config.task.name is TaskName.mae else 8,
     )
-    adam = config.optim.name is Optimizer.adamw
+    sharded = is_sharded(config.optim.name)
     calls: Counter = Counter()
-    for exchange in step_exchanges(seen.shape, split, work, seen.share, num_sums=3, shards_optimizer=adam):
+    for exchange in step_exchanges(seen.shape, split, work, seen.share, num_sums=3, shards_optimizer=sharded):
         ranks = seen.ranks[exchange.axis]
         assert exchange.ranks == len(ranks) + (exchange.axis in (Axis.next_stage, Axis.previous_stage))
         calls[exchange.collective.value, ranks, exchange.num_bytes] += STEPS * exchange.calls

@@ -44,17 +44,15 @@ def log_steps(runs: list[ExperimentConfig]) -> list[tuple[Log, NetworkShape, lis
     """Train a step of each run; what this rank's schedule did, and the network and its stages."""
     from megavit.parallel.layout import world_size_from_environment
     from megavit.train.trainer import Trainer
-    from tests.ranks import no_evaluation
 
     steps = []
     for config in runs:
         validate(config, world_size_from_environment())
-        trainer = Trainer(config)
-        trainer.checkpointer.save, trainer.evaluate = lambda *_, **__: None, no_evaluation
+        trainer = Trainer(config, evaluates=False, saves=False)
         log = Log()
         with logged(log, pp=trainer.layout.pp, pp_rank=trainer.layout.pp_rank):
             trainer.run()
-        steps.append((log, trainer.network.shape, trainer.network.stages))
+        steps.append((log, trainer.resolved.shape, trainer.resolved.stages))
     return steps
 
 

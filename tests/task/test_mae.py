@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from megavit.config.compose import compose, from_yaml, to_yaml
+from megavit.config.resolved import resolve_step
 from megavit.config.validate import validate
 from megavit.data.sources.digits import Digits
 from megavit.errors import ConfigError
@@ -53,7 +54,7 @@ def compare(overrides: list[str]) -> dict[str, float]:
     config = compose(overrides)
     validate(config, 1)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
-    network = build_model(config, layout, num_classes=10)
+    network = build_model(config, layout, resolve_step(config, layout.world_size, num_classes=10))
     ours = network.chunks["model"]
     plain = TorchMae(
         config.model,

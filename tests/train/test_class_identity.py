@@ -11,6 +11,7 @@ from PIL import Image
 
 from megavit.config.compose import flatten
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.resolved import resolve_num_steps
 from megavit.train.resume_rules import RULES
 from tests.trained import refusal, run_command, train
 
@@ -146,7 +147,7 @@ def test_a_fraction_of_epochs_is_what_was_typed(epochs, images, batch, steps):
     config = ExperimentConfig()
     config.train.steps, config.train.epochs, config.train.global_batch = None, epochs, batch
     config.optim.warmup_steps = 0
-    assert config.num_steps(images) == steps
+    assert resolve_num_steps(config, images) == steps
 
 
 def test_every_setting_says_whether_a_resume_may_change_it():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megavit.config.compose import compose
+from megavit.config.resolved import resolve_step
 from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from tests import ranks
@@ -182,17 +183,18 @@ def test_layer_compiles_as_one_graph_and_trains_alike(world, layout, tmp_path):
 
 
 def test_without_a_compiler_it_is_refused_with_the_way_out(monkeypatch):
-    from torch._inductor import config
+    from torch._inductor.config import cpp
 
     from megavit.parallel.layout import ParallelLayout
     from megavit.train.setup import build_model
 
     # As torch reads it when it is imported, which it is by now.
     monkeypatch.setenv("CXX", "/nowhere/g++")
-    monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/g++"))
+    monkeypatch.setattr(cpp, "cxx", (None, "/nowhere/g++"))
+    config = compose([*SMALL, "train.compile=layer"])
     layout = ParallelLayout.alone()
     with pytest.raises(ConfigError, match=r"train.compile=layer .* CXX=/nowhere/g\+\+ does not run; install one"):
-        build_model(compose([*SMALL, "train.compile=layer"]), layout, num_classes=10)
+        build_model(config, layout, resolve_step(config, 1, num_classes=10))
 
 
 @pytest.mark.parametrize(

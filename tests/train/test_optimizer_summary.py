@@ -4,7 +4,8 @@ import pytest
 
 from megavit.config.compose import compose
 from megavit.optim.config import OptimConfig
-from megavit.train.optimizer_summary import describe_optimizer, state_bytes, warn_of_average, warn_of_optimizer
+from megavit.optim.optimizer import state_bytes
+from megavit.train.summary import describe_optimizer, warn_of_average, warn_of_optimizer
 from tests import ranks
 from tests.distributed import run_ranks
 from tests.reference import SMALL

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megavit.config.compose import compose
+from megavit.config.resolved import resolve_run
 from megavit.errors import ConfigError
 from megavit.train import preflight
 from megavit.train.preflight import check_batch
@@ -122,12 +123,12 @@ def test_a_batch_above_the_training_set_is_refused_with_the_arithmetic(tmp_path)
     ],
 )
 def test_images_that_the_memory_cannot_hold_are_refused_with_the_arithmetic(settings, arithmetic, monkeypatch):
-    config = compose(["data=synthetic", "train.global_batch=10000", *settings])
+    config = compose(["data=synthetic", "train.global_batch=10000", "train.steps=1", *settings])
     layout = SimpleNamespace(world_size=1, pp=1, tp_rank=0, device=torch.device("cpu"), holds_first_stage=True)
     monkeypatch.setattr(preflight, "available_bytes", lambda: 2_000_000_000)
     monkeypatch.setattr(preflight, "raise_on_all_ranks", lambda output: found.append(output))
     found: list[str | None] = []
-    check_batch(config, layout, num_samples=10_000)
+    check_batch(config, layout, resolve_run(config, 1, num_classes=10, num_samples=10_000))
     if arithmetic is None:
         assert found == [None]
     else:

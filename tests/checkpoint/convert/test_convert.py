@@ -58,6 +58,7 @@ def logits_at(run_dir: str, images: torch.Tensor) -> torch.Tensor | None:
 
     from megavit.checkpoint.find import find_checkpoint
     from megavit.checkpoint.shards import load_weights
+    from megavit.config.resolved import resolve_step
     from megavit.inference.trained_run import read_config
     from megavit.parallel.config import ParallelConfig
     from megavit.parallel.layout import ParallelLayout, world_size_from_environment
@@ -67,7 +68,7 @@ def logits_at(run_dir: str, images: torch.Tensor) -> torch.Tensor | None:
     config = replace(read_config(checkpoint), parallel=ParallelConfig(tp=world_size_from_environment()))
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
     classes = json.loads((checkpoint / "state.json").read_text())["classes"]
-    network = build_model(config, layout, num_classes=len(classes))
+    network = build_model(config, layout, resolve_step(config, layout.world_size, num_classes=len(classes)))
     load_weights(checkpoint, network.chunks)
     (chunk,) = network.chunks.values()
     with torch.no_grad():

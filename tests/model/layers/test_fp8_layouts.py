@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megavit.config.compose import compose
+from megavit.config.resolved import resolve_step
 from tests.distributed import run_ranks
 from tests.reference import SMALL
 
@@ -85,7 +86,7 @@ def mlp_of(overrides: list[str]) -> dict[str, torch.Tensor] | None:
 
     config = compose(overrides)
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
-    (chunk,) = build_model(config, layout, num_classes=10).chunks.values()
+    (chunk,) = build_model(config, layout, resolve_step(config, layout.world_size, num_classes=10)).chunks.values()
     (layer,) = chunk.blocks.layers
     torch.manual_seed(0)
     # As large as after a norm, and with small ones among them.
