@@ -11,13 +11,13 @@ from megavit.optim.registry import OPTIMIZERS, rule_settings
 from megavit.plugins import check_name, is_plugin
 from megavit.validation import format_value, require_number, require_steps
 
-# The word for all but what stands on the encoder, among the patterns of what is frozen.
+# Among the patterns of optim.freeze, the word for all weights but those of the head.
 ENCODER = "encoder"
 
 
 class Schedule(Enum):
     """How the learning rate falls after warm-up: over all steps, not at all, or linearly over the last `decay_steps`
-    (warm-up, stable, decay).
+    (wsd: warm-up, stable, decay).
     """
 
     cosine = "cosine"
@@ -27,7 +27,7 @@ class Schedule(Enum):
 
 
 class Implementation(Enum):
-    """Whose fused AdamW computes the update."""
+    """The fused AdamW kernel that computes the update."""
 
     megavit = "megavit"
     apex = "apex"
@@ -40,27 +40,29 @@ class OptimConfig:
 
     Attributes:
         name: adamw, sgd or lars; or package.module:Class, a torch.optim.Optimizer of one's own (see docs/extending.md).
-        implementation: whose fused AdamW; megavit's needs nothing installed. Null for other rules. Not run on a GPU:
-            apex, te.
+        implementation: the fused AdamW kernel; megavit's needs no further package. Null for other optimizers. Not run
+            on a GPU: apex, te.
         lr: peak learning rate; or null and base_lr.
         base_lr: peak learning rate per 256 images: lr = base_lr · global_batch / 256.
         min_lr: learning rate at the last step.
-        schedule: how it falls from lr to min_lr.
-        decay_steps: the last steps, over which `wsd` falls; null for the others.
+        schedule: how the learning rate falls from lr to min_lr.
+        decay_steps: number of last steps over which `wsd` falls; null for the other schedules.
         warmup_steps: steps of linear warm-up from 0; auto takes 5 % of the run's steps, at most 5 epochs.
-        shorten_warmup: shorten a warm-up that does not end before the run to 5 % of its steps, so that a recipe can be
-            tried for a few steps; false refuses the run. Whoever types warmup_steps sets it to false.
-        weight_decay: on matrices; biases, norms, class tokens and positions have none.
-        betas: Adam's two; null for other rules.
-        eps: Adam's; null for other rules.
-        momentum: SGD's and LARS's; null for other rules.
-        trust_coefficient: LARS's: a step moves a matrix by about lr times this share of its norm; null for other rules.
-        layer_decay: each layer learns at this share of the rate of the layer above it, and the embedding of the first
-            one's; the last norm and the head learn at the full rate. Null for one rate (arXiv 2106.08254, section A.3).
-        freeze: patterns such as blocks.3.* of timm's weight names whose weights stay as they are; encoder stands for
-            all but the head. Null trains everything.
-        clip_grad: largest gradient norm over the whole model; 0 to not clip.
-        ema: decay of a moving average of the weights, 0.9999 for example, which is evaluated too; null for none. The
+        shorten_warmup: shorten a warm-up that is longer than the run to 5 % of the run's steps, so that a recipe can be
+            tried for a few steps; false refuses the run. If warmup_steps is typed, it is false by default.
+        weight_decay: weight decay of matrices; biases, norms, class tokens and position embeddings have none.
+        betas: decay rates of Adam's two moments; null for other optimizers.
+        eps: added to the root of Adam's second moment; null for other optimizers.
+        momentum: momentum of SGD and LARS; null for other optimizers.
+        trust_coefficient: under LARS a step moves a matrix by about lr times this fraction of its norm; null for
+            other optimizers.
+        layer_decay: factor of each layer's learning rate relative to the layer above it, and of the embedding's
+            relative to the first layer; the last norm and the head have the full rate. Null gives all weights one rate
+            (arXiv 2106.08254, section A.3).
+        freeze: patterns of timm's weight names, such as blocks.3.*, whose weights are not trained; encoder means all
+            weights but the head's. Null trains all weights.
+        clip_grad: largest norm of the full model's gradient; 0 disables clipping.
+        ema: decay of a moving average of the weights, for example 0.9999, which is evaluated too; null for none. The
             average starts from the initial weights, so the run should have at least 3 / (1 - ema) steps.
     """
 
@@ -84,14 +86,14 @@ class OptimConfig:
     ema: float | None = None
 
     def peak_lr(self, global_batch: int) -> float:
-        """The learning rate after warm-up, with whichever of lr and base_lr is set."""
+        """Return the learning rate after warm-up, from lr or base_lr."""
         if self.base_lr is not None:
             return self.base_lr * global_batch / 256
         assert self.lr is not None
         return self.lr
 
     def check(self) -> None:
-        """Raise ConfigError where this group contradicts itself."""
+        """Raise ConfigError if settings of this group contradict each other."""
         if (self.lr is None) == (self.base_lr is None):
             raise ConfigError(f"set one of optim.lr={self.lr} and optim.base_lr={self.base_lr}, and the other to null")
         require_number("optim", self, "lr", "base_lr", "min_lr", "weight_decay", "clip_grad", at_least=0)
@@ -120,7 +122,7 @@ class OptimConfig:
 
     def _check_name(self) -> None:
         if is_plugin(self.name):
-            # What its class takes is known once it is imported, see `inspect_plugin`.
+            # `inspect_plugin` checks the settings once the class is imported.
             check_name(self.name, "optim.name")
             return
         if self.name not in OPTIMIZERS:

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, which often evaluates better than the weights themselves."""
+"""Keep an exponential moving average of the weights, which often evaluates better than the weights themselves."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 class ModelEma:
-    """Every chunk's partner: its weights averaged over the steps, in fp32, 4 bytes per weight on each rank.
+    """The moving average of this rank's weights, in fp32, 4 bytes per weight.
 
-    Under BF16 O2 it follows the bf16 weights: their rounding averages out, and the fp32 masters are spread over ranks.
+    Under BF16 O2 the bf16 weights are averaged: rounding averages out, and the fp32 copies are sharded over ranks.
 
     Args:
         chunks: this rank's stages by name; the average starts from their weights.
-        decay: how much of the average each step keeps.
+        decay: fraction of the average that each step keeps.
 
-    Source: arXiv 1412.6980, section 7.2 (there for Adam), without the correction of its start.
+    Source: arXiv 1412.6980, section 7.2 (there for Adam), without bias correction.
     """
 
     def __init__(self, chunks: Mapping[str, MegatronModule], *, decay: float) -> None:
@@ -30,14 +30,14 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights after a step."""
+        """Update the average with the weights after a step."""
         for name, followed in self._followed.items():
             averages = list(self.weights[name].values())
             torch._foreach_lerp_(averages, [weight.float() for weight in followed.values()], 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the chunks hold the average; after, their own weights again, bit for bit."""
+        """Put the average into the chunks inside the context, and restore their weights bit for bit after it."""
         pairs = [
             (weight, self.weights[name][key])
             for name, followed in self._followed.items()

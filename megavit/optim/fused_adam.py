@@ -1,4 +1,4 @@
-"""AdamW in the state layout that Megatron-Core's distributed optimizer expects, computed by torch's fused kernel.
+"""AdamW with torch's fused kernel, in the state layout that Megatron-Core's distributed optimizer expects.
 
 Megatron-Core takes Adam from Transformer Engine or apex. With neither it falls back to torch's AdamW, whose
 distributed state it cannot resume (0.16.1: wrong `step`, crashes). This class keeps apex's layout, one integer `step`
@@ -17,10 +17,10 @@ class FusedAdam(torch.optim.Optimizer):
     Args:
         params: parameters or groups of them.
         lr: learning rate.
-        betas: decay of the two moments.
+        betas: decay rates of the two moments.
         eps: added to the root of the second moment.
-        weight_decay: decoupled.
-        bias_correction, adam_w_mode: as apex names them; only True is there.
+        weight_decay: decoupled weight decay.
+        bias_correction, adam_w_mode: arguments of apex's class; only True is supported.
 
     Source: arXiv 1711.05101, algorithm 2.
     """
@@ -43,7 +43,7 @@ class FusedAdam(torch.optim.Optimizer):
         self._divisor = 1.0
 
     def divide_gradients_by(self, divisor: float) -> None:
-        """Have the next step, and it alone, divide the gradients as it reads them; it writes them back divided."""
+        """Divide the gradients in the next step only, while its kernel reads them; it writes them back divided."""
         self._divisor = divisor
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def offer_to_megatron(adam: type) -> None:
-    """Put a fused Adam, ours or another, where Megatron-Core looks for one."""
+    """Set the Adam class that Megatron-Core constructs."""
     import megatron.core.optimizer as mcore_optimizer
     import megatron.core.optimizer.distrib_optimizer as mcore_distributed
 

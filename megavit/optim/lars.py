@@ -1,4 +1,4 @@
-"""timm's LARS on tensor-parallel weights: the norms that it divides by are those of the whole tensors."""
+"""timm's LARS for tensor-parallel weights: trust ratios use the norms of the full tensors."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-# Of a parameter group, what timm's function takes.
+# The entries of a parameter group that timm's function takes.
 _SETTINGS = (
     "lr",
     "momentum",
@@ -27,8 +27,8 @@ _SETTINGS = (
 class TensorParallelLars(Lars):
     """LARS with momentum.
 
-    To timm a rank's part of a matrix is shown as the distributed tensor that it belongs to, whose norm torch reduces
-    over the tensor-parallel ranks; what all of them hold alike it takes as it is.
+    timm's function gets a rank's part of a matrix as a DTensor, whose norm torch reduces over the tensor-parallel
+    ranks; weights that are the same on all of these ranks stay plain tensors.
 
     Args:
         params: groups of parameters or of their fp32 copies, with the attributes of tensor parallelism.
@@ -74,19 +74,19 @@ class TensorParallelLars(Lars):
                 self.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
             settings = {key: group[key] for key in _SETTINGS}
             lars(
-                [self._whole(param, param) for param in params],
-                [self._whole(param.grad, param) for param in params],
-                [self._whole(self.state[param]["momentum_buffer"], param) for param in params],
+                [self._full(param, param) for param in params],
+                [self._full(param.grad, param) for param in params],
+                [self._full(self.state[param]["momentum_buffer"], param) for param in params],
                 **settings,
             )
 
-    def _whole(self, tensor: Tensor, param: Tensor) -> Tensor:
-        """The whole of which a tensor is this rank's part; it shares the tensor's memory."""
+    def _full(self, tensor: Tensor, param: Tensor) -> Tensor:
+        """Return the full tensor that a tensor is this rank's part of; it shares the tensor's memory."""
         if self._group is None or not getattr(param, "tensor_model_parallel", False):
             return tensor.detach()
         if self._mesh is None:
-            # Named by the group: torch's cache takes meshes of the same ranks and name for one, also when the group of
-            # the first is gone (2.11).
+            # A name per group: torch's cache returns an earlier mesh of the same ranks and name, even if its group was
+            # destroyed (2.11).
             name = f"tp_{self._group.group_name}"
             self._mesh = DeviceMesh.from_group(self._group, param.device.type, mesh_dim_names=(name,))
         return DTensor.from_local(tensor.detach(), self._mesh, [Shard(param.partition_dim)], run_check=False)  # type: ignore[attr-defined]

@@ -81,7 +81,7 @@ def build_optimizer(
             lr=peak_lr,
             min_lr=config.min_lr,
             weight_decay=config.weight_decay,
-            # Also where nothing is clipped: the norm is logged, and a norm that is not finite stops the run.
+            # Never off: the norm is logged, and a norm that is not finite stops the run.
             clip_grad=config.clip_grad or float("inf"),
             bf16=mcore_config.bf16,
             params_dtype=mcore_config.params_dtype,
@@ -141,16 +141,16 @@ def _make_state(keys: tuple[str, ...], optimizer: torch.optim.Optimizer, config:
 def build_schedule(
     optimizer: MegatronOptimizer, config: OptimConfig, *, peak_lr: float, warmup_steps: int, num_steps: int
 ) -> OptimizerParamScheduler:
-    """Build the schedule of learning rate and weight decay, a function of the step alone.
+    """Build the schedule of learning rate and weight decay, a function of the step only.
 
     Megatron-Core applies a group's weight-decay and learning-rate factors here and nowhere else.
 
     Args:
-        optimizer: whose groups it writes to.
+        optimizer: the optimizer whose groups the schedule writes to.
         config: the optim group.
         peak_lr: learning rate after warm-up.
         warmup_steps: steps of linear warm-up.
-        num_steps: of the whole run; where the fall ends.
+        num_steps: steps of the full run, at whose end the learning rate is min_lr.
     """
     return OptimizerParamScheduler(
         optimizer,

@@ -1,4 +1,4 @@
-"""Parameter groups: which weights decay, and at what share of the learning rate each layer learns."""
+"""Parameter groups: which weights have weight decay, and each layer's factor of the learning rate."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,13 +17,13 @@ def group_overrides(
     num_layers: int,
     undecayed_group: Mapping[str, Any],
 ) -> dict[ParamKey, dict[str, Any]]:
-    """What Megatron-Core is to set otherwise, and for which parameters; alike on every rank, whichever it holds.
+    """Return the group settings that differ from the defaults, and their parameters; the same keys on every rank.
 
     Args:
         depths: by parameter of this rank: 0 the embedding, i + 1 encoder layer i, num_layers + 1 all that follows.
         config: the optim group.
         peak_lr: learning rate after warm-up.
-        num_layers: encoder layers of the whole model.
+        num_layers: encoder layers of the full model.
         undecayed_group: further entries of the groups of weights without weight decay.
     """
     no_weight_decay = {"wd_mult": 0.0, **undecayed_group}
@@ -33,8 +33,7 @@ def group_overrides(
     for depth in range(num_layers + 2):
         share = config.layer_decay ** (num_layers + 1 - depth)
         at_depth = [param for param, own in depths.items() if own == depth]
-        # The scheduler reads the two rates; by lr_mult, which it does not read, a checkpoint's groups are told apart
-        # (0.16.1).
+        # The scheduler reads the two rates. It does not read lr_mult, but checkpoints identify groups by it (0.16.1).
         overrides[_param_key(f"depth {depth}", at_depth)] = {
             "lr_mult": share,
             "max_lr": peak_lr * share,
@@ -44,7 +43,7 @@ def group_overrides(
 
 
 def _param_key(label: str, params: Iterable[Parameter]) -> ParamKey:
-    """A key that matches these parameters; keys of one label are equal, whatever they match."""
+    """Return a key that matches these parameters; keys of one label are equal, even if they match others."""
     chosen = {id(param) for param in params}
     return ParamKey(with_name_predicate=ParamWithNamePredicate(label, lambda param, _: id(param) in chosen))
 

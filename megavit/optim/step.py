@@ -1,4 +1,4 @@
-"""One optimizer step, taken only if every gradient is a finite number."""
+"""Take an optimizer step if all gradients are finite."""
 
 import math
 from typing import Any
@@ -15,12 +15,12 @@ from megavit.optim.fused_adam import FusedAdam
 
 
 def step_if_finite(optimizer: MegatronOptimizer, model: list[DistributedDataParallel]) -> tuple[float, bool]:
-    """Step, unless some gradient of some rank is not finite; all ranks agree.
+    """Take a step unless a gradient on any rank is not finite; all ranks decide the same.
 
-    Reading norm and agreement back is the step's one wait for the device.
+    The step waits for the device only here, to read the norm and the decision.
 
     Args:
-        optimizer: of the model.
+        optimizer: the model's optimizer.
         model: this rank's stages, wrapped, their gradients reduced.
 
     Returns:
@@ -42,27 +42,27 @@ def step_if_finite(optimizer: MegatronOptimizer, model: list[DistributedDataPara
 
 
 def _clip(part: MegatronOptimizer, parameters: list[torch.nn.Parameter], norm: float) -> None:
-    """See gradients of this norm scaled down to the largest allowed, before they are used."""
+    """Scale gradients of this norm down to the largest norm allowed, before they are used."""
     largest = part.config.clip_grad
     if isinstance(part.optimizer, FusedAdam):
-        # Its kernel does so in passing. A pass of its own over B/16's gradients is a tenth of norm, clipping, update
-        # and the copy to bf16 (two cores, where the norm is above the largest).
+        # Its kernel scales while it reads. A separate pass over B/16's gradients takes a tenth of the time of norm,
+        # clipping, update and copy to bf16 (two cores, norm above the largest).
         part.optimizer.divide_gradients_by(max(1.0, (norm + 1e-6) / largest))
     else:
         clip_grad_by_total_norm_fp32(parameters, max_norm=largest, total_norm=norm)
 
 
 def _any_uncounted_not_finite(optimizer: MegatronOptimizer, device: torch.device) -> Tensor:
-    """1 on every rank if a gradient that the norm leaves out is not finite on any rank, else 0; not waited for.
+    """Return 1 if a gradient outside the norm is not finite on any rank, else 0; does not wait for the device.
 
-    What the tensor-parallel ranks hold alike the norm takes from one of them.
+    The norm takes weights that are the same on all tensor-parallel ranks from one of them only.
     """
     uncounted = []
     for part in optimizer.chained_optimizers:
         counted = {id(grad) for grad in part.get_main_grads_for_grad_norm()}
         grads = [parameter.grad for parameter in part.get_parameters()]
         uncounted += [grad for grad in grads if grad is not None and id(grad) not in counted]
-    # Where all its layers are frozen, a rank has nothing to sum.
+    # A rank whose layers are all frozen has no gradients.
     sums = [grad.sum(dtype=torch.float32) for grad in uncounted] or [torch.zeros((), device=device)]
     bad = (~torch.isfinite(torch.stack(sums))).any().to(torch.int32)
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
