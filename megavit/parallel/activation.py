@@ -1,4 +1,4 @@
-"""What crosses from one pipeline stage to the next."""
+"""Describe the tensors that one pipeline stage sends to the next."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a boundary.
+    """One tensor that is sent between stages.
 
     Attributes:
-        shape: whole, before sequence parallelism splits its first dimension.
-        dtype: of its values.
+        shape: full shape, before sequence parallelism splits the first dimension.
+        dtype: type of the values.
     """
 
     shape: tuple[int, ...]
@@ -26,7 +26,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """The tensors that every stage hands to the next, in order.
+    """The tensors that every stage sends to the next, in order.
 
     Attributes:
         tensors: at least one; an interleaved pipeline sends exactly one (Megatron-Core 0.16.1).
@@ -35,12 +35,12 @@ class ActivationSpec:
     tensors: tuple[TensorSpec, ...]
 
     def local_shapes(self, layout: ParallelLayout) -> list[tuple[int, ...]]:
-        """The shapes as one rank sends them."""
+        """Return the shapes that one rank sends."""
         split = layout.tp if layout.sequence_parallel else 1
         return [(spec.shape[0] // split, *spec.shape[1:]) for spec in self.tensors]
 
 
 def tokens_boundary(num_tokens: int, micro_batch: int, mcore_config: "TransformerConfig") -> ActivationSpec:
-    """The boundary of an encoder: its tokens, in the order in which its layers hold them, and nothing else."""
+    """Return the specification of an encoder's activations: only its tokens, in the layers' order of dimensions."""
     order = (num_tokens, micro_batch) if mcore_config.sequence_parallel else (micro_batch, num_tokens)
     return ActivationSpec((TensorSpec((*order, mcore_config.hidden_size), mcore_config.pipeline_dtype),))

@@ -1,4 +1,4 @@
-"""One rank looks, all ranks see the same."""
+"""Broadcast and gather Python objects; raise an error on all ranks if one rank has it."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -11,21 +11,21 @@ from megavit.errors import ConfigError
 
 T = TypeVar("T")
 
-# How often the ranks that wait hear that rank 0 is still at work; far below any time limit of a collective.
+# How often rank 0 reports to the waiting ranks that it still works; far below any time limit of a collective.
 _WORD_EVERY_S = 20.0
 
 
 def broadcast_from_rank0(look: Callable[[], T]) -> T:
-    """Ask rank 0 and give its answer to every rank; every rank calls this.
+    """Call a function on rank 0 and return its result on every rank; every rank calls this.
 
-    A shared file system may show the nodes different states of one folder: what decides where a run goes on must be
-    read once.
+    A shared file system may show the nodes different states of one folder, so a decision that depends on files must be
+    made by one rank.
 
     Args:
         look: called on rank 0; its result is pickled.
 
     Raises:
-        ConfigError: on every rank, if rank 0's look raised one.
+        ConfigError: on every rank, if the function raised one on rank 0.
     """
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -40,7 +40,7 @@ def broadcast_from_rank0(look: Callable[[], T]) -> T:
 
 
 def wait_for_rank_zero(work: Callable[[], None]) -> None:
-    """Let rank 0 do what may take longer than a collective may wait (`run.timeout_s`); every rank calls this.
+    """Run work on rank 0 that may take longer than a collective may wait (`run.timeout_s`); every rank calls this.
 
     Args:
         work: called on rank 0.
@@ -63,13 +63,13 @@ def _is_done(doing: Future[None]) -> bool:
 
 
 def raise_on_all_ranks(value: str | None) -> None:
-    """Raise on every rank what any of them has found; every rank calls this.
+    """Raise an error on every rank if any rank has a message; every rank calls this.
 
     Args:
-        value: this rank's message, None if all is well here.
+        value: this rank's message; None for no error.
 
     Raises:
-        ConfigError: the first rank's message.
+        ConfigError: with the message of the lowest rank that has one.
     """
     first = next((message for message in gather_objects(value) if message is not None), None)
     if first is not None:
@@ -77,10 +77,10 @@ def raise_on_all_ranks(value: str | None) -> None:
 
 
 def gather_objects(value: T) -> list[T]:
-    """What every rank has, by rank; every rank calls this.
+    """Return every rank's value, by rank; every rank calls this.
 
     Args:
-        value: this rank's; pickled.
+        value: this rank's value; it is pickled.
     """
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
@@ -88,11 +88,11 @@ def gather_objects(value: T) -> list[T]:
 
 
 def broadcast_from(rank: int, tensor: Tensor) -> Tensor:
-    """Give one rank's tensor to every rank, on the CPU; every rank calls this.
+    """Broadcast one rank's tensor to every rank, on the CPU; every rank calls this.
 
     Args:
-        rank: global rank whose tensor it is.
-        tensor: there the tensor, elsewhere one of the same shape and type.
+        rank: global rank that has the tensor.
+        tensor: the tensor on that rank; on the others one of the same shape and type.
     """
     shared = tensor.cpu().contiguous()
     dist.broadcast(shared, src=rank)

@@ -1,4 +1,4 @@
-"""Who holds what: the sizes of the parallel dimensions."""
+"""Settings of tensor, pipeline and data parallelism."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -8,10 +8,10 @@ from megavit.validation import require_number
 
 
 class Recompute(Enum):
-    """What the backward pass computes again instead of keeping it.
+    """Which activations the backward pass recomputes.
 
-    `selective` drops, in every layer, both norms' outputs, fc1's and GELU's, and computes them again: of the saved
-    bytes per token and layer, 8h + (8h + 4f)/tp in bf16, it leaves 4h + 8h/tp. `full` keeps each layer's input alone.
+    `selective` recomputes, in every layer, the outputs of both norms, of fc1 and of GELU: of the saved bytes per token
+    and layer, 8h + (8h + 4f)/tp in bf16, 4h + 8h/tp remain. `full` keeps only each layer's input.
     """
 
     none = "none"
@@ -28,24 +28,23 @@ class RecomputeMethod(Enum):
 
 @dataclass
 class ParallelConfig:
-    """Group `parallel`. Data parallelism is what is left: world size / (tp · pp).
+    """Group `parallel`. The data-parallel size is world size / (tp · pp).
 
     Attributes:
-        tp: tensor-parallel size, the ranks that share each layer's matrices.
-        pp: pipeline-parallel size, the ranks that the layers are spread over.
-        vpp: virtual pipeline size: stages on each pipeline rank, interleaved, so that the bubble shrinks by as much.
+        tp: tensor-parallel size, the ranks over which each layer's matrices are split.
+        pp: pipeline-parallel size, the ranks over which the layers are split.
+        vpp: virtual pipeline size: interleaved stages per pipeline rank; the bubble shrinks by this factor.
         sequence_parallel: keep the tokens between the matrices split over the tensor-parallel ranks. Not run on a GPU.
         stages: encoder layers of each of the pp · vpp stages, in the order of the layers; null balances them by FLOPs.
-        recompute: what the backward pass computes again. Not run on a GPU: selective, full.
+        recompute: which activations the backward pass recomputes. Not run on a GPU: selective, full.
         recompute_method: with `full`, which layers; null is uniform.
         recompute_layers: with `full`, layers per group (uniform) or recomputed layers per stage (block); null is 1.
-        overlap_grad_reduce: reduce gradients over the data-parallel ranks while the backward pass still runs. Not run
-            on a GPU.
-        bucket_size: weights whose gradients are reduced together while the backward pass still runs; null takes 40
-            million, or a million for each data-parallel rank where that is more, as Megatron-Core does. Smaller ones
-            begin earlier and use the network worse. Only the first pipeline stage has several.
-        overlap_param_gather: gather updated weights while the next forward pass already runs. Not run on a GPU.
-        overlap_p2p: send between stages while computing; interleaved pipelines alone can. Not run on a GPU.
+        overlap_grad_reduce: reduce gradients over the data-parallel ranks during the backward pass. Not run on a GPU.
+        bucket_size: number of weights whose gradients are reduced together during the backward pass; null takes the
+            larger of 40 million and a million per data-parallel rank, as Megatron-Core does. Smaller buckets start
+            earlier and use the network less well. Only the first pipeline stage has more than one bucket.
+        overlap_param_gather: gather updated weights during the next forward pass. Not run on a GPU.
+        overlap_p2p: send between stages during computation; for interleaved pipelines only. Not run on a GPU.
     """
 
     tp: int = 1
@@ -63,11 +62,11 @@ class ParallelConfig:
 
     @property
     def num_stages(self) -> int:
-        """Stages that the layers are cut into."""
+        """Return the number of pipeline stages."""
         return self.pp * self.vpp
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Ranks that hold the same weights and see different images.
+        """Return the number of ranks that hold the same weights and train on different images.
 
         Raises:
             ConfigError: if the world does not divide into tp · pp.
@@ -85,7 +84,7 @@ class ParallelConfig:
         return world_size // model_ranks
 
     def check(self) -> None:
-        """Raise ConfigError where this group contradicts itself."""
+        """Raise ConfigError if settings of this group contradict each other."""
         require_number("parallel", self, "tp", "pp", "vpp", "bucket_size", at_least=1)
         if self.vpp > 1 and self.pp == 1:
             raise ConfigError(

@@ -20,7 +20,7 @@ from megavit.errors import ConfigError
 
 _CORE = "megatron.core."
 
-# Rewrites counted in Megatron-Core 0.16.1. Another count means another Megatron-Core: look before you trust it.
+# Rewrites per module of Megatron-Core 0.16.1. Another count means another version, which must be checked by hand.
 _EXPECTED_REWRITES = {
     "jit": 1,
     "parallel_state": 5,
@@ -45,7 +45,7 @@ _EXPECTED_REWRITES = {
     "dist_checkpointing.strategies.state_dict_saver": 2,
 }
 
-# Of `utils`, only these: the rest of the module asks `torch.cuda` about real devices.
+# In `utils` only these are rewritten: the rest of the module queries `torch.cuda` about real devices.
 _ONLY_THESE = {
     "utils": {"GlobalMemoryBuffer", "local_multi_tensor_l2_norm", "check_param_hashes_across_dp_replicas"},
 }
@@ -53,7 +53,7 @@ _ONLY_THESE = {
 
 @cache
 def run_on_cpu() -> bool:
-    """Whether this process computes on the CPU: asked for by `MEGAVIT_DEVICE=cpu`, or no CUDA device is there."""
+    """Return whether this process computes on the CPU: because of `MEGAVIT_DEVICE=cpu`, or without a CUDA device."""
     wanted = os.environ.get("MEGAVIT_DEVICE", "").lower()
     if wanted == "cpu":
         return True
@@ -82,8 +82,8 @@ class _Retarget(ast.NodeTransformer):
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        # At its import `jit` has torch.compile decorate small functions that we do not use; that alone imports the
-        # compiler, 1.4 s of every process (0.16.1).
+        # When it is imported, `jit` decorates small functions that megavit does not use with torch.compile, which
+        # imports the compiler: 1.4 s per process (0.16.1).
         self.generic_visit(node)
         if isinstance(node.func, ast.Name) and node.func.id == "enable_jit_fuser":
             node.func.id = "disable_jit_fuser"
@@ -103,7 +103,7 @@ class _Retarget(ast.NodeTransformer):
 
 class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
-        # Compiled anew each time: Python's bytecode cache must not hold rewritten code, a GPU run would find it.
+        # Compiled in every process: Python's bytecode cache must not hold rewritten code, since a GPU run would use it.
         path = self.get_filename(fullname)
         module: ast.Module = ast.parse(self.get_data(path), path)
         name = fullname.removeprefix(_CORE)
@@ -138,13 +138,13 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install_import_hook() -> None:
-    """Let Megatron-Core's later imports be retargeted; does nothing by itself and nothing at all on a GPU."""
+    """Retarget the modules of Megatron-Core that are imported later; without effect on a GPU."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 def finish_retarget() -> None:
-    """Give a retargeted Megatron-Core the rest of what it needs on the CPU: the generator tracker.
+    """Replace the random generator tracker of a retargeted Megatron-Core by one for the CPU.
 
     Raises:
         RuntimeError: if Megatron-Core was imported before megavit, so that the hook came too late.
@@ -178,7 +178,7 @@ def _make_cpu_tracker(mcore_random: Any) -> Any:
     import torch
 
     class CpuRngStatesTracker(mcore_random.CudaRNGStatesTracker):
-        """Megatron-Core's named generator states, over the CPU's generator."""
+        """Megatron-Core's named generator states, for the CPU's generator."""
 
         def add(self, name: str, seed: int) -> None:
             assert name not in self.states_, f"generator state {name} exists"

@@ -1,4 +1,4 @@
-"""Gradient buffers, and their sum over the data-parallel ranks."""
+"""Wrap a rank's stages with gradient buffers that are reduced over the data-parallel ranks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +14,13 @@ from megavit.parallel.config import ParallelConfig
 
 
 class GradientBuffers(DistributedDataParallel):
-    """Megatron-Core's wrapper, less the passes over all gradients that nobody needs (0.16.1).
+    """Megatron-Core's wrapper without its unnecessary passes over all gradients (0.16.1).
 
-    A step begins with nothing set to zero: what the first micro batch leaves is written, not added, here or by a
-    product that goes straight into the buffer (model/layers/linear.py); until then the weight's `is_grad_stale` holds.
+    A step does not start by setting gradients to zero: the first micro batch's gradient is written, not added, here or
+    by a matrix product that writes into the buffer (model/layers/linear.py); until then `is_grad_stale` is true.
 
-    Where no other rank holds the same weights nothing is reduced and nothing gathered: in a group of one, gloo copies
-    each gradient three times and each weight once.
+    If no other rank holds the same weights, nothing is reduced or gathered: in a group of one rank, gloo copies each
+    gradient three times and each weight once.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -30,7 +30,7 @@ class GradientBuffers(DistributedDataParallel):
         self._is_alone = self.dp_cp_group.size() == 1
 
     def zero_grad_buffer(self) -> None:
-        """Forget the last step's gradients."""
+        """Mark the last step's gradients as stale."""
         for param in self.params_with_grad:
             param.grad_added_to_main_grad = False
             param.is_grad_stale = True
@@ -43,7 +43,7 @@ class GradientBuffers(DistributedDataParallel):
         def hook(*unused: Any) -> None:
             if param.grad is not None and param.is_grad_stale and not param.grad_added_to_main_grad:
                 param.main_grad.copy_(param.grad)
-                # Else it would be added, too.
+                # Otherwise it would be added too.
                 param.grad_added_to_main_grad = True
             param.is_grad_stale = param.is_grad_stale and param.grad is None
             add()
@@ -55,8 +55,8 @@ class GradientBuffers(DistributedDataParallel):
         wait = super()._make_forward_pre_hook()
 
         def hook(module: torch.nn.Module, *unused: Any) -> None:
-            # A layer computes with its matrices without calling the modules that hold them, so their own hooks never
-            # run: the layer waits for all of its weights. Within a compiled one there is nothing left to wait for.
+            # A layer uses its matrices without calling the modules that hold them, so their hooks do not run: the
+            # layer waits for all of its weights. Inside a compiled layer the weights have already arrived.
             parts = module.modules() if isinstance(module, BaseTransformerLayer) else [module]
             if not torch.compiler.is_compiling():
                 for part in parts:
@@ -65,7 +65,7 @@ class GradientBuffers(DistributedDataParallel):
         return hook
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
-        """See the gradients summed; of weights that took no part they are zero."""
+        """Finish reducing the gradients; gradients of weights that were not used become zero."""
         for param in self.params_with_grad:
             if param.is_grad_stale:
                 param.main_grad.zero_()
@@ -74,7 +74,7 @@ class GradientBuffers(DistributedDataParallel):
             super().finish_grad_sync(force_all_reduce)
 
     def start_param_sync(self, *unused: Any, force_sync: bool = False, force_dispatch: bool = False) -> None:
-        """See every rank's part of the new weights."""
+        """Gather every rank's part of the new weights."""
         if not self._is_alone:
             super().start_param_sync(*unused, force_sync=force_sync, force_dispatch=force_dispatch)
 
@@ -88,19 +88,19 @@ def wrap_for_data_parallel(
     bf16_reduce: bool,
     fused_accumulation: bool,
 ) -> list[DistributedDataParallel]:
-    """Give this rank's stages gradient buffers that are reduced over the data-parallel ranks.
+    """Wrap this rank's stages with gradient buffers that are reduced over the data-parallel ranks.
 
     Args:
         chunks: this rank's stages, on their device.
         mcore_config: Megatron-Core's configuration; gets the hooks with which the schedules overlap communication.
-        parallel: the parallel group, for what is overlapped.
+        parallel: the parallel group, which says what overlaps.
         use_distributed_optimizer: reduce-scatter the gradients, for an optimizer whose state is sharded over the
             data-parallel ranks; otherwise all-reduce them.
         bf16_reduce: accumulate and reduce in bf16 instead of fp32.
-        fused_accumulation: whether products of the layers' matrices go straight into the buffers.
+        fused_accumulation: whether matrix products of the layers are added to the buffers directly.
 
     Raises:
-        ConfigError: if they cannot.
+        ConfigError: if fused accumulation does not work on this device.
     """
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=not bf16_reduce,
@@ -109,10 +109,10 @@ def wrap_for_data_parallel(
         overlap_param_gather=parallel.overlap_param_gather,
         bucket_size=parallel.bucket_size,
     )
-    # Megatron-Core's kernels that add to the gradients would add to the last step's.
+    # Megatron-Core's kernels would add to the last step's gradients.
     assert not mcore_config.gradient_accumulation_fusion
     stages = [Float16Module(mcore_config, chunk) for chunk in chunks] if mcore_config.bf16 else chunks
-    # Only the first stage's reduction is on the critical path, so only that is cut into buckets.
+    # Only the first stage's reduction is on the critical path, so only that stage has several buckets.
     model: list[DistributedDataParallel] = [
         GradientBuffers(mcore_config, ddp, stage, disable_bucketing=index > 0) for index, stage in enumerate(stages)
     ]
@@ -128,7 +128,7 @@ def wrap_for_data_parallel(
 
 
 def _let_accumulate(weight: Any) -> None:
-    """Have the products of a layer's weight go straight into its buffer (model/layers/linear.py)."""
+    """Let matrix products of a layer's weight be added to its buffer directly (model/layers/linear.py)."""
     if weight.main_grad.dtype != weight.dtype and weight.device.type != "cuda":
         raise ConfigError(
             "train.gradient_accumulation_fusion=true adds products of bf16 numbers to fp32 gradients, which torch does "

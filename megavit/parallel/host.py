@@ -1,13 +1,13 @@
-"""What this machine has for its processes: no torch here, doctor asks too."""
+"""Read this machine's memory and CPU limits; without torch, since doctor uses it too."""
 
 from pathlib import Path
 
-# What a version 1 of cgroups says where there is no limit is about 2^63.
+# Without a limit, version 1 of cgroups reports about 2^63.
 _UNLIMITED_BYTES = 2**60
 
 
 def available_bytes() -> int:
-    """Memory that processes of this machine, or of this control group, may still take, at most."""
+    """Return the bytes of memory that processes of this machine, or of this control group, can still allocate."""
     import psutil
 
     _, limit = cgroup_limits()
@@ -18,11 +18,11 @@ def available_bytes() -> int:
 def cgroup_limits(
     root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> tuple[float | None, int | None]:
-    """The tightest limits of the control groups this process is in, of version 1 or 2: CPUs, and bytes of memory.
+    """Return the lowest limits of this process's control groups, version 1 or 2: CPUs, and bytes of memory.
 
     Args:
         root: where control groups are mounted.
-        membership: the list of this process's.
+        membership: file that lists this process's control groups.
     """
     try:
         lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
@@ -30,7 +30,7 @@ def cgroup_limits(
         return None, None
     quotas, limits = [], []
     for _, controllers, path in lines:
-        # In a container the path may be that of the host, and the group itself be mounted at the root.
+        # In a container the path may be the host's, while the group itself is mounted at the root.
         parts = Path(path.lstrip("/")).parts
         inner = [Path(*parts[:count]) for count in range(len(parts) + 1)]
         for folder in (root / name / part for name in controllers.split(",") for part in inner):

@@ -1,4 +1,4 @@
-"""This rank's place in the world: sizes, coordinates, device and process groups."""
+"""Describe the parallel layout: its sizes, this rank's coordinates, its device and process groups."""
 
 import math
 import os
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class ParallelLayout:
     """Sizes and this rank's coordinates along tensor (tp), pipeline (pp) and data (dp) parallelism.
 
-    Ranks are numbered tensor-parallel fastest, then data, then pipeline, as Megatron-Core does: the ranks that talk
-    most sit on one node.
+    Ranks are numbered tensor-parallel fastest, then data, then pipeline, as in Megatron-Core: the ranks that
+    communicate most are on one node.
     """
 
     tp: int
@@ -41,30 +41,30 @@ class ParallelLayout:
 
     @property
     def holds_first_stage(self) -> bool:
-        """Whether this rank embeds the images."""
+        """Return whether this rank embeds the images."""
         return self.pp_rank == 0
 
     @property
     def holds_last_stage(self) -> bool:
-        """Whether this rank computes the loss."""
+        """Return whether this rank computes the loss."""
         return self.pp_rank == self.pp - 1
 
     def is_first_stage(self, virtual_stage: int) -> bool:
-        """Whether one of this rank's stages, counted from 0, is the first of all."""
+        """Return whether one of this rank's stages, counted from 0, is the model's first."""
         return self.holds_first_stage and virtual_stage == 0
 
     def is_last_stage(self, virtual_stage: int) -> bool:
-        """Whether one of this rank's stages, counted from 0, is the last of all."""
+        """Return whether one of this rank's stages, counted from 0, is the model's last."""
         return self.holds_last_stage and virtual_stage == self.vpp - 1
 
     @property
     def last_stage_rank(self) -> int:
-        """The first of the global ranks that compute the loss."""
+        """Return the lowest global rank that computes the loss."""
         return self.world_size // self.pp * (self.pp - 1)
 
     @classmethod
     def alone(cls) -> "ParallelLayout":
-        """This process by itself, on the CPU and without any group: to look at data, where nothing is sent."""
+        """Return a layout of this process only, on the CPU and without process groups, for commands that read data."""
         return cls(
             tp=1,
             pp=1,
@@ -81,13 +81,13 @@ class ParallelLayout:
         )
 
     def on_one_stage(self) -> "ParallelLayout":
-        """This rank's place for a network that stands whole on its pipeline stage, its tokens not split."""
+        """Return this rank's layout for a network that is on one pipeline stage, without sequence parallelism."""
         groups = copy(self.groups)
         groups.pp = None
         return replace(self, pp=1, vpp=1, pp_rank=0, sequence_parallel=False, groups=groups)
 
     def describe(self) -> str:
-        """The layout in a line, as the log shows it."""
+        """Return the layout in one line for the log."""
         sequence = " + SP" if self.sequence_parallel else ""
         virtual = f" (VPP {self.vpp})" if self.vpp > 1 else ""
         sizes = f"TP {self.tp}{sequence} × PP {self.pp}{virtual} × DP {self.dp}"
@@ -95,10 +95,10 @@ class ParallelLayout:
 
     @classmethod
     def create(cls, config: ParallelConfig, *, timeout_s: float) -> "ParallelLayout":
-        """Join the process group (a world of one without a launcher) and carve the parallel groups out of it.
+        """Join the process group (of one rank without a launcher) and create the parallel groups.
 
         Args:
-            config: the sizes; already checked against the world size.
+            config: the parallel group, checked against the world size.
             timeout_s: seconds after which a collective that waits for a lost rank fails.
         """
         device = choose_device()
@@ -134,24 +134,24 @@ class ParallelLayout:
 
 
 def world_size_from_environment() -> int:
-    """Ranks the launcher (torchrun, Slurm through torchrun) started; 1 without one."""
+    """Return the number of ranks that the launcher (torchrun) started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank_from_environment() -> int:
-    """This process's global rank; 0 without a launcher."""
+    """Return this process's global rank; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def choose_device() -> torch.device:
-    """This rank's device: its own GPU, or the CPU with OMP_NUM_THREADS threads, or without that its share of the cores.
+    """Return this rank's device: its GPU, or the CPU with OMP_NUM_THREADS threads, by default its part of the cores.
 
     Raises:
         ConfigError: if there are more ranks than GPUs.
     """
     if cpu.run_on_cpu():
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        # torch has taken what is set there. A scheduler that hands out cores by their number alone tells it so.
+        # torch has read OMP_NUM_THREADS. Schedulers that limit the number of cores without binding them set it.
         if not os.environ.get("OMP_NUM_THREADS"):
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // local_ranks))
@@ -168,7 +168,7 @@ def choose_device() -> torch.device:
 
 
 def join_world(device: torch.device, *, timeout_s: float) -> None:
-    """Initialise torch.distributed for this device; the launcher's environment says where the others are."""
+    """Initialise torch.distributed for this device, from the launcher's environment variables."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=timeout_s)
     if world_size_from_environment() == 1 and "RANK" not in os.environ:

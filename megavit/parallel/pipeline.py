@@ -1,4 +1,4 @@
-"""Micro batches through the pipeline, by Megatron-Core's schedules."""
+"""Run micro batches through the pipeline with Megatron-Core's schedules, and sum their metrics."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 from megavit.parallel.activation import ActivationSpec
 from megavit.parallel.layout import ParallelLayout
 
-# A batch and the model to the model's output, and a function of that output to (loss, metric sums).
+# Takes a batch and the model; returns the model's output and a function from the output to (loss, metric sums).
 ForwardStep = Callable[[Any, torch.nn.Module], tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]]
 
 
@@ -26,20 +26,20 @@ def run_microbatches(
     layout: ParallelLayout,
     forward_only: bool,
 ) -> list[dict[str, Tensor]]:
-    """Run one step's micro batches, 1F1B over the stages, gradients reduced over the data-parallel ranks at its end.
+    """Run one step's micro batches, 1F1B over the stages, then reduce the gradients over the data-parallel ranks.
 
     Args:
-        forward_step: what a stage does with a micro batch.
+        forward_step: runs a stage on a micro batch.
         chunks: this rank's stages, wrapped.
-        batches: this rank's micro batches, in order; where a rank holds several stages, the one that embeds or the
-            one that computes the loss reads them and the others get None.
-        num_microbatches: of this step, per data-parallel rank.
-        boundary: what crosses from stage to stage.
-        layout: this rank's place.
-        forward_only: without gradients.
+        batches: this rank's micro batches, in order; if a rank holds several stages, those that embed the images or
+            compute the loss read them and the others get None.
+        num_microbatches: micro batches of this step per data-parallel rank.
+        boundary: the tensors that a stage sends to the next.
+        layout: this rank's layout.
+        forward_only: whether to compute no gradients.
 
     Returns:
-        What the loss function gave beside the loss, per micro batch; empty except on the last stage.
+        The loss function's metric sums per micro batch; empty except on the last stage.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -76,7 +76,7 @@ def _reads(chunk: torch.nn.Module) -> bool:
 
 
 def add_microbatches(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Add up the metric sums of this rank's micro batches; empty where there are none."""
+    """Add the metric sums of this rank's micro batches; empty if there are none."""
     names = outputs[0] if outputs else {}
     return {name: torch.stack([output[name] for output in outputs]).sum(dim=0) for name in names}
 
@@ -84,12 +84,12 @@ def add_microbatches(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def sum_over_world(
     sums: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], layout: ParallelLayout
 ) -> dict[str, Tensor]:
-    """Add the metric sums of every data-parallel rank, counting each image once, for every rank to see.
+    """Add the metric sums of all data-parallel ranks, each image counted once; every rank gets the result.
 
     Args:
-        sums: from `add_microbatches`; only the last stage has any.
-        shapes: of what to add up, by name, the same on every rank; () for a number.
-        layout: this rank's place.
+        sums: from `add_microbatches`; empty except on the last stage.
+        shapes: shapes of the sums by name, the same on every rank; () for a number.
+        layout: this rank's layout.
 
     Returns:
         The totals by name, float64 on the CPU.

@@ -1,4 +1,4 @@
-"""Stateless randomness: every draw is a function of what it is for, so no generator state is ever saved.
+"""Random numbers as pure functions of their purpose (seed, epoch, sample), so that no generator state is saved.
 
 Shapes: any; integers are int64 and wrap, as the hash needs.
 """
@@ -55,14 +55,14 @@ def hash_int64(*parts: Tensor | int) -> Tensor:
     """Hash integers, elementwise with broadcasting, to 64 well-mixed bits; equal on CPU and GPU.
 
     Args:
-        parts: what the draw is for, in order: seed, epoch, sample id, …
+        parts: integers that identify the draw, in order: seed, epoch, sample id, …
 
     Returns:
         int64 tensor of the broadcast shape.
     """
     state = torch.zeros((), dtype=torch.int64)
     for part in parts:
-        # Plain numbers stay numbers: as tensors they would call the state back to the host, which would have to wait.
+        # Plain numbers stay Python numbers: as tensors they would move the state to the host, which would have to wait.
         if isinstance(part, Tensor) and part.device != state.device:
             state = state.to(part.device, non_blocking=True)
         part = part.to(torch.int64) if isinstance(part, Tensor) else int(part)
@@ -76,10 +76,10 @@ def uniform(*parts: Tensor | int) -> Tensor:
 
 
 def normal(*parts: Tensor | int) -> Tensor:
-    """Draw noise of zero mean and unit deviation in float32, the same bits on every device.
+    """Draw noise of mean 0 and standard deviation 1 in float32, the same bits on every device.
 
-    The sum of a hash's eight bytes: normal in its middle, but never beyond 4.9 deviations (excess kurtosis −0.15). No
-    logarithm or cosine is taken, whose last bit differs between devices.
+    The sum of a hash's eight bytes: close to normal, but within 4.9 standard deviations (excess kurtosis −0.15). It
+    uses no logarithm or cosine, whose last bit differs between devices.
     """
     draws, low = hash_int64(*parts), 0x00FF00FF00FF00FF
     pairs = (draws & low) + (_shift_right(draws, 8) & low)
@@ -88,14 +88,15 @@ def normal(*parts: Tensor | int) -> Tensor:
 
 
 def drawn_from(quantiles: Tensor, draws: Tensor) -> Tensor:
-    """Turn uniform draws into draws from a distribution that is given by its quantiles.
+    """Turn uniform draws into draws from a distribution given by its quantiles.
 
-    A look-up instead of a formula: torch's power function gives other last bits for 2 numbers than for the same among
-    16 (533 of 32,000 on the CPU, torch 2.15), and a sample's draw must not depend on its micro batch.
+    A look-up instead of a formula: the last bit of torch's power function depends on how many numbers it gets at once
+    (533 of 32,000 numbers differ between 2 and 16 on the CPU, torch 2.15), and a sample's draw must not depend on its
+    micro batch.
 
     Args:
-        quantiles: ascending; each is as likely as the others.
-        draws: in [0, 1).
+        quantiles: equally likely values, ascending.
+        draws: uniform draws in [0, 1).
     """
     return quantiles[(draws * len(quantiles)).long()]
 
@@ -103,9 +104,10 @@ def drawn_from(quantiles: Tensor, draws: Tensor) -> Tensor:
 def seed_step(layout: ParallelLayout, *, seed: int, step: int) -> None:
     """Seed the dropout of one training step from (seed, step, rank coordinates).
 
-    The default generator is alike on the ranks of one tensor-parallel group, whose replicated activations must drop
-    alike, and so is the tracker's data-parallel state, for drop path under sequence parallelism; its model-parallel
-    state differs between them, for what they split (heads, and tokens under sequence parallelism).
+    The default generator is the same on the ranks of one tensor-parallel group, whose replicated activations need the
+    same dropout, and so is the tracker's data-parallel state, for drop path under sequence parallelism. The tracker's
+    model-parallel state differs between these ranks, for what they split (heads, and tokens under sequence
+    parallelism).
     """
     from megatron.core.tensor_parallel import random as mcore_random
 

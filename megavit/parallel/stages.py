@@ -1,4 +1,4 @@
-"""Encoder layers onto pipeline stages, in the notation Megatron-Core reads."""
+"""Assign encoder layers to pipeline stages, and write the assignment in Megatron-Core's notation."""
 
 from megavit.errors import ConfigError
 from megavit.parallel.config import ParallelConfig, Recompute, RecomputeMethod
@@ -10,8 +10,8 @@ def plan_stages(config: ParallelConfig, shape: NetworkShape) -> list[int]:
     """Choose how many encoder layers each stage holds.
 
     Args:
-        config: `parallel.stages` as given, or null to balance by FLOPs.
-        shape: the encoder, for the weight of what the first and last stage do besides.
+        config: the parallel group; `parallel.stages`, or null to balance by FLOPs.
+        shape: sizes of the network, for the cost of embedding and head.
 
     Returns:
         Layers of each of the pp · vpp stages, in the order of the layers: stage s is on pipeline rank s mod pp.
@@ -25,7 +25,7 @@ def plan_stages(config: ParallelConfig, shape: NetworkShape) -> list[int]:
 
 
 def rank_stages(stages: list[int], config: ParallelConfig, pp_rank: int) -> list[int]:
-    """The layers of each of one pipeline rank's stages, in their order."""
+    """Return the number of layers of each stage of one pipeline rank, in order."""
     return stages[pp_rank :: config.pp]
 
 
