@@ -1,7 +1,7 @@
-"""What one rank and its peers send each other in a training step, by arithmetic alone.
+"""Compute what one rank sends and receives in a training step, without torch.
 
-Of a network that is trained as a whole by Adam or SGD. What an evaluation, a save or the start of a run sends is not in
-here. N tokens, b images of a micro batch, h hidden.
+For a network without frozen weights. Communication of evaluations, saves and the start of a run is not included.
+N tokens, b images per micro batch, h hidden size.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from megavit.planner.flops import DecoderShape, NetworkShape
 
 
 class Collective(Enum):
-    """What the ranks do together, in torch.distributed's words."""
+    """An operation, by its name in torch.distributed."""
 
     all_reduce = "all_reduce"
     all_gather = "all_gather"
@@ -24,8 +24,8 @@ class Collective(Enum):
 
 
 class Axis(Enum):
-    """The ranks that it is done with: those along a dimension of the layout, a neighbour along the pipeline, those that
-    hold one copy of the network (`model`), or all.
+    """The ranks that take part: those along a dimension of the layout, a neighbour in the pipeline, the ranks that hold
+    one copy of the network (`model`), or all.
     """
 
     tp = "tp"
@@ -38,15 +38,15 @@ class Axis(Enum):
 
 @dataclass(frozen=True)
 class Exchange:
-    """Calls alike that a rank makes in a training step.
+    """Equal calls that a rank makes in a training step.
 
     Attributes:
-        purpose: what they are for.
-        collective: what is done.
-        axis: with whom.
-        ranks: how many take part, this one included.
-        num_bytes: of one call's whole tensor: as every rank has it before a reduction and after a gather.
-        calls: in the step.
+        purpose: what the calls are for.
+        collective: the operation.
+        axis: the ranks that take part.
+        ranks: number of ranks that take part, this one included.
+        num_bytes: size of one call's full tensor: each rank's input of a reduction, each rank's output of a gather.
+        calls: number of calls per step.
     """
 
     purpose: str
@@ -58,7 +58,7 @@ class Exchange:
 
     @property
     def sent_bytes(self) -> float:
-        """What leaves this rank in the step where rings carry what all do; of a broadcast, the mean over the ranks."""
+        """Return the bytes that this rank sends per step with ring algorithms; of a broadcast, the mean over ranks."""
         share = {
             Collective.all_reduce: 2 * (self.ranks - 1) / self.ranks,
             Collective.all_gather: (self.ranks - 1) / self.ranks,
@@ -72,17 +72,17 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Split:
-    """How the ranks share the work, in the words of the group `parallel`.
+    """How the ranks share the work, named as in the group `parallel`.
 
     Attributes:
         tp: tensor-parallel size.
         pp: pipeline-parallel size.
-        vpp: stages of a pipeline rank.
+        vpp: stages per pipeline rank.
         dp: data-parallel size.
         sequence_parallel: whether the tensor-parallel ranks split the tokens between the matrices.
-        recomputes_layers: whether the backward pass computes layers again as a whole (full recompute).
-        recomputed_layers: with it, how many of each stage's encoder layers (the method `mcore_config`); None for all.
-        recomputes_widened: whether it computes the MLP's wide half again (selective recompute).
+        recomputes_layers: whether the backward pass recomputes full layers (full recompute).
+        recomputed_layers: with full recompute, recomputed encoder layers per stage (the method `block`); None for all.
+        recomputes_widened: whether the backward pass recomputes norms, fc1 and GELU (selective recompute).
     """
 
     tp: int = 1
@@ -96,21 +96,21 @@ class Split:
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Return the number of ranks."""
         return self.tp * self.pp * self.dp
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a data-parallel rank works on in a step.
+    """What a data-parallel rank processes in a step.
 
     Attributes:
-        micro_batch: images that pass the model at once.
-        num_microbatches: of the step.
-        value_bytes: of a value of tokens or weights: 4 in fp32, 2 in bf16.
-        grad_bytes: of a weight's gradient as it is added up and reduced.
-        image_bytes: of an image as it is read.
-        label_bytes: of its label as it is read, 0 where nobody asks for it.
+        micro_batch: images per micro batch.
+        num_microbatches: micro batches per step.
+        value_bytes: bytes per value of tokens and weights: 4 in fp32, 2 in bf16.
+        grad_bytes: bytes per weight's gradient as it is accumulated and reduced.
+        image_bytes: bytes per image as it is read.
+        label_bytes: bytes per label as it is read; 0 if the task needs no labels.
     """
 
     micro_batch: int
@@ -123,13 +123,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Share:
-    """What a pipeline rank holds.
+    """The part of the network that a pipeline rank holds.
 
     Attributes:
-        pp_rank: which one.
+        pp_rank: the rank's pipeline coordinate.
         stages: encoder layers of all stages, in the order of the layers; stage s is on pipeline rank s mod pp.
-        weights: values of each of its weights as it is on one tensor-parallel rank, by stage of this rank.
-        summed: values of its weights of which each tensor-parallel rank has a part of the gradient (`summed_values`).
+        weights: size in values of each weight on one tensor-parallel rank, by stage of this rank.
+        summed: values of the weights whose gradients are summed over the tensor-parallel ranks (`summed_values`).
     """
 
     pp_rank: int
@@ -141,16 +141,16 @@ class Share:
 def layer_calls(
     *, sequence_parallel: bool, recomputes_layer: bool = False, recomputes_widened: bool = False
 ) -> dict[Collective, int]:
-    """Count what the tensor-parallel ranks do for one layer and micro batch, each time with N·b·h values.
+    """Count the tensor-parallel collectives of one layer and micro batch, each of N·b·h values.
 
-    Forward, the outputs of the two row-parallel matrices are added up; backward, the gradients of the inputs of the two
-    column-parallel ones. Where tokens are split, a sum is scattered, and each matrix gathers the tokens that it reads:
-    column-parallel ones again in the backward pass, which has kept this rank's tokens alone.
+    The forward pass sums the outputs of the two row-parallel matrices; the backward pass sums the gradients of the
+    inputs of the two column-parallel ones. With sequence parallelism a sum is a reduce-scatter, and each matrix gathers
+    its input tokens: column-parallel ones again in the backward pass, for which only this rank's tokens were kept.
 
     Args:
         sequence_parallel: whether tokens are split between the matrices.
-        recomputes_layer: whether the backward pass computes the layer again: its forward pass is sent twice.
-        recomputes_widened: whether it computes norm, fc1 and GELU again, for which fc1 gathers its input anew.
+        recomputes_layer: whether the backward pass recomputes the layer, and so repeats its forward communication.
+        recomputes_widened: whether the backward pass recomputes norm, fc1 and GELU, so that fc1 gathers again.
 
     Source: arXiv 2205.05198, section 4.2.2; the third gather of a column-parallel matrix's input is Megatron-Core's
     (0.16.1, tensor_parallel/layers.py).
@@ -171,31 +171,31 @@ def summed_values(
     qk_norm_dim: int = 0,
     final_norm: bool = False,
 ) -> int:
-    """Count the values of a rank's weights of which each tensor-parallel rank has a part of the gradient.
+    """Count the values of a rank's weights whose gradients are summed over the tensor-parallel ranks.
 
-    Where tokens are split these are all that sees its tokens alone: norms, the biases after row-parallel matrices,
-    layer scales. The norms of queries and keys see some of the heads, split or not.
+    With sequence parallelism these are the weights that are applied to a rank's tokens only: norms, the biases after
+    row-parallel matrices, layer scales. The norms of queries and keys are applied to a rank's heads in any case.
 
     Args:
         hidden: token width.
-        num_layers: layers of the rank.
+        num_layers: layers on the rank.
         sequence_parallel: whether tokens are split between the matrices.
-        layer_scale: whether the residual branches are scaled.
-        qk_norm_dim: width of a head where queries and keys are normed, else 0.
-        final_norm: whether the rank norms its tokens after the last layer.
+        layer_scale: whether the residual branches have layer scales.
+        qk_norm_dim: width of a head if queries and keys are normalised, else 0.
+        final_norm: whether the rank holds the norm after the last layer.
     """
     split = num_layers * (6 + 2 * layer_scale) * hidden + 2 * hidden * final_norm
     return split * sequence_parallel + 4 * qk_norm_dim * num_layers
 
 
 def padded_values(weights: Sequence[int], *, dp: int) -> int:
-    """Size in values of the buffer in which Megatron-Core lays one stage's gradients, or weights, for Adam.
+    """Return the size in values of Megatron-Core's buffer of a stage's gradients or weights with a sharded optimizer.
 
-    Each weight starts at a multiple of 64 values, and the data-parallel ranks have equal parts in multiples of 128
-    together. One bucket holds them all: gradients reduced while the backward pass runs are in several, each padded.
+    Each weight starts at a multiple of 64 values; the data-parallel ranks have equal parts, and the size is a multiple
+    of 128. This is for one bucket: with overlapped reduction there are several buckets, each of them padded.
 
     Args:
-        weights: values of each, in the model's order.
+        weights: size in values of each weight, in the model's order.
         dp: data-parallel size.
 
     Source: Megatron-LM, megatron/core/distributed/param_and_grad_buffer.py (0.16.1).
@@ -213,15 +213,15 @@ def _round_up(number: int, divisor: int) -> int:
 def step_exchanges(
     shape: NetworkShape, split: Split, work: Work, share: Share, *, num_sums: int, shards_optimizer: bool = True
 ) -> list[Exchange]:
-    """All that one rank sends and is sent in a step that is logged.
+    """List what one rank sends and receives in a step whose metrics are logged.
 
     Args:
-        shape: the network.
-        split: over the ranks.
-        work: of a data-parallel rank.
-        share: of the network that this rank holds.
-        num_sums: numbers that the task adds up for the log.
-        shards_optimizer: whether the data-parallel ranks share the optimizer's state, as Adam's do.
+        shape: sizes of the network.
+        split: the layout.
+        work: work of a data-parallel rank.
+        share: the part of the network that this rank holds.
+        num_sums: metric sums of the task.
+        shards_optimizer: whether the optimizer's state is sharded over the data-parallel ranks, as Adam's is.
     """
     exchanges = [
         *data_exchanges(share.weights, split=split, work=work, shards_optimizer=shards_optimizer),
@@ -235,9 +235,9 @@ def step_exchanges(
 
 
 def tensor_exchanges(shape: NetworkShape, *, split: Split, work: Work, share: Share) -> list[Exchange]:
-    """What the tensor-parallel ranks of one pipeline rank do together in a step.
+    """List the collectives of one pipeline rank's tensor-parallel ranks in a step.
 
-    A decoder's tokens are never split. Images and labels are read by one rank and given to the others.
+    A decoder's tokens are never split. One rank reads images and labels and broadcasts them.
 
     Args:
         shape, split, work, share: see `step_exchanges`.
@@ -276,14 +276,15 @@ def tensor_exchanges(shape: NetworkShape, *, split: Split, work: Work, share: Sh
 
 
 def pipeline_exchanges(shape: NetworkShape, *, split: Split, work: Work, pp_rank: int) -> list[Exchange]:
-    """What a pipeline rank sends and is sent in a step: over each boundary of stages, and for each micro batch, one
-    activation forwards and its gradient backwards.
+    """List what a pipeline rank sends and receives in a step: over each stage boundary, and for each micro batch, one
+    activation forward and its gradient backward.
 
-    Without sequence parallelism every tensor-parallel rank sends the whole of it to its like on the other stage.
+    Without sequence parallelism every tensor-parallel rank sends the full activation to its counterpart on the other
+    stage.
 
     Args:
         shape, split, work: see `step_exchanges`.
-        pp_rank: which pipeline rank.
+        pp_rank: the pipeline rank.
     """
     size = _tokens_bytes(shape, work) // (split.tp if split.sequence_parallel else 1)
     local, last = range(pp_rank, split.pp * split.vpp, split.pp), split.pp * split.vpp - 1
@@ -301,10 +302,10 @@ def pipeline_exchanges(shape: NetworkShape, *, split: Split, work: Work, pp_rank
 def data_exchanges(
     weights: Sequence[Sequence[int]], *, split: Split, work: Work, shards_optimizer: bool = True
 ) -> list[Exchange]:
-    """What the data-parallel ranks do together in a step, however many its micro batches: reduce the gradients and,
-    where each has updated its part of the weights, gather those.
+    """List the data-parallel collectives of a step, for any number of micro batches: reduce the gradients and, if each
+    rank updates its shard of the weights, gather the weights.
 
-    Nothing where no other rank holds the same weights.
+    Empty if no other rank holds the same weights.
 
     Args:
         weights: see `Share`.
@@ -326,8 +327,8 @@ def data_exchanges(
 
 
 def agreement_exchanges(split: Split, *, num_sums: int, shards_optimizer: bool = True) -> list[Exchange]:
-    """The few bytes on which the ranks agree in a step: the gradients' norm, whether those that it leaves out are
-    finite, whether to stop, and in a step that is logged the sums of its metrics.
+    """List the small all-reduces of a step: the norm of the gradients, whether gradients outside the norm are finite,
+    whether to stop, and the metric sums of a logged step.
 
     Args:
         split, num_sums, shards_optimizer: see `step_exchanges`.

@@ -1,6 +1,6 @@
-"""FLOPs of a Vision Transformer, by arithmetic alone.
+"""Count the FLOPs of a Vision Transformer, without torch.
 
-A multiply-add counts two. Norms, softmax and element-wise work are left out, as in every published MFU.
+A multiply-add counts as two. Norms, softmax and element-wise work are not counted, as in every published MFU.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """What a masked autoencoder's decoder costs.
+    """The sizes of a masked autoencoder's decoder that its FLOPs depend on.
 
     Attributes:
         hidden: token width.
@@ -25,7 +25,7 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class NetworkShape:
-    """What the FLOPs depend on.
+    """The sizes of a network that its FLOPs depend on.
 
     Attributes:
         hidden: token width.
@@ -35,8 +35,8 @@ class NetworkShape:
         patches: patches per image that are embedded.
         patch_values: values per patch, patch height · width · channels.
         classes: outputs of the head, 0 without one.
-        decoder: behind the encoder, None for a classifier.
-        trains_encoder: false where all of it is frozen; of one frozen in part nothing is left out.
+        decoder: sizes of the decoder after the encoder; None for a classifier.
+        trains_encoder: false if the full encoder is frozen; frozen single layers are counted as trained.
     """
 
     hidden: int
@@ -51,18 +51,18 @@ class NetworkShape:
 
 
 def layer_flops(shape: NetworkShape | DecoderShape) -> int:
-    """Forward FLOPs of one layer for one image: 2N(4h² + 2hf) + 4N²h."""
+    """Return the forward FLOPs of one layer for one image: 2N(4h² + 2hf) + 4N²h."""
     n, h, f = shape.tokens, shape.hidden, shape.ffn
     return 2 * n * (4 * h * h + 2 * h * f) + 4 * n * n * h
 
 
 def embedding_flops(shape: NetworkShape) -> int:
-    """Forward FLOPs of the patch embedding for one image."""
+    """Return the forward FLOPs of the patch embedding for one image."""
     return 2 * shape.patches * shape.patch_values * shape.hidden
 
 
 def head_flops(shape: NetworkShape) -> int:
-    """Forward FLOPs, for one image, of what follows the encoder: the linear head, or the whole decoder."""
+    """Return the forward FLOPs, for one image, of the linear head or the decoder after the encoder."""
     decoder = shape.decoder
     if decoder is None:
         return 2 * shape.hidden * shape.classes
@@ -72,14 +72,14 @@ def head_flops(shape: NetworkShape) -> int:
 
 
 def forward_flops(shape: NetworkShape) -> int:
-    """Forward FLOPs of the whole model for one image (B/16 at 197 tokens and 1000 classes: 35.1 G)."""
+    """Return the forward FLOPs of the full model for one image (B/16 with 197 tokens and 1000 classes: 35.1 G)."""
     return shape.layers * layer_flops(shape) + embedding_flops(shape) + head_flops(shape)
 
 
 def training_flops(shape: NetworkShape) -> int:
-    """FLOPs of a training step for one image: three forwards, less the gradient that images do not need.
+    """Return the FLOPs of a training step for one image: three forward passes, minus the gradient of the images.
 
-    Of a frozen encoder one forward, and the gradient of a head's own weights alone.
+    A frozen encoder costs one forward pass, and a head on it only the gradient of its weights.
     """
     if not shape.trains_encoder:
         return forward_flops(shape) + head_flops(shape) * (1 if shape.decoder is None else 2)

@@ -1,6 +1,6 @@
-"""In which order pipeline ranks work through a step, and how long they wait for each other, by arithmetic alone.
+"""Simulate the order of a step's passes on the pipeline ranks and their idle time, without torch.
 
-Time is in ticks of any unit. What is sent is there at once, and nobody waits for it to be taken.
+Time is in ticks of any unit. Messages arrive at once, and senders do not wait for receivers.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ class Pass:
     """One stage's work on one micro batch, forward or backward.
 
     Attributes:
-        stage: of all pp · vpp stages, in the order of the layers; it is on pipeline rank stage mod pp.
-        microbatch: of the step, from 0.
-        is_backward: gradients, else activations.
+        stage: index among all pp · vpp stages, in the order of the layers; held by pipeline rank stage mod pp.
+        microbatch: index of the micro batch within the step, from 0.
+        is_backward: whether it is the backward pass.
     """
 
     stage: int
@@ -24,18 +24,18 @@ class Pass:
     is_backward: bool
 
 
-# What a rank does between two exchanges with its neighbours: it begins when all is there that any of it needs, and what
-# it makes is sent at its end.
+# A rank's passes between two exchanges with its neighbours. They start when the inputs of all of them have arrived, and
+# their results are sent when all of them are done.
 Turn = tuple[Pass, ...]
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """Ticks that a stage works on one micro batch.
+    """A stage's working time for one micro batch, in ticks.
 
     Attributes:
-        forward: of the forward pass.
-        backward: of the backward pass, what it recomputes included.
+        forward: ticks of the forward pass.
+        backward: ticks of the backward pass, recompute included.
     """
 
     forward: int
@@ -44,11 +44,11 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each pass of a step runs.
+    """The times of a step's passes.
 
     Attributes:
-        spans: each pass's first tick, and the one after its last.
-        busy: ticks that each rank works.
+        spans: each pass's first tick, and the tick after its last.
+        busy: working ticks of each rank.
     """
 
     spans: dict[Pass, tuple[int, int]]
@@ -56,32 +56,32 @@ class Timeline:
 
     @property
     def length(self) -> int:
-        """Ticks of the whole step."""
+        """Return the ticks of the full step."""
         return max(end for _, end in self.spans.values())
 
     @property
     def idle(self) -> list[int]:
-        """Ticks that each rank waits."""
+        """Return the idle ticks of each rank."""
         return [self.length - busy for busy in self.busy]
 
     @property
     def idle_fraction(self) -> float:
-        """Of all ranks' ticks, those that they wait."""
+        """Return the fraction of all ranks' ticks that are idle."""
         return sum(self.idle) / (len(self.busy) * self.length)
 
 
 def order_turns(num_microbatches: int, *, pp: int, vpp: int = 1, overlaps: bool = False) -> list[list[Turn]]:
-    """List what each pipeline rank does, in the order in which Megatron-Core does it.
+    """List each pipeline rank's passes in the order in which Megatron-Core runs them.
 
-    Forward passes until the first gradient can be there, then a forward and a backward pass in turn (1F1B), then the
-    backward passes that are left. An interleaved rank takes pp micro batches through one of its stages, then through
-    the next one, and their gradients through its stages the other way round. Unless its exchanges overlap, it makes one
-    after each pair of passes: activations leave when the backward pass is done too.
+    Forward passes until the first gradient can arrive, then one forward and one backward pass alternately (1F1B), then
+    the remaining backward passes. An interleaved rank runs pp micro batches through one of its stages, then through the
+    next one, and their gradients in reverse order of stages. Unless its exchanges overlap, it exchanges once after each
+    pair of passes: activations are sent only when the backward pass is done too.
 
     Args:
-        num_microbatches: of the step; in multiples of pp where vpp is above 1.
+        num_microbatches: micro batches per step; a multiple of pp if vpp is above 1.
         pp: pipeline ranks.
-        vpp: stages of each.
+        vpp: stages per pipeline rank.
         overlaps: whether an interleaved rank sends and receives while it computes (`parallel.overlap_p2p`).
 
     Source: Megatron-LM, megatron/core/pipeline_parallel/schedules.py (0.16.1); arXiv 2104.04473, section 2.2.
@@ -109,17 +109,17 @@ def order_turns(num_microbatches: int, *, pp: int, vpp: int = 1, overlaps: bool 
 
 
 def simulate(orders: Sequence[Sequence[Turn]], costs: Sequence[StageCost]) -> Timeline:
-    """Run each rank's turns as early as what they need of other ranks allows.
+    """Run each rank's turns as early as their inputs allow.
 
-    A forward pass needs that of the stage before it; a backward pass that of the stage after it, and on the last stage
-    its own forward pass.
+    A forward pass needs the forward pass of the previous stage; a backward pass needs the backward pass of the next
+    stage, and on the last stage its own forward pass.
 
     Args:
-        orders: each rank's turns, from `order_turns` or as a run has logged them.
-        costs: of every stage, in the order of the layers.
+        orders: each rank's turns, from `order_turns` or from a run's log.
+        costs: cost of every stage, in the order of the layers.
 
     Raises:
-        ValueError: if the ranks wait for each other in a circle, or for a pass that no rank makes.
+        ValueError: if the ranks deadlock, or wait for a pass that no rank runs.
     """
     last, spans = len(costs) - 1, dict[Pass, tuple[int, int]]()
     sent: dict[Pass, int] = {}
@@ -153,36 +153,36 @@ def _needed(due: Pass, *, last: int) -> list[Pass]:
 
 
 def even_idle_fraction(num_microbatches: int, *, pp: int, vpp: int = 1) -> float:
-    """Of a pipeline's ticks, those that its ranks wait where all stages cost the same: (pp − 1) / (m · vpp + pp − 1).
+    """Return a pipeline's idle fraction if all stages cost the same: (pp − 1) / (m · vpp + pp − 1).
 
     Args:
-        num_microbatches: m, of the step.
+        num_microbatches: micro batches per step, m.
         pp: pipeline ranks.
-        vpp: stages of each.
+        vpp: stages per pipeline rank.
 
-    Source: arXiv 2104.04473, section 2.2, where it is a fraction of the ticks worked, (pp − 1) / (m · vpp).
+    Source: arXiv 2104.04473, section 2.2, which gives it as a fraction of the working time, (pp − 1) / (m · vpp).
     """
     return (pp - 1) / (num_microbatches * vpp + pp - 1)
 
 
 def stage_costs(shape: NetworkShape, stages: Sequence[int], *, recomputes: bool = False) -> list[StageCost]:
-    """Each stage's FLOPs for one image, a tick each: its layers, on the first the embedding, on the last what follows.
+    """Return each stage's FLOPs for one image, one tick each: its layers, the first with embedding, the last with head.
 
     Args:
-        shape: of a network that is trained as a whole.
+        shape: sizes of a network without frozen weights.
         stages: encoder layers of each stage.
-        recomputes: whether the backward pass computes every layer again, a decoder's too.
+        recomputes: whether the backward pass recomputes every layer, a decoder's too.
     """
     assert shape.trains_encoder
     costs = []
     for index, num_layers in enumerate(stages):
-        layers, besides, embedding = num_layers * layer_flops(shape), 0, 0
+        layers, other, embedding = num_layers * layer_flops(shape), 0, 0
         if index == 0:
             embedding = embedding_flops(shape)
         if index == len(stages) - 1:
             decoder = shape.decoder.layers * layer_flops(shape.decoder) if shape.decoder is not None else 0
-            layers, besides = layers + decoder, head_flops(shape) - decoder
-        forward = layers + besides + embedding
+            layers, other = layers + decoder, head_flops(shape) - decoder
+        forward = layers + other + embedding
         # Images need no gradient.
         costs.append(StageCost(forward, 2 * forward - embedding + recomputes * layers))
     return costs

@@ -1,14 +1,14 @@
-"""How many encoder layers each pipeline stage gets."""
+"""Choose how many encoder layers each pipeline stage holds."""
 
 
 def balance_layers(num_layers: int, num_stages: int, *, first_cost: float = 0.0, last_cost: float = 0.0) -> list[int]:
-    """Spread equal layers over stages so that the slowest stage is as fast as can be.
+    """Distribute equal layers over stages so that the slowest stage is as fast as possible.
 
     Args:
         num_layers: encoder layers to place.
         num_stages: pipeline stages, at most as many as layers.
-        first_cost: what the first stage does besides (patch embedding), in units of one encoder layer.
-        last_cost: what the last stage does besides (head, decoder), in units of one encoder layer.
+        first_cost: cost of the first stage's other work (patch embedding), in units of one encoder layer.
+        last_cost: cost of the last stage's other work (head, decoder), in units of one encoder layer.
 
     Returns:
         Layers per stage, first to last; the first and every middle stage hold at least one.
@@ -20,14 +20,14 @@ def balance_layers(num_layers: int, num_stages: int, *, first_cost: float = 0.0,
     extra[0] += first_cost
     extra[-1] += last_cost
     for _ in range(num_layers - sum(counts)):
-        # Ties go to the later stage: it holds fewer microbatches in flight under 1F1B, so its memory is the freer.
+        # Of equal stages the later one gets the layer: under 1F1B it holds fewer micro batches, so it has more memory.
         lightest = min(range(num_stages), key=lambda stage: (counts[stage] + extra[stage], -stage))
         counts[lightest] += 1
     return counts
 
 
 def slowest_stage(counts: list[int], *, first_cost: float = 0.0, last_cost: float = 0.0) -> float:
-    """The cost of the stage that all others wait for, in units of one encoder layer."""
+    """Return the cost of the slowest stage, in units of one encoder layer."""
     costs = [float(count) for count in counts]
     costs[0] += first_cost
     costs[-1] += last_cost
@@ -35,11 +35,11 @@ def slowest_stage(counts: list[int], *, first_cost: float = 0.0, last_cost: floa
 
 
 def useful_stages(num_layers: int, num_stages: int, *, first_cost: float = 0.0, last_cost: float = 0.0) -> int:
-    """The smallest number of stages that is as fast as `num_stages`: what stands whole on one stage bounds them all.
+    """Return the smallest number of stages that is as fast as `num_stages`: work that cannot be split bounds the speed.
 
     Args:
         num_layers: encoder layers to place.
-        num_stages: pipeline stages that are asked for.
+        num_stages: pipeline stages to compare with.
         first_cost, last_cost: see `balance_layers`.
     """
 
