@@ -13,7 +13,8 @@ from megavit.cli.arguments import argument
 from megavit.data.config import PIXEL_SETTINGS
 from megavit.data.sources.image_files import find_images
 from megavit.errors import ConfigError, printable
-from megavit.inference.trained_run import open_run, read_classes, read_run, with_settings
+from megavit.inference.load import open_encoder
+from megavit.inference.trained_run import read_classes, read_run, with_settings
 from megavit.runtime.output import check_writable, complete_file
 from megavit.task.config import Loss
 
@@ -57,13 +58,14 @@ def predict(args: PredictArgs, settings: list[str]) -> int:
     if out is not None:
         check_writable(out)
     paths = find_images(args.images)
-    trained = open_run(config, weights, num_classes=len(classes))
+    encoder, layout = open_encoder(config, weights)
+    model = encoder.to(layout.device)
     rows, unread = [], list[ConfigError]()
     for first in range(0, len(paths), _AT_ONCE):
         some, images = [], []
         for path in paths[first : first + _AT_ONCE]:
             try:
-                images.append(trained.read(path))
+                images.append(model.read(path))
                 some.append(path)
             except ConfigError as error:
                 unread.append(error)
@@ -72,7 +74,7 @@ def predict(args: PredictArgs, settings: list[str]) -> int:
         if not images:
             continue
         with torch.no_grad():
-            logits, _ = trained.network.task.forward(trained.collate(images), trained.network.chunks["model"])
+            logits = model(torch.cat(images).to(layout.device))
         # Trained with binary cross-entropy, each class has a probability of its own.
         chances = logits.sigmoid() if config.task.loss is Loss.bce else logits.softmax(dim=1)
         best = chances.topk(top, dim=1)

@@ -16,7 +16,7 @@ from megavit.config.experiment import ExperimentConfig
 from megavit.data.decode import open_image
 from megavit.data.transforms.image import ImageTransform
 from megavit.data.transforms.normalize import Normalize
-from megavit.errors import ConfigError
+from megavit.errors import ConfigError, printable
 from megavit.inference.trained_run import TrainedRun, open_run, read_classes, read_config, with_settings
 from megavit.model.config import ModelConfig, Pool
 from megavit.model.parameters import is_decoder, is_last_layer
@@ -68,8 +68,9 @@ class TrainedEncoder(torch.nn.Module):
             ConfigError: for a file that is no image.
         """
         channels, view = self._data.channels, ImageTransform(self._data, augment=False)
-        images = (open_image(Path(path), channels=channels, name=str(path)) for path in paths)
-        return torch.stack([view.preprocess(image, name=str(path)) for path, image in zip(paths, images, strict=True)])
+        names = [printable(str(path)) for path in paths]
+        images = (open_image(Path(path), channels=channels, name=name) for path, name in zip(paths, names, strict=True))
+        return torch.stack([view.preprocess(image, name=name) for name, image in zip(names, images, strict=True)])
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
         """The features of uint8 images of the run's size, features_BH."""
