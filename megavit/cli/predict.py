@@ -15,7 +15,7 @@ from megavit.data.sources.image_files import find_images
 from megavit.errors import ConfigError, printable
 from megavit.inference.trained_run import open_run, read_classes, read_run, with_settings
 from megavit.runtime.output import check_writable, complete_file
-from megavit.task.config import Loss
+from megavit.task.config import ClassificationConfig, Loss
 
 _AT_ONCE = 64
 
@@ -74,6 +74,7 @@ def predict(args: PredictArgs, settings: list[str]) -> int:
         with torch.no_grad():
             logits, _ = trained.network.task.forward(trained.collate(images), trained.network.chunks["model"])
         # Trained with binary cross-entropy, each class has a probability of its own.
+        assert isinstance(config.task, ClassificationConfig)
         chances = logits.sigmoid() if config.task.loss is Loss.bce else logits.softmax(dim=1)
         best = chances.topk(top, dim=1)
         for path, scores, labels in zip(some, best.values.tolist(), best.indices.tolist(), strict=True):

@@ -19,7 +19,6 @@ from megavit.errors import ConfigError
 from megavit.metrics.plots import draw_samples
 from megavit.parallel.layout import ParallelLayout
 from megavit.runtime.output import complete_file
-from megavit.task.config import TaskName
 from megavit.task.masking import hidden_mask, random_keep
 
 _HIDDEN = 127
@@ -59,7 +58,7 @@ def show_data(args: ShowDataArgs, settings: list[str]) -> int:
     if config.data.mixes and count % 2:
         raise ConfigError(f"count={count} is odd, and images are mixed in pairs; set count={count + 1}")
     source = open_source(config.data, "train")
-    labelled = bool(source.classes) and config.task.name.classifies
+    labelled = bool(source.classes) and config.task.has_classes
     loader = Loader(
         source,
         replace(config.data, workers=0),
@@ -73,7 +72,7 @@ def show_data(args: ShowDataArgs, settings: list[str]) -> int:
     device = DeviceTransforms(config.data, seed=config.run.seed, device=torch.device("cpu"))
     seen_BCYX = (device.normalize.undo(device(batch)).clamp(0, 1) * 255).round().to(torch.uint8)
     rows = {"original": [source.image(key.sample_id) for key in batch.keys], "seen": list(seen_BCYX)}
-    if config.task.name is TaskName.mae:
+    if config.visible_patches < config.num_patches:
         rows["masked"] = list(_masked(seen_BCYX, batch, config))
     captions = {}
     if labelled:

@@ -1,4 +1,4 @@
-"""Supervised classification.
+"""Supervised classification, and a linear classifier on a frozen encoder (arXiv 2111.06377, section A.1).
 
 Shapes: B images, K classes.
 """
@@ -18,7 +18,7 @@ from megavit.model.vit import EncoderStage, VisionTransformer
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.task.base import LossFunction, Task, build_model_chunks
-from megavit.task.config import Loss, TaskConfig
+from megavit.task.config import ClassificationConfig, Loss
 
 _TOP1 = TaskMetric("top1", "top-1", "top-1 accuracy", ".4f", higher=True)
 _HIT1 = TaskMetric("hit1", "best guess right", "best guess is a label", ".4f", higher=True)
@@ -33,12 +33,9 @@ class ClassificationTask(Task):
         ConfigError: if the number of class weights is not the number of classes.
     """
 
-    # Whether the classifier reads features normalised by their statistics, for an encoder without gradients.
-    norms_features = False
-
     def __init__(
         self,
-        config: TaskConfig,
+        config: ClassificationConfig,
         *,
         model: ModelConfig,
         data: DataConfig,
@@ -47,7 +44,7 @@ class ClassificationTask(Task):
         seed: int,
     ) -> None:
         super().__init__(config, model=model, data=data, num_classes=num_classes, layout=layout, seed=seed)
-        assert config.label_smoothing is not None
+        self.norms_features = config.norms_features
         self.label_smoothing, self.by_class = config.label_smoothing, config.loss is Loss.bce
         self.weights_K = _class_weights(config, data, num_classes, layout)
         self.preprocess = DeviceTransforms(data, seed=seed, device=layout.device)
@@ -159,18 +156,9 @@ class ClassificationTask(Task):
         return f"validation {name} {validation[self.hits[0]]:.4f}"
 
 
-class LinearProbeTask(ClassificationTask):
-    """Classification by one matrix on normalised features of a frozen encoder; the trainer freezes it.
-
-    Args: see `Task`.
-
-    Source: arXiv 2111.06377, section A.1.
-    """
-
-    norms_features = True
-
-
-def _class_weights(config: TaskConfig, data: DataConfig, num_classes: int, layout: ParallelLayout) -> Tensor | None:
+def _class_weights(
+    config: ClassificationConfig, data: DataConfig, num_classes: int, layout: ParallelLayout
+) -> Tensor | None:
     weights = config.class_weights
     if weights is None:
         return None

@@ -24,7 +24,7 @@ from megavit.parallel.activation import ActivationSpec, tokens_boundary
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.task.base import LossFunction, Task, build_model_chunks
-from megavit.task.config import TaskConfig
+from megavit.task.config import MaeConfig
 from megavit.task.masking import hidden_mask, random_keep
 
 
@@ -45,7 +45,7 @@ class MaeTask(Task):
 
     def __init__(
         self,
-        config: TaskConfig,
+        config: MaeConfig,
         *,
         model: ModelConfig,
         data: DataConfig,
@@ -54,7 +54,6 @@ class MaeTask(Task):
         seed: int,
     ) -> None:
         super().__init__(config, model=model, data=data, num_classes=num_classes, layout=layout, seed=seed)
-        assert config.norm_pix_loss is not None and config.baseline_samples is not None
         self.norm_pix_loss, self.baseline_samples = config.norm_pix_loss, config.baseline_samples
         self.decoder = config.decoder(model)
         self.grid = model.patch_grid(data.image_size)
