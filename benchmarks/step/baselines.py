@@ -126,8 +126,7 @@ def _decays(name: str, weight: Tensor) -> bool:
 
 
 def _cross_entropy(model: Callable[[Tensor], Tensor], work: Work) -> Judged:
-    labels_B = work.batch.labels_B
-    assert labels_B is not None
+    labels_B = work.batch.targets["labels"]
 
     def judged(images_BCYX: Tensor, _: bool) -> tuple[Tensor, Tensor]:
         logits_BK = model(images_BCYX).float()

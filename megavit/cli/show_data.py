@@ -63,7 +63,7 @@ def show_data(args: ShowDataArgs, settings: list[str]) -> int:
         source,
         replace(config.data, workers=0),
         layout=ParallelLayout.alone(),
-        fields=RequiredFields(images=True, labels=labelled),
+        fields=RequiredFields(images=True, targets=("labels",) if labelled else ()),
         micro_batch=count,
         seed=config.run.seed,
         train=True,
@@ -76,8 +76,8 @@ def show_data(args: ShowDataArgs, settings: list[str]) -> int:
         rows["masked"] = list(_masked(seen_BCYX, batch, config))
     captions = {}
     if labelled:
-        assert batch.labels_B is not None
-        names = _names(source.classes, batch.labels_B)
+        assert "labels" in batch.targets
+        names = _names(source.classes, batch.targets["labels"])
         mix = device.mix(batch)
         captions["original"] = names
         if mix is not None:

@@ -71,7 +71,7 @@ class TrainedRun:
         device = self.layout.device
         keys = [SampleKey(index, 0) for index in range(len(images))]
         counted = torch.ones(len(images), dtype=torch.bool, device=device)
-        return Batch(torch.stack(images).to(device), None, counted, keys)
+        return Batch(torch.stack(images).to(device), {}, counted, keys)
 
 
 def read_config(checkpoint: Path) -> ExperimentConfig:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megavit.data.config import DataConfig
 from megavit.data.loader import Batch
+from megavit.data.prefetch import LABELS
 from megavit.data.transforms.device import DeviceTransforms
 from megavit.errors import ConfigError
 from megavit.metrics.task_metric import TaskMetric
@@ -32,6 +33,8 @@ class ClassificationTask(Task):
     Raises:
         ConfigError: if the number of class weights is not the number of classes.
     """
+
+    targets = (LABELS,)
 
     def __init__(
         self,
@@ -88,8 +91,8 @@ class ClassificationTask(Task):
             Of a mixed image the class of the larger share is the right one. Of several labels each is, and the sum is
             called `hit1`: top-1 is a word for one label.
         """
-        assert batch is not None and batch.labels_B is not None
-        labels_B, mix = batch.labels_B, self.preprocess.mix(batch)
+        assert batch is not None
+        labels_B, mix = batch.targets[LABELS], self.preprocess.mix(batch)
         shares_BK = labels_B.float() if self.data.multi_label else None
         if mix is not None:
             whole_BK = shares_BK if shares_BK is not None else F.one_hot(labels_B, self.num_classes).float()
@@ -140,8 +143,8 @@ class ClassificationTask(Task):
 
     def _scores(self, logits_BK: Tensor, batch: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
         loss, sums = self.loss(logits_BK, batch)
-        assert batch is not None and batch.labels_B is not None
-        counted_B, labels_B, classes = batch.counted_B, batch.labels_B, self.num_classes
+        assert batch is not None
+        counted_B, labels_B, classes = batch.counted_B, batch.targets[LABELS], self.num_classes
         among_B = self._are_right(logits_BK, labels_B, best=5)
         sums[self.hits[1]] = (among_B & counted_B).sum().float()
         if self.data.multi_label:

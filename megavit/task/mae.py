@@ -61,7 +61,7 @@ class MaeTask(Task):
         self.num_kept = config.num_visible_patches(self.num_patches)
         self.normalize = Normalize(data.mean, data.std).to(layout.device)
         # The last stage compares with the images.
-        self.fields = RequiredFields(images=layout.holds_first_stage or layout.holds_last_stage, labels=False)
+        self.fields = RequiredFields(images=layout.holds_first_stage or layout.holds_last_stage)
         self.mean_PV: Tensor | None = None
 
     def build_chunks(

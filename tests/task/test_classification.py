@@ -31,7 +31,7 @@ def open_classifier(*overrides: str):
 
 def batch_of(*, augmented: bool) -> Batch:
     keys = [SampleKey(number, 0) for number in range(6)]
-    return Batch(None, LABELS, torch.ones(6, dtype=torch.bool), keys, augmented)
+    return Batch(None, {"labels": LABELS}, torch.ones(6, dtype=torch.bool), keys, augmented)
 
 
 def loss(*overrides: str, trains: bool = True) -> tuple[float, dict[str, torch.Tensor]]:
