@@ -77,19 +77,19 @@ class ClassificationTask(Task):
         )
 
     def forward(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        """Images on the first stage to scores on the last."""
+        """Map images on the first stage to class scores on the last stage."""
         images = None if batch is None or batch.images_BCYX is None else self.preprocess(batch)
         return model(images), lambda logits_BK: self.loss(logits_BK, batch)
 
     def loss(self, logits_BK: Tensor, batch: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of a micro batch, for the gradient, and sums over its counted images, for the metrics.
+        """Return the mean loss of a micro batch, for the gradient, and sums over its counted images, for the metrics.
 
         Label smoothing and class weights are for training; an evaluation's loss has neither, as in timm, DeiT and MAE.
 
         Returns:
-            The loss, and sums `loss`, `top1` and `count`; dividing by `count` is left to whoever has added them all.
-            Of a mixed image the class of the larger share is the right one. Of several labels each is, and the sum is
-            called `hit1`: top-1 is a word for one label.
+            The loss, and sums `loss`, `top1` and `count`; `metrics` divides the totals by `count`. The right class of
+            a mixed image is that of its larger share. With several labels each of them is right, and the sum is named
+            `hit1`, as top-1 means one label.
         """
         assert batch is not None
         labels_B, mix = batch.targets[LABELS], self.preprocess.mix(batch)
@@ -109,7 +109,7 @@ class ClassificationTask(Task):
         return losses_B.mean(), sums
 
     def _losses(self, logits_BK: Tensor, labels_B: Tensor, shares_BK: Tensor | None, *, trains: bool) -> Tensor:
-        """Each image's loss; where there are shares, the labels stand for nothing else."""
+        """Return each image's loss; shares of classes, where given, replace the labels."""
         smoothing, weights_K = (self.label_smoothing, self.weights_K) if trains else (0.0, None)
         if not self.by_class:
             return F.cross_entropy(
@@ -126,7 +126,7 @@ class ClassificationTask(Task):
         return losses_BK.mean(dim=1)
 
     def _are_right(self, logits_BK: Tensor, labels_B: Tensor, *, best: int) -> Tensor:
-        """Whether one of the best guesses for each image is a label of its."""
+        """Return whether one of each image's best scores is of one of its labels."""
         if best == 1:
             # As the confusion counts; of equal scores topk may take another.
             guesses = logits_BK.argmax(dim=1, keepdim=True)
@@ -137,7 +137,7 @@ class ClassificationTask(Task):
         return (guesses == labels_B.unsqueeze(1)).any(dim=1)
 
     def evaluate_sums(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        """Beside the loss and top-1: `top5` (`hit5`), and `confusion`, images by [label, guess] of one label each."""
+        """Add to the sums `top5` or `hit5`, and for single labels `confusion`, images by [label, prediction]."""
         output, _ = self.forward(batch, model)
         return output, lambda logits_BK: self._scores(logits_BK, batch)
 
@@ -154,7 +154,7 @@ class ClassificationTask(Task):
         return loss, {**sums, "confusion": confusion}
 
     def summary(self, validation: dict[str, float]) -> str:
-        """Top-1; of several labels how often the best guess is one of them."""
+        """Describe top-1; with several labels, how often the best score is of one of them."""
         name = "best guess right" if self.data.multi_label else "top-1"
         return f"validation {name} {validation[self.hits[0]]:.4f}"
 
