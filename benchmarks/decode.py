@@ -99,7 +99,7 @@ def by_megavit(**changes: Any) -> Candidate:
             opened(folder),
             here,
             layout=layout,
-            fields=RequiredFields(images=True, labels=False),
+            fields=RequiredFields(images=True),
             micro_batch=MICRO_BATCH,
             seed=0,
             train=True,

@@ -73,7 +73,7 @@ def start(source: str, path: str, index: str) -> dict[str, float]:
     begun, worked = time.perf_counter(), time.process_time()
     train, _ = (open_source(config, split, index=Path(index)) for split in ("train", "val"))
     opened = time.perf_counter()
-    fields = RequiredFields(images=True, labels=True)
+    fields = RequiredFields(images=True, targets=("labels",))
     loader = Loader(train, config, layout=layout, fields=fields, micro_batch=BATCH, seed=0, train=True)
     next(loader.train_batches(0, num_steps=1, global_batch=BATCH))
     return {

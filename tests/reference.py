@@ -17,7 +17,6 @@ from megavit.data.sampler import DeterministicSampler, SampleKey
 from megavit.data.sources.digits import Digits
 from megavit.model.torch_vit import TorchViT
 from megavit.optim.config import Schedule
-from megavit.task.config import TaskName
 from megavit.task.masking import random_keep
 
 # A model small enough for a test and odd enough to show a mistake; ten steps on real digits without augmentation.
@@ -51,7 +50,8 @@ class Result:
 
 
 def dims_of(config: ExperimentConfig) -> Dims:
-    return Dims(config.model.num_heads, config.model.patch_size, config.task.decoder_num_heads or 0)
+    decoder = config.task.decoder(config.model)
+    return Dims(config.model.num_heads, config.model.patch_size, 0 if decoder is None else decoder.num_heads)
 
 
 def plain_model(config: ExperimentConfig) -> TorchViT | TorchMae:
@@ -59,7 +59,7 @@ def plain_model(config: ExperimentConfig) -> TorchViT | TorchMae:
     from megavit.model.init import initial_weight
 
     shape = {"image_size": config.data.image_size, "channels": config.data.channels}
-    if config.task.name is TaskName.mae:
+    if config.task.name == "mae":
         model = TorchMae(config.model, config.task.decoder(config.model), **shape)
     else:
         model = TorchViT(config.model, **shape, num_classes=10)
@@ -143,7 +143,7 @@ def train_torch(overrides: list[str]) -> Result:
     source = Digits("train")
     steps = resolve_num_steps(config, len(source))
     model, order = plain_model(config), DeterministicSampler(len(source), seed=config.run.seed)
-    probes, feature_norm = config.task.name is TaskName.linear_probe, None
+    probes, feature_norm = config.task.name == "linear_probe", None
     if probes:
         feature_norm = torch.nn.BatchNorm1d(config.model.hidden_size, eps=1e-6, affine=False)
     for name, weight in model.named_parameters():
@@ -157,7 +157,7 @@ def train_torch(overrides: list[str]) -> Result:
         ids = [order.at(step * size + i).sample_id for i in range(size)]
         images = torch.stack([source.image(i) for i in ids]).float() / 255
         images = (images - config.data.mean[0]) / config.data.std[0]
-        if config.task.name is TaskName.mae:
+        if config.task.name == "mae":
             keys = [order.at(step * size + i) for i in range(size)]
             loss = mae_loss(model, images, masks_of(keys, config), norm_pix_loss=config.task.norm_pix_loss)
         else:

@@ -21,7 +21,7 @@ from megavit.errors import ConfigError
 from megavit.model.config import Pool, Positions
 from megavit.model.layers.patch_embed import patchify
 from megavit.model.torch_vit import TorchViT
-from megavit.task.config import TaskName
+from megavit.task.config import MaeConfig
 from megavit.task.mae import patch_statistics
 from megavit.task.masking import hidden_mask, random_keep
 
@@ -126,8 +126,7 @@ def _decays(name: str, weight: Tensor) -> bool:
 
 
 def _cross_entropy(model: Callable[[Tensor], Tensor], work: Work) -> Judged:
-    labels_B = work.batch.labels_B
-    assert labels_B is not None
+    labels_B = work.batch.targets["labels"]
 
     def judged(images_BCYX: Tensor, _: bool) -> tuple[Tensor, Tensor]:
         logits_BK = model(images_BCYX).float()
@@ -165,7 +164,7 @@ def _hugging_face(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Modu
         raise ConfigError("transformers is not installed: pip install transformers") from error
     logging.disable_progress_bar()
     config = work.config
-    mae = config.task.name is TaskName.mae
+    mae = isinstance(config.task, MaeConfig)
     check_hf_compatible(config.model, config.data, is_mae=mae)
     classes = tuple(map(str, range(config.data.num_classes or 0)))
     decoder = hf_decoder(config.task) if mae else None
@@ -197,7 +196,7 @@ def _hugging_face(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Modu
 def _plain(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Module, Any, Judged]:
     config = work.config
     shape: dict[str, Any] = {"image_size": config.data.image_size, "channels": config.data.channels}
-    if config.task.name is not TaskName.mae:
+    if not isinstance(config.task, MaeConfig):
         model = TorchViT(config.model, **shape, num_classes=config.data.num_classes or 0)
         model.load_state_dict(weights)
         return model, model.blocks, _cross_entropy(model, work)

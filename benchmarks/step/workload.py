@@ -62,7 +62,7 @@ def draw_batch(config: ExperimentConfig, device: torch.device) -> Batch:
     labels = torch.randint(0, data.num_classes or 1, (count,), generator=generator)
     return Batch(
         images.to(device),
-        labels.to(device),
+        {"labels": labels.to(device)},
         torch.ones(count, dtype=torch.bool, device=device),
         [SampleKey(index, 0) for index in range(count)],
     )

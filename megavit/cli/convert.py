@@ -33,7 +33,7 @@ from megavit.model.parameters import is_classifier, is_decoder, is_last_layer
 from megavit.model.vit import parameter_names
 from megavit.parallel.layout import ParallelLayout
 from megavit.runtime.run_dir import FINISHED, lock_folder
-from megavit.task.config import TaskConfig
+from megavit.task.config import MaeConfig, TaskConfig
 from megavit.train.setup import build_model
 from megavit.validation import format_value
 
@@ -170,7 +170,8 @@ def _config_of(external: ExternalModel, run_dir: Path) -> ExperimentConfig:
 
 
 def _dims(config: ExperimentConfig) -> Dims:
-    return Dims(config.model.num_heads, config.model.patch_size, config.task.decoder_num_heads or 0)
+    decoder = config.task.decoder(config.model)
+    return Dims(config.model.num_heads, config.model.patch_size, 0 if decoder is None else decoder.num_heads)
 
 
 @torch.no_grad()
@@ -202,19 +203,18 @@ def _fill(chunk: Any, external: ExternalModel, config: ExperimentConfig) -> None
 def _out_of_run(run: str, kind: str, target: Path, *, dtype: str) -> None:
     weights = resolve_checkpoint(run)
     config = read_config(weights.checkpoint)
-    is_mae = not config.task.name.classifies
+    decoder = config.task.decoder(config.model)
+    is_mae = decoder is not None
     if kind == "mae" and not is_mae:
-        raise ConfigError(
-            f"from={run} is a run of task.name={config.task.name.value}; to=mae: takes a masked autoencoder's"
-        )
+        raise ConfigError(f"from={run} is a run of task.name={config.task.name}; to=mae: takes a masked autoencoder's")
     _refuse_target(kind, target)
     state = read_state(weights.checkpoint)
     # Converted from a model without a classifier, it has a head that nobody trained.
-    headless = is_mae or not (state.classes or state.optimizer)
+    headless = not config.task.has_classes or not (state.classes or state.optimizer)
     classes = () if headless else read_classes(weights.checkpoint)
     if kind == "hf":
         check_hf_compatible(config.model, config.data, is_mae=is_mae)
-    trained = open_run(config, weights, num_classes=0 if is_mae else len(classes) or 1)
+    trained = open_run(config, weights, num_classes=len(classes) or 1 if config.task.has_classes else 0)
     takes_decoder = kind not in ("timm", "nemo")
 
     def is_exported(name: str) -> bool:
@@ -222,8 +222,9 @@ def _out_of_run(run: str, kind: str, target: Path, *, dtype: str) -> None:
 
     timm_weights = _timm_weights(trained, config, is_exported=is_exported, dtype=_DTYPES[dtype])
     if kind == "hf":
-        decoder = hf_decoder(config.task) if is_mae else None
-        settings = hf_config(config.model, config.data, classes, dtype, decoder=decoder)
+        settings = hf_config(
+            config.model, config.data, classes, dtype, decoder=None if decoder is None else hf_decoder(config.task)
+        )
         write_hf(target, timm_weights, settings, hf_preprocessor(config.data))
         card = model_card(config.run.name, config.model, config.data, weights.checkpoint)
         (target / "README.md").write_text(card)
@@ -283,7 +284,8 @@ def _unsaid(kind: str, config: ExperimentConfig) -> list[str]:
 
 
 def hf_decoder(task: TaskConfig) -> dict[str, Any]:
-    """Settings of `config.json` that ViTMAE has beside ViT's."""
+    """Return the settings of `config.json` that ViTMAE has and ViT has not."""
+    assert isinstance(task, MaeConfig)
     return {
         "decoder_hidden_size": task.decoder_hidden_size,
         "decoder_intermediate_size": task.decoder_ffn_size,
@@ -321,7 +323,9 @@ def _timm_weights(
             sincos_positions(grid, config.model.hidden_size, class_tokens=tokens).unsqueeze(0).to(dtype)
         )
     if "decoder_embed.weight" in timm_weights:
-        narrow = config.task.decoder_hidden_size
-        assert narrow is not None
-        timm_weights["decoder_pos_embed"] = sincos_positions(grid, narrow, class_tokens=tokens).unsqueeze(0).to(dtype)
+        decoder = config.task.decoder(config.model)
+        assert decoder is not None
+        timm_weights["decoder_pos_embed"] = (
+            sincos_positions(grid, decoder.hidden_size, class_tokens=tokens).unsqueeze(0).to(dtype)
+        )
     return timm_weights

@@ -29,7 +29,7 @@ def inspect_run(args: InspectArgs) -> int:
     model, files = config.model, [path for path in checkpoint.rglob("*") if path.is_file()]
     rows = {
         "checkpoint": checkpoint,
-        "task": config.task.name.value,
+        "task": config.task.name,
         "model": f"{model.num_layers} layers of {model.hidden_size}, MLP {model.ffn_size}, {model.num_heads} heads, "
         f"patch {model.patch_size}, {model.class_tokens} class tokens",
         "images": f"{config.data.image_size} × {config.data.channels} from {config.data.source}",

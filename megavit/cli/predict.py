@@ -16,7 +16,7 @@ from megavit.errors import ConfigError, printable
 from megavit.inference.load import open_encoder
 from megavit.inference.trained_run import read_classes, read_run, with_settings
 from megavit.runtime.output import check_writable, complete_file
-from megavit.task.config import Loss
+from megavit.task.config import ClassificationConfig, Loss
 
 _AT_ONCE = 64
 
@@ -76,6 +76,7 @@ def predict(args: PredictArgs, settings: list[str]) -> int:
         with torch.no_grad():
             logits = model(torch.cat(images).to(layout.device))
         # Trained with binary cross-entropy, each class has a probability of its own.
+        assert isinstance(config.task, ClassificationConfig)
         chances = logits.sigmoid() if config.task.loss is Loss.bce else logits.softmax(dim=1)
         best = chances.topk(top, dim=1)
         for path, scores, labels in zip(some, best.values.tolist(), best.indices.tolist(), strict=True):

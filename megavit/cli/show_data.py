@@ -19,7 +19,6 @@ from megavit.errors import ConfigError
 from megavit.metrics.plots import draw_samples
 from megavit.parallel.layout import ParallelLayout
 from megavit.runtime.output import complete_file
-from megavit.task.config import TaskName
 from megavit.task.masking import hidden_mask, random_keep
 
 _HIDDEN = 127
@@ -59,12 +58,12 @@ def show_data(args: ShowDataArgs, settings: list[str]) -> int:
     if config.data.mixes and count % 2:
         raise ConfigError(f"count={count} is odd, and images are mixed in pairs; set count={count + 1}")
     source = open_source(config.data, "train")
-    labelled = bool(source.classes) and config.task.name.classifies
+    labelled = bool(source.classes) and config.task.has_classes
     loader = Loader(
         source,
         replace(config.data, workers=0),
         layout=ParallelLayout.alone(),
-        fields=RequiredFields(images=True, labels=labelled),
+        fields=RequiredFields(images=True, targets=("labels",) if labelled else ()),
         micro_batch=count,
         seed=config.run.seed,
         train=True,
@@ -73,12 +72,12 @@ def show_data(args: ShowDataArgs, settings: list[str]) -> int:
     device = DeviceTransforms(config.data, seed=config.run.seed, device=torch.device("cpu"))
     seen_BCYX = (device.normalize.undo(device(batch)).clamp(0, 1) * 255).round().to(torch.uint8)
     rows = {"original": [source.image(key.sample_id) for key in batch.keys], "seen": list(seen_BCYX)}
-    if config.task.name is TaskName.mae:
+    if config.visible_patches < config.num_patches:
         rows["masked"] = list(_masked(seen_BCYX, batch, config))
     captions = {}
     if labelled:
-        assert batch.labels_B is not None
-        names = _names(source.classes, batch.labels_B)
+        assert "labels" in batch.targets
+        names = _names(source.classes, batch.targets["labels"])
         mix = device.mix(batch)
         captions["original"] = names
         if mix is not None:

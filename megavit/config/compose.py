@@ -21,6 +21,8 @@ from megavit.config.overrides import Setting, key_of, read_setting, read_text, t
 from megavit.errors import ConfigError
 from megavit.optim.registry import rule_settings
 from megavit.plugins import is_plugin
+from megavit.task.config import ClassificationConfig, TaskConfig
+from megavit.task.registry import TASKS, TaskRow, config_class, tasks_with
 from megavit.validation import suggest
 
 # Names that other trainers use for a setting, by the last word of the path.
@@ -151,7 +153,7 @@ def compose(overrides: list[str]) -> ExperimentConfig:
             typed_overrides.append("data=folder")
     if "optim.warmup_steps" in typed and "optim.shorten_warmup" not in typed:
         typed_overrides.append("optim.shorten_warmup=false")
-    _register()
+    _register(tuple(TASKS.items()))
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             composed = hydra_compose("train", overrides=[*typed_overrides, *cleared])
@@ -160,14 +162,18 @@ def compose(overrides: list[str]) -> ExperimentConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, settings)) from error
     assert isinstance(config, ExperimentConfig)
-    config.task = config.task.with_decoder(config.model)
+    _check_task_name(config)
+    config.task = config.task.with_sizes(config.model)
     return config
 
 
 @cache
-def _register() -> None:
-    """Register the types of all settings with Hydra, once a process."""
-    ConfigStore.instance().store(name="run_config", node=ExperimentConfig)
+def _register(tasks: tuple[tuple[str, TaskRow], ...]) -> None:
+    """Store the types of all settings in Hydra, as long as the process lives; a task's YAML adds its own settings."""
+    store = ConfigStore.instance()
+    store.store(name="run_config", node=ExperimentConfig(task=TaskConfig()))
+    for name, row in tasks:
+        store.store(group="task", name=f"{name}_settings", node=row.config)
 
 
 def to_yaml(config: ExperimentConfig) -> str:
@@ -197,11 +203,33 @@ def from_yaml(text: str) -> ExperimentConfig:
                 of = saved.get(group) if group else saved
                 if isinstance(of, DictConfig):
                     of.pop(name, None)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig), saved))
+        default = ExperimentConfig(task=_read_task(saved))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(default), saved))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"a run's configuration cannot be read: {_explain(error)}") from error
     assert isinstance(config, ExperimentConfig)
     return config
+
+
+def _read_task(saved: Any) -> TaskConfig:
+    """Return the default settings of the task that a saved configuration names.
+
+    Earlier runs have the settings of all tasks, null where they are another task's; here these are removed.
+    """
+    task = saved.get("task") if isinstance(saved, DictConfig) else None
+    if not isinstance(task, DictConfig):
+        return ClassificationConfig()
+    default = config_class(task.get("name", ClassificationConfig.name))()
+    for setting in [setting for setting in task if task[setting] is None]:
+        del task[setting]
+    return default
+
+
+def _check_task_name(config: ExperimentConfig) -> None:
+    """Refuse `task.name=mae` for a group that was chosen by `task=classify`."""
+    name = config.task.name
+    if config_class(name) is not type(config.task):
+        raise ConfigError(f"task.name={name}: choose the task with its settings, by task={name}")
 
 
 def merge(config: ExperimentConfig, overrides: list[str]) -> ExperimentConfig:
@@ -227,6 +255,7 @@ def merge(config: ExperimentConfig, overrides: list[str]) -> ExperimentConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, settings)) from error
     assert isinstance(merged, ExperimentConfig)
+    _check_task_name(merged)
     return merged
 
 
@@ -240,10 +269,17 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-@cache
 def run_types() -> dict[str, Any]:
-    """Return the type of every setting by its dotted path."""
-    return types_of(ExperimentConfig)
+    """Return the type of every setting of a run by its dotted path, the settings of all tasks included."""
+    return _types_with(tuple(row.config for row in TASKS.values()))
+
+
+@cache
+def _types_with(tasks: tuple[type[TaskConfig], ...]) -> dict[str, Any]:
+    found = types_of(ExperimentConfig)
+    for task in tasks:
+        found |= types_of(task, "task.")
+    return found
 
 
 def _read(overrides: list[str]) -> list[Setting]:
@@ -306,9 +342,33 @@ def _explain(error: Exception, settings: Iterable[Setting] = ()) -> str:
     while cause.__cause__ is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
     text = str(cause)
+    other_task = _explain_other_task(text, settings)
+    if other_task is not None:
+        return other_task
     found = re.search(r"full_key: (\S+)", text) or re.search(r"full_key: (\S+)", str(error))
     key, first = found.group(1) if found else getattr(cause, "full_key", None), text.splitlines()[0]
     typed = next((setting.typed for setting in settings if setting.key == key), "")
     # OmegaConf prints 1e3 as 1000.0.
     as_typed = f" ({typed})" if typed and typed.partition("=")[2] not in first else ""
     return f"{key}: {first}{as_typed}" if key else first
+
+
+def _explain_other_task(text: str, settings: Iterable[Setting]) -> str | None:
+    """Describe a setting that the chosen task does not have and another one has; None for another error.
+
+    Args:
+        text: OmegaConf's message.
+        settings: as typed.
+    """
+    found = re.search(r"full_key: task\.(\w+)\s+(?:reference_type=\w+\s+)?object_type=(\w+)", text)
+    if not found or "not in" not in text:
+        return None
+    owners, chosen = tasks_with(found[1]), [name for name, row in TASKS.items() if row.config.__name__ == found[2]]
+    if not owners or not chosen:
+        return None
+    key = f"task.{found[1]}"
+    typed = next((setting.typed for setting in settings if setting.key == key), key)
+    return (
+        f"{typed} would be ignored by task.name={chosen[0]}: it is a setting of task={' and task='.join(owners)}; "
+        f"leave it away"
+    )

@@ -13,8 +13,8 @@ from megavit.metrics.config import MetricsConfig
 from megavit.model.config import ModelConfig
 from megavit.optim.config import ENCODER, OptimConfig
 from megavit.parallel.config import ParallelConfig
-from megavit.planner.flops import DecoderShape, NetworkShape
-from megavit.task.config import TaskConfig, TaskName
+from megavit.planner.flops import NetworkShape
+from megavit.task.config import ClassificationConfig, TaskConfig
 
 
 @dataclass
@@ -32,7 +32,7 @@ class ExperimentConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    task: TaskConfig = field(default_factory=TaskConfig)
+    task: TaskConfig = field(default_factory=ClassificationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -48,8 +48,7 @@ class ExperimentConfig:
     @property
     def visible_patches(self) -> int:
         """Patches per image that the encoder receives."""
-        patches = self.num_patches
-        return self.task.num_visible_patches(patches) if self.task.name is TaskName.mae else patches
+        return self.task.num_visible_patches(self.num_patches)
 
     @property
     def encoder_tokens(self) -> int:
@@ -59,27 +58,22 @@ class ExperimentConfig:
     @property
     def frozen(self) -> list[str]:
         """Patterns of the weights that stay as they are."""
-        return [ENCODER] if self.task.name is TaskName.linear_probe else self.optim.freeze or []
+        return self.optim.freeze or [] if self.task.trains_encoder else [ENCODER]
 
     def network_shape(self, *, num_classes: int) -> NetworkShape:
         """What the network's FLOPs depend on.
 
         Args:
-            num_classes: of a classifier; a masked autoencoder has none.
+            num_classes: classes of the data's labels.
         """
-        decoder = None
-        if self.task.name is TaskName.mae:
-            sizes = (self.task.decoder_hidden_size, self.task.decoder_ffn_size, self.task.decoder_num_layers)
-            hidden, ffn, layers = (size or 0 for size in sizes)
-            decoder = DecoderShape(hidden, ffn, layers, tokens=self.num_patches + self.model.class_tokens)
-        return NetworkShape(
+        encoder = NetworkShape(
             hidden=self.model.hidden_size,
             ffn=self.model.ffn_size,
             layers=self.model.num_layers,
             tokens=self.encoder_tokens,
             patches=self.visible_patches,
             patch_values=self.data.channels * self.model.patch_size**2,
-            classes=num_classes if decoder is None else 0,
-            decoder=decoder,
+            classes=0,
             trains_encoder=ENCODER not in self.frozen,
         )
+        return self.task.network_shape(encoder, model=self.model, num_patches=self.num_patches, num_classes=num_classes)

@@ -3,14 +3,12 @@
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.resolved import check_warmup, resolve_micro_batch, resolve_num_microbatches
 from megavit.config.train import Compile, GradReduce, Precision
-from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
-from megavit.model.config import AttentionBackend, LinearBackend, ModelConfig, Pool
-from megavit.optim.config import ENCODER, OptimConfig
+from megavit.model.config import AttentionBackend, LinearBackend
+from megavit.optim.config import ENCODER
 from megavit.optim.registry import is_sharded
 from megavit.parallel.config import Recompute
 from megavit.parallel.stages import plan_stages
-from megavit.task.config import Loss, TaskName
 from megavit.validation import format_value, require_number, require_steps
 
 
@@ -160,8 +158,14 @@ def _check_linears(config: ExperimentConfig, world_size: int) -> None:
                 "model.linear_backend=fp8 rounds bf16 numbers, and train.precision=fp32 has none; set "
                 "train.precision=bf16_o2 or model.linear_backend=local"
             )
-        for group, prefix in (("model", ""), ("task", "decoder_")):
+        for group, prefix in _groups_of_sizes(config):
             _check_eight_bit_sizes(config, group, f"{prefix}hidden_size", f"{prefix}ffn_size")
+
+
+def _groups_of_sizes(config: ExperimentConfig) -> list[tuple[str, str]]:
+    """Return the group and the prefix of the settings of each transformer: the encoder's, and the decoder's if any."""
+    decoder = config.task.decoder(config.model)
+    return [("model", "")] if decoder is None else [("model", ""), ("task", "decoder_")]
 
 
 def _check_eight_bit_sizes(config: ExperimentConfig, group: str, *keys: str) -> None:
@@ -208,63 +212,20 @@ def _check_overlap(config: ExperimentConfig, world_size: int) -> None:
 
 def check_task(config: ExperimentConfig) -> None:
     """Raise ConfigError for settings of other groups that the task would ignore."""
-    if config.data.multi_label and config.task.loss is not Loss.bce:
+    config.task.check_groups(model=config.model, data=config.data, optim=config.optim)
+    if config.metrics.pictures_every is not None and not config.task.makes_pictures:
         raise ConfigError(
-            "data.multi_label=true needs task.loss=bce, by which each class is judged by itself; without labels "
-            "data.multi_label is false"
+            f"metrics.pictures_every={config.metrics.pictures_every} would be ignored by task.name="
+            f"{config.task.name}, which has nothing to paint; set it to null"
         )
-    if config.task.name is TaskName.linear_probe:
-        _check_probe(config)
-    if config.task.name is not TaskName.mae:
-        if config.metrics.pictures_every is not None:
-            raise ConfigError(
-                f"metrics.pictures_every={config.metrics.pictures_every} would be ignored by task.name="
-                f"{config.task.name.value}, which has nothing to paint; set it to null"
-            )
-        return
-    for key in ("random_erasing", "mixup", "cutmix"):
-        if getattr(config.data, key):
-            raise ConfigError(
-                f"data.{key}={getattr(config.data, key)} would be ignored by task.name=mae, which sees its images "
-                f"whole and without labels; set it to {format_value(getattr(DataConfig(), key))}"
-            )
-    used = ModelConfig(pool=Pool.cls if config.model.class_tokens else Pool.mean)
-    for key in ("pool", "head", "head_bias", "head_std"):
-        if getattr(config.model, key) != getattr(used, key):
-            raise ConfigError(
-                f"model.{key}={format_value(getattr(config.model, key))} would be ignored by task.name=mae, which "
-                f"has no classifier; leave it at {format_value(getattr(used, key))}"
-            )
-
-
-def _check_probe(config: ExperimentConfig) -> None:
-    """Refuse settings that a frozen encoder would ignore, or that would randomise its features."""
-    defaults = ModelConfig()
-    for group, used, keys, why in (
-        (
-            "model",
-            defaults,
-            ("hidden_dropout", "attention_dropout", "drop_path"),
-            "whose frozen encoder drops nothing",
-        ),
-        ("model", defaults, ("head",), "which trains one matrix"),
-        ("optim", OptimConfig(), ("freeze", "layer_decay"), "which freezes the encoder itself"),
-    ):
-        for key in keys:
-            value, wanted = getattr(getattr(config, group), key), getattr(used, key)
-            if value != wanted:
-                raise ConfigError(
-                    f"{group}.{key}={format_value(value)} does not go with task.name=linear_probe, {why}; set "
-                    f"it to {format_value(wanted)}"
-                )
 
 
 def _check_tensor_parallel(config: ExperimentConfig, world_size: int) -> None:
-    for group, prefix in (("model", ""), ("task", "decoder_")):
+    for group, prefix in _groups_of_sizes(config):
         _check_splits(config, group, f"{prefix}num_heads", f"{prefix}ffn_size")
     tp, tokens, seen = config.parallel.tp, config.encoder_tokens, config.visible_patches
     if config.parallel.sequence_parallel and tokens % tp:
-        hides = f" (task.mask_ratio={config.task.mask_ratio} hides {config.num_patches - seen})"
+        hides = f" (task.mask_ratio={getattr(config.task, 'mask_ratio', None)} hides {config.num_patches - seen})"
         others = [count for count in (0, 1, 8) if (seen + count) % tp == 0]
         ways = [f"model.class_tokens={count} ({seen} + {count} = {seen + count})" for count in others]
         raise ConfigError(

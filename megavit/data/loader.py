@@ -3,35 +3,37 @@
 Shapes: B images of a micro batch, C channels, Y rows, X columns.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megavit.data.config import DataConfig
-from megavit.data.prefetch import BadSample, MicroBatch, RequiredFields, SampleDataset, prefetch
+from megavit.data.prefetch import LABELS, BadSample, MicroBatch, RequiredFields, SampleDataset, prefetch
 from megavit.data.sampler import DeterministicSampler, SampleKey
-from megavit.data.sources.base import Source, all_labels
+from megavit.data.sources.base import Source, all_labels, dense_targets
 from megavit.errors import ConfigError
 from megavit.parallel.layout import ParallelLayout
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro batch, on the device; a field is None on the ranks whose stage does not need it.
+    """One micro batch, on the device, with the fields that this rank's stage needs.
 
     Attributes:
-        images_BCYX: uint8.
-        labels_B: int64; with `data.multi_label` uint8 labels_BK, 1 for each of an image's labels.
+        images_BCYX: uint8; None where the stage needs no images.
+        targets: by name, those that the stage needs. `labels` is int64 labels_B; with `data.multi_label` uint8
+            labels_BK, 1 for each of an image's labels. A dense target is target_BYX, in the source's type, in the
+            images' size.
         counted_B: bool, False for the padding at the end of an evaluation.
         keys: which samples these are, known on every rank.
         augmented: whether they are to train on, so that the device erases and mixes them.
     """
 
     images_BCYX: Tensor | None
-    labels_B: Tensor | None
+    targets: Mapping[str, Tensor]
     counted_B: Tensor
     keys: list[SampleKey]
     augmented: bool = False
@@ -74,7 +76,7 @@ class Loader:
         self._evaluated = range(len(source)) if indices is None else indices
         self._samples = SampleDataset(source, config, fields, seed=seed, augment=train)
         self._bad: list[BadSample] = []
-        self._reads = layout.tp_rank == 0 and (fields.images or fields.labels)
+        self._reads = layout.tp_rank == 0 and (fields.images or bool(fields.targets))
 
     def train_batches(self, consumed_samples: int, *, num_steps: int, global_batch: int) -> Iterator[Batch]:
         """This rank's micro batches of the next steps, without an end of epoch.
@@ -125,8 +127,8 @@ class Loader:
     def _load(self, rows: Iterator[list[SampleKey]], counted: Callable[[list[SampleKey]], Tensor]) -> Iterator[Batch]:
         if not self._reads:
             for row in rows:
-                images, labels = self._share(None, None)
-                yield Batch(images, labels, counted(row), row, self._samples.augment)
+                images, targets = self._share(None)
+                yield Batch(images, targets, counted(row), row, self._samples.augment)
             return
         due: list[list[SampleKey]] = []
 
@@ -140,37 +142,45 @@ class Loader:
         for read in _copy_ahead(reads, self.layout.device) if on_gpu else reads:
             row = due.pop(0)
             self._bad += read.bad
-            images, labels = self._share(read.images, read.labels)
-            yield Batch(images, labels, counted(row), row, self._samples.augment)
+            images, targets = self._share(read)
+            yield Batch(images, targets, counted(row), row, self._samples.augment)
 
     def pop_bad_samples(self) -> list[BadSample]:
         """What was replaced on this rank since the last call."""
         bad, self._bad = self._bad, []
         return bad
 
-    def _share(self, images: Tensor | None, labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Move a micro batch to the device and, from tensor-parallel rank 0, to its peers."""
-        layout, shape = self.layout, (self.micro_batch, self.config.channels, *self.config.image_size)
-        several = (len(self.source.classes),) if self.config.multi_label else ()
-        labels_type = torch.uint8 if several else torch.int64
-        shared: list[Tensor | None] = []
-        for needed, tensor, size, dtype in (
-            (self.fields.images, images, shape, torch.uint8),
-            (self.fields.labels, labels, (self.micro_batch, *several), labels_type),
-        ):
-            if not needed:
-                shared.append(None)
-                continue
-            if tensor is None:
-                tensor = torch.empty(size, dtype=dtype, device=layout.device)
-            else:
-                assert tensor.shape == size, f"{tuple(tensor.shape)} is not {size}"
-                tensor = tensor.to(layout.device, non_blocking=True)
-            if layout.tp > 1:
-                group = layout.groups.tp
-                dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
-            shared.append(tensor)
-        return shared[0], shared[1]
+    def _share(self, read: MicroBatch | None) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Move a micro batch to the device and, from tensor-parallel rank 0, to its peers, where it is None."""
+        images = None
+        if self.fields.images:
+            shape = (self.micro_batch, self.config.channels, *self.config.image_size)
+            images = self._share_tensor(None if read is None else read.images, shape, torch.uint8)
+        targets = {
+            name: self._share_tensor(None if read is None else read.targets[name], *self._target_form(name))
+            for name in self.fields.targets
+        }
+        return images, targets
+
+    def _target_form(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return the shape and the type of a target of a micro batch."""
+        if name != LABELS:
+            return (self.micro_batch, *self.config.image_size), dense_targets(self.source)[name]
+        if self.config.multi_label:
+            return (self.micro_batch, len(self.source.classes)), torch.uint8
+        return (self.micro_batch,), torch.int64
+
+    def _share_tensor(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        layout = self.layout
+        if tensor is None:
+            tensor = torch.empty(shape, dtype=dtype, device=layout.device)
+        else:
+            assert tensor.shape == shape, f"{tuple(tensor.shape)} is not {shape}"
+            tensor = tensor.to(layout.device, non_blocking=True)
+        if layout.tp > 1:
+            group = layout.groups.tp
+            dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
+        return tensor
 
 
 def _training_order(source: Source, config: DataConfig, *, seed: int) -> DeterministicSampler:
@@ -188,11 +198,7 @@ def _copy_ahead(reads: Iterator[MicroBatch], device: torch.device) -> Iterator[M
     ahead: tuple[MicroBatch, torch.cuda.Event] | None = None
     for read in reads:
         with torch.cuda.stream(stream):
-            images, labels = (
-                None if tensor is None else tensor.to(device, non_blocking=True)
-                for tensor in (read.images, read.labels)
-            )
-            copied = replace(read, images=images, labels=labels), stream.record_event()
+            copied = read.map(lambda tensor: tensor.to(device, non_blocking=True)), stream.record_event()
         if ahead is not None:
             yield _arrived(*ahead)
         ahead = copied
@@ -203,8 +209,7 @@ def _copy_ahead(reads: Iterator[MicroBatch], device: torch.device) -> Iterator[M
 def _arrived(read: MicroBatch, copied: torch.cuda.Event) -> MicroBatch:
     computing = torch.cuda.current_stream()
     computing.wait_event(copied)
-    for tensor in (read.images, read.labels):
-        if tensor is not None:
-            # Its memory is the copying stream's, and must not be used anew before this one is done with it.
-            tensor.record_stream(computing)
+    for tensor in read.tensors:
+        # Its memory is the copying stream's, and must not be reused before this one is done with it.
+        tensor.record_stream(computing)
     return read

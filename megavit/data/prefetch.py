@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,12 +15,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from megavit.data.config import DataConfig, OnBadSample
 from megavit.data.decode import Jpeg
 from megavit.data.sampler import SampleKey
-from megavit.data.sources.base import Source, all_labels, label_set, name_of, open_sample
+from megavit.data.sources.base import Source, all_labels, dense_target, dense_targets, label_set, name_of, open_sample
 from megavit.data.transforms.image import ImageTransform
 from megavit.data.transforms.normalize import draw_shifts, shift_image
 from megavit.data.transforms.resize import named_if_too_large
 from megavit.errors import ConfigError
 from megavit.parallel.rng import RandomStream, hash_int64
+from megavit.validation import format_value
 
 # A class of which so many in a row cannot be read has more wrong with it than an image.
 _TRIES = 20
@@ -30,12 +31,21 @@ _LOOK_S = 5.0
 _TIMED_OUT, _DIED = "DataLoader timed out", "DataLoader worker (pid"
 
 
+# The target that a source gives by `label` or `labels`.
+LABELS = "labels"
+
+
 @dataclass(frozen=True)
 class RequiredFields:
-    """What this rank's pipeline stage reads of a batch."""
+    """Fields of a batch that this rank's pipeline stage reads.
+
+    Attributes:
+        images: whether it reads images.
+        targets: names of the targets that it reads: `labels`, or those of the source's dense targets.
+    """
 
     images: bool
-    labels: bool
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,19 +68,28 @@ class MicroBatch:
     """A micro batch as it was read.
 
     Attributes:
-        images: uint8 images_BCYX, or nothing.
-        labels: int64 labels_B, or uint8 labels_BK, or nothing.
-        bad: what was replaced in it.
+        images: uint8 images_BCYX; None where they are not read.
+        targets: by name: `labels`, int64 labels_B or uint8 labels_BK; a dense target, target_BYX.
+        bad: samples that were replaced in it.
     """
 
     images: Tensor | None
-    labels: Tensor | None
+    targets: dict[str, Tensor]
     bad: list[BadSample]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """Return it with each tensor changed."""
+        images = None if self.images is None else change(self.images)
+        return replace(self, images=images, targets={name: change(target) for name, target in self.targets.items()})
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Its tensors."""
+        return [*([] if self.images is None else [self.images]), *self.targets.values()]
 
     def pin_memory(self) -> "MicroBatch":
         """The same in memory that a GPU copies from by itself; DataLoader asks for it."""
-        images, labels = (None if tensor is None else tensor.pin_memory() for tensor in (self.images, self.labels))
-        return replace(self, images=images, labels=labels)
+        return self.map(Tensor.pin_memory)
 
 
 class SampleDataset(Dataset[MicroBatch]):
@@ -93,6 +112,8 @@ class SampleDataset(Dataset[MicroBatch]):
             augment,
         )
         self.view = ImageTransform(config, augment=augment)
+        self._dense = [name for name in fields.targets if name != LABELS]
+        _check_dense(self._dense, source, config)
         self._labels: np.ndarray | None = None
         # Which sample each worker is at, for whoever asks after its end; −1 for none.
         self.at = torch.full((max(1, config.workers),), -1, dtype=torch.int64).share_memory_()
@@ -108,22 +129,46 @@ class SampleDataset(Dataset[MicroBatch]):
             return error
 
     def _read(self, keys: list[SampleKey]) -> MicroBatch:
-        labels = None
-        if self.fields.labels:
-            labels = self._labels_of(keys)
+        names = self.fields.targets
+        # Draws are made for all of the micro batch at once.
+        draws = self.view.sample_seeds(keys, seed=self.seed) if self.fields.images or self._dense else []
+        targets = {
+            name: self._dense_target(name, keys, draws) if name in self._dense else self._labels_of(keys)
+            for name in names
+        }
         if not self.fields.images:
-            return MicroBatch(None, labels, [])
+            return MicroBatch(None, targets, [])
         bad: list[BadSample] = []
-        # Draws are made for all of the micro batch at once. Images are read one by one: as they were taken, the memory
-        # may not hold them together.
-        draws = self.view.sample_seeds(keys, seed=self.seed)
+        # Images are read one by one: as they were taken, the memory may not hold them together.
         with self.view.drawing():
             images = [self.view.augment(self._cut(key, draw, bad)) for key, draw in zip(keys, draws, strict=True)]
-        if self.augment and self.config.random_shift:
-            shifts = draw_shifts(keys, pixels=self.config.random_shift, seed=self.seed)
-            images = [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]
+        images = self._shift(images, keys)
         # Not torch.stack: in a worker this writes into memory that is shared, which else is one more copy.
-        return MicroBatch(default_collate(images), labels, bad)
+        return MicroBatch(default_collate(images), targets, bad)
+
+    def _shift(self, images: list[Tensor], keys: list[SampleKey]) -> list[Tensor]:
+        if not (self.augment and self.config.random_shift):
+            return images
+        shifts = draw_shifts(keys, pixels=self.config.random_shift, seed=self.seed)
+        return [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]
+
+    def _dense_target(self, name: str, keys: list[SampleKey], draws: list[int]) -> Tensor:
+        """Return target_BYX, cropped, flipped and shifted as the images are; what enters by a shift is 0."""
+        with self.view.drawing():
+            cut = [
+                self.view.crop_target(self._read_target(name, key.sample_id), draw).unsqueeze(0)
+                for key, draw in zip(keys, draws, strict=True)
+            ]
+        return torch.cat(self._shift(cut, keys))
+
+    def _read_target(self, name: str, sample_id: int) -> Tensor:
+        target, dtype = dense_target(self.source, sample_id, name), dense_targets(self.source)[name]
+        if target.ndim != 2 or target.dtype != dtype:
+            raise ConfigError(
+                f"the target {name} of sample {sample_id} of data.source={self.config.source} is {target.dtype} "
+                f"{list(target.shape)}; {dtype} [rows, columns] is needed"
+            )
+        return target
 
     def _labels_of(self, keys: list[SampleKey]) -> Tensor:
         """int64 labels_B; or uint8 labels_BK, 1 for each of an image's labels, where it may have several."""
@@ -194,6 +239,28 @@ class SampleDataset(Dataset[MicroBatch]):
         if isinstance(image, Jpeg):
             return True
         return image.ndim == 3 and image.shape[0] == self.config.channels and image.dtype == torch.uint8
+
+
+def _check_dense(names: list[str], source: Source, config: DataConfig) -> None:
+    """Refuse dense targets that the source lacks, and settings that change an image and not its target."""
+    for name in names:
+        if name not in dense_targets(source):
+            known = ", ".join(dense_targets(source)) or "none"
+            raise ConfigError(
+                f"the task needs the target {name} for each pixel, and data.source={config.source} has {known}; choose "
+                f"data with it, or another task"
+            )
+    for key in ("auto_augment", "transform") if names else ():
+        value = getattr(config, key)
+        if value is not None:
+            raise ConfigError(
+                f"data.{key}={format_value(value)} would move an image and leave its target {names[0]}; set it to null"
+            )
+    if names and config.on_bad_sample is OnBadSample.skip:
+        raise ConfigError(
+            f"data.on_bad_sample=skip puts another image of the same class in place of a bad one, and the target "
+            f"{names[0]} is the image's own; set it to stop"
+        )
 
 
 def prefetch(samples: SampleDataset, batches: Iterator[list[SampleKey]], *, pins: bool) -> Iterator[MicroBatch]:

@@ -52,7 +52,7 @@ def evaluate(config: ExperimentConfig, weights: CheckpointRef) -> int:
     """
     source, notes = open_source(config.data, "val"), list[str]()
     present = source.classes
-    if config.task.name.classifies:
+    if config.task.has_classes:
         source, notes = label_as_trained(source, config.data, weights.checkpoint)
     trained = open_run(config, weights, num_classes=len(source.classes))
     network, layout = trained.network, trained.layout

@@ -83,7 +83,7 @@ class FeatureExtractor:
             source,
             config.data,
             layout=self._layout,
-            fields=RequiredFields(images=True, labels=labelled),
+            fields=RequiredFields(images=True, targets=("labels",) if labelled else ()),
             micro_batch=size,
             seed=config.run.seed,
             train=False,
@@ -96,8 +96,8 @@ class FeatureExtractor:
             count = min(size, len(source) - first)
             features_BH = self._encoder.features(batch.images_BCYX, pool=self.pool)
             features_IH[first : first + count] = features_BH[:count].cpu()
-            if batch.labels_B is not None:
-                labels.append(batch.labels_B[:count].cpu())
+            if "labels" in batch.targets:
+                labels.append(batch.targets["labels"][:count].cpu())
         bad_samples = BadSampleTracker(loader, split, run_dir=self._run_dir)
         for line in bad_samples.collect(0):
             print(line)

@@ -42,7 +42,7 @@ class TrainedEncoder(torch.nn.Module):
         self._data = config.data
         self.normalize = Normalize(config.data.mean, config.data.std)
         self.pool, model = config.model.pool, config.model
-        if not config.task.name.classifies:
+        if not config.task.has_classes:
             self.pool = Pool.cls if model.class_tokens else Pool.mean
             # It ends with the norm of its tokens, whichever of them are looked at afterwards.
             model = replace(model, pool=Pool.cls)
@@ -141,7 +141,7 @@ def open_encoder(config: ExperimentConfig, weights: CheckpointRef) -> tuple[Trai
     Returns:
         What `load` does, and the layout of one rank, whose device may be a GPU.
     """
-    if not config.task.name.classifies:
+    if not config.task.has_classes:
         run = open_run(config, weights, num_classes=0)
         return TrainedEncoder(run), run.layout
     state = read_state(weights.checkpoint)

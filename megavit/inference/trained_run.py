@@ -71,7 +71,7 @@ class TrainedRun:
         device = self.layout.device
         keys = [SampleKey(index, 0) for index in range(len(images))]
         counted = torch.ones(len(images), dtype=torch.bool, device=device)
-        return Batch(torch.stack(images).to(device), None, counted, keys)
+        return Batch(torch.stack(images).to(device), {}, counted, keys)
 
 
 def read_config(checkpoint: Path) -> ExperimentConfig:
@@ -193,9 +193,9 @@ def read_run(place: str, *, classifies: bool, does: str) -> tuple[CheckpointRef,
     """
     weights = resolve_checkpoint(place)
     config = read_config(weights.checkpoint)
-    if config.task.name.classifies is not classifies:
+    if not (config.task.has_classes if classifies else config.task.makes_pictures):
         wanted = "a classifier" if classifies else "task=mae"
-        raise ConfigError(f"from={place} is a run of task.name={config.task.name.value}; only {wanted} {does}")
+        raise ConfigError(f"from={place} is a run of task.name={config.task.name}; only {wanted} {does}")
     return weights, config
 
 

@@ -9,7 +9,7 @@ POSITIONS = "embed.pos_embed"
 CLASSIFIER_WEIGHT, CLASSIFIER_BIAS = "head.out.weight", "head.out.bias"
 
 _LAYER = re.compile(r"blocks\.layers\.(\d+)\.")
-_HEAD, _DECODER, _EMBEDDING = "head.", "mae_decoder.", "embed."
+_DECODER, _EMBEDDING = "mae_decoder.", "embed."
 _POOLED_NORM, _ENCODER_NORM = "head.fc_norm.", "blocks.final_layernorm."
 
 
@@ -33,14 +33,24 @@ def is_final_norm(name: str) -> bool:
     return name.startswith((_POOLED_NORM, _ENCODER_NORM))
 
 
-def is_encoder(name: str) -> bool:
-    """Return whether a weight belongs to the encoder; the norm of its pooled features does."""
-    return name.startswith(_POOLED_NORM) or not name.startswith((_HEAD, _DECODER))
+def is_encoder(name: str, *, new_parameters: tuple[str, ...]) -> bool:
+    """Return whether a weight belongs to the encoder; the norm of its pooled features does.
+
+    Args:
+        name: the parameter's name in the full model.
+        new_parameters: prefixes of the task's parameters behind the encoder.
+    """
+    return name.startswith(_POOLED_NORM) or not name.startswith(new_parameters)
 
 
-def may_be_missing(name: str) -> bool:
-    """Return whether pretrained weights may lack a weight: it lies above the encoder, or is the norm that ends it."""
-    return name.startswith((_HEAD, _DECODER, _ENCODER_NORM))
+def may_be_missing(name: str, *, new_parameters: tuple[str, ...]) -> bool:
+    """Return whether pretrained weights may lack a weight: it lies behind the encoder, or is the norm that ends it.
+
+    Args:
+        name: the parameter's name in the full model.
+        new_parameters: prefixes of the task's parameters behind the encoder.
+    """
+    return name.startswith((*new_parameters, _ENCODER_NORM))
 
 
 def layer_depth(name: str, *, num_layers: int) -> int:

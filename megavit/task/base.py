@@ -67,12 +67,14 @@ class Task:
         metric_sums: names of the sums that the loss function returns; `count`, the counted images, is among them.
         metric_shapes: names and shapes of the sums that `evaluate_sums` returns; `metric_sums` are among them.
         reported: metrics beside the loss, in the console's order; the first one selects the best checkpoint.
+        targets: names of the targets that the loss reads, on the last stage.
         baseline_samples: training images that `prepare` reads; 0 for none.
         image_grid: titles of the pictures that `visualize` makes of an image; empty for a task without pictures.
     """
 
     metric_sums: tuple[str, ...] = ("loss", "count")
     reported: tuple[TaskMetric, ...] = ()
+    targets: tuple[str, ...] = ()
     baseline_samples = 0
     image_grid: tuple[str, ...] = ()
 
@@ -88,7 +90,9 @@ class Task:
     ) -> None:
         self.config, self.model, self.data, self.layout, self.seed = config, model, data, layout, seed
         self.num_classes = num_classes
-        self.fields = RequiredFields(images=layout.holds_first_stage, labels=layout.holds_last_stage)
+        self.fields = RequiredFields(
+            images=layout.holds_first_stage, targets=self.targets if layout.holds_last_stage else ()
+        )
         self.metric_shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(self.metric_sums, ())
 
     @property

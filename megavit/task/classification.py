@@ -1,4 +1,4 @@
-"""Supervised classification.
+"""Supervised classification, and a linear classifier on a frozen encoder (arXiv 2111.06377, section A.1).
 
 Shapes: B images, K classes.
 """
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megavit.data.config import DataConfig
 from megavit.data.loader import Batch
+from megavit.data.prefetch import LABELS
 from megavit.data.transforms.device import DeviceTransforms
 from megavit.errors import ConfigError
 from megavit.metrics.task_metric import TaskMetric
@@ -18,7 +19,7 @@ from megavit.model.vit import EncoderStage, VisionTransformer
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.task.base import LossFunction, Task, build_model_chunks
-from megavit.task.config import Loss, TaskConfig
+from megavit.task.config import ClassificationConfig, Loss
 
 _TOP1 = TaskMetric("top1", "top-1", "top-1 accuracy", ".4f", higher=True)
 _HIT1 = TaskMetric("hit1", "best guess right", "best guess is a label", ".4f", higher=True)
@@ -33,12 +34,11 @@ class ClassificationTask(Task):
         ConfigError: if the number of class weights is not the number of classes.
     """
 
-    # Whether the classifier reads features normalised by their statistics, for an encoder without gradients.
-    norms_features = False
+    targets = (LABELS,)
 
     def __init__(
         self,
-        config: TaskConfig,
+        config: ClassificationConfig,
         *,
         model: ModelConfig,
         data: DataConfig,
@@ -47,7 +47,7 @@ class ClassificationTask(Task):
         seed: int,
     ) -> None:
         super().__init__(config, model=model, data=data, num_classes=num_classes, layout=layout, seed=seed)
-        assert config.label_smoothing is not None
+        self.norms_features = config.norms_features
         self.label_smoothing, self.by_class = config.label_smoothing, config.loss is Loss.bce
         self.weights_K = _class_weights(config, data, num_classes, layout)
         self.preprocess = DeviceTransforms(data, seed=seed, device=layout.device)
@@ -77,22 +77,22 @@ class ClassificationTask(Task):
         )
 
     def forward(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        """Images on the first stage to scores on the last."""
+        """Map images on the first stage to class scores on the last stage."""
         images = None if batch is None or batch.images_BCYX is None else self.preprocess(batch)
         return model(images), lambda logits_BK: self.loss(logits_BK, batch)
 
     def loss(self, logits_BK: Tensor, batch: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of a micro batch, for the gradient, and sums over its counted images, for the metrics.
+        """Return the mean loss of a micro batch, for the gradient, and sums over its counted images, for the metrics.
 
         Label smoothing and class weights are for training; an evaluation's loss has neither, as in timm, DeiT and MAE.
 
         Returns:
-            The loss, and sums `loss`, `top1` and `count`; dividing by `count` is left to whoever has added them all.
-            Of a mixed image the class of the larger share is the right one. Of several labels each is, and the sum is
-            called `hit1`: top-1 is a word for one label.
+            The loss, and sums `loss`, `top1` and `count`; `metrics` divides the totals by `count`. The right class of
+            a mixed image is that of its larger share. With several labels each of them is right, and the sum is named
+            `hit1`, as top-1 means one label.
         """
-        assert batch is not None and batch.labels_B is not None
-        labels_B, mix = batch.labels_B, self.preprocess.mix(batch)
+        assert batch is not None
+        labels_B, mix = batch.targets[LABELS], self.preprocess.mix(batch)
         shares_BK = labels_B.float() if self.data.multi_label else None
         if mix is not None:
             whole_BK = shares_BK if shares_BK is not None else F.one_hot(labels_B, self.num_classes).float()
@@ -109,7 +109,7 @@ class ClassificationTask(Task):
         return losses_B.mean(), sums
 
     def _losses(self, logits_BK: Tensor, labels_B: Tensor, shares_BK: Tensor | None, *, trains: bool) -> Tensor:
-        """Each image's loss; where there are shares, the labels stand for nothing else."""
+        """Return each image's loss; shares of classes, where given, replace the labels."""
         smoothing, weights_K = (self.label_smoothing, self.weights_K) if trains else (0.0, None)
         if not self.by_class:
             return F.cross_entropy(
@@ -126,7 +126,7 @@ class ClassificationTask(Task):
         return losses_BK.mean(dim=1)
 
     def _are_right(self, logits_BK: Tensor, labels_B: Tensor, *, best: int) -> Tensor:
-        """Whether one of the best guesses for each image is a label of its."""
+        """Return whether one of each image's best scores is of one of its labels."""
         if best == 1:
             # As the confusion counts; of equal scores topk may take another.
             guesses = logits_BK.argmax(dim=1, keepdim=True)
@@ -137,14 +137,14 @@ class ClassificationTask(Task):
         return (guesses == labels_B.unsqueeze(1)).any(dim=1)
 
     def evaluate_sums(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        """Beside the loss and top-1: `top5` (`hit5`), and `confusion`, images by [label, guess] of one label each."""
+        """Add to the sums `top5` or `hit5`, and for single labels `confusion`, images by [label, prediction]."""
         output, _ = self.forward(batch, model)
         return output, lambda logits_BK: self._scores(logits_BK, batch)
 
     def _scores(self, logits_BK: Tensor, batch: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
         loss, sums = self.loss(logits_BK, batch)
-        assert batch is not None and batch.labels_B is not None
-        counted_B, labels_B, classes = batch.counted_B, batch.labels_B, self.num_classes
+        assert batch is not None
+        counted_B, labels_B, classes = batch.counted_B, batch.targets[LABELS], self.num_classes
         among_B = self._are_right(logits_BK, labels_B, best=5)
         sums[self.hits[1]] = (among_B & counted_B).sum().float()
         if self.data.multi_label:
@@ -154,23 +154,14 @@ class ClassificationTask(Task):
         return loss, {**sums, "confusion": confusion}
 
     def summary(self, validation: dict[str, float]) -> str:
-        """Top-1; of several labels how often the best guess is one of them."""
+        """Describe top-1; with several labels, how often the best score is of one of them."""
         name = "best guess right" if self.data.multi_label else "top-1"
         return f"validation {name} {validation[self.hits[0]]:.4f}"
 
 
-class LinearProbeTask(ClassificationTask):
-    """Classification by one matrix on normalised features of a frozen encoder; the trainer freezes it.
-
-    Args: see `Task`.
-
-    Source: arXiv 2111.06377, section A.1.
-    """
-
-    norms_features = True
-
-
-def _class_weights(config: TaskConfig, data: DataConfig, num_classes: int, layout: ParallelLayout) -> Tensor | None:
+def _class_weights(
+    config: ClassificationConfig, data: DataConfig, num_classes: int, layout: ParallelLayout
+) -> Tensor | None:
     weights = config.class_weights
     if weights is None:
         return None

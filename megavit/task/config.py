@@ -1,50 +1,17 @@
-"""What is learned."""
+"""What is learned: a dataclass of settings for each task, and what a task says before its network is built."""
 
 import math
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Self
 
+from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
-from megavit.model.config import ModelConfig
+from megavit.model.config import ModelConfig, Pool
+from megavit.optim.config import OptimConfig
+from megavit.planner.flops import DecoderShape, NetworkShape
 from megavit.plugins import check_name
 from megavit.validation import format_value, require_number
-
-
-class TaskName(Enum):
-    """Supervised classification; a linear classifier on a frozen encoder; or a masked autoencoder."""
-
-    classify = "classify"
-    linear_probe = "linear_probe"
-    mae = "mae"
-
-    @property
-    def classifies(self) -> bool:
-        """Whether its network scores classes."""
-        return self is not TaskName.mae
-
-
-class Loss(Enum):
-    """How a classifier's scores are held against the labels.
-
-    `cross_entropy`: of all classes at once, which share one image's probability.
-    `bce`: binary cross-entropy of each class by itself, the mean over the classes (arXiv 2110.00476, section 3).
-    """
-
-    cross_entropy = "cross_entropy"
-    bce = "bce"
-
-
-_CLASSIFY = ("label_smoothing",)
-_CLASSIFY_MAY = ("loss", "class_weights")
-_MAE = (
-    "mask_ratio",
-    "norm_pix_loss",
-    "decoder_hidden_size",
-    "decoder_ffn_size",
-    "decoder_num_heads",
-    "decoder_num_layers",
-    "baseline_samples",
-)
 
 # Width and heads of the decoder of the paper's B, L and H (arXiv 2111.06377), and its layers.
 _PAPER_WIDTH, _PAPER_HEADS, _PAPER_LAYERS = 512, 16, 8
@@ -52,48 +19,245 @@ _PAPER_WIDTH, _PAPER_HEADS, _PAPER_LAYERS = 512, 16, 8
 
 @dataclass
 class TaskConfig:
-    """Group `task`. What belongs to another task is null.
+    """Group `task`: the settings of all tasks. Each task adds its own in a subclass.
+
+    A subclass overrides the properties and methods in which its task differs; the other groups ask them, and nobody
+    asks for a task's name.
 
     Attributes:
-        name: the task.
-        implementation: package.module:name of a class of one's own in its place, called as the task's own class is
-            (see docs/extending.md); null for megavit's.
+        name: the task, a row of `megavit/task/registry.py`.
+        implementation: package.module:name of a class of your own in place of the task's class, built with the same
+            arguments (see docs/extending.md); null for megavit's.
+    """
+
+    name: str = "classify"
+    implementation: str | None = None
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the network scores the classes of the data's labels."""
+        return False
+
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether the encoder is trained; else it is frozen."""
+        return True
+
+    @property
+    def norms_features(self) -> bool:
+        """Whether the classifier reads features normalised by their statistics, without weights."""
+        return False
+
+    @property
+    def makes_pictures(self) -> bool:
+        """Whether the task makes pictures of images (`Task.visualize`)."""
+        return False
+
+    @property
+    def new_parameters(self) -> tuple[str, ...]:
+        """Prefixes of the parameters behind the encoder, which `init_from` may leave as they are initialised."""
+        return ()
+
+    @property
+    def network_settings(self) -> tuple[str, ...]:
+        """Names of the task's settings on which the shapes of its parameters depend."""
+        return ()
+
+    def with_sizes(self, model: ModelConfig) -> Self:
+        """Return the settings with sizes that are null derived from the model."""
+        return self
+
+    def num_visible_patches(self, num_patches: int) -> int:
+        """Return how many of an image's patches the encoder reads."""
+        return num_patches
+
+    def decoder(self, model: ModelConfig) -> ModelConfig | None:
+        """Return the decoder behind the encoder as a model group, its sizes `task.decoder_*`; None without one."""
+        return None
+
+    def network_shape(
+        self, encoder: NetworkShape, *, model: ModelConfig, num_patches: int, num_classes: int
+    ) -> NetworkShape:
+        """Return the shape of the network, on which its FLOPs depend.
+
+        Args:
+            encoder: the encoder's shape, without anything behind it.
+            model: the model group.
+            num_patches: patches of an image.
+            num_classes: classes of the data's labels.
+        """
+        return encoder
+
+    def check(self) -> None:
+        """Raise ConfigError where this group contradicts itself."""
+        if self.implementation is not None:
+            check_name(self.implementation, "task.implementation")
+
+    def check_groups(self, *, model: ModelConfig, data: DataConfig, optim: OptimConfig) -> None:
+        """Raise ConfigError where another group has a setting that the task would ignore.
+
+        Args:
+            model: the model group.
+            data: the data group.
+            optim: the optimizer's group.
+        """
+        self._refuse_several_labels(data)
+        if not self.has_classes:
+            self._refuse_data(data, ("mixup", "cutmix"), why="which has no labels to mix")
+
+    def _refuse_several_labels(self, data: DataConfig) -> None:
+        if data.multi_label:
+            raise ConfigError(
+                "data.multi_label=true needs task.loss=bce, by which each class is judged by itself; without labels "
+                "data.multi_label is false"
+            )
+
+    def _refuse_data(self, data: DataConfig, keys: tuple[str, ...], *, why: str) -> None:
+        for key in keys:
+            if getattr(data, key):
+                raise ConfigError(
+                    f"data.{key}={getattr(data, key)} would be ignored by task.name={self.name}, {why}; set it to "
+                    f"{format_value(getattr(DataConfig(), key))}"
+                )
+
+
+class Loss(Enum):
+    """How the loss compares class scores with labels.
+
+    `cross_entropy`: of all classes at once; an image's probabilities sum to 1.
+    `bce`: binary cross-entropy of each class by itself, the mean over the classes (arXiv 2110.00476, section 3).
+    """
+
+    cross_entropy = "cross_entropy"
+    bce = "bce"
+
+
+@dataclass
+class ClassificationConfig(TaskConfig):
+    """Supervised classification.
+
+    Attributes:
         label_smoothing: probability spread over all classes, in [0, 1); in training alone.
-        loss: how scores are held against labels; null is cross_entropy, as in runs from before there was a choice. The
-            validation loss has neither label_smoothing nor class_weights.
-        class_weights: one per class, in the order of the labels: what each class's part of the loss is multiplied by;
-            the loss stays a mean over the images, not over the weights. Null for all 1.
-        mask_ratio: share of the patches that the encoder does not see, in (0, 1).
-        norm_pix_loss: compare with each patch's pixels less their mean, over their deviation; else with the pixels.
+        loss: how the loss compares scores with labels. The validation loss has neither label_smoothing nor
+            class_weights.
+        class_weights: one per class, in the order of the labels: factors of each class's part of the loss; the loss
+            stays a mean over the images, not over the weights. Null for all 1.
+    """
+
+    name: str = "classify"
+    label_smoothing: float = 0.0
+    loss: Loss = Loss.cross_entropy
+    class_weights: list[float] | None = None
+
+    @property
+    def has_classes(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def new_parameters(self) -> tuple[str, ...]:
+        """The head."""
+        return ("head.",)
+
+    def network_shape(
+        self, encoder: NetworkShape, *, model: ModelConfig, num_patches: int, num_classes: int
+    ) -> NetworkShape:
+        """Add the head."""
+        return replace(encoder, classes=num_classes)
+
+    def check(self) -> None:
+        """Raise ConfigError where this group contradicts itself."""
+        super().check()
+        require_number("task", self, "label_smoothing", at_least=0, below=1)
+        weights = self.class_weights
+        if weights is not None and not (all(0 <= weight < float("inf") for weight in weights) and any(weights)):
+            raise ConfigError(f"task.class_weights={weights} must be at least 0 each, and one above 0")
+
+    def _refuse_several_labels(self, data: DataConfig) -> None:
+        if self.loss is not Loss.bce:
+            super()._refuse_several_labels(data)
+
+
+@dataclass
+class LinearProbeConfig(ClassificationConfig):
+    """A linear classifier on a frozen encoder; its settings are those of classification."""
+
+    name: str = "linear_probe"
+
+    @property
+    def trains_encoder(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def norms_features(self) -> bool:
+        """True."""
+        return True
+
+    def check_groups(self, *, model: ModelConfig, data: DataConfig, optim: OptimConfig) -> None:
+        """Refuse what a frozen encoder would ignore, and what would add noise to its features."""
+        super().check_groups(model=model, data=data, optim=optim)
+        dropout = ("hidden_dropout", "attention_dropout", "drop_path")
+        for group, settings, defaults, keys, why in (
+            ("model", model, ModelConfig(), dropout, "whose frozen encoder drops nothing"),
+            ("model", model, ModelConfig(), ("head",), "which trains one matrix"),
+            ("optim", optim, OptimConfig(), ("freeze", "layer_decay"), "which freezes the encoder itself"),
+        ):
+            for key in keys:
+                value, wanted = getattr(settings, key), getattr(defaults, key)
+                if value != wanted:
+                    raise ConfigError(
+                        f"{group}.{key}={format_value(value)} does not go with task.name={self.name}, {why}; set it "
+                        f"to {format_value(wanted)}"
+                    )
+
+
+@dataclass
+class MaeConfig(TaskConfig):
+    """A masked autoencoder.
+
+    Attributes:
+        mask_ratio: fraction of the patches that the encoder does not read, in (0, 1).
+        norm_pix_loss: compare with each patch's pixels less their mean, over their standard deviation; else with the
+            pixels.
         decoder_hidden_size: the decoder's token width; null takes the encoder's, at most 512.
         decoder_ffn_size: width inside its MLP; null takes the encoder's, or 4 times the decoder's width if that is
             another.
         decoder_num_heads: its attention heads; null takes the encoder's, or at most 16 if the width is another.
-        decoder_num_layers: its layers; all of them stand on the last pipeline stage. Null takes a third of the
-            encoder's, at most 8.
-        baseline_samples: training images that the mean image is measured over, at most.
+        decoder_num_layers: its layers, all on the last pipeline stage. Null takes a third of the encoder's, at most 8.
+        baseline_samples: training images, at most, over which the mean image is measured.
     """
 
-    name: TaskName = TaskName.classify
-    implementation: str | None = None
-    label_smoothing: float | None = None
-    loss: Loss | None = None
-    class_weights: list[float] | None = None
-    mask_ratio: float | None = None
-    norm_pix_loss: bool | None = None
+    name: str = "mae"
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
     decoder_hidden_size: int | None = None
     decoder_ffn_size: int | None = None
     decoder_num_heads: int | None = None
     decoder_num_layers: int | None = None
-    baseline_samples: int | None = None
+    baseline_samples: int = 4096
+
+    @property
+    def makes_pictures(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def new_parameters(self) -> tuple[str, ...]:
+        """The decoder."""
+        return ("mae_decoder.",)
+
+    @property
+    def network_settings(self) -> tuple[str, ...]:
+        """The decoder's sizes."""
+        return ("decoder_hidden_size", "decoder_ffn_size", "decoder_num_heads", "decoder_num_layers")
 
     def num_visible_patches(self, num_patches: int) -> int:
-        """Patches that the encoder sees: int(P · (1 − mask_ratio)).
+        """Return how many patches the encoder reads: int(P · (1 − mask_ratio)).
 
         Raises:
             ConfigError: if that is none or all of them.
         """
-        assert self.mask_ratio is not None
         # Rounded first: 1 − 0.9 is a little less than 0.1, and 10 patches of 100 are meant.
         num_visible = int(round(num_patches * (1 - self.mask_ratio), 6))
         if not 0 < num_visible < num_patches:
@@ -104,10 +268,8 @@ class TaskConfig:
             )
         return num_visible
 
-    def with_decoder(self, model: ModelConfig) -> "TaskConfig":
-        """With a masked autoencoder's decoder sizes that are null derived from its encoder; other tasks as they are."""
-        if self.name is not TaskName.mae:
-            return self
+    def with_sizes(self, model: ModelConfig) -> Self:
+        """Return the settings with the decoder's sizes that are null derived from the encoder."""
         # Positions by sine and cosine, down and across, need a multiple of 4.
         width = self.decoder_hidden_size or min(_PAPER_WIDTH, model.hidden_size // 4 * 4)
         as_wide = width == model.hidden_size
@@ -121,7 +283,7 @@ class TaskConfig:
         )
 
     def decoder(self, model: ModelConfig) -> ModelConfig:
-        """The decoder as a model group: its own sizes, the encoder's patches, class tokens and kernels."""
+        """Return the decoder as a model group: its own sizes, the encoder's patches, class tokens and kernels."""
         assert self.decoder_hidden_size is not None and self.decoder_ffn_size is not None
         assert self.decoder_num_heads is not None and self.decoder_num_layers is not None
         return replace(
@@ -134,27 +296,35 @@ class TaskConfig:
             layer_scale=None,
         )
 
+    def network_shape(
+        self, encoder: NetworkShape, *, model: ModelConfig, num_patches: int, num_classes: int
+    ) -> NetworkShape:
+        """Add the decoder, which reads all patches."""
+        decoder = self.decoder(model)
+        tokens = num_patches + model.class_tokens
+        return replace(
+            encoder, decoder=DecoderShape(decoder.hidden_size, decoder.ffn_size, decoder.num_layers, tokens=tokens)
+        )
+
     def check(self) -> None:
         """Raise ConfigError where this group contradicts itself."""
-        needs, may = (_CLASSIFY, _CLASSIFY_MAY) if self.name.classifies else (_MAE, ())
-        for key in (*_CLASSIFY, *_CLASSIFY_MAY, *_MAE):
-            value = getattr(self, key)
-            if key in needs and value is None:
-                raise ConfigError(f"task.name={self.name.value} needs task.{key}; choose task={self.name.value}")
-            if key not in (*needs, *may) and value is not None:
-                raise ConfigError(
-                    f"task.{key}={format_value(value)} would be ignored by task.name={self.name.value}; set it to null"
-                )
-        if self.implementation is not None:
-            check_name(self.implementation, "task.implementation")
-        require_number("task", self, "label_smoothing", at_least=0, below=1)
-        weights = self.class_weights
-        if weights is not None and not (all(0 <= weight < float("inf") for weight in weights) and any(weights)):
-            raise ConfigError(f"task.class_weights={weights} must be at least 0 each, and one above 0")
+        super().check()
         require_number("task", self, "mask_ratio", at_least=0, below=1)
-        require_number("task", self, *(key for key in _MAE if key not in ("mask_ratio", "norm_pix_loss")), at_least=1)
-        if self.name is TaskName.mae:
-            self._check_decoder()
+        require_number("task", self, *self.network_settings, "baseline_samples", at_least=1)
+        self._check_decoder()
+
+    def check_groups(self, *, model: ModelConfig, data: DataConfig, optim: OptimConfig) -> None:
+        """Refuse what changes images, and settings of a classifier."""
+        self._refuse_several_labels(data)
+        ignored = ("random_erasing", "mixup", "cutmix")
+        self._refuse_data(data, ignored, why="which sees its images whole and without labels")
+        used = ModelConfig(pool=Pool.cls if model.class_tokens else Pool.mean)
+        for key in ("pool", "head", "head_bias", "head_std"):
+            if getattr(model, key) != getattr(used, key):
+                raise ConfigError(
+                    f"model.{key}={format_value(getattr(model, key))} would be ignored by task.name={self.name}, which "
+                    f"has no classifier; leave it at {format_value(getattr(used, key))}"
+                )
 
     def _check_decoder(self) -> None:
         assert self.decoder_hidden_size is not None and self.decoder_num_heads is not None

@@ -1,4 +1,4 @@
-"""Masked autoencoder: see a few patches, predict the pixels of the others.
+"""Masked autoencoder: encode a few patches, predict the pixels of the others.
 
 Shapes: B images, C channels, P patches, K kept ones, V = C · patch² values of a patch.
 """
@@ -24,15 +24,15 @@ from megavit.parallel.activation import ActivationSpec, tokens_boundary
 from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.task.base import LossFunction, Task, build_model_chunks
-from megavit.task.config import TaskConfig
+from megavit.task.config import MaeConfig
 from megavit.task.masking import hidden_mask, random_keep
 
 
 class MaeTask(Task):
-    """Squared error of the hidden patches' pixels, beside that of the best constant guess.
+    """Squared error of the hidden patches' pixels, and its ratio to the error of the best constant prediction.
 
-    The constant guess is the training images' mean at each position, in the target's own space; a ratio of 1 means
-    that nothing but the mean image has been learned.
+    The constant prediction is the training images' mean at each position, in the space of the target; a ratio of 1
+    means that the network has learned the mean image and nothing else.
 
     Args: see `Task`.
 
@@ -45,7 +45,7 @@ class MaeTask(Task):
 
     def __init__(
         self,
-        config: TaskConfig,
+        config: MaeConfig,
         *,
         model: ModelConfig,
         data: DataConfig,
@@ -54,7 +54,6 @@ class MaeTask(Task):
         seed: int,
     ) -> None:
         super().__init__(config, model=model, data=data, num_classes=num_classes, layout=layout, seed=seed)
-        assert config.norm_pix_loss is not None and config.baseline_samples is not None
         self.norm_pix_loss, self.baseline_samples = config.norm_pix_loss, config.baseline_samples
         self.decoder = config.decoder(model)
         self.grid = model.patch_grid(data.image_size)
@@ -62,7 +61,7 @@ class MaeTask(Task):
         self.num_kept = config.num_visible_patches(self.num_patches)
         self.normalize = Normalize(data.mean, data.std).to(layout.device)
         # The last stage compares with the images.
-        self.fields = RequiredFields(images=layout.holds_first_stage or layout.holds_last_stage, labels=False)
+        self.fields = RequiredFields(images=layout.holds_first_stage or layout.holds_last_stage)
         self.mean_PV: Tensor | None = None
 
     def build_chunks(
@@ -79,12 +78,12 @@ class MaeTask(Task):
         )
 
     def boundary(self, micro_batch: int, mcore_config: TransformerConfig) -> ActivationSpec:
-        """The kept patches' tokens cross, and the class tokens'."""
+        """Return what one stage sends to the next: the tokens of the kept patches and the class tokens."""
         tokens = self.num_kept + self.model.class_tokens
         return tokens_boundary(tokens, micro_batch, mcore_config)
 
     def prepare(self, batches: Iterator[Batch]) -> None:
-        """Measure the mean target at each position, where the loss is computed."""
+        """Measure the mean target at each position, on the ranks that compute the loss."""
         if not self.layout.holds_last_stage:
             return
         values = self.data.channels * self.model.patch_size**2
@@ -100,21 +99,21 @@ class MaeTask(Task):
         self.mean_PV = (total / count).float()
 
     def keep(self, batch: Batch) -> Tensor:
-        """The patches keep_BK that the encoder sees."""
+        """Return keep_BK, the patches that the encoder reads."""
         ids_B, epochs_B, occurrences_B = (
             column.to(self.layout.device, non_blocking=True) for column in batch.key_columns()
         )
         return random_keep(ids_B, epochs_B, occurrences_B, self.num_patches, num_kept=self.num_kept, seed=self.seed)
 
     def target(self, patches_BPV: Tensor) -> Tensor:
-        """What the decoder is to predict, target_BPV, of normalised images' patches."""
+        """Return target_BPV, which the decoder is to predict, of the patches of normalised images."""
         if not self.norm_pix_loss:
             return patches_BPV
         mean, deviation = patch_statistics(patches_BPV)
         return (patches_BPV - mean) / deviation
 
     def forward(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        """Visible patches on the first stage to every patch's pixels on the last."""
+        """Map visible patches on the first stage to the pixels of every patch on the last stage."""
         if batch is None or batch.images_BCYX is None:
             return model(None, None), _no_loss
         patches_BPV, ids_keep_BK = self._patches(batch.images_BCYX), self.keep(batch)
@@ -125,7 +124,7 @@ class MaeTask(Task):
     def loss(
         self, pixels_BPV: Tensor, patches_BPV: Tensor, ids_keep_BK: Tensor, counted_B: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error over the hidden patches, and sums `loss`, `baseline` (the mean image's) and `count`."""
+        """Return the mean squared error of hidden patches, and sums `loss`, `baseline` (mean image's) and `count`."""
         target_BPV = self.target(patches_BPV)
         hidden_BP = hidden_mask(ids_keep_BK, self.num_patches)
         losses_B = _hidden_error(pixels_BPV, target_BPV, hidden_BP)
@@ -139,17 +138,17 @@ class MaeTask(Task):
         return losses_B.mean(), sums
 
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """Mean `loss`, and `loss_ratio` to the mean image's on the same patches."""
+        """Return the mean `loss`, and `loss_ratio`, its ratio to the mean image's on the same patches."""
         # Where every image is the mean image nothing is left to learn, and no ratio says so.
         ratio = totals["loss"] / totals["baseline"] if totals["baseline"] else math.nan
         return {"loss": totals["loss"] / totals["count"], "loss_ratio": ratio}
 
     def summary(self, validation: dict[str, float]) -> str:
-        """The ratio to the mean image."""
+        """Describe the ratio to the mean image's loss."""
         return f"validation loss {validation['loss_ratio']:.3f} of the mean image's"
 
     def visualize(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        """Forward, and the pictures of each image for `image_grid`."""
+        """Run `forward`; the loss function returns the pictures of each image as `image_grid`."""
         output, loss = self.forward(batch, model)
         if loss is _no_loss:
             return output, loss
@@ -161,13 +160,13 @@ class MaeTask(Task):
         )
 
     def pictures(self, pixels_BPV: Tensor, images_BCYX: Tensor, ids_keep_BK: Tensor) -> Tensor:
-        """What a person looks at: uint8 [image, panel, channel, row, column], panels as named in `image_grid`.
+        """Make pictures for a person: uint8 [image, panel, channel, row, column], panels as named in `image_grid`.
 
         Args:
-            pixels_BPV: the decoder's output. With normalised targets it knows a patch's contrast and brightness only
-                relative to the patch's own, which are put back from the original.
+            pixels_BPV: the decoder's output. With normalised targets it lacks each patch's contrast and brightness; the
+                original's are used.
             images_BCYX: the originals, uint8.
-            ids_keep_BK: what the encoder saw.
+            ids_keep_BK: the patches that the encoder read.
         """
         if self.norm_pix_loss:
             mean, deviation = patch_statistics(self._patches(images_BCYX))
@@ -181,18 +180,18 @@ class MaeTask(Task):
         return torch.stack(image_grid, dim=1)
 
     def _patches(self, images_BCYX: Tensor) -> Tensor:
-        """Of uint8 images, normalised."""
+        """Return the patches of uint8 images, normalised."""
         return patchify(self.normalize(images_BCYX), self.model.patch_size)
 
 
 def patch_statistics(patches_BPV: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each patch's values (unbiased variance + 1e-6), [images, patches, 1]."""
+    """Return mean and standard deviation of each patch's values (unbiased variance + 1e-6), [images, patches, 1]."""
     mean = patches_BPV.mean(dim=2, keepdim=True)
     return mean, (patches_BPV.var(dim=2, keepdim=True) + 1e-6).sqrt()
 
 
 def _hidden_error(guess: Tensor, target_BPV: Tensor, hidden_BP: Tensor) -> Tensor:
-    """Each image's mean squared error over its hidden patches, errors_B."""
+    """Return errors_B, each image's mean squared error over its hidden patches."""
     errors_BP = (guess - target_BPV).square().mean(dim=2)
     return (errors_BP * hidden_BP).sum(dim=1) / hidden_BP.sum(dim=1)
 

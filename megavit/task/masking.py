@@ -1,4 +1,4 @@
-"""Which patches a masked autoencoder hides.
+"""The random choice of the patches that a masked autoencoder hides.
 
 Shapes: B images, P patches, K kept ones.
 """
@@ -12,7 +12,7 @@ from megavit.parallel.rng import RandomStream, hash_int64
 def random_keep(
     sample_ids_B: Tensor, epochs_B: Tensor, occurrences_B: Tensor, num_patches: int, *, num_kept: int, seed: int
 ) -> Tensor:
-    """Choose, per image, the patches the encoder sees.
+    """Choose, per image, the patches that the encoder reads.
 
     A pure function of its arguments, on whatever device they are: every rank agrees without communication, recompute
     cannot redraw, resume is exact. Each patch draws 64 bits; the lowest are kept, equal draws in the patches' order.
@@ -22,7 +22,7 @@ def random_keep(
         epochs_B: int64, each sample's epoch (a batch may straddle two).
         occurrences_B: int64, which view of the sample within its epoch.
         num_patches: patches per image, class tokens excluded.
-        num_kept: K, how many of them the encoder sees.
+        num_kept: K, how many of them the encoder reads.
         seed: `run.seed`.
 
     Returns:
@@ -37,6 +37,6 @@ def random_keep(
 
 
 def hidden_mask(ids_keep_BK: Tensor, num_patches: int) -> Tensor:
-    """The other side of `random_keep`: hidden_BP, bool, True where a patch is hidden and so is scored."""
+    """Return hidden_BP, bool: True where a patch is not kept, so that the loss counts it."""
     everything = torch.ones(ids_keep_BK.shape[0], num_patches, dtype=torch.bool, device=ids_keep_BK.device)
     return everything.scatter(1, ids_keep_BK, False)

@@ -1,25 +1,63 @@
 """The tasks by name. A new task is a file with its config and its class, a YAML in conf/task/ and a row here."""
 
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from megavit.data.config import DataConfig
 from megavit.errors import ConfigError
 from megavit.model.config import ModelConfig
-from megavit.parallel.layout import ParallelLayout
 from megavit.plugins import import_plugin
-from megavit.task.base import Task
-from megavit.task.classification import ClassificationTask, LinearProbeTask
-from megavit.task.config import TaskConfig, TaskName
-from megavit.task.mae import MaeTask
+from megavit.task.config import ClassificationConfig, LinearProbeConfig, MaeConfig, TaskConfig
 
-TASKS: dict[TaskName, type[Task]] = {
-    TaskName.classify: ClassificationTask,
-    TaskName.linear_probe: LinearProbeTask,
-    TaskName.mae: MaeTask,
+if TYPE_CHECKING:
+    from megavit.parallel.layout import ParallelLayout
+    from megavit.task.base import Task
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """A task of the registry.
+
+    Attributes:
+        config: its settings.
+        implementation: package.module:name of its class, imported when a network is built: a command that only reads
+            settings does not import torch.
+    """
+
+    config: type[TaskConfig]
+    implementation: str
+
+
+TASKS = {
+    "classify": TaskRow(ClassificationConfig, "megavit.task.classification:ClassificationTask"),
+    "linear_probe": TaskRow(LinearProbeConfig, "megavit.task.classification:ClassificationTask"),
+    "mae": TaskRow(MaeConfig, "megavit.task.mae:MaeTask"),
 }
 
 
+def config_class(name: Any) -> type[TaskConfig]:
+    """Return the class of a task's settings.
+
+    Args:
+        name: `task.name`.
+
+    Raises:
+        ConfigError: if there is no such task.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"task.name={name} does not exist; known: {', '.join(TASKS)}")
+    return TASKS[name].config
+
+
+def tasks_with(setting: str) -> list[str]:
+    """Return the names of the tasks that have a setting, `mask_ratio` for example."""
+    return [name for name, row in TASKS.items() if setting in row.config.__dataclass_fields__]
+
+
 def build_task(
-    config: TaskConfig, *, model: ModelConfig, data: DataConfig, num_classes: int, layout: ParallelLayout, seed: int
-) -> Task:
+    config: TaskConfig, *, model: ModelConfig, data: DataConfig, num_classes: int, layout: "ParallelLayout", seed: int
+) -> "Task":
     """Build the task that the configuration names.
 
     Args:
@@ -33,12 +71,15 @@ def build_task(
     Raises:
         ConfigError: if the task needs labels and the data have none.
     """
-    if config.name.classifies and not num_classes:
+    if config.has_classes and not num_classes:
         raise ConfigError(
-            f"task.name={config.name.value} needs labels, and data.source={data.source} has none in "
+            f"task.name={config.name} needs labels, and data.source={data.source} has none in "
             f"data.path={data.path}; task=mae learns without"
         )
-    make: type[Task] = TASKS[config.name]
     if config.implementation is not None:
         make = import_plugin(config.implementation, "task.implementation")
-    return make(config, model=model, data=data, num_classes=num_classes, layout=layout, seed=seed)
+    else:
+        module, _, name = TASKS[config.name].implementation.partition(":")
+        make = getattr(import_module(module), name)
+    task: Task = make(config, model=model, data=data, num_classes=num_classes, layout=layout, seed=seed)
+    return task

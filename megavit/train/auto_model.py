@@ -14,7 +14,6 @@ from megavit.config.compose import AUTO_MODEL, compose, from_yaml
 from megavit.config.experiment import ExperimentConfig
 from megavit.errors import ConfigError
 from megavit.model.config import ModelConfig, Pool, Positions
-from megavit.task.config import TaskName
 from megavit.train.pretrained import open_foreign
 from megavit.validation import format_value, parse_int
 
@@ -31,7 +30,6 @@ _ENCODER = (
     "layer_scale",
     "norm_eps",
 )
-_DECODER = ("decoder_hidden_size", "decoder_ffn_size", "decoder_num_heads", "decoder_num_layers")
 
 
 def resolve_auto(overrides: list[str]) -> tuple[list[str], str | None]:
@@ -74,7 +72,7 @@ def _own_checkpoint(config: ExperimentConfig) -> Path | None:
 def _of_run(checkpoint: Path, config: ExperimentConfig) -> dict[str, Any]:
     """Return the network settings of the run's own checkpoint."""
     saved = from_yaml((checkpoint / "run.yaml").read_text())
-    found = _settings(saved.model, vars(saved.task) if config.task.name is TaskName.mae else {})
+    found = _settings(saved.model, vars(saved.task), keys=config.task.network_settings)
     return found | {f"model.{key}": format_value(getattr(saved.model, key)) for key in ("positions", "pool", "head")}
 
 
@@ -89,19 +87,20 @@ def _of_weights(config: ExperimentConfig, typed: list[str]) -> dict[str, Any]:
     else:
         saved = from_yaml((resolve_checkpoint(place, setting="init_from").checkpoint / "run.yaml").read_text())
         model, decoder = saved.model, vars(saved.task)
-        classifies = saved.task.name is TaskName.classify
-    trains_decoder = config.task.name is TaskName.mae
-    found = _settings(model, decoder if trains_decoder else {})
+        classifies = saved.task.has_classes and not saved.task.norms_features
+    trains_decoder = config.task.decoder(config.model) is not None
+    found = _settings(model, decoder, keys=config.task.network_settings)
     if trains_decoder or model.positions is Positions.learned:
         # A classifier may learn positions that are fixed in the weights.
         found["model.positions"] = format_value(model.positions)
-    if classifies and config.task.name is TaskName.classify:
+    if classifies and config.task.has_classes and not config.task.norms_features:
         found |= {"model.pool": format_value(model.pool), "model.head": format_value(model.head)}
     if not model.class_tokens:
         found["model.pool"] = format_value(Pool.mean)
     return found
 
 
-def _settings(model: ModelConfig, decoder: dict[str, Any]) -> dict[str, Any]:
+def _settings(model: ModelConfig, task: dict[str, Any], *, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return the encoder's settings, and those of the task on which its network depends, as far as they are known."""
     found = {f"model.{key}": getattr(model, key) for key in _ENCODER}
-    return found | {f"task.{key}": decoder[key] for key in _DECODER if decoder.get(key) is not None}
+    return found | {f"task.{key}": task[key] for key in keys if task.get(key) is not None}

@@ -13,7 +13,13 @@ from megavit.parallel.layout import ParallelLayout
 from megavit.validation import suggest
 
 
-def freeze(chunks: Mapping[str, EncoderStage], patterns: list[str], *, layout: ParallelLayout) -> None:
+def freeze(
+    chunks: Mapping[str, EncoderStage],
+    patterns: list[str],
+    *,
+    new_parameters: tuple[str, ...],
+    layout: ParallelLayout,
+) -> None:
     """Freeze the weights that match the patterns; every rank calls this.
 
     A stage that trains nothing, with no trained stage before it, runs no backward pass.
@@ -21,22 +27,23 @@ def freeze(chunks: Mapping[str, EncoderStage], patterns: list[str], *, layout: P
     Args:
         chunks: this rank's stages by name.
         patterns: glob patterns of timm's parameter names, such as `blocks.3.*`; or the word `encoder`.
+        new_parameters: prefixes of the parameters behind the encoder.
         layout: this rank's place.
 
     Raises:
         ConfigError: on every rank, if a pattern matches nothing, or nothing remains to train.
     """
     named = {name: param for chunk in chunks.values() for name, param in parameter_names(chunk).items()}
-    frozen = {name for name in named if any(_matches(name, pattern) for pattern in patterns)}
+    frozen = {name for name in named if any(_matches(name, pattern, new_parameters) for pattern in patterns)}
     for name in frozen:
         named[name].requires_grad_(False)
-    _check(patterns, list(named), frozen)
+    _check(patterns, list(named), frozen, new_parameters)
     _tell_stages(list(chunks.values()), layout)
 
 
-def _matches(name: str, pattern: str) -> bool:
+def _matches(name: str, pattern: str, new_parameters: tuple[str, ...]) -> bool:
     if pattern == ENCODER:
-        return is_encoder(name)
+        return is_encoder(name, new_parameters=new_parameters)
     return fnmatch(_plain(name), pattern)
 
 
@@ -48,14 +55,14 @@ def _plain(name: str) -> str:
         return name
 
 
-def _check(patterns: list[str], local: list[str], frozen: set[str]) -> None:
+def _check(patterns: list[str], local: list[str], frozen: set[str], new_parameters: tuple[str, ...]) -> None:
     names: set[str] = set()
     frozen_anywhere: set[str] = set()
     for theirs, of_theirs in gather_objects((local, frozen)):
         names |= set(theirs)
         frozen_anywhere |= of_theirs
     for pattern in patterns:
-        if not any(_matches(name, pattern) for name in names):
+        if not any(_matches(name, pattern, new_parameters) for name in names):
             near = suggest(pattern, [_plain(name) for name in sorted(names)])
             hint = f"did you mean {near}?" if near else "blocks.0.*, patch_embed.*, pos_embed and encoder are such"
             raise ConfigError(f"optim.freeze: {pattern} names no weight of this network; {hint}")

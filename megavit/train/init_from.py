@@ -13,7 +13,6 @@ from megavit.model.parameters import POSITIONS, is_classifier, is_decoder, is_fi
 from megavit.model.vit import EncoderStage, parameter_names
 from megavit.parallel.collectives import gather_objects
 from megavit.parallel.layout import ParallelLayout
-from megavit.task.config import TaskName
 from megavit.train.pretrained import Shapes, WeightsInfo, open_weights
 from megavit.validation import format_value
 
@@ -57,7 +56,7 @@ def load_pretrained(
     if POSITIONS in expected and (_is_fixed(weights_info) or _grid(weights_info) != _own_grid(config)):
         left.add(POSITIONS)
         full = {} if _is_fixed(weights_info) else {POSITIONS: there[POSITIONS]}
-    reinitialised = _agree(place, expected - left, there, here)
+    reinitialised = _agree(place, expected - left, there, here, new_parameters=config.task.new_parameters)
     loaded = weight_source.load_into(chunks, expected - left - reinitialised, layout, full=full)
     if POSITIONS in left:
         _fill_positions(chunks, loaded.get(POSITIONS), weights_info, config)
@@ -71,7 +70,8 @@ def _refuse_unlike(place: str, weights_info: WeightsInfo, config: ExperimentConf
     scales = weights_info.model.layer_scale, config.model.layer_scale
     if (scales[0] is None) != (scales[1] is None):
         pairs.append(("model.layer_scale", *scales))
-    decoders = weights_info.decoder_heads, config.task.decoder_num_heads
+    decoder = config.task.decoder(config.model)
+    decoders = weights_info.decoder_heads, None if decoder is None else decoder.num_heads
     if None not in decoders:
         pairs.append(("task.decoder_num_heads", *decoders))
     differ = [
@@ -87,12 +87,13 @@ def _refuse_unlike(place: str, weights_info: WeightsInfo, config: ExperimentConf
         )
 
 
-def _agree(place: str, wanted: set[str], there: Shapes, here: Shapes) -> set[str]:
+def _agree(place: str, wanted: set[str], there: Shapes, here: Shapes, *, new_parameters: tuple[str, ...]) -> set[str]:
     """Return the wanted weights that are missing and may be initialised; raise on every rank for any other mismatch."""
     absent = {name for name in wanted if name not in there}
     unlike = sorted(name for name in wanted - absent if there[name] != here[name])
     wrong = [f"{name} is {list(there[name])} there and {list(here[name])} here" for name in unlike]
-    wrong += [f"{name} is not there" for name in sorted(absent) if not may_be_missing(name)]
+    lacking = [name for name in sorted(absent) if not may_be_missing(name, new_parameters=new_parameters)]
+    wrong += [f"{name} is not there" for name in lacking]
     everyone = [text for texts in gather_objects(wrong) for text in texts]
     if everyone:
         raise ConfigError(f"init_from={place} does not fit this network: {everyone[0]}")
@@ -101,9 +102,9 @@ def _agree(place: str, wanted: set[str], there: Shapes, here: Shapes) -> set[str
 
 def _keeps_classifier(weights_info: WeightsInfo, config: ExperimentConfig, classes: tuple[str, ...]) -> bool:
     """Return whether the pretrained classifier has the same classes and the same features."""
-    of_probe = weights_info.is_probe or config.task.name is TaskName.linear_probe
+    of_probe = weights_info.is_probe or config.task.norms_features
     alike = (weights_info.model.head, weights_info.model.pool) == (config.model.head, config.model.pool)
-    if of_probe or not config.task.name.classifies or not alike:
+    if of_probe or not config.task.has_classes or not alike:
         return False
     return weights_info.classes == classes or (
         not weights_info.names_classes and go_by_number(classes, weights_info.classes)

@@ -21,7 +21,6 @@ from megavit.model.init import copy_part, whole_shape
 from megavit.model.vit import EncoderStage, parameter_names
 from megavit.parallel.collectives import broadcast_from_rank0, raise_on_all_ranks, wait_for_rank_zero
 from megavit.parallel.layout import ParallelLayout
-from megavit.task.config import TaskName
 
 _SETTING = "init_from"
 # Training has its own size and crop, whatever the weights were trained with.
@@ -87,6 +86,7 @@ class RunWeights:
     def __init__(self, weights: CheckpointRef) -> None:
         config = from_yaml((weights.checkpoint / "run.yaml").read_text())
         state = read_state(weights.checkpoint)
+        decoder = config.task.decoder(config.model)
         self._weights = weights
         self.weights_info = WeightsInfo(
             called=str(weights),
@@ -97,8 +97,8 @@ class RunWeights:
             std=config.data.std,
             classes=tuple(state.classes),
             names_classes=state.names_classes,
-            is_probe=config.task.name is TaskName.linear_probe,
-            decoder_heads=config.task.decoder_num_heads,
+            is_probe=config.task.norms_features,
+            decoder_heads=None if decoder is None else decoder.num_heads,
             guessed=frozenset(state.assumed),
         )
 

@@ -37,7 +37,7 @@ class ResumePoint:
         Raises:
             ConfigError: naming the classes that were added, removed or moved.
         """
-        if not self.config.task.name.classifies:
+        if not self.config.task.has_classes:
             return
         change = describe_change(self.state.classes, classes)
         if change:

@@ -74,10 +74,19 @@ def changes(before: ExperimentConfig, now: ExperimentConfig, *rules: Rule) -> di
     """Return the settings of these rules that differ, with the old and the new value as a user types them."""
     former, current = flatten(before), flatten(now)
     return {
-        setting: (format_value(former[setting]), format_value(current[setting]))
-        for setting in current
-        if RULES[setting] in rules and _meaning(setting, former[setting]) != _meaning(setting, current[setting])
+        setting: (format_value(former.get(setting)), format_value(current.get(setting)))
+        for setting in {**former, **current}
+        if _rule(setting, now) in rules
+        and _meaning(setting, former.get(setting)) != _meaning(setting, current.get(setting))
     }
+
+
+def _rule(setting: str, now: ExperimentConfig) -> Rule:
+    """Return a setting's rule; of a task's settings that have none here, the strict one."""
+    group, _, name = setting.partition(".")
+    if group == "task" and setting not in RULES:
+        return Rule.network if name in now.task.network_settings else Rule.run
+    return RULES[setting]
 
 
 def _meaning(setting: str, value: Any) -> Any:

@@ -84,7 +84,7 @@ class Trainer:
         index = self.run_dir / "index"
         wait_for_rank_zero(lambda: prepare_index(config.data, index))
         train_source, val_source = open_splits(config.data, index=index)
-        if config.task.name.classifies and val_source is not None:
+        if config.task.has_classes and val_source is not None:
             val_source = relabel(val_source, train_source.classes, data="the validation split", trained="training")
         if self.resume_point is not None:
             self.resume_point.refuse_other_classes(train_source.classes)
@@ -102,7 +102,7 @@ class Trainer:
         self.network = network = build_model(config, layout, resolved)
         self.task, self.chunks = network.task, network.chunks
         if config.frozen:
-            freeze(self.chunks, config.frozen, layout=layout)
+            freeze(self.chunks, config.frozen, new_parameters=config.task.new_parameters, layout=layout)
         self.model = wrap_network(network, config)
         self.engine = Engine(network, self.model, layout=layout)
 

@@ -48,7 +48,7 @@ def test_it_shows_the_first_training_images_as_any_micro_batch_has_them(drawn):
         Digits("train"),
         config.data,
         layout=ParallelLayout.alone(),
-        fields=RequiredFields(images=True, labels=True),
+        fields=RequiredFields(images=True, targets=("labels",)),
         micro_batch=2,
         seed=config.run.seed,
         train=True,

@@ -45,7 +45,7 @@ def make_loader(source, *, dp=1, dp_rank=0, micro_batch=8, fields=None, **settin
     layout = SimpleNamespace(
         tp=1, tp_rank=0, pp=1, vpp=1, dp=dp, dp_rank=dp_rank, device=torch.device("cpu"), groups=None
     )
-    fields = fields or RequiredFields(images=True, labels=True)
+    fields = fields or RequiredFields(images=True, targets=("labels",))
     config = DataConfig(random_shift=1, **settings)
     return Loader(source, config, layout=layout, fields=fields, micro_batch=micro_batch, seed=3, train=True)
 
@@ -55,7 +55,7 @@ def read(loaders, num_steps=4):
     seen, replaced = {}, {}
     for loader in loaders:
         for batch in loader.train_batches(consumed_samples=0, num_steps=num_steps, global_batch=16):
-            labels = [None] * len(batch.keys) if batch.labels_B is None else batch.labels_B.tolist()
+            labels = [None] * len(batch.keys) if "labels" not in batch.targets else batch.targets["labels"].tolist()
             images = [None] * len(batch.keys) if batch.images_BCYX is None else batch.images_BCYX
             seen |= dict(zip(batch.keys, zip(images, labels, strict=True), strict=True))
         replaced |= {bad.sample_id: bad.replaced_by for bad in loader.pop_bad_samples()}
@@ -84,7 +84,7 @@ def test_the_same_image_takes_a_bad_ones_place_in_any_division(dp, micro_batch, 
 def test_a_stage_that_reads_labels_alone_has_those_of_the_images_in_place():
     source = Broken(set(due(64)[::7]))
     full, _ = read([make_loader(source, **SKIP)])
-    labels, replaced = read([make_loader(source, fields=RequiredFields(images=False, labels=True), **SKIP)])
+    labels, replaced = read([make_loader(source, fields=RequiredFields(images=False, targets=("labels",)), **SKIP)])
     assert {key: label for key, (_, label) in full.items()} == {key: label for key, (_, label) in labels.items()}
     assert replaced == {}
 

@@ -251,7 +251,7 @@ class Counted:
 
 def load(source, micro_batch: int, **changes) -> Loader:
     layout = SimpleNamespace(tp=1, tp_rank=0, pp=1, vpp=1, dp=1, dp_rank=0, device=torch.device("cpu"), groups=None)
-    fields = RequiredFields(images=True, labels=False)
+    fields = RequiredFields(images=True)
     data = config(**{"image_size": [32, 32], "workers": 0, **changes})
     return Loader(source, data, layout=layout, fields=fields, micro_batch=micro_batch, seed=0, train=True)
 

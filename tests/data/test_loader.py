@@ -22,7 +22,7 @@ def make_loader(*, dp=1, dp_rank=0, micro_batch=4, train=True, workers=0, shift=
         Digits("train"),
         DataConfig(random_shift=shift, workers=workers),
         layout=layout,
-        fields=fields or RequiredFields(images=True, labels=True),
+        fields=fields or RequiredFields(images=True, targets=("labels",)),
         micro_batch=micro_batch,
         seed=3,
         train=train,
@@ -34,7 +34,7 @@ def by_sample(loaders, **position):
     for loader in loaders:
         for batch in loader.train_batches(**position):
             for i, key in enumerate(batch.keys):
-                seen[key] = (batch.images_BCYX[i], int(batch.labels_B[i]))
+                seen[key] = (batch.images_BCYX[i], int(batch.targets["labels"][i]))
     return seen
 
 
@@ -81,11 +81,11 @@ def test_evaluation_covers_every_sample_once(dp):
 
 
 def test_a_stage_that_needs_labels_alone_decodes_no_image():
-    loader = make_loader(fields=RequiredFields(images=False, labels=True))
+    loader = make_loader(fields=RequiredFields(images=False, targets=("labels",)))
     loader.source.image = None  # a call would fail
     batch = next(loader.train_batches(consumed_samples=0, num_steps=1, global_batch=4))
     assert batch.images_BCYX is None
-    assert batch.labels_B.shape == (4,)
+    assert batch.targets["labels"].shape == (4,)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -146,7 +146,7 @@ def test_the_loss_of_several_labels_is_the_mean_of_each_classs_own():
     task._are_right = lambda *arguments, **named: ClassificationTask._are_right(task, *arguments, **named)
     logits = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0]])
     labels = torch.tensor([[1, 0, 1], [0, 0, 0]], dtype=torch.uint8)
-    batch = SimpleNamespace(labels_B=labels, counted_B=torch.ones(2, dtype=torch.bool), augmented=True)
+    batch = SimpleNamespace(targets={"labels": labels}, counted_B=torch.ones(2, dtype=torch.bool), augmented=True)
     loss, sums = ClassificationTask.loss(task, logits, batch)
     chances = logits.sigmoid()
     each = -(labels * chances.log() + (1 - labels.float()) * (1 - chances).log())

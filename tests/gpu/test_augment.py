@@ -31,7 +31,7 @@ def test_a_micro_batch_is_erased_and_mixed_alike_and_without_waiting():
     ).data
     seen = []
     for device in (torch.device("cpu"), torch.device("cuda")):
-        batch = Batch(images.to(device), None, torch.ones(64, dtype=torch.bool, device=device), keys, augmented=True)
+        batch = Batch(images.to(device), {}, torch.ones(64, dtype=torch.bool, device=device), keys, augmented=True)
         transforms = DeviceTransforms(config, seed=0, device=device)
         transforms(batch)
         torch.cuda.set_sync_debug_mode("error")

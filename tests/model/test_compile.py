@@ -49,7 +49,7 @@ def step_of(overrides: list[str], evaluates: bool = False) -> dict:
     layout = ParallelLayout.create(config.parallel, timeout_s=60)
     chunks = build_model(config, layout, resolve_step(config, layout.world_size, num_classes=10)).chunks
     if config.frozen:
-        freeze(chunks, config.frozen, layout=layout)
+        freeze(chunks, config.frozen, new_parameters=config.task.new_parameters, layout=layout)
     (chunk,) = chunks.values()
     generator = torch.Generator().manual_seed(0)
     images_BCYX, labels_B = torch.randn(8, 1, 8, 8, generator=generator), torch.arange(8)

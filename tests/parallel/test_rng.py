@@ -55,7 +55,7 @@ def test_no_two_random_streams_share_a_number():
 def test_each_stream_draws_what_it_drew_before_the_streams_were_one_enum():
     keys = [SampleKey(3, 1, 0), SampleKey(1_000_003, 2, 1)]
     config = DataConfig(image_size=[32, 32], mixup=0.8, cutmix=1.0, random_erasing=0.9)
-    batch = Batch(None, None, torch.ones(2, dtype=torch.bool), keys, augmented=True)
+    batch = Batch(None, {}, torch.ones(2, dtype=torch.bool), keys, augmented=True)
     assert draw_shifts(keys, pixels=50, seed=7) == [[46, -50], [4, -28]]
     assert ImageTransform(config, augment=True).sample_seeds(keys, seed=7) == [1325491211526856125, 1599069861667705805]
     mix = MixupCutmix(config, seed=7).draw(batch)

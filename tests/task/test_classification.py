@@ -31,7 +31,7 @@ def open_classifier(*overrides: str):
 
 def batch_of(*, augmented: bool) -> Batch:
     keys = [SampleKey(number, 0) for number in range(6)]
-    return Batch(None, LABELS, torch.ones(6, dtype=torch.bool), keys, augmented)
+    return Batch(None, {"labels": LABELS}, torch.ones(6, dtype=torch.bool), keys, augmented)
 
 
 def loss(*overrides: str, trains: bool = True) -> tuple[float, dict[str, torch.Tensor]]:
@@ -52,10 +52,9 @@ def shares(*overrides: str) -> torch.Tensor:
 def test_without_a_loss_named_the_loss_is_torchs_cross_entropy_bit_for_bit():
     for smoothing in (0.0, 0.1):
         expected = F.cross_entropy(LOGITS, LABELS, label_smoothing=smoothing, reduction="none")
-        for named in ("null", "cross_entropy"):
-            found, sums = loss(f"task.label_smoothing={smoothing}", f"task.loss={named}")
-            assert found == float(expected.mean())
-            assert torch.equal(sums["loss"], expected.sum())
+        found, sums = loss(f"task.label_smoothing={smoothing}")
+        assert found == float(expected.mean())
+        assert torch.equal(sums["loss"], expected.sum())
 
 
 def test_mixed_cross_entropy_is_timms_for_soft_targets():
@@ -116,7 +115,10 @@ def test_the_right_class_of_a_mixed_image_is_that_of_the_larger_share():
         (["task.class_weights=[1,2]"], "task.class_weights has 2 values and data.source=digits has 10 classes"),
         (["task.class_weights=[0,0]"], "must be at least 0 each, and one above 0"),
         (["task.class_weights=[-1,2]"], "must be at least 0 each"),
-        (["recipe=digits_mae", "task.loss=bce"], "task.loss=bce would be ignored by task.name=mae; set it to null"),
+        (
+            ["recipe=digits_mae", "task.loss=bce"],
+            "task.loss=bce would be ignored by task.name=mae: it is a setting of task=classify and task=linear_probe;",
+        ),
         (["recipe=digits_mae", "task.class_weights=[1]"], "task.class_weights=.* would be ignored by task.name=mae"),
     ],
 )

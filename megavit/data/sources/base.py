@@ -1,8 +1,10 @@
 """The interface of data sources: required and optional methods."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from megavit.data.decode import Jpeg
@@ -57,3 +59,18 @@ def name_of(source: Source, index: int) -> str:
     """Return a sample's name for messages: the source's `name(index)` if it has that method."""
     name = getattr(source, "name", None)
     return name(index) if name is not None else f"sample {index}"
+
+
+def dense_targets(source: Source) -> Mapping[str, torch.dtype]:
+    """Return the dense targets of a source by name, with their types: torch.uint8 or torch.int64.
+
+    A source with such targets has an attribute `dense_targets` of this form, and a method `dense_target(index, name)`
+    that returns target_YX, a value for each pixel of `image(index)`, of that type.
+    """
+    return getattr(source, "dense_targets", {})
+
+
+def dense_target(source: Source, index: int, name: str) -> Tensor:
+    """Return one sample's dense target, target_YX (see `dense_targets`)."""
+    target: Tensor = source.dense_target(index, name)  # type: ignore[attr-defined]
+    return target

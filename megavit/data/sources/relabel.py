@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megavit.data.class_names import find_places, some
 from megavit.data.decode import Jpeg
-from megavit.data.sources.base import Source, label_set, name_of, open_sample
+from megavit.data.sources.base import Source, dense_target, dense_targets, label_set, name_of, open_sample
 from megavit.errors import ConfigError
 
 
@@ -22,6 +22,7 @@ class Relabelled:
     def __init__(self, source: Source, places: Sequence[int], classes: tuple[str, ...]) -> None:
         self._source, self._places = source, places
         self.classes, self.image_shape = classes, source.image_shape
+        self.dense_targets = dense_targets(source)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -33,6 +34,10 @@ class Relabelled:
     def opened(self, index: int) -> Tensor | Jpeg:
         """Return one image; not decoded yet if the source supports that."""
         return open_sample(self._source, index)
+
+    def dense_target(self, index: int, name: str) -> Tensor:
+        """The source's own."""
+        return dense_target(self._source, index, name)
 
     def label(self, index: int) -> int:
         """Return the new label."""

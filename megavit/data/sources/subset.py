@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megavit.data.config import DataConfig
 from megavit.data.decode import Jpeg
-from megavit.data.sources.base import Source, all_labels, name_of, open_sample
+from megavit.data.sources.base import Source, all_labels, dense_target, dense_targets, name_of, open_sample
 from megavit.errors import ConfigError, printable
 from megavit.validation import suggest
 
@@ -27,6 +27,7 @@ class Subset:
     def __init__(self, source: Source, indices: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
         self._source, self._indices, self._labels = source, indices, labels
         self.classes, self.image_shape = classes, source.image_shape
+        self.dense_targets = dense_targets(source)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -38,6 +39,10 @@ class Subset:
     def opened(self, index: int) -> Tensor | Jpeg:
         """Return one image; not decoded yet if the full source supports that."""
         return open_sample(self._source, int(self._indices[index]))
+
+    def dense_target(self, index: int, name: str) -> Tensor:
+        """The source's own."""
+        return dense_target(self._source, int(self._indices[index]), name)
 
     def label(self, index: int) -> int:
         """Return the position of the sample's class among the chosen ones."""

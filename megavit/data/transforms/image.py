@@ -13,7 +13,14 @@ from megavit.data.config import DataConfig
 from megavit.data.decode import Box, Jpeg
 from megavit.data.sampler import SampleKey
 from megavit.data.transforms.auto_augment import colour_transforms
-from megavit.data.transforms.resize import center_box, eval_frame, named_if_too_large, resize, resize_part
+from megavit.data.transforms.resize import (
+    center_box,
+    eval_frame,
+    named_if_too_large,
+    resize,
+    resize_nearest,
+    resize_part,
+)
 from megavit.errors import ConfigError
 from megavit.parallel.rng import RandomStream, hash_int64
 from megavit.plugins import import_plugin
@@ -39,8 +46,9 @@ class ImageTransform:
             self.random_crop = v2.RandomResizedCrop(
                 tuple(config.image_size), scale=(low, high), interpolation=self.interpolation, antialias=True
             )
-        if augment and config.flip:
-            self.random.append(v2.RandomHorizontalFlip())
+        self.flip = v2.RandomHorizontalFlip() if augment and config.flip else None
+        if self.flip is not None:
+            self.random.append(self.flip)
         if augment:
             self.random += colour_transforms(config)
         if augment and config.transform is not None:
@@ -93,6 +101,33 @@ class ImageTransform:
         torch.default_generator.manual_seed(draw)
         return (self._fit(image) if self.random_crop is None else self._cut(image, self.random_crop)).contiguous()
 
+    def crop_target(self, target_YX: Tensor, draw: int) -> Tensor:
+        """Crop and flip an image's dense target as `crop` and `augment` do the image with the same draw.
+
+        Args:
+            target_YX: of the image's rows and columns.
+            draw: of the image, from `sample_seeds`.
+
+        Returns:
+            The target in the size that the network reads, target_YX; each number is that of the nearest pixel.
+        """
+        if self.random_crop is None and not self.random:
+            return self._fit_target(target_YX)
+        torch.default_generator.manual_seed(draw)
+        if self.random_crop is None:
+            cut = self._fit_target(target_YX)
+        else:
+            box = _draw_box(self.random_crop, (target_YX.shape[0], target_YX.shape[1]))
+            inside = target_YX[box.top : box.top + box.height, box.left : box.left + box.width]
+            cut = resize_nearest(inside, self.size, Box(0, 0, *self.size))
+        return cut if self.flip is None else self.flip(cut.unsqueeze(0)).squeeze(0)
+
+    def _fit_target(self, target_YX: Tensor) -> Tensor:
+        if self.crop_pct is None:
+            return resize_nearest(target_YX, self.size, Box(0, 0, *self.size))
+        frame = eval_frame((target_YX.shape[0], target_YX.shape[1]), self.size, self.crop_pct)
+        return resize_nearest(target_YX, frame, center_box(frame, self.size))
+
     def augment(self, image: Tensor) -> Tensor:
         """What was cut last, changed at random: it goes on from where the cut's draws have ended."""
         for transform in self.random:
@@ -102,8 +137,7 @@ class ImageTransform:
     def _cut(self, opened: Tensor | Jpeg, crop: v2.RandomResizedCrop) -> Tensor:
         """A part of the image drawn at random, resized. What is drawn depends on the image's size alone."""
         size = (opened.height, opened.width) if isinstance(opened, Jpeg) else opened.shape[1:]
-        drawn = crop.make_params([torch.empty(1, 1, 1).expand(1, *size)])
-        box = Box(**{side: int(drawn[side]) for side in ("top", "left", "height", "width")})
+        box = _draw_box(crop, (size[0], size[1]))
         if isinstance(opened, Jpeg):
             reduced = opened.resized(box, self.size, resample=self.resample) if self.reduces else None
             if reduced is not None:
@@ -120,6 +154,12 @@ class ImageTransform:
             return resize(image, self.size, self.interpolation)
         frame = eval_frame((image.shape[1], image.shape[2]), self.size, self.crop_pct)
         return resize_part(image, frame, center_box(frame, self.size), self.interpolation)
+
+
+def _draw_box(crop: v2.RandomResizedCrop, size: tuple[int, int]) -> Box:
+    """Draw the part of an image of this height and width that is kept."""
+    drawn = crop.make_params([torch.empty(1, 1, 1).expand(1, *size)])
+    return Box(**{side: int(drawn[side]) for side in ("top", "left", "height", "width")})
 
 
 class _Own:

@@ -78,6 +78,19 @@ def resize(image_CYX: Tensor, size: list[int], interpolation: InterpolationMode)
     return functional.resize(image_CYX, size, interpolation, antialias=True)
 
 
+def resize_nearest(target_YX: Tensor, frame: list[int], box: Box) -> Tensor:
+    """Resize a map of numbers to a frame and cut a box out of it; each number is that of the nearest pixel."""
+    rows = _nearest(target_YX.shape[0], frame[0], box.top, box.height)
+    columns = _nearest(target_YX.shape[1], frame[1], box.left, box.width)
+    return target_YX[rows][:, columns]
+
+
+def _nearest(source: int, target: int, first: int, count: int) -> Tensor:
+    """Return the pixels of a side of `source` that are nearest to `count` pixels of `target`, from `first` on."""
+    centres = torch.arange(first, first + count, dtype=torch.float64) + 0.5
+    return (centres * source / target).long().clamp(0, source - 1)
+
+
 def resize_part(image_CYX: Tensor, frame: list[int], box: Box, interpolation: InterpolationMode) -> Tensor:
     """Resize a uint8 image to a frame and cut a box out of it; of a long image only the pixels that the box sees.
 

@@ -368,7 +368,7 @@ def load(path: Path, *, train: bool, workers: int, micro_batch: int = 4) -> Load
         open_source(config, "train" if train else "val"),
         config,
         layout=layout,
-        fields=RequiredFields(images=True, labels=True),
+        fields=RequiredFields(images=True, targets=("labels",)),
         micro_batch=micro_batch,
         seed=0,
         train=train,
@@ -381,7 +381,7 @@ def test_real_photographs_of_all_sizes_become_batches(photographs):
     assert len({source.image(index).shape for index in range(8)}) > 4
     (batch,) = load(photographs, train=True, workers=0, micro_batch=8).train_batches(0, num_steps=1, global_batch=8)
     assert batch.images_BCYX.shape == (8, 3, 224, 224)
-    assert sorted(batch.labels_B.tolist()) == list(range(8))
+    assert sorted(batch.targets["labels"].tolist()) == list(range(8))
     (evaluated,) = load(photographs, train=False, workers=0, micro_batch=8).evaluation_batches()
     assert evaluated.images_BCYX.shape == (8, 3, 224, 224)
     assert evaluated.images_BCYX.dtype == torch.uint8

@@ -84,7 +84,7 @@ def test_loading_processes_read_over_http_after_the_training_process_has(workers
         source = open_source(data, "train")
         source.image(0)
         layout = SimpleNamespace(tp=1, tp_rank=0, pp=1, vpp=1, dp=1, dp_rank=0, device=torch.device("cpu"), groups=None)
-        fields = RequiredFields(images=True, labels=True)
+        fields = RequiredFields(images=True, targets=("labels",))
         loader = Loader(source, data, layout=layout, fields=fields, micro_batch=3, seed=0, train=False)
         batches = list(loader.evaluation_batches())
         assert [int(image[0, 0, 0]) for batch in batches for image in batch.images_BCYX] == list(range(9))

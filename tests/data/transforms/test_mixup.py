@@ -31,8 +31,8 @@ EVERYTHING = [
 ]
 
 
-def batch_of(keys: list[SampleKey], images: torch.Tensor | None = None, labels: torch.Tensor | None = None) -> Batch:
-    return Batch(images, labels, torch.ones(len(keys), dtype=torch.bool), keys, augmented=True)
+def batch_of(keys: list[SampleKey], images: torch.Tensor | None = None) -> Batch:
+    return Batch(images, {}, torch.ones(len(keys), dtype=torch.bool), keys, augmented=True)
 
 
 def keys(count: int, epoch: int = 0) -> list[SampleKey]:
@@ -45,7 +45,7 @@ def see_digits(*, dp=1, micro_batch=16, workers=0) -> dict[SampleKey, tuple[byte
     seen = {}
     for dp_rank in range(dp):
         layout = SimpleNamespace(tp=1, tp_rank=0, pp=1, vpp=1, dp=dp, dp_rank=dp_rank, device=CPU, groups=None)
-        fields = RequiredFields(images=True, labels=True)
+        fields = RequiredFields(images=True, targets=("labels",))
         loader = Loader(
             Digits("train"),
             config,
