@@ -88,7 +88,7 @@ class Engine:
         image_grid = outputs[0]["image_grid"][:count] if outputs else torch.empty(shape, dtype=torch.uint8)
         return broadcast_from(self.layout.last_stage_rank, image_grid)
 
-    def rehearse_evaluation(self, loader: Loader) -> None:
+    def check_evaluation(self, loader: Loader) -> None:
         """Evaluate as few images as can be."""
         self._evaluating(self.task.forward, loader, self._fewest_microbatches)
 

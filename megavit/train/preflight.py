@@ -80,10 +80,10 @@ def run_preflight(
     saves = _checkpoints_at_once(config.checkpoint, every, steps)
     of_optimizer, ema = state_bytes(config.optim), averages is not None
     room = check_disk(run_dir, chunks, layout, saves=saves, optimizer_bytes=of_optimizer, ema=ema)
-    rehearsal = PreflightRun(
+    preflight = PreflightRun(
         run_dir, layout=layout, engine=engine, chunks=chunks, optimizer=optimizer, averages=averages
     )
-    took = rehearsal.run(
+    took = preflight.run(
         *loaders,
         num_microbatches=config.num_microbatches(layout.world_size),
         global_batch=config.train.global_batch,
@@ -279,7 +279,7 @@ class PreflightRun:
         batches = train_loader.train_batches(0, num_steps=1, global_batch=global_batch)
         took = {"a step": self._timed(lambda: self._step(batches, num_microbatches))}
         if val_loader is not None:
-            took["an evaluation batch"] = self._timed(partial(self.engine.rehearse_evaluation, val_loader))
+            took["an evaluation batch"] = self._timed(partial(self.engine.check_evaluation, val_loader))
         checkpoints = CheckpointManager(self.run_dir / _FOLDER)
         nothing = TrainingState(0, 0, {})
         took["a save"] = self._timed(
