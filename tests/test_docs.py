@@ -76,9 +76,12 @@ def resolves(name: str) -> bool:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_module_and_path_in_code_exists(document):
-    texts = code(document)
-    assert [name for name in sorted(modules_named(texts)) if not resolves(name)] == []
-    assert [name for name in sorted(paths_named(texts)) if not (ROOT / name).exists()] == []
+    modules, paths = modules_named(code(document)), {ROOT / name for name in paths_named(code(document))}
+    if document == "docs/extending.md":
+        # It names files that its reader will write: their folders exist.
+        modules, paths = {name.rpartition(".")[0] for name in modules}, {path.parent for path in paths}
+    assert [name for name in sorted(modules) if not resolves(name)] == []
+    assert [path for path in sorted(paths) if not path.exists()] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
