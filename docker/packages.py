@@ -78,8 +78,8 @@ def check(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    verb, path, *more = sys.argv[1:]
-    if verb == "requirements":
+    command, path, *more = sys.argv[1:]
+    if command == "requirements":
         write_requirements(Path(path), *more)
     else:
-        {"keep": write_constraints, "check": check}[verb](Path(path))
+        {"keep": write_constraints, "check": check}[command](Path(path))

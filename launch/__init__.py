@@ -1,1 +1,1 @@
-"""What clusters get: templates, filled in by `megavit.cluster`."""
+"""Templates of jobs, filled in by `megavit.cluster`."""

@@ -46,10 +46,10 @@ def run_command(*arguments: object, folder: Path | None = None) -> tuple[int, st
         arguments: without `megavit`.
         folder: where it is typed; None for wherever that process stands.
     """
-    return run_ranks(_verb, 1, [str(argument) for argument in arguments], folder)[0]
+    return run_ranks(_command, 1, [str(argument) for argument in arguments], folder)[0]
 
 
-def _verb(arguments: list[str], folder: Path | None) -> tuple[int, str, str]:
+def _command(arguments: list[str], folder: Path | None) -> tuple[int, str, str]:
     from megavit.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()

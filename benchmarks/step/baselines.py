@@ -100,20 +100,20 @@ class Baseline:
         return self._work.normalize(images).to(self._work.dtype)
 
 
-def build_peer(name: str, work: Work, plain_weights: dict[str, Tensor]) -> Baseline:
+def build_peer(name: str, work: Work, timm_weights: dict[str, Tensor]) -> Baseline:
     """A candidate by its name.
 
     Args:
         name: timm, hf or plain; with `+compile` each of its layers is compiled, as one graph.
         work: what to train on.
-        plain_weights: to start from, in the plain model's names.
+        timm_weights: to start from, in the plain model's names.
 
     Raises:
         ConfigError: if its library is not installed or has no such model.
     """
     library, _, how = name.partition("+")
     build = {"timm": _timm, "hf": _hugging_face, "plain": _plain}[library]
-    model, layers, judged = build(work, plain_weights)
+    model, layers, judged = build(work, timm_weights)
     model.to(work.device, work.dtype)
     if how:
         for layer in layers:

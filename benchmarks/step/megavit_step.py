@@ -71,7 +71,7 @@ class Megavit:
             tensors += [value for state in inner.state.values() for value in state.values() if torch.is_tensor(value)]
         return tensors
 
-    def plain_weights(self) -> dict[str, Tensor] | None:
+    def timm_weights(self) -> dict[str, Tensor] | None:
         """The whole network's weights in the plain model's names, fp32, on rank 0."""
         names = {name: parameter for parameter, name in self._network.parameters.items()}
         full = gather_full_state_dict(names, self._layout)

@@ -58,7 +58,7 @@ class CaseRunner:
         self._candidates[name] = step
         if self._timm_weights is None and self._layout.world_size == 1:
             # For the peers, who train in one process.
-            self._timm_weights = step.plain_weights()
+            self._timm_weights = step.timm_weights()
 
     def outputs(self, name: str) -> tuple[Any, float]:
         """The network's output, as a NumPy array, and its loss."""

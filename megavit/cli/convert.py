@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megavit.checkpoint.convert.external_model import ExternalModel, written
 from megavit.checkpoint.convert.hf_hub import check_hf_compatible, hf_config, hf_preprocessor, model_card, push
-from megavit.checkpoint.convert.read import KINDS, fetch, read_foreign
+from megavit.checkpoint.convert.read import KINDS, fetch, read_external
 from megavit.checkpoint.convert.timm_config import TIMM_NORM_EPS
 from megavit.checkpoint.convert.write import write_hf, write_nemo, write_timm
 from megavit.checkpoint.find import resolve_checkpoint
@@ -110,7 +110,7 @@ def _return_freed_memory() -> None:
 
 def _into_run(kind: str, place: str, run_dir: Path, *, num_heads: int | None, pixels: list[str]) -> int:
     typed = {text.partition("=")[0] for text in pixels}
-    external = read_foreign(kind, fetch(kind, place, setting="from"), num_heads=num_heads, typed=typed)
+    external = read_external(kind, fetch(kind, place, setting="from"), num_heads=num_heads, typed=typed)
     if num_heads is not None:
         typed.add("model.num_heads")
         if num_heads != external.model.num_heads:

@@ -1,4 +1,4 @@
-"""`cluster=azureml`: a command job, of which Azure ML itself starts every rank."""
+"""`cluster=azureml`: a command job; Azure ML itself starts every rank."""
 
 import json
 import shlex
@@ -35,10 +35,10 @@ class AzureML:
         self._azure = config
 
     def render(self, job: Job) -> str:
-        """The command job.
+        """Render the command job.
 
         Raises:
-            ConfigError: if the job would not see its files, or a value is one that Azure ML would replace.
+            ConfigError: if the job cannot see its files, or Azure ML would replace a value.
         """
         azure = self._azure
         typed = [*job.overrides, job.name, azure.python or "", *azure.env.values()]
@@ -66,7 +66,7 @@ class AzureML:
                 "identity": azure.identity,
                 "env": {
                     "MEGAVIT_DEVICE": job.device,
-                    # Azure ML tells a rank its number on the node, and not how many there are.
+                    # Azure ML gives a rank its number on the node, but not the number of ranks on the node.
                     "LOCAL_WORLD_SIZE": str(job.ranks_per_node),
                     **({"OMP_NUM_THREADS": "1"} if job.gpus_per_node else {}),
                     **azure.env,
@@ -87,7 +87,7 @@ class AzureML:
         return {"build": {"path": str(here), "dockerfile_path": _DOCKERFILE}}
 
     def _places(self, job: Job) -> dict[str, str]:
-        """The settings that name folders, as the job sees them."""
+        """Return the settings that name folders, with the paths inside the job."""
         changed = {"run.dir": f"{_RUNS}/{job.name}"}
         path = own_data_path(job)
         if path is None:
@@ -115,10 +115,10 @@ class AzureML:
         return changed
 
     def try_out(self, texts: list[str]) -> None:
-        """Ask Azure ML for the compute that the jobs name.
+        """Check with Azure ML that the jobs' compute exists.
 
         Raises:
-            ConfigError: with what it says; az itself checks a job's file when it creates the job.
+            ConfigError: with its message; az checks a job's file only when it creates the job.
         """
         if shutil.which("az") is None:
             raise ConfigError(
@@ -128,7 +128,7 @@ class AzureML:
         if self._azure.compute is not None:
             self._ask("compute", "show", "--name", self._azure.compute)
         else:
-            # Its name is an option of its own there.
+            # az takes the name as a separate option.
             workspace = self._azure.workspace
             self._ask("workspace", "show", *(["--name", workspace] if workspace else []), in_workspace=False)
 
@@ -136,7 +136,7 @@ class AzureML:
         """Create the job.
 
         Raises:
-            ConfigError: with what az says.
+            ConfigError: with the message of az.
         """
         created = json.loads(self._ask("job", "create", "--file", str(file)))
         name = str(created["name"])
@@ -154,7 +154,7 @@ class AzureML:
         )
 
     def take_back(self, submitted: Submitted) -> None:
-        """Cancel it."""
+        """Cancel the job."""
         self._ask("job", "cancel", "--name", submitted.job_id, failed=_STILL_THERE)
 
     def _where(self, *, in_workspace: bool = True) -> list[str]:
@@ -164,7 +164,7 @@ class AzureML:
         return [word for key, value in named.items() if value is not None for word in (f"--{key}", value)]
 
     def _ask(self, *words: str, in_workspace: bool = True, failed: str = _REFUSED) -> str:
-        """What az answers, as JSON."""
+        """Run az and return its answer, parsed from JSON."""
         where = self._where(in_workspace=in_workspace)
         command = ["az", "ml", *words, *where, "--output", "json", "--only-show-errors"]
         try:
@@ -183,7 +183,7 @@ class AzureML:
 
 
 def _is_within(path: str) -> bool:
-    """Whether a path stays in the folder that it begins in."""
+    """Return whether a relative path stays inside its first folder."""
     pure = PurePosixPath(path)
     return not pure.is_absolute() and ".." not in pure.parts and not path.startswith("~")
 

@@ -12,24 +12,24 @@ class AzureMLConfig(ClusterConfig):
     """A workspace of Azure Machine Learning; `launch/azureml.yaml.j2` is the command job.
 
     `runs` is mounted for writing: `run.dir` becomes NAME in it, and init_from=runs/OTHER is found there. `data` is
-    mounted for reading: data.path is a path in it, as data.path=train, or data.path=. for all of it.
+    mounted for reading: data.path is a path in it, data.path=train for example, or data.path=. for all of it.
 
     Attributes:
-        workspace: null takes that of `az configure`; so with resource_group and subscription.
-        resource_group: that holds the workspace.
-        subscription: that pays.
+        workspace: the workspace; null takes the one of `az configure`, likewise resource_group and subscription.
+        resource_group: resource group of the workspace.
+        subscription: subscription that is billed.
         compute: name of the workspace's compute cluster; null takes serverless compute of `instance_type`.
-        instance_type: size of a serverless node, as Standard_ND96asr_v4.
-        environment: an image, or azureml:NAME:VERSION, with megavit in it; null has docker/Dockerfile of this folder
-            built.
-        data: azureml:// path or azureml:NAME:VERSION of the data; null where they come from elsewhere.
-        runs: azureml:// path of the folder that holds the runs; the default is in the store that each workspace has.
-        shm_size: of /dev/shm, through which the loader's workers and NCCL pass their data.
-        timeout_s: after which Azure ends the job; null for no limit.
-        experiment: what the workspace lists the job under.
-        tags: of the job.
-        identity: whose rights open `data` and `runs`, managed or user_identity; null takes the datastore's own.
-        python: the interpreter that has megavit in the environment; null takes `python`.
+        instance_type: size of a serverless node, Standard_ND96asr_v4 for example.
+        environment: an image, or azureml:NAME:VERSION, with megavit installed; null builds docker/Dockerfile of this
+            folder.
+        data: azureml:// path or azureml:NAME:VERSION of the data; null if they come from elsewhere.
+        runs: azureml:// path of the folder that holds the runs; the default is in the workspace's default store.
+        shm_size: size of /dev/shm, which the loader's workers and NCCL use.
+        timeout_s: seconds after which Azure ends the job; null for no limit.
+        experiment: experiment in which the workspace lists the job.
+        tags: tags of the job.
+        identity: identity that opens `data` and `runs`, managed or user_identity; null takes the datastore's own.
+        python: the interpreter with megavit in the environment; null takes `python`.
     """
 
     kind: Kind = Kind.azureml
@@ -48,7 +48,7 @@ class AzureMLConfig(ClusterConfig):
     identity: str | None = None
 
     def check(self) -> None:
-        """Raise ConfigError where this section contradicts itself."""
+        """Raise ConfigError if the settings contradict each other."""
         super().check()
         require_number("cluster", self, "timeout_s", at_least=1)
         if (self.compute is None) == (self.instance_type is None):

@@ -1,4 +1,4 @@
-"""What a cluster does with a job: render it, submit it."""
+"""The interface of a cluster: render a job, submit it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +10,12 @@ from megavit.cluster.job import Job
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that a cluster has taken.
+    """A job that a cluster has accepted.
 
     Attributes:
-        job_id: by the cluster's own count.
-        lines: what its user wants to know, by name: where the log is, how to follow it, how to stop it.
-        code: its exit code, where it has already ended.
+        job_id: the cluster's name or number of the job.
+        lines: text for the user by label: where the log is, how to follow it, how to stop it.
+        code: its exit code, if it has already ended.
     """
 
     job_id: str
@@ -27,8 +27,8 @@ class Backend(Protocol):
     """A kind of cluster.
 
     Attributes:
-        config_class: its section of settings.
-        file_name: of what is rendered, in RUN/launch/.
+        config_class: dataclass of its settings.
+        file_name: name of the rendered file, in RUN/launch/.
         config: its settings, checked.
     """
 
@@ -39,15 +39,15 @@ class Backend(Protocol):
     def __init__(self, config: ClusterConfig) -> None: ...
 
     def render(self, job: Job) -> str:
-        """What is submitted, as text that a person can read.
+        """Render the file that is submitted, as readable text.
 
         Raises:
-            ConfigError: if the job cannot be written down for this cluster.
+            ConfigError: if this cluster cannot run the job.
         """
         ...
 
     def try_out(self, texts: list[str]) -> None:
-        """Ask the cluster, without submitting anything, whether it would take all of what was rendered.
+        """Ask the cluster, without submitting anything, whether it would accept every rendered job.
 
         Raises:
             ConfigError: if it would not, or cannot be reached.
@@ -55,13 +55,13 @@ class Backend(Protocol):
         ...
 
     def submit(self, file: Path, job: Job) -> Submitted:
-        """Hand one over.
+        """Submit one job.
 
         Raises:
-            ConfigError: if the cluster does not take it; nothing of it is left there.
+            ConfigError: if the cluster refuses it; nothing of it is left there.
         """
         ...
 
     def take_back(self, submitted: Submitted) -> None:
-        """Cancel a job that has just been handed over."""
+        """Cancel a job that has just been submitted."""
         ...

@@ -1,4 +1,4 @@
-"""Section `cluster`: where a job runs. Each kind of cluster has its own keys."""
+"""Settings of `cluster`: where a job runs. Each kind of cluster has its own keys."""
 
 import re
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from megavit.validation import require_number
 
 
 class Kind(Enum):
-    """What takes the job."""
+    """The kinds of cluster."""
 
     local = "local"
     slurm = "slurm"
@@ -18,7 +18,7 @@ class Kind(Enum):
 
 
 class Container(Enum):
-    """What runs an image under Slurm: nothing, NVIDIA's pyxis with enroot, or Apptainer."""
+    """How Slurm runs an image: not at all, with NVIDIA's pyxis and enroot, or with Apptainer."""
 
     none = "none"
     pyxis = "pyxis"
@@ -27,19 +27,19 @@ class Container(Enum):
 
 @dataclass
 class ClusterConfig:
-    """What every cluster is told.
+    """Settings of every kind of cluster.
 
     Attributes:
-        kind: what takes the job.
-        dry_run: whether to print what would be submitted, and do nothing.
-        nodes: machines.
+        kind: the kind of cluster.
+        dry_run: print what would be submitted, and do nothing else.
+        nodes: number of machines.
         gpus_per_node: GPUs that the job takes on each; 0 computes on the CPU; null, with kind=local alone, takes those
             that are there.
-        ranks_per_node: processes on each; null: one per GPU, without GPUs the fewest that the layout needs.
-        tp_across_nodes: whether the ranks of a tensor-parallel group may lie on several nodes, as NVLink across nodes
-            allows; it is refused otherwise, for it is slow.
-        python: the interpreter that has megavit; null takes this one, in a container `python`.
-        env: environment of the job, as cluster.env.NCCL_SOCKET_IFNAME=eth0; nothing secret.
+        ranks_per_node: processes on each; null: one per GPU, or without GPUs the fewest that the layout needs.
+        tp_across_nodes: whether a tensor-parallel group may span several nodes, as NVLink across nodes allows; it is
+            refused otherwise, because it is slow.
+        python: the interpreter with megavit; null takes this one, or `python` in a container.
+        env: environment of the job, cluster.env.NCCL_SOCKET_IFNAME=eth0 for example; nothing secret.
     """
 
     kind: Kind = Kind.local
@@ -52,7 +52,7 @@ class ClusterConfig:
     env: dict[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise ConfigError where this section contradicts itself."""
+        """Raise ConfigError if the settings contradict each other."""
         require_number("cluster", self, "nodes", "ranks_per_node", at_least=1)
         require_number("cluster", self, "gpus_per_node", at_least=0)
         for name in self.env:
@@ -66,12 +66,12 @@ class ClusterConfig:
 
 
 def require_form(config: ClusterConfig, forms: dict[str, tuple[str, str]], *, taker: str) -> None:
-    """Refuse words that a cluster would read otherwise than as one value; null passes.
+    """Refuse words that a cluster would not read as one value; null passes.
 
     Args:
-        config: the section.
+        config: settings of the cluster.
         forms: a regular expression by key, which each word of a list must match, and values that do, for the message.
-        taker: whose form it is, for the message.
+        taker: name of the cluster, for the message.
 
     Raises:
         ConfigError: naming the setting, the word and an example.
@@ -88,7 +88,7 @@ class LocalConfig(ClusterConfig):
     """This machine."""
 
     def check(self) -> None:
-        """Raise ConfigError where this section contradicts itself."""
+        """Raise ConfigError if the settings contradict each other."""
         super().check()
         if self.nodes != 1:
             raise ConfigError(
@@ -101,21 +101,21 @@ class SlurmConfig(ClusterConfig):
     """A Slurm cluster; `launch/slurm.sh.j2` is the script.
 
     Attributes:
-        partition: null takes the cluster's default; so with account, qos, constraint, reservation, nodelist, exclude.
-        time: limit, as Slurm writes it: minutes, HH:MM:SS or D-HH:MM:SS; null takes the partition's.
+        partition: null takes the cluster's default; likewise account, qos, constraint, reservation, nodelist, exclude.
+        time: time limit in Slurm's form: minutes, HH:MM:SS or D-HH:MM:SS; null takes the partition's.
         gpu_type: asks for --gpus-per-node=TYPE:N; null for any.
         cpus_per_rank: cores, for the loader's workers too.
-        mem: memory of a node, as 500G; 0 takes all of it; null takes the cluster's default.
-        exclusive: whether the nodes are shared with nobody.
-        options: other options of sbatch, as cluster.options.mail-type=END; null for one without a value.
-        modules: loaded by `module load` before the start.
-        container: what runs `image`.
+        mem: memory of a node, 500G for example; 0 takes all of it; null takes the cluster's default.
+        exclusive: whether the nodes are reserved for the job.
+        options: other options of sbatch, cluster.options.mail-type=END for example; null for one without a value.
+        modules: modules that `module load` loads before the start.
+        container: how `image` is run.
         image: for pyxis a .sqsh file or REGISTRY#NAME:TAG, for Apptainer a .sif file or docker://NAME:TAG.
-        mounts: SOURCE:TARGET[:ro], beside the folder of submission, which the container sees under its own name.
-        grace_s: seconds before its time limit at which the job is told to save and stop.
+        mounts: SOURCE:TARGET[:ro]; the folder of submission is mounted under its own name besides.
+        grace_s: seconds before the time limit at which the job is signalled to save and stop.
         requeue: whether a stopped job is queued again, and a crashed one too.
         max_restarts: crashes in a row, without a new checkpoint between them, after which the job is not queued again.
-        port: of the rendezvous on the first node; null derives it from the job's number.
+        port: port of the rendezvous on the first node; null derives it from the job's number.
     """
 
     partition: str | None = None
@@ -141,14 +141,14 @@ class SlurmConfig(ClusterConfig):
     port: int | None = None
 
     def check(self) -> None:
-        """Raise ConfigError where this section contradicts itself."""
+        """Raise ConfigError if the settings contradict each other."""
         super().check()
         require_number("cluster", self, "cpus_per_rank", at_least=1)
         require_number("cluster", self, "grace_s", "max_restarts", at_least=0)
         # Slurm counts it in 16 bits.
         require_number("cluster", self, "grace_s", at_least=0, below=65536)
         require_number("cluster", self, "port", at_least=1024, below=65536)
-        # Slurm reads these words itself, and a comma, a quote or a space has a meaning of its own there.
+        # Slurm parses these words: a comma, a quote or a space would have a meaning.
         require_form(self, _SLURM_WORDS, taker="Slurm")
         for name, value in self.options.items():
             if not re.fullmatch(r"[a-z][a-z-]*", name):
@@ -167,7 +167,7 @@ class SlurmConfig(ClusterConfig):
             raise ConfigError("cluster.mounts would be ignored without a container; set cluster.container and image")
 
 
-# Options of sbatch's that follow from other keys: where to set them.
+# Options of sbatch that follow from other keys, and the keys.
 _OUR_OPTIONS = {
     **{
         name: f"set cluster.{name}" for name in ("partition", "account", "qos", "constraint", "reservation", "nodelist")

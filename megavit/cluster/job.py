@@ -1,4 +1,4 @@
-"""A run as a cluster gets it: checked at the desk, against the nodes that it asks for."""
+"""A run as a job: checked before submission, against the nodes that it asks for."""
 
 import itertools
 import re
@@ -17,13 +17,13 @@ from megavit.errors import ConfigError
 
 @dataclass(frozen=True)
 class Job:
-    """What is started.
+    """A run on a number of nodes.
 
     Attributes:
-        overrides: the run's settings, as typed; the home directory is written out, the job's may be another.
-        config: what they compose to, checked.
-        nodes: machines.
-        gpus_per_node: GPUs that it takes on each; 0 computes on the CPU.
+        overrides: the run's settings, as typed, with the home directory written out: the job's may be another.
+        config: the configuration composed of them, checked.
+        nodes: number of machines.
+        gpus_per_node: GPUs of the job on each; 0 computes on the CPU.
         ranks_per_node: processes on each.
     """
 
@@ -35,22 +35,22 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The run's."""
+        """Return the run's name."""
         return self.config.run.name
 
     @property
     def run_dir(self) -> Path:
-        """The run's folder, absolute."""
+        """Return the run's folder, absolute."""
         return Path(self.config.run.dir).absolute()
 
     @property
     def world_size(self) -> int:
-        """Ranks of the whole job."""
+        """Return the number of ranks of the job."""
         return self.nodes * self.ranks_per_node
 
     @property
     def device(self) -> str:
-        """What the ranks compute on, as MEGAVIT_DEVICE takes it."""
+        """Return the device of the ranks, in the form of MEGAVIT_DEVICE."""
         return "cuda" if self.gpus_per_node else "cpu"
 
     def __str__(self) -> str:
@@ -63,15 +63,15 @@ class Job:
 def plan_job(
     overrides: list[str], cluster: ClusterConfig, *, resolve: Callable[[list[str]], list[str]] = lambda typed: typed
 ) -> Job:
-    """Compose a run and check it against a cluster.
+    """Compose a run and check it for a cluster.
 
     Args:
-        overrides: the run's, as typed.
-        cluster: where it shall run, checked in itself.
+        overrides: the run's settings, as typed.
+        cluster: settings of the cluster, checked.
         resolve: replaces `model=auto` by the settings of the weights to start from.
 
     Raises:
-        ConfigError: if it could not run there.
+        ConfigError: if the run is impossible there.
     """
     for text in overrides:
         if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
@@ -110,10 +110,10 @@ def plan_job(
 
 
 def split_sweep(overrides: list[str]) -> list[list[str]]:
-    """One list of settings for each combination of those that hold several values, as key=a,b; each run has its name.
+    """Return a list of settings for each combination of values (key=a,b); each run gets a name of its own.
 
     Raises:
-        ConfigError: if nothing is swept, a value is given twice, or all would share one folder.
+        ConfigError: if no setting has several values, a value is repeated, or the runs would share one folder.
     """
     choices, swept = [], []
     for text in overrides:
@@ -162,7 +162,7 @@ def _largest_divisor(ranks: int, at_most: int) -> int:
 
 
 def _check_data_path(path: str | None) -> None:
-    """Refuse a path that no machine could open; whether it is there, only the nodes can tell."""
+    """Refuse a path that no machine could open; only the nodes can check whether it exists."""
     if path is None:
         return
     if path != path.strip():

@@ -16,7 +16,7 @@ from megavit.cluster.paths import RUNS, local_init_from, own_data_path, with_set
 from megavit.cluster.render import render_yaml
 from megavit.errors import ConfigError
 
-# Seconds for a command of kubectl's; an API server that is gone it tries for longer.
+# Seconds for a command of kubectl, which itself tries for longer if the API server does not answer.
 _PATIENCE_S = 60
 # A pod is called NAME-node-0-INDEX-xxxxx, and no label may be longer than 63.
 _NAME_LENGTH = 40
@@ -37,10 +37,10 @@ class Kubernetes:
         self._kubernetes = config
 
     def render(self, job: Job) -> str:
-        """The manifest.
+        """Render the manifest.
 
         Raises:
-            ConfigError: if the container would not see the job's files.
+            ConfigError: if the container cannot see the job's files.
         """
         kubernetes = self._kubernetes
         words = [kubernetes.python or "python", "-m", "megavit.runtime.torchrun", "-m", "megavit.train"]
@@ -72,7 +72,7 @@ class Kubernetes:
         )
 
     def _places(self, job: Job) -> dict[str, str]:
-        """The settings that name folders, as the container sees them."""
+        """Return the settings that name folders, with the paths inside the container."""
         runs = self._kubernetes.runs.rstrip("/")
         changed = {"run.dir": f"{runs}/{job.name}"}
         self._require_volume("run.dir", changed["run.dir"], setting="cluster.runs", writable=True)
@@ -105,9 +105,9 @@ class Kubernetes:
         variables = {
             "MEGAVIT_DEVICE": job.device,
             "MEGAVIT_MAX_RESTARTS": str(kubernetes.max_restarts),
-            # A rank with a GPU computes there, and its loader's workers are processes of their own.
+            # A rank with a GPU computes on it; the loader's workers are separate processes.
             "OMP_NUM_THREADS": "1" if job.gpus_per_node else str(kubernetes.cpus_per_rank),
-            # The user's number need have no name and no home in the image.
+            # The user's number may have no name and no home in the image.
             "HOME": "/tmp",
             "USER": "megavit",
             **kubernetes.env,
@@ -128,7 +128,7 @@ class Kubernetes:
         if kubernetes.memory:
             requests["memory"] = limits["memory"] = kubernetes.memory
         if job.gpus_per_node:
-            # Of GPUs both must be the same.
+            # Request and limit must be equal for GPUs.
             requests[kubernetes.gpu_resource] = limits[kubernetes.gpu_resource] = str(job.gpus_per_node)
         return {"requests": requests, **({"limits": limits} if limits else {})}
 
@@ -149,7 +149,7 @@ class Kubernetes:
         """Have the API server check every manifest.
 
         Raises:
-            ConfigError: with what it says.
+            ConfigError: with its message.
         """
         if shutil.which("kubectl") is None:
             raise ConfigError(
@@ -163,7 +163,7 @@ class Kubernetes:
         """Create the job.
 
         Raises:
-            ConfigError: with what kubectl says.
+            ConfigError: with the message of kubectl.
         """
         self._ask("create", f"--filename={file}")
         name, resource = job_name(job.name), _RESOURCES[self._kubernetes.api]
@@ -181,7 +181,7 @@ class Kubernetes:
         )
 
     def take_back(self, submitted: Submitted) -> None:
-        """Delete it."""
+        """Delete the job."""
         self._ask("delete", _RESOURCES[self._kubernetes.api], submitted.job_id, "--wait=false", failed=_STILL_THERE)
 
     def _kubectl(self) -> list[str]:
@@ -189,7 +189,7 @@ class Kubernetes:
         return ["kubectl", *(f"--{key}={value}" for key, value in named.items() if value is not None)]
 
     def _ask(self, *words: str, stdin: str | None = None, failed: str = _REFUSED) -> str:
-        """What kubectl answers."""
+        """Run kubectl and return its output."""
         command = [*self._kubectl(), "--request-timeout=30s", *words]
         try:
             done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=_PATIENCE_S)
@@ -199,7 +199,7 @@ class Kubernetes:
                 f"{_RESOURCES[self._kubernetes.api]}` tells, and whether a job is there"
             ) from error
         if done.returncode:
-            # Its own account of what it tried, line by line, stands before the one that says why.
+            # kubectl prints what it tried line by line before the line with the reason.
             lines = [line for line in done.stderr.splitlines() if line and not re.match(r"[EWI]\d{4} ", line)]
             said = " ".join(lines) or f"it left with {done.returncode}"
             raise ConfigError(f"{failed}: {said}{self._way_out(said)}")
@@ -217,7 +217,7 @@ class Kubernetes:
 
 
 def job_name(run: str) -> str:
-    """A run's name as Kubernetes takes it, different for different runs: small letters, digits and hyphens."""
+    """Return a run's name in Kubernetes' form (lower-case letters, digits, hyphens), different for different runs."""
     variables = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
     variables = variables if re.match("[a-z]", variables) else f"run-{variables}".strip("-")
     if variables == run and len(variables) <= _NAME_LENGTH:
@@ -226,7 +226,7 @@ def job_name(run: str) -> str:
 
 
 def _literal(word: str) -> str:
-    """A word that Kubernetes, which expands $(NAME) in commands and environments, leaves as it is."""
+    """Escape a word so that Kubernetes, which expands $(NAME) in commands and environments, does not change it."""
     return word.replace("$", "$$")
 
 

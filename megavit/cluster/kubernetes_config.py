@@ -1,4 +1,4 @@
-"""Section `cluster` for Kubernetes with Kubeflow."""
+"""Settings of `cluster` for Kubernetes with Kubeflow."""
 
 import re
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from megavit.validation import require_number
 
 
 class Api(Enum):
-    """What Kubeflow offers for PyTorch: Trainer's TrainJob (2.2 or later), or the Training Operator's PyTorchJob."""
+    """Kubeflow's kinds of job for PyTorch: Trainer's TrainJob (2.2 or later), or the Training Operator's PyTorchJob."""
 
     trainjob = "trainjob"
     pytorchjob = "pytorchjob"
@@ -23,27 +23,27 @@ class KubernetesConfig(ClusterConfig):
     A node is a pod. Paths are the container's: `run.dir` becomes `runs`/NAME, init_from=runs/OTHER is found there.
 
     Attributes:
-        api: what takes the job.
-        runtime: the ClusterTrainingRuntime of a TrainJob; launch/kubernetes_runtime.yaml is one that starts a job again
-            as its exit codes ask for.
-        image: the container's, with megavit in it.
-        volumes: CLAIM:/PATH[:ro], persistent volume claims and where the container sees them.
+        api: kind of job.
+        runtime: the ClusterTrainingRuntime of a TrainJob; launch/kubernetes_runtime.yaml is one that restarts a
+            job according to its exit codes.
+        image: container image with megavit installed.
+        volumes: CLAIM:/PATH[:ro], persistent volume claims and their paths in the container.
         runs: folder in the container, on a volume, that holds the runs.
-        context: of kubectl; null takes the current one; so with namespace.
-        namespace: where the job and what it names are.
-        service_account: of the pods; null takes the namespace's default.
-        secrets: SECRET/KEY by environment variable, as cluster.secrets.HF_TOKEN=huggingface/token: the pods get the
-            value from the cluster's secret, and it is written down nowhere.
-        image_pull_secrets: secrets by which the image is pulled.
-        labels: of the job, as {kueue.x-k8s.io/queue-name: research}.
+        context: context of kubectl; null takes the current one, likewise namespace.
+        namespace: namespace of the job and of what it names.
+        service_account: service account of the pods; null takes the namespace's default.
+        secrets: SECRET/KEY by environment variable, cluster.secrets.HF_TOKEN=huggingface/token for example: the pods
+            get the value from the cluster's secret, and no file holds it.
+        image_pull_secrets: secrets for pulling the image.
+        labels: labels of the job, as {kueue.x-k8s.io/queue-name: research}.
         node_selector: labels of the nodes that it may run on.
-        tolerations: taints of nodes that it may run on all the same, as KEY[=VALUE][:EFFECT].
-        gpu_resource: what a GPU is called.
+        tolerations: taints of nodes that it tolerates, as KEY[=VALUE][:EFFECT].
+        gpu_resource: resource name of a GPU.
         cpus_per_rank: cores, for the loader's workers too.
-        memory: of a pod, as 500Gi; null asks for none.
-        shm_size: of /dev/shm, through which the loader's workers and NCCL pass their data; it counts as memory.
+        memory: memory of a pod, 500Gi for example; null requests none.
+        shm_size: size of /dev/shm, which the loader's workers and NCCL use; it counts as memory.
         user: number of the user and group that the container runs as; the volumes are made writable for the group.
-        grace_s: seconds that a pod which is asked to stop has for saving.
+        grace_s: seconds for saving, for a pod that is asked to stop.
         max_restarts: crashes in a row, without a new checkpoint between them, after which the job is not started again.
     """
 
@@ -70,7 +70,7 @@ class KubernetesConfig(ClusterConfig):
     max_restarts: int = 3
 
     def check(self) -> None:
-        """Raise ConfigError where this section contradicts itself."""
+        """Raise ConfigError if the settings contradict each other."""
         super().check()
         require_number("cluster", self, "cpus_per_rank", "user", at_least=1)
         require_number("cluster", self, "grace_s", "max_restarts", at_least=0)

@@ -23,7 +23,7 @@ class Local:
         self.config: ClusterConfig = config
 
     def render(self, job: Job) -> str:
-        """A script that runs the job."""
+        """Render a script that runs the job."""
         return render_shell(
             "local.sh.j2",
             {
@@ -37,20 +37,20 @@ class Local:
         )
 
     def try_out(self, texts: list[str]) -> None:
-        """Nobody is to be asked."""
+        """Do nothing: this machine accepts every job."""
 
     def submit(self, file: Path, job: Job) -> Submitted:
-        """Run it to its end; its exit code is the run's."""
+        """Run the script to its end; its exit code is the run's."""
         return Submitted(job.name, code=_run(["bash", str(file)]))
 
     def take_back(self, submitted: Submitted) -> None:
-        """It has already run."""
+        """Do nothing: the job has already run."""
 
 
 def _run(command: list[str]) -> int:
-    """Run a command to its end, and have it decide what a signal means."""
+    """Run a command to its end and forward signals to it."""
     child = subprocess.Popen(command)
-    # A terminal's Ctrl-C reaches it by itself.
+    # The terminal sends Ctrl-C to the command itself.
     earlier = {signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None)}
     for number in (signal.SIGTERM, signal.SIGUSR1):
         earlier[number] = signal.signal(number, lambda number, frame: child.send_signal(number))

@@ -1,4 +1,4 @@
-"""A run's folders under the names that a job sees, where it shares no file system with this machine."""
+"""Paths of a run's folders inside a job that shares no file system with this machine."""
 
 import re
 
@@ -15,7 +15,7 @@ RUNS = "runs/"
 
 
 def own_data_path(job: Job) -> str | None:
-    """data.path where it names files that the job's machines must have; None for an id, a URL or no path."""
+    """Return data.path if it names files that the job's machines must have; None for an id, a URL or no path."""
     data = job.config.data
     if data.path is None or is_url(data.path):
         return None
@@ -24,7 +24,7 @@ def own_data_path(job: Job) -> str | None:
 
 
 def local_init_from(job: Job) -> tuple[str, str] | None:
-    """What init_from names on a disk: what stands before it, and the path; None for another library's id or a URL."""
+    """Return prefix and path of an init_from that names files; None for another library's id or a URL."""
     weight_source = job.config.init_from
     if weight_source is None or weight_source.startswith(_FROM_A_HUB) or is_url(weight_source):
         return None
@@ -34,11 +34,11 @@ def local_init_from(job: Job) -> tuple[str, str] | None:
 
 
 def with_settings(job: Job, changed: dict[str, str]) -> list[str]:
-    """The run's settings as typed, but for some that have another value there.
+    """Return the run's settings as typed, with some values replaced.
 
     Args:
-        job: whose settings.
-        changed: values by key.
+        job: the run.
+        changed: replacing values by setting.
     """
     remaining = [text for text in job.overrides if key_of(text) not in changed]
     return [*remaining, *(write_text(key, value) for key, value in changed.items())]

@@ -27,19 +27,19 @@ BACKENDS: dict[Kind, type[Backend]] = {
 
 
 def split_cluster(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The cluster's settings and the run's."""
+    """Split a command line into the cluster's settings and the run's."""
     cluster_args = [text for text in arguments if text.startswith(("cluster=", "cluster."))]
     return cluster_args, [text for text in arguments if text not in cluster_args]
 
 
 def get_backend(arguments: list[str]) -> Backend:
-    """The cluster that `cluster=…` names, with the settings typed beside it, checked.
+    """Return the cluster that `cluster=…` names, with the settings typed beside it, checked.
 
     Args:
-        arguments: `cluster=NAME` of conf/cluster/, or `cluster=FILE.yaml` of one's own, and `cluster.KEY=VALUE`.
+        arguments: `cluster=NAME` of conf/cluster/, or `cluster=FILE.yaml`, and `cluster.KEY=VALUE`.
 
     Raises:
-        ConfigError: for a cluster or key that is not there, a value of a wrong type, or a contradiction.
+        ConfigError: for an unknown cluster or key, a value of a wrong type, or a contradiction.
     """
     named = [text for text in arguments if text.startswith("cluster=")]
     if len(named) > 1:
@@ -85,7 +85,7 @@ def get_backend(arguments: list[str]) -> Backend:
 
 
 class _AsWritten(yaml.SafeLoader):
-    """Read every word as it is written, but for null: what is a number the setting's type says, not the word's look."""
+    """A loader that reads every word but null as text: the setting's type says what is a number."""
 
 
 _AsWritten.yaml_implicit_resolvers = {

@@ -1,4 +1,4 @@
-"""Templates of `launch/`, filled in so that no value can be more than a value."""
+"""Fill in the templates of `launch/`; a value can never become a command or a key."""
 
 import json
 import os
@@ -12,23 +12,23 @@ from jinja2 import Environment, StrictUndefined
 
 from megavit.errors import ConfigError
 
-# Names by which environments hold what nobody else may read.
+# Words in the names of variables that hold secrets.
 _SECRET = re.compile(
     r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|SAS|CONNECTION_?STRING)(?:_|$)|(?:API|ACCESS|_)KEY(?:_|$)",
     re.I,
 )
-# Shorter ones are found in ordinary words.
+# Shorter values occur in ordinary words.
 _SECRET_LENGTH = 8
-# What a URL carries of who reads it: user:password@, or a signature.
+# Credentials in a URL: user:password@, or a signature.
 _SIGNED = re.compile(r"://[^/\s@]*:[^/\s@]*@|[?&](sig|signature|token|X-Amz-Signature|X-Goog-Signature)=", re.I)
 
 
 def render_shell(template: str, values: Mapping[str, Any]) -> str:
-    """Fill in a shell script; each value becomes one quoted word, a list as many.
+    """Fill in a shell script; each value becomes one quoted word, each item of a list another one.
 
     Args:
-        template: its name, in `launch/`.
-        values: by name.
+        template: name of the file in `launch/`.
+        values: values by name.
     """
     return _render(template, values, _quote)
 
@@ -37,18 +37,18 @@ def render_yaml(template: str, values: Mapping[str, Any]) -> str:
     """Fill in a YAML file; each value becomes one JSON value, which is YAML too.
 
     Args:
-        template: its name, in `launch/`.
-        values: by name.
+        template: name of the file in `launch/`.
+        values: values by name.
     """
     return _render(template, values, lambda value: json.dumps(value, ensure_ascii=False))
 
 
 def refuse_secrets(text: str, *, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse to write down what only this user may read.
+    """Refuse to write a secret of the user into a file.
 
     Args:
-        text: what would be kept in the run's folder and handed to a cluster.
-        environment: whose secrets are looked for.
+        text: rendered job, which is kept in the run's folder and submitted.
+        environment: environment whose secrets are searched for.
 
     Raises:
         ConfigError: naming the variable or the form, never the secret.
@@ -71,7 +71,7 @@ def refuse_secrets(text: str, *, environment: Mapping[str, str] = os.environ) ->
 
 
 def refuse_secret_names(environment: Mapping[str, str]) -> None:
-    """Refuse variables of `cluster.env` whose name says that they are nobody else's to read.
+    """Refuse variables of `cluster.env` whose name is a secret's.
 
     Raises:
         ConfigError: naming the variable.

@@ -15,7 +15,7 @@ from megavit.cluster.paths import local_init_from, own_data_path
 from megavit.cluster.render import render_shell
 from megavit.errors import ConfigError
 
-# Seconds for a command of Slurm's; a controller that is gone they try for longer.
+# Seconds for a command of Slurm, which itself tries for longer if the controller does not answer.
 _PATIENCE_S = 60
 _WORDS = ("partition", "account", "qos", "constraint", "reservation", "nodelist", "exclude", "time", "mem")
 
@@ -32,10 +32,10 @@ class Slurm:
         self._slurm = config
 
     def render(self, job: Job) -> str:
-        """The batch script.
+        """Render the batch script.
 
         Raises:
-            ConfigError: if the container would not see the job's files.
+            ConfigError: if the container cannot see the job's files.
         """
         slurm = self._slurm
         log = str(job.run_dir / "launch" / "slurm-%j.log")
@@ -53,7 +53,7 @@ class Slurm:
                 "cpus_per_node": job.ranks_per_node * slurm.cpus_per_rank,
                 "gpus": gpus if job.gpus_per_node else None,
                 "options": [f"--{name}={value}" if value else f"--{name}" for name, value in words.items()],
-                # A percent sign of the folder's own is no pattern.
+                # A percent sign in the folder's name is not a pattern.
                 "log": log.replace("%", "%%").replace("%%j", "%j"),
                 "grace_s": slurm.grace_s,
                 "requeue": slurm.requeue,
@@ -62,7 +62,7 @@ class Slurm:
                 "run_dir": job.run_dir,
                 "modules": slurm.modules,
                 "device": job.device,
-                # A rank with a GPU computes there, and its loader's workers are processes of their own.
+                # A rank with a GPU computes on it; the loader's workers are separate processes.
                 "threads": 1 if job.gpus_per_node else slurm.cpus_per_rank,
                 "env": slurm.env,
                 "settings": job.overrides,
@@ -73,7 +73,7 @@ class Slurm:
         )
 
     def _container(self, job: Job) -> list[str]:
-        """What stands between srun and Python."""
+        """Return the words between srun and Python."""
         slurm, workdir = self._slurm, str(Path.cwd())
         if slurm.container is Container.none:
             return []
@@ -111,23 +111,23 @@ class Slurm:
         """Have sbatch validate every script.
 
         Raises:
-            ConfigError: with what Slurm says.
+            ConfigError: with the message of Slurm.
         """
         if shutil.which("sbatch") is None:
             raise ConfigError(
                 "cluster=slurm: there is no sbatch on this machine; run this on a login node of the cluster, or set "
                 "cluster.dry_run=true to see the script"
             )
-        # sbatch itself would try for many seconds.
+        # sbatch itself tries for many seconds.
         _ask(["scontrol", "ping"], refused="Slurm's controller does not answer; ask those who run the cluster")
         for text in texts:
             _ask(["sbatch", "--test-only"], stdin=text)
 
     def submit(self, file: Path, job: Job) -> Submitted:
-        """Hand the script to sbatch.
+        """Submit the script with sbatch.
 
         Raises:
-            ConfigError: with what Slurm says.
+            ConfigError: with the message of Slurm.
         """
         job_id = _ask(["sbatch", "--parsable", str(file)]).split(";")[0].strip()
         log = str(job.run_dir / "launch" / f"slurm-{job_id}.log")
@@ -142,12 +142,12 @@ class Slurm:
         )
 
     def take_back(self, submitted: Submitted) -> None:
-        """Cancel it."""
+        """Cancel the job."""
         _ask(["scancel", submitted.job_id])
 
 
 def _ask(command: list[str], *, stdin: str | None = None, refused: str = "Slurm does not take the job") -> str:
-    """What a command of Slurm's answers."""
+    """Run a command of Slurm and return its output."""
     try:
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=_PATIENCE_S)
     except subprocess.TimeoutExpired as error:

@@ -184,7 +184,7 @@ class SampleDataset(Dataset[MicroBatch]):
         tried: list[tuple[int, str]] = []
         for sample_id in self._candidates(key):
             try:
-                with self._told_of(sample_id):
+                with self._current_sample(sample_id):
                     image = open_sample(self.source, sample_id)
                     with named_if_too_large(partial(name_of, self.source, sample_id)):
                         cut = self.view.crop(image, draw) if self._fits(image) else None
@@ -224,7 +224,7 @@ class SampleDataset(Dataset[MicroBatch]):
         return np.flatnonzero(self._labels == label)
 
     @contextmanager
-    def _told_of(self, sample_id: int) -> Iterator[None]:
+    def _current_sample(self, sample_id: int) -> Iterator[None]:
         worker = get_worker_info()
         if worker is None:
             yield

@@ -14,7 +14,7 @@ from megavit.config.compose import AUTO_MODEL, compose, from_yaml
 from megavit.config.experiment import ExperimentConfig
 from megavit.errors import ConfigError
 from megavit.model.config import ModelConfig, Pool, Positions
-from megavit.train.pretrained import open_foreign
+from megavit.train.pretrained import open_external
 from megavit.validation import format_value, parse_int
 
 # Settings that determine the encoder's shapes and function, whatever its head.
@@ -81,7 +81,7 @@ def _of_weights(config: ExperimentConfig, typed: list[str]) -> dict[str, Any]:
     assert place is not None
     if place.partition(":")[0] in KINDS:
         heads = next((text.partition("=")[2] for text in typed if text.startswith("model.num_heads=")), None)
-        external = open_foreign(place, num_heads=parse_int("model.num_heads", heads) if heads else None)
+        external = open_external(place, num_heads=parse_int("model.num_heads", heads) if heads else None)
         model, decoder = external.model, external.decoder
         classifies = bool(external.classes) and external.other_pooling is None
     else:

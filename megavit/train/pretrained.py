@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megavit.checkpoint import shards
 from megavit.checkpoint.convert.external_model import ExternalModel, are_sincos, usual_heads
-from megavit.checkpoint.convert.read import KINDS, fetch, read_foreign
+from megavit.checkpoint.convert.read import KINDS, fetch, read_external
 from megavit.checkpoint.find import CheckpointRef, resolve_checkpoint
 from megavit.checkpoint.param_mapping import Dims, from_timm, to_timm_name
 from megavit.checkpoint.state import read_state
@@ -141,7 +141,7 @@ class ExternalWeights:
             model = replace(model, positions=Positions.sincos)
         usual = usual_heads(model.hidden_size, model.num_layers)
         unusual = "model.num_heads" in external.assumed and model.num_heads != usual
-        untold = (
+        not_stated = (
             f"note: {place} does not tell its heads, and model.num_heads={model.num_heads} is taken; usual are {usual}"
         )
         self.weights_info = WeightsInfo(
@@ -156,7 +156,7 @@ class ExternalWeights:
             names_classes=not are_numbers(external.classes),
             decoder_heads=heads,
             guessed=frozenset((*external.assumed, *external.pixels.assumed)),
-            notes=(*((untold,) if unusual else ()), *external.notes, *external.assumptions(typed=PIXEL_SETTINGS)),
+            notes=(*((not_stated,) if unusual else ()), *external.notes, *external.assumptions(typed=PIXEL_SETTINGS)),
         )
 
     def shapes(self, chunks: Mapping[str, EncoderStage], layout: ParallelLayout) -> tuple[Shapes, Shapes]:
@@ -193,7 +193,7 @@ class ExternalWeights:
         return weight
 
 
-def open_foreign(place: str, *, num_heads: int | None) -> ExternalModel:
+def open_external(place: str, *, num_heads: int | None) -> ExternalModel:
     """Open another library's model, on this machine or downloaded from the hub.
 
     Args:
@@ -204,7 +204,7 @@ def open_foreign(place: str, *, num_heads: int | None) -> ExternalModel:
         ConfigError: if it cannot be read.
     """
     kind, _, rest = place.partition(":")
-    return read_foreign(kind, fetch(kind, rest, setting=_SETTING), num_heads=num_heads, typed=_OWN_PIXELS)
+    return read_external(kind, fetch(kind, rest, setting=_SETTING), num_heads=num_heads, typed=_OWN_PIXELS)
 
 
 def open_weights(place: str, *, num_heads: int) -> WeightSource:
@@ -229,7 +229,7 @@ def open_weights(place: str, *, num_heads: int) -> WeightSource:
     wait_for_rank_zero(look)
     weight_source, refused = None, None
     try:
-        weight_source = ExternalWeights(place, open_foreign(place, num_heads=num_heads))
+        weight_source = ExternalWeights(place, open_external(place, num_heads=num_heads))
     except ConfigError as error:
         refused = str(error)
     raise_on_all_ranks(refused)

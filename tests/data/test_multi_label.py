@@ -92,7 +92,7 @@ def test_it_needs_the_loss_that_judges_each_class_by_itself(insects):
         check_task(compose(settings))
 
 
-def score(settings: list[str]) -> dict[str, float]:
+def evaluate_run(settings: list[str]) -> dict[str, float]:
     from megavit.train.trainer import Trainer
 
     trainer = Trainer(compose(settings))
@@ -111,7 +111,7 @@ def test_losses_and_counts_are_the_same_in_every_layout_and_the_colours_are_lear
     settings = [*SMALL, *own, *SMALL[:4]]
     layouts = {"one": (1, []), "TP 2": (2, ["parallel.tp=2"]), "PP 2": (2, ["parallel.pp=2"])}
     scores = [
-        run_ranks(score, count, [*settings, *layout, f"run.dir={tmp_path / str(number)}"])[0]
+        run_ranks(evaluate_run, count, [*settings, *layout, f"run.dir={tmp_path / str(number)}"])[0]
         for number, (count, layout) in enumerate(layouts.values())
     ]
     # The one image without a label has no right guess.

@@ -22,7 +22,7 @@ KINDS = ("hf", "timm", "mae", "nemo")
 _HUB_FILES = ["*.json", "*.safetensors"]
 
 
-def read_foreign(kind: str, path: Path, *, num_heads: int | None, typed: Collection[str] = ()) -> ExternalModel:
+def read_external(kind: str, path: Path, *, num_heads: int | None, typed: Collection[str] = ()) -> ExternalModel:
     """Read a model of another library.
 
     Args:
@@ -166,7 +166,7 @@ def fetch(kind: str, place: str, *, setting: str) -> Path:
     """Return the file or folder of a model; an id is downloaded from the Hugging Face hub.
 
     Args:
-        kind: as `read_foreign` takes it.
+        kind: as `read_external` takes it.
         place: a path, or ORG/NAME.
         setting: that named it, for the error.
 

@@ -34,7 +34,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def read_hf(path: Path, *, typed: Collection[str]) -> ExternalModel:
-    """Read a Hugging Face model (see `read_foreign`)."""
+    """Read a Hugging Face model (see `read_external`)."""
     if not (path / "config.json").is_file():
         raise ConfigError(f"hf:{path} needs a folder with config.json")
     config = _DEFAULTS | read_object(path / "config.json")

@@ -14,7 +14,7 @@ from megavit.model.config import Head, ModelConfig
 
 
 def read_nemo(path: Path, files: TensorFiles, *, num_heads: int | None) -> ExternalModel:
-    """Read a NeMo model (see `read_foreign`)."""
+    """Read a NeMo model (see `read_external`)."""
     shapes = {bare(name): files.shape(name) for name in files}
     try:
         width, values = shapes["backbone.linear_encoder.weight"]

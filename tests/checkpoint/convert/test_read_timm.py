@@ -11,7 +11,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
 from megavit.checkpoint.convert.external_model import ExternalModel
-from megavit.checkpoint.convert.read import read_foreign
+from megavit.checkpoint.convert.read import read_external
 from megavit.data.config import Interpolation
 from megavit.errors import ConfigError
 from megavit.model.config import Pool
@@ -27,7 +27,7 @@ def save(folder: Path, architecture: str = "vit_tiny_patch16_224", **changed) ->
 
 
 def read(folder: Path, *, num_heads: int | None = None) -> ExternalModel:
-    return read_foreign("timm", folder, num_heads=num_heads)
+    return read_external("timm", folder, num_heads=num_heads)
 
 
 def test_a_folder_of_save_for_hf_states_heads_pooling_and_pixels(tmp_path):
@@ -167,6 +167,6 @@ def test_weights_of_near_relatives_are_called_by_their_name(architecture, sizes,
 def test_maes_own_files_are_seen_as_it_sees_images(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", **SIZES, global_pool="avg")
     torch.save({"model": model.state_dict()}, tmp_path / "ft.pth")
-    pixels = read_foreign("mae", tmp_path / "ft.pth", num_heads=4).pixels
+    pixels = read_external("mae", tmp_path / "ft.pth", num_heads=4).pixels
     assert (pixels.mean, pixels.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert (pixels.crop_pct, pixels.interpolation, pixels.assumed) == (0.875, Interpolation.bicubic, ())

@@ -138,7 +138,7 @@ def special(name: str, kind: bytes) -> dict:
     return {name: member}
 
 
-def cut(path: Path, size: int) -> Path:
+def truncate(path: Path, size: int) -> Path:
     path.write_bytes(path.read_bytes()[:size])
     return path
 
@@ -219,14 +219,14 @@ def test_a_member_that_is_there_twice_is_refused(tmp_path):
 
 # Each sample takes four blocks of 512 bytes: two headers, an image of fewer than 512, a label.
 DAMAGED = {
-    "within an image": (lambda path: cut(path, 512 + 20), "ends within 000000.png"),
-    "within a header": (lambda path: cut(path, 4 * 512 + 100), "without tar's mark of the end"),
-    "between two members": (lambda path: cut(path, 8 * 512), "without tar's mark of the end"),
+    "within an image": (lambda path: truncate(path, 512 + 20), "ends within 000000.png"),
+    "within a header": (lambda path: truncate(path, 4 * 512 + 100), "without tar's mark of the end"),
+    "between two members": (lambda path: truncate(path, 8 * 512), "without tar's mark of the end"),
     "a byte of a header": (lambda path: spoil(path, 4 * 512 + 3), "has no readable header at byte 2,048"),
     "the first header": (lambda path: spoil(path, 3), "cannot be read as a tar"),
     "two tars in one": (joined, "more behind it"),
     "no tar": (lambda path: path.write_bytes(b"hello" * 300) and path, "cannot be read as a tar"),
-    "an empty file": (lambda path: cut(path, 0), "cannot be read as a tar: empty file"),
+    "an empty file": (lambda path: truncate(path, 0), "cannot be read as a tar: empty file"),
     "compressed": (lambda path: path.rename(path.with_name("x.tar.gz")), "x.tar.gz is compressed"),
     "not there": (lambda path: path.with_name("y.tar"), "y.tar cannot be read: No such file"),
 }
@@ -326,12 +326,12 @@ def test_another_process_reads_the_same_images(tmp_path):
 def test_a_shard_that_changes_while_it_is_read_is_named(tmp_path):
     path = shard(tmp_path / "x.tar", labelled(range(8)))
     source = open_source(tar_config(path, val_fraction=0.5), "train")
-    cut(path, 1024)
+    truncate(path, 1024)
     with pytest.raises(ConfigError, match=r"x\.tar is another file than was listed; .* start it again"):
         source.image(0)
     source = open_source(tar_config(shard(path, labelled(range(8))), val_fraction=0.5), "train")
     source.image(0)
-    cut(path, 1024)
+    truncate(path, 1024)
     with pytest.raises(ConfigError, match=r"x\.tar ends before byte [\d,]+, where an image ends"):
         source.image(len(source) - 1)
 
