@@ -187,7 +187,7 @@ def _build(file: Path, architecture: str, arguments: dict[str, Any]) -> torch.nn
 
 def _other_encoder(network: Any) -> str | None:
     """Describe the first difference of an encoder from megavit's, sizes aside; None if there is none."""
-    from timm.layers import AttentionBackend, Mlp, PatchEmbed
+    from timm.layers import Attention, Mlp, PatchEmbed
     from timm.models import VisionTransformer
     from timm.models.vision_transformer import Block
 
@@ -200,13 +200,13 @@ def _other_encoder(network: Any) -> str | None:
     norms = {type(module) for module in network.modules() if "Norm" in type(module).__name__}
     for differs, words in (
         (type(network.patch_embed) is not PatchEmbed, f"patches by {type(network.patch_embed).__name__}"),
-        (type(block.attn) is not AttentionBackend, f"attention by {type(block.attn).__name__}"),
+        (type(block.attn) is not Attention, f"attention by {type(block.attn).__name__}"),
         (type(block.mlp) is not Mlp, f"an MLP by {type(block.mlp).__name__}"),
         (not _is_gelu(activation), f"the activation {type(activation).__name__}"),
         (not all(issubclass(norm, torch.nn.LayerNorm) for norm in norms), "norms other than LayerNorm"),
         (not isinstance(network.norm_pre, torch.nn.Identity), "a norm before its layers (pre_norm)"),
         (
-            type(block.attn) is AttentionBackend and block.attn.qkv.bias is None,
+            type(block.attn) is Attention and block.attn.qkv.bias is None,
             "queries, keys and values without bias (qkv_bias=false)",
         ),
     ):
