@@ -78,7 +78,8 @@ class Megavit:
         if full is None:
             return None
         model, task = self._config.model, self._config.task
-        dims = Dims(model.num_heads, model.patch_size, task.decoder_num_heads or 0)
+        decoder = task.decoder(model)
+        dims = Dims(model.num_heads, model.patch_size, decoder.num_heads if decoder is not None else 0)
         return {name: weight.float() for name, weight in to_timm(full, dims).items()}
 
 
