@@ -26,7 +26,8 @@ from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
 from megavit.runtime.workers import literal
 
-TEXTS = [key for key, kind in run_types().items() if kind in (str, str | None)]
+# Any text but the task's name, which is one of a table.
+TEXTS = [key for key, kind in run_types().items() if kind in (str, str | None) and key != "task.name"]
 LISTS = [key for key, kind in run_types().items() if kind == list[str] | None]
 # What YAML 1.1, Hydra or Python would take for something else.
 LIKE_OTHERS = [

@@ -79,9 +79,15 @@ def test_a_run_holds_concrete_sizes_and_resumes_when_the_weights_are_gone(folder
     assert "complete: step 4 of 4" in output
 
 
+def resolve(typed: list[str]) -> list[str]:
+    return resolve_auto(typed)[0]
+
+
 def test_a_job_gets_sizes_that_were_read_at_the_desk(folder, tmp_path):
     backend = get_backend(["cluster=local"])
-    job = plan_job([*RUN, "model=auto", f"init_from=timm:{folder}", f"run.dir={tmp_path}"], backend.config)
+    job = plan_job(
+        [*RUN, "model=auto", f"init_from=timm:{folder}", f"run.dir={tmp_path}"], backend.config, resolve=resolve
+    )
     assert "model=auto" not in job.overrides
     assert "model.num_heads=8" in job.overrides
     assert job.config.model.num_heads == 8

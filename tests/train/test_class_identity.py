@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megavit.config.compose import flatten
+from megavit.config.compose import run_types
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.resolved import resolve_num_steps
 from megavit.train.resume_rules import RULES
@@ -151,4 +151,4 @@ def test_a_fraction_of_epochs_is_what_was_typed(epochs, images, batch, steps):
 
 
 def test_every_setting_says_whether_a_resume_may_change_it():
-    assert RULES.keys() == flatten(ExperimentConfig()).keys()
+    assert RULES.keys() == run_types().keys()
