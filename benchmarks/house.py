@@ -18,6 +18,8 @@ from pathlib import Path
 import tomllib
 import yaml
 
+from megavit.config.compose import RENAMED
+
 # Names given up, each with the field's word for it. A word with an ordinary meaning too is listed only in the form that
 # was ours: `class X`, `def X`, `self.X` (an attribute of one's own) or `X: T` (an argument of that type).
 NAMES = {
@@ -120,21 +122,6 @@ NAMES = {
     "Classify": "ClassificationTask",
     "open_task": "build_task",
     "whole_number": "parse_int",
-}
-
-SETTINGS = {
-    "optim.decay": "optim.schedule",
-    "optim.clip": "optim.clip_grad",
-    "checkpoint.every": "checkpoint.save_every",
-    "metrics.every": "metrics.log_every",
-    "data.eval_crop": "data.crop_pct",
-    "data.erase": "data.random_erasing",
-    "data.shift": "data.random_shift",
-    "data.mix_prob": "data.mixup_prob",
-    "data.mix_switch": "data.mixup_switch_prob",
-    "model.linears": "model.linear_backend",
-    "model.attention": "model.attention_backend",
-    "task.norm_pix": "task.norm_pix_loss",
 }
 
 # Paths from the root; `*` is any folders.
@@ -317,11 +304,9 @@ def _forms(tree: ast.AST) -> set[tuple[int, str]]:
 
 
 def retired_settings(root: Path) -> list[str]:
-    """Return where a configuration, a YAML file or a text names a setting of `SETTINGS`."""
-    found = [
-        f"{place}: {setting}; now {SETTINGS[setting]}" for setting, place in _declared(root) if setting in SETTINGS
-    ]
-    words = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, SETTINGS)) + r")(?![\w.])")
+    """Return where a configuration, a YAML file or a text names a setting of `RENAMED`."""
+    found = [f"{place}: {setting}; now {RENAMED[setting]}" for setting, place in _declared(root) if setting in RENAMED]
+    words = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, RENAMED)) + r")(?![\w.])")
     for path in _files(root):
         if path.name.endswith(_TEXTS) and str(path.relative_to(root)) not in _HISTORY:
             for number, line in enumerate(path.read_text().splitlines(), 1):

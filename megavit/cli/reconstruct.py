@@ -48,8 +48,8 @@ def reconstruct(args: ReconstructArgs, settings: list[str]) -> int:
     chosen = paths[: args.count]
     trained = open_run(config, weights, num_classes=0)
     with torch.no_grad():
-        output, outputs = trained.network.task.visualize(trained.batch(chosen), trained.network.chunks["model"])
-        image_grid = outputs(output)[1]["image_grid"]
+        output, loss_function = trained.network.task.visualize(trained.batch(chosen), trained.network.chunks["model"])
+        image_grid = loss_function(output)[1]["image_grid"]
     out = args.out or weights.checkpoint.parent.parent / "pictures" / "reconstruct.png"
     with complete_file(out) as temporary:
         plot_image_grid(image_grid, titles=trained.network.task.image_grid, path=temporary)

@@ -80,7 +80,7 @@ _CALLED_ELSEWHERE = {
 }
 
 # Old and new names of settings; saved configurations are read with both.
-_RENAMED = {
+RENAMED = {
     "optim.decay": "optim.schedule",
     "optim.clip": "optim.clip_grad",
     "checkpoint.every": "checkpoint.save_every",
@@ -194,7 +194,7 @@ def from_yaml(text: str) -> ExperimentConfig:
     try:
         saved = OmegaConf.create(text)
         if isinstance(saved, DictConfig):
-            for old, new in _RENAMED.items():
+            for old, new in RENAMED.items():
                 group, _, name = old.partition(".")
                 if isinstance(saved.get(group), DictConfig) and name in saved[group]:
                     saved[group][new.partition(".")[2]] = saved[group].pop(name)
@@ -314,8 +314,8 @@ def _check_key(typed: str) -> None:
     known = list(run_types())
     if key in known:
         return
-    if key in _RENAMED:
-        raise ConfigError(f"{key} is renamed to {_RENAMED[key]}: write {_RENAMED[key]}={value}")
+    if key in RENAMED:
+        raise ConfigError(f"{key} is renamed to {RENAMED[key]}: write {RENAMED[key]}={value}")
     if key in _REMOVED:
         raise ConfigError(f"{key} is no longer needed: {_REMOVED[key]}; leave it away")
     if key.partition(".")[0] == "cluster":
