@@ -122,7 +122,7 @@ class PendingSave:
             if self._speaks:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             beside = sorted(path.name for path in self.final.parent.glob("step_*") if is_checkpoint_name(path.name))
-            remedy = f"{beside[-1]} is whole, run again to go on from it" if beside else "none was there yet"
+            remedy = f"{beside[-1]} is valid, run again to continue from it" if beside else "none was there yet"
             raise ConfigError(f"the checkpoint {self.final} cannot be written: {error}; {remedy}") from error
 
 

@@ -1,4 +1,4 @@
-"""How a rank ends: one of them speaks for all, and none leaves before it has."""
+"""Turn the way a rank ends into one exit code and one error message for all ranks."""
 
 import os
 import select
@@ -20,15 +20,15 @@ from megavit.runtime.rank_log import RankLog
 from megavit.runtime.run_dir import FAULT, USER_ERROR, write_exit
 
 _NOBODY_READS = (
-    "megavit: stopped, for the command that read its output has ended; what was saved last is valid: run again to "
-    "go on, with the output in a file (… > train.txt)"
+    "megavit: stopped: the command that read its output has ended; the last checkpoint is valid: run again to "
+    "continue, with the output in a file (… > train.txt)"
 )
 
 _WAIT_S = 20.0
 _GRACE_S = 6
-# Ranks start at different times: one that refuses its settings waits this long for the others to refuse theirs.
+# Ranks start at different times: a rank that rejects its settings waits this long until the others reject theirs.
 _START_S = 300.0
-# Later they run in step, and find a fault in the data within this time of each other.
+# Later the ranks run in step and find a fault in the data within this time of each other.
 _LAST_S = 10.0
 
 
@@ -39,20 +39,24 @@ def run_rank(
     check: Callable[[], object] = lambda: None,
     log: RankLog | None = None,
 ) -> int:
-    """Do a rank's work and turn however it ends into an exit code.
+    """Run a rank's work and return its exit code, whether it finishes or fails.
 
-    The first rank to fail says why, for all: it claims the failure in the launcher's store, prints it, and leaves the
-    code in `RUN/exit.json`; a rank that fails later, or because a peer has gone, waits for that and leaves silently
-    with the same code. The ranks that still wait for the failed one are ended by the launcher.
+    The first rank that fails reports for all ranks: it records the failure in the launcher's store, prints the message
+    and writes the code to `RUN/exit.json`. A rank that fails later, or because it lost a peer, waits for this report
+    and exits silently with the same code. The launcher ends the ranks that still wait for the failed one.
 
-    What `check` refuses every rank refuses, sooner or later. The store ends with the rank or the machine that holds it,
-    so every rank counts itself there when its check is done, and none that refuses leaves before all are counted.
+    If `check` fails on one rank, it fails on every rank, sooner or later. The store ends with the rank or the machine
+    that holds it. Therefore every rank counts itself in the store after its check, and a rank that fails waits until
+    all ranks are counted.
 
     Args:
-        work: the rank's work, to its exit code.
-        run_dir: the run's folder, asked for at the end; None where there is none yet.
-        check: the checks of the settings, which every rank does before it meets the others.
-        log: this rank's own, for what it leaves unsaid.
+        work: runs the rank and returns its exit code.
+        run_dir: returns the run's folder, or None if there is none yet; called at the end.
+        check: checks the settings; every rank calls it before the process group exists.
+        log: this rank's log, which also receives what is not printed.
+
+    Returns:
+        The exit code of this rank (see `megavit.runtime.run_dir`).
     """
     log, peers, starting = log or RankLog(), _Peers(), True
     escape_unprintable()
@@ -65,15 +69,15 @@ def run_rank(
         if rank_from_environment() == 0:
             write_exit(run_dir(), code, None)
         if dist.is_initialized():
-            # The launcher ends all ranks as soon as one leaves with another code than 0, such as 75.
+            # The launcher ends all ranks as soon as one exits with a code other than 0, such as 75.
             dist.barrier()
     except ConfigError as error:
         return _fail(USER_ERROR, f"megavit: {error}", run_dir(), log, peers, starting=starting)
     except KeyboardInterrupt:
-        text = "megavit: interrupted; what was saved last is whole, run again to go on from it"
+        text = "megavit: interrupted; the last checkpoint is valid, run again to continue from it"
         return _fail(FAULT, text, run_dir(), log, peers)
     except FloatingPointError as error:
-        # Training diverged (`train.on_nonfinite=stop`): a fault of the run, which no stack explains.
+        # Training diverged (`train.on_nonfinite=stop`): a stack trace would not explain it.
         log.write(traceback.format_exc())
         return _fail(FAULT, f"megavit: {error}", run_dir(), log, peers)
     except (OSError, SystemExit) as error:
@@ -84,23 +88,23 @@ def run_rank(
         if error.errno not in DISK_ERRORS:
             return _fail(FAULT, traceback.format_exc(), run_dir(), log, peers)
         file = f" {error.filename}" if error.filename else ""
-        text = f"a file{file} of the run cannot be written: {error.strerror}; make room and run again to go on"
+        text = f"a file{file} of the run cannot be written: {error.strerror}; free space and run again to continue"
         return _fail(USER_ERROR, f"megavit: {text}", run_dir(), log, peers, starting=starting)
     except Exception as error:
-        if _tells_of_a_lost_peer(error):
-            # Of a peer that was killed only the launcher knows; it says so, and ends this rank meanwhile.
+        if _is_lost_connection(error):
+            # Only the launcher knows that a peer was killed. It reports that and ends this rank during the sleep.
             log.write(traceback.format_exc())
             time.sleep(_GRACE_S)
-            text = f"rank {rank_from_environment()} has lost the connection to another rank, whose log tells why"
+            text = f"rank {rank_from_environment()} has lost the connection to another rank, whose log shows why"
             return _fail(FAULT, text, run_dir(), log, peers)
         return _fail(FAULT, traceback.format_exc(), run_dir(), log, peers)
     return code
 
 
 def _lost_its_reader(error: OSError | SystemExit) -> bool:
-    """Whether standard output is a pipe that nobody reads any more; if so, the rest of the output goes nowhere."""
+    """Return whether standard output is a pipe without a reader; if so, redirect it to /dev/null."""
     if isinstance(error, SystemExit):
-        # How rich leaves, which has sent the output nowhere itself.
+        # rich exits this way, after it has redirected the output itself.
         return isinstance(error.__context__, BrokenPipeError)
     if not isinstance(error, BrokenPipeError):
         return False
@@ -112,14 +116,17 @@ def _lost_its_reader(error: OSError | SystemExit) -> bool:
     return True
 
 
-def _tells_of_a_lost_peer(error: Exception) -> bool:
+def _is_lost_connection(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "onnection" in str(error) and world_size_from_environment() > 1
 
 
 def _fail(
     code: int, message: str, run_dir: Path | None, log: RankLog, peers: "_Peers", *, starting: bool = False
 ) -> int:
-    """Report a failure, or wait until the rank that failed first has reported it; `starting`: still in its checks."""
+    """Report a failure, or wait until the rank that failed first has reported it.
+
+    `starting` is true while the rank still runs its checks.
+    """
     log.write(message)
     first = peers.claim(code, wait_s=_START_S if starting else _WAIT_S)
     if first is None:
@@ -127,18 +134,18 @@ def _fail(
         try:
             write_exit(run_dir, code, message)
         except OSError as error:
-            print(f"megavit: the exit code could not be kept in {run_dir}: {error}", file=log.console, flush=True)
+            print(f"megavit: cannot write the exit code to {run_dir}: {error}", file=log.console, flush=True)
         peers.set_reported()
-    # Of any other fault the others know nothing, and wait for this rank.
+    # The other ranks do not know of any other fault; the launcher ends them while they wait for this rank.
     if starting or (first is None and code == USER_ERROR):
         peers.wait_until_all_know(starting=starting)
     return code if first is None else first
 
 
 class _Peers:
-    """The ranks that were started together, as they know each other through the launcher's store.
+    """Exchange failures between the ranks of one start through the launcher's key-value store.
 
-    The store stays open: without a launcher the first rank is its server, which ends with the last reference to it.
+    The store stays open: without a launcher the first rank serves it, and the server ends with the last reference.
     """
 
     def __init__(self) -> None:
@@ -146,14 +153,14 @@ class _Peers:
         self._store: Any = None
 
     def count_checked(self) -> None:
-        """Count this rank among those that are done with their checks, where somebody may wait for that."""
+        """Count this rank as checked, if another rank may wait for that."""
         if self._store_may_end():
-            # A store that cannot be reached is reported by what needs it: the process group.
+            # The process group needs the store too and reports it if it cannot be reached.
             with suppress(RuntimeError, OSError):
                 self._open(_START_S).add(_key("checked"), 1)
 
     def claim(self, code: int, *, wait_s: float) -> int | None:
-        """Claim to be the first rank that failed: None if so, else that rank's code, once it has reported."""
+        """Return None if this rank is the first that failed, else the first one's code after its report."""
         if self._world_size == 1:
             return None
         mine = f"{rank_from_environment()} {code}"
@@ -163,23 +170,23 @@ class _Peers:
             if first != mine:
                 store.wait([_key("reported")], timedelta(seconds=wait_s))
         except (RuntimeError, OSError):
-            # The store is gone, or the rank that claimed the failure is: better said twice than not at all.
+            # The store or the rank that failed first is gone: report twice rather than not at all.
             return None
         with suppress(RuntimeError, OSError):
-            # Who reported may have left by now.
+            # The rank that reported may have exited already.
             store.add(_key("heard"), 1)
         return None if first == mine else int(first.split()[1])
 
     def set_reported(self) -> None:
-        """Let the ranks leave that wait for this one's report."""
+        """Release the ranks that wait for this rank's report."""
         if self._store is not None:
             with suppress(RuntimeError, OSError):
                 self._store.set(_key("reported"), "1")
 
     def wait_until_all_know(self, *, starting: bool) -> None:
-        """Stay until every rank knows of the failure, if the store may end with this rank or its machine.
+        """Wait until every rank knows of the failure, if the store may end with this rank or its machine.
 
-        While the ranks start, one that is done with its checks counts too: it does not wait for a report.
+        During the start, a rank that passed its checks counts too, because it does not wait for a report.
         """
         if self._store is None or not self._store_may_end():
             return
@@ -204,15 +211,18 @@ class _Peers:
 
 
 def _key(name: str) -> str:
-    # A launcher that restarts its workers keeps its store.
+    # A launcher keeps its store when it restarts its workers.
     return f"megavit/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def shared_store(wait_s: float = _WAIT_S) -> Any:
-    """The launcher's key-value store, or without a launcher the first rank's; None for a world of one.
+    """Open the key-value store of the launcher, or of the first rank if there is no launcher.
 
     Args:
-        wait_s: seconds to wait for it to be there.
+        wait_s: seconds to wait until the store can be reached.
+
+    Returns:
+        The store; None for a world size of 1.
     """
     world_size = world_size_from_environment()
     if world_size == 1:
@@ -223,7 +233,7 @@ def shared_store(wait_s: float = _WAIT_S) -> Any:
         world_size,
         is_master=rank_from_environment() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         timeout=timedelta(seconds=wait_s),
-        # Whoever holds it must not wait for ranks that may be late: it has something to report.
+        # The rank that holds the store must not wait for late ranks: it has a failure to report.
         wait_for_workers=False,
         multi_tenant=True,
     )

@@ -1,4 +1,4 @@
-"""Write a command's output files: complete, or not there."""
+"""Write a command's output files: a file is complete or absent."""
 
 import json
 import os
@@ -11,10 +11,10 @@ from megavit.errors import DISK_ERRORS, ConfigError
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a file named by `out=` that cannot be written, before anything takes time. Its folder is made.
+    """Check that the file of `out=` can be written, before the command computes anything; create its folder.
 
     Raises:
-        ConfigError: saying why.
+        ConfigError: if it cannot be written, with the reason.
     """
     with _refused(f"out={path}"):
         if path.is_dir():
@@ -24,10 +24,10 @@ def check_writable(path: Path) -> None:
 
 
 def check_json(out: Path | None) -> None:
-    """Refuse a file for results, `out=FILE.json`, that has another suffix or cannot be written; None passes.
+    """Check that a file for results, `out=FILE.json`, ends in .json and can be written; accept None.
 
     Raises:
-        ConfigError: saying why.
+        ConfigError: if not, with the reason.
     """
     if out is None:
         return
@@ -47,28 +47,28 @@ def write_json(out: Path, results: dict[str, Any]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of `out=`, before anything takes time.
+    """Create the folder of `out=`, before the command computes anything.
 
     Raises:
-        ConfigError: if it cannot be made, or is a file.
+        ConfigError: if it cannot be created or is a file.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise ConfigError(f"out: {folder} is a file; give a folder, there or to be made") from error
+        raise ConfigError(f"out: {folder} is a file; give a folder, existing or new") from error
     except OSError as error:
-        raise ConfigError(f"out: {folder} cannot be made: {error.strerror}") from error
+        raise ConfigError(f"out: {folder} cannot be created: {error.strerror}") from error
 
 
 @contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
-    """Give a temporary file to write to, which takes the name of a file at the end.
+    """Yield a temporary file to write to, and rename it to `path` at the end.
 
-    After an error in between nothing is left of it, and a file that was there before is as it was. Its mode is that of
-    any file that the user makes. The body only writes: an OSError in it is told of this file.
+    After an error the temporary file is deleted and an older file at `path` is unchanged. The file's mode follows the
+    user's umask. The body should only write: an OSError in it is reported as an error of this file.
 
     Args:
-        path: the file.
+        path: the file to write.
 
     Raises:
         ConfigError: if it cannot be written.
@@ -78,7 +78,7 @@ def complete_file(path: Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         try:
             yield temporary
-            # A library may have put another file in place.
+            # A library may have replaced the temporary file by one with another mode.
             temporary.chmod(mode)
             temporary.replace(os.path.realpath(path))
         finally:
@@ -86,7 +86,7 @@ def complete_file(path: Path) -> Iterator[Path]:
 
 
 def _prepare(path: Path) -> Path:
-    """An empty file in the folder of another one, with its suffix: libraries go by that."""
+    """Create an empty temporary file next to `path`, with its suffix, by which libraries choose the format."""
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{os.getpid()}.{target.name}")
@@ -96,8 +96,9 @@ def _prepare(path: Path) -> Path:
 
 @contextmanager
 def _refused(what: str) -> Iterator[None]:
+    """Turn an OSError into a ConfigError that names the file."""
     try:
         yield
     except OSError as error:
-        way_out = "make room there, or choose another place" if error.errno in DISK_ERRORS else "choose another place"
+        way_out = "free space there, or choose another place" if error.errno in DISK_ERRORS else "choose another place"
         raise ConfigError(f"{what} cannot be written: {error.strerror or error}; {way_out}") from error

@@ -1,4 +1,4 @@
-"""A file of its own for each rank: stacks, faults, and what all ranks but the first print."""
+"""Write one log file per rank: stack traces, faults, and the output of all ranks except rank 0."""
 
 import faulthandler
 import os
@@ -11,10 +11,10 @@ from typing import TextIO
 
 
 class RankLog:
-    """A rank's own log, `RUN/logs/rank_00003.log`; nothing until it is opened.
+    """The log file of one rank, `RUN/logs/rank_00003.log`; nothing is written before `open`.
 
     Attributes:
-        console: where a rank says what everyone must hear, whatever it is.
+        console: the terminal's standard error, for messages that the user must see from any rank.
     """
 
     def __init__(self) -> None:
@@ -22,17 +22,17 @@ class RankLog:
         self._file: TextIO | None = None
 
     def open(self, run_dir: Path, *, rank: int, world_size: int) -> None:
-        """Open the file; of every rank but the first, all that is printed from now on goes there.
+        """Open the file, and redirect the output of every rank except rank 0 to it.
 
-        A crash leaves its stack there, and so does SIGUSR2 at any time: where is a rank that hangs?
+        A crash writes its stack trace there. SIGUSR2 does so at any time, to show where a rank hangs.
 
         Args:
             run_dir: the run's folder.
-            rank: this one.
-            world_size: ranks of the run.
+            rank: this process's rank.
+            world_size: number of ranks of the run.
 
         Raises:
-            OSError: if it cannot be written.
+            OSError: if the file cannot be written.
         """
         path = run_dir / "logs" / f"rank_{rank:05d}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ class RankLog:
         self.write(f"{now} rank {rank} of {world_size}, process {os.getpid()} on {socket.gethostname()}")
         faulthandler.enable(self._file)
         faulthandler.register(signal.SIGUSR2, self._file)
-        # Whoever started this rank has held it back: without a handler it would have ended the process.
+        # The launcher has blocked SIGUSR2, which would have ended a process without a handler.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
         if rank != 0:
             sys.stdout.flush()
@@ -51,6 +51,6 @@ class RankLog:
             os.dup2(self._file.fileno(), sys.stderr.fileno())
 
     def write(self, text: str) -> None:
-        """Add a line to the file alone."""
+        """Append a line to the file, without printing it."""
         if self._file is not None:
             self._file.write(text + "\n")

@@ -1,4 +1,4 @@
-"""A run's folder: which process uses it, and the exit code of the last one."""
+"""Lock a run's folder for one process, and write the exit code there."""
 
 import fcntl
 import json
@@ -10,23 +10,23 @@ from typing import IO
 
 from megavit.errors import ConfigError
 
-# Exit codes: done; a fault of the program or machine; wrong settings or data; what a checking command looked for was
-# found; stopped by a signal and saved.
+# Exit codes: finished; a fault of the program or machine; wrong settings or data; findings of a command that checks
+# something; stopped by a signal and saved.
 FINISHED, FAULT, USER_ERROR, FINDINGS, STOPPED = 0, 1, 2, 3, 75
 
 
 def claim_folder(run_dir: Path) -> IO[str]:
-    """Claim a folder for this process and mark there that a run is under way; one rank calls this.
+    """Lock a folder for this process and mark in `exit.json` that a run is in progress; called by one rank.
 
     Returns:
-        What holds the claim (see `lock_folder`).
+        The open lock file (see `lock_folder`).
 
     Raises:
-        ConfigError: if another process holds it, or the folder cannot be written.
+        ConfigError: if another process holds the lock, or the folder cannot be written.
     """
     lock = lock_folder(run_dir)
     try:
-        # The last run's code must not stand for this one's.
+        # Delete the exit code of an earlier run.
         write_exit(run_dir, None, None)
     except OSError as error:
         raise _unwritable(run_dir, error) from error
@@ -34,13 +34,14 @@ def claim_folder(run_dir: Path) -> IO[str]:
 
 
 def lock_folder(run_dir: Path) -> IO[str]:
-    """Claim a folder for this process.
+    """Lock a folder for this process.
 
     Returns:
-        What holds the claim as long as it is open; the system releases it when the process ends, however it ends.
+        The lock file, which holds the lock while it is open. The operating system releases the lock when the process
+        ends, also after a kill.
 
     Raises:
-        ConfigError: if another process holds it, or the folder cannot be written.
+        ConfigError: if another process holds the lock, or the folder cannot be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ def _unwritable(run_dir: Path, error: OSError) -> ConfigError:
 
 
 def write_exit(run_dir: Path | None, code: int | None, error: str | None) -> None:
-    """Write the exit code to `RUN/exit.json`, since an outer launcher may hide it; null while the run goes on."""
+    """Write the exit code to `RUN/exit.json`, because an outer launcher may hide it; null while the run continues."""
     if run_dir is not None:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "exit.json").write_text(json.dumps({"code": code, "error": error}) + "\n")

@@ -1,4 +1,4 @@
-"""Being asked to stop: signals are taken note of, and acted on between two steps, by all ranks at the same one."""
+"""Record the signals that request a stop, and let all ranks stop after the same step."""
 
 import os
 import signal
@@ -6,33 +6,33 @@ import sys
 from types import FrameType
 from typing import Any
 
-# Slurm, Kubernetes and a terminal ask with these.
+# Slurm, Kubernetes and a terminal request a stop with these signals.
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-# At this one a rank writes its stack into its log (see `RankLog`).
+# A rank that receives this signal writes its stack trace to its log (see `RankLog`).
 STACK = signal.SIGUSR2
 
-# Held back while a run starts.
+# Signals that are blocked while a run starts.
 HELD_BACK = (*STOPPING, STACK)
 
 _LEFT_AT_ONCE = 1
 
 
 def unblock() -> None:
-    """Let signals do what they always do, where the launcher has held them back and nothing needs saving."""
+    """Restore the default effect of the signals that the launcher has blocked, for work that needs no save."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 class StopRequest:
-    """Whether this process has been asked to stop, and by what."""
+    """Record which signal has requested this process to stop, if any."""
 
     def __init__(self) -> None:
         self.asked_by: str | None = None
 
     def listen(self) -> None:
-        """Take note of signals from now on, those included that the launcher has held back until now.
+        """Record signals from now on, including those that arrived while the launcher blocked them.
 
-        A second SIGINT leaves at once.
+        A second SIGINT ends the process immediately.
         """
         for number in STOPPING:
             signal.signal(number, self._take_note)
@@ -40,20 +40,21 @@ class StopRequest:
 
     def _take_note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.asked_by == "SIGINT":
-            sys.stderr.write("megavit: left at once; what was saved last is whole, run again to go on from it\n")
+            sys.stderr.write("megavit: ended at once; the last checkpoint is valid, run again to continue from it\n")
             sys.stderr.flush()
             os._exit(_LEFT_AT_ONCE)
         self.asked_by = signal.Signals(number).name
 
 
 class StopConsensus:
-    """What the ranks agree on between two steps: a signal may reach one of them alone, one disk be slower than another.
+    """Combine over all ranks, once a step, whether a stop was requested and whether a checkpoint is being written.
 
-    The vote of a step is counted at the end of the next one, so that nobody waits for it.
+    A signal may reach one rank only, and one disk may be slower than another. The all-reduce of a step is read at the
+    end of the next one, so that no rank waits for it.
 
     Args:
-        request: this rank's.
-        world_size: ranks that vote.
+        request: this rank's stop request.
+        world_size: number of ranks.
     """
 
     def __init__(self, request: StopRequest, *, world_size: int) -> None:
@@ -62,10 +63,10 @@ class StopConsensus:
         self._count: Any = None
 
     def start(self, *, is_writing: bool) -> None:
-        """Cast this step's vote.
+        """Start this step's all-reduce.
 
         Args:
-            is_writing: whether this rank still writes a checkpoint.
+            is_writing: whether this rank is still writing a checkpoint.
         """
         import torch
         import torch.distributed as dist
@@ -75,9 +76,12 @@ class StopConsensus:
             self._count = dist.all_reduce(self._ballot, op=dist.ReduceOp.MAX, async_op=True)
 
     def result(self) -> tuple[bool, bool]:
-        """The last vote, on every rank at the same step: whether any rank wants to stop; whether none was writing.
+        """Return the result of the last all-reduce, which is the same on every rank.
 
-        To be called after the last step too, so that no vote is left under way.
+        Call this after the last step too, so that no all-reduce stays pending.
+
+        Returns:
+            Whether any rank has a stop request; whether no rank was writing a checkpoint.
         """
         if self._ballot is None:
             return False, False

@@ -1,4 +1,4 @@
-"""What a process's imports say, and what they cost."""
+"""Make a process's imports faster and silence their warnings."""
 
 import atexit
 import gc
@@ -10,26 +10,27 @@ from contextlib import contextmanager
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Look for no garbage while modules are imported and a run gets ready, nor ever among what that leaves.
+    """Pause garbage collection during imports and set-up, and exclude the objects that exist at the end from it.
 
-    torch and Megatron-Core leave half a million objects that stay. Gone through again and again they cost a third of
-    the imports' time, and a quarter of a second of every full collection later, of which each save makes one.
+    torch and Megatron-Core create half a million permanent objects. Scanning them repeatedly takes a third of the
+    imports' time, and later a quarter of a second of every full collection; each save runs one.
     """
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        # Python takes modules apart at its end, and some libraries complain of what is kept then. Once is enough.
+        # Python destroys modules at its exit, and some libraries warn of objects that are still frozen then. Registered
+        # once.
         atexit.unregister(gc.unfreeze)
         atexit.register(gc.unfreeze)
         gc.enable()
 
 
 def silence_import_warnings() -> None:
-    """Silence what Megatron-Core and torch say of optional packages while they are imported."""
-    # Each rank would say of every optional package, and of CUDA, that it is not there.
+    """Silence the warnings of Megatron-Core and torch about missing optional packages."""
+    # Otherwise each rank warns of every missing optional package, and of missing CUDA.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    # At each save, on ranks whose layers are all frozen.
+    # This logger warns at each save, on ranks whose layers are all frozen.
     logging.getLogger("megatron.core.dist_checkpointing.optimizer").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Start the ranks of one machine and give back their exit code."""
+"""Start the ranks of one machine and return their exit code."""
 
 import contextlib
 import logging
@@ -20,15 +20,15 @@ from megavit.runtime.startup import gc_paused
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
-# Ranks that have not been started by then are not going to be.
+# A signal waits this long until all ranks have been started.
 _START_S = 5
 _SHUTDOWN_S = 3
-# A rank that has lost its peer says so by itself within six seconds; one that waits in its start never would.
+# A rank that has lost its peer exits within six seconds; one that waits for a peer during its start never does.
 _LOST_S = 9
 
 
 def num_ranks(config: ExperimentConfig) -> int:
-    """Ranks to start: `run.ranks`, or one per GPU, or without GPUs the fewest that the layout needs."""
+    """Return the number of ranks to start: `run.ranks`, else one per GPU, else the fewest that the layout needs."""
     if config.run.ranks is not None:
         return config.run.ranks
     from megavit.parallel.cpu_backend import run_on_cpu
@@ -44,13 +44,13 @@ def start_ranks(arguments: list[str], *, ranks: int, run_dir: Path | None = None
     """Run `python -m module` in every rank, through torch's elastic launcher.
 
     Args:
-        arguments: the command line, handed on.
-        ranks: processes on this machine.
-        run_dir: where to leave the exit code of ranks that could not do it themselves.
-        module: what each rank runs.
+        arguments: command-line arguments of each rank.
+        ranks: number of processes on this machine.
+        run_dir: folder for the exit code of ranks that could not write it themselves.
+        module: Python module that each rank runs.
 
     Returns:
-        The code that the first rank to fail left with, or 0.
+        The exit code of the first rank that failed, or 0.
     """
     with gc_paused():
         from torch.distributed.launcher.api import LaunchConfig
@@ -62,7 +62,7 @@ def start_ranks(arguments: list[str], *, ranks: int, run_dir: Path | None = None
         run_id="megavit",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        # Not this machine's name on the network, which a laptop may not resolve.
+        # The default is this machine's name on the network, which a laptop may not resolve.
         local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.1,
@@ -71,28 +71,27 @@ def start_ranks(arguments: list[str], *, ranks: int, run_dir: Path | None = None
 
 
 def launch_ranks(launch: "LaunchConfig", command: list[str], *, module: str, run_dir: Path | None) -> int:
-    """Run a command in every rank of this machine and wait for them, however long they take to save after a signal.
+    """Run a command in every rank of this machine and wait for all ranks, without a limit for a save after a signal.
 
     Args:
-        launch: how many ranks, and where the machines meet.
-        command: what each runs.
-        module: the word of the command by which the ranks are known among this process's children.
-        run_dir: where to leave the exit code of ranks that could not do it themselves.
+        launch: torch's launch settings: number of ranks and rendezvous.
+        command: the command of each rank.
+        module: a word of the command that identifies the ranks among this process's children.
+        run_dir: folder for the exit code of ranks that could not write it themselves.
 
     Returns:
-        The code that the first rank to fail left with, or 0.
+        The exit code of the first rank that failed, or 0.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    # The ranks say themselves what went wrong, once; the launcher's own account would bury it.
+    # The ranks print one message about a failure; the launcher's own traceback would hide it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Where one rank has failed, the others take the agent's SIGTERM for a wish to stop, and wait for the lost one.
+    # After one rank fails, the others treat the agent's SIGTERM as a request to save, and wait for the lost rank.
     launch.shutdown_timeout = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_S))
-    # The others are handed on below instead: the agent would give the ranks 30 s to save and then end them, and would
-    # not tell their code.
+    # megavit forwards the other signals itself: the agent would end the ranks 30 s after a signal and hide their code.
     launch.signals_to_handle = "SIGHUP"
     ranks = launch.nproc_per_node
     _forward_signals(module, ranks)
@@ -104,20 +103,20 @@ def launch_ranks(launch: "LaunchConfig", command: list[str], *, module: str, run
         return _explain(error, run_dir)
     except SignalException as error:
         name = signal.Signals(error.sigval).name
-        return _report(f"ended by {name}; what was saved last is whole, run again to go on from it", run_dir)
+        return _report(f"ended by {name}; the last checkpoint is valid, run again to continue from it", run_dir)
     return FINISHED
 
 
 def literal(words: list[str]) -> list[str]:
-    """Words that torch, which replaces ${local_rank} in each and reads $$ as one $, hands on to a rank as they were."""
+    """Escape `$` in words, because torch's launcher replaces ${local_rank} and turns $$ into $."""
     return [word.replace("$", "$$") for word in words]
 
 
 def _forward_signals(module: str, ranks: int) -> None:
-    """Hand signals to the ranks and go on waiting for them; the third one that asks to stop ends them.
+    """Forward signals to the ranks while the launcher waits; the third request to stop kills the ranks.
 
-    The signals are blocked here, and so in the ranks that are started from now on, until these listen: one that comes
-    while they still import is not lost and ends nobody.
+    The signals are blocked here and in the ranks started from now on, until a rank listens. A signal that arrives
+    while a rank still imports is therefore neither lost nor fatal.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
 
@@ -137,10 +136,10 @@ def _forward_signals(module: str, ranks: int) -> None:
 
 
 def _kill_stragglers(module: str, ranks: int) -> None:
-    """End the ranks that are still there some seconds after one has gone.
+    """Kill the ranks that are still alive some seconds after the first one has exited.
 
-    Ranks leave together. One that waits for a lost peer in its start hears no signal, and torch's agent would wait for
-    it for 30 s, whatever its time-out is set to (torch 2.15).
+    Ranks exit together. A rank that waits for a lost peer during its start receives no signal, and torch's agent
+    would wait 30 s for it, whatever its time-out is set to (torch 2.15).
     """
 
     def watch() -> None:
@@ -157,7 +156,7 @@ def _kill_stragglers(module: str, ranks: int) -> None:
 
 
 def running(module: str) -> list[psutil.Process]:
-    """This process's children that run a module."""
+    """Return this process's children whose command line contains `module`."""
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -167,12 +166,12 @@ def running(module: str) -> list[psutil.Process]:
 
 
 def _explain(error: BaseException, run_dir: Path | None) -> int:
-    """The first failed rank's code; a rank that a signal ended could not speak for itself."""
+    """Return the exit code of the first failed rank; print a message for a rank that a signal ended."""
     rank, failure = min(getattr(error, "failures").items(), key=lambda item: item[1].timestamp)  # noqa: B009
     if failure.exitcode > 0:
         return failure.exitcode
     name = signal.Signals(-failure.exitcode).name
-    hint = " (often the machine ran out of memory: dmesg tells)" if name == "SIGKILL" else ""
+    hint = " (often the machine ran out of memory: dmesg shows it)" if name == "SIGKILL" else ""
     return _report(f"rank {rank} was ended by {name}{hint}", run_dir)
 
 

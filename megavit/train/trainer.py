@@ -205,7 +205,9 @@ class Trainer:
             )
             self._train(logger, batches)
             if self.step < self.resolved.num_steps:
-                logger.info(f"stopped after step {self.step} of {self.resolved.num_steps}, saved; run again to go on")
+                logger.info(
+                    f"stopped after step {self.step} of {self.resolved.num_steps}, saved; run again to continue"
+                )
                 return STOPPED
             self._say_complete(logger)
             return FINISHED
@@ -398,4 +400,4 @@ class Trainer:
     def _say_complete(self, logger: MetricLogger) -> None:
         length = "train.steps" if self.config.train.steps is not None else "train.epochs"
         result = f"; {self.task.summary(self.last_validation)}" if self.last_validation else ""
-        logger.info(f"complete: step {self.step} of {self.resolved.num_steps}{result}. Raise {length} to go on")
+        logger.info(f"complete: step {self.step} of {self.resolved.num_steps}{result}. Raise {length} to continue")

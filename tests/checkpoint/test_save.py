@@ -134,7 +134,7 @@ def test_a_disk_that_is_full_at_any_byte_or_read_only_costs_no_checkpoint(small_
     assert len(full) >= 5
     for message in full:
         assert "cannot be written: No space left on device on " in message
-        assert message.endswith("; step_00000001 is whole, run again to go on from it")
+        assert message.endswith("; step_00000001 is valid, run again to continue from it")
     assert "cannot be written: Read-only file system on " in read_only
     figure(
         f"a save on a disk that was full at {len(full)} places, or read-only: refused on both ranks, no other harmed"

@@ -64,7 +64,7 @@ def without_reader(run_dir: Path, through_rich: bool) -> tuple[int, str]:
 def test_a_run_whose_output_nobody_reads_says_so_in_a_line(through_rich, tmp_path):
     ((code, said),) = run_ranks(without_reader, 1, tmp_path, through_rich)
     assert code == 1
-    assert said.startswith("megavit: stopped, for the command that read its output has ended")
+    assert said.startswith("megavit: stopped: the command that read its output has ended")
     assert said.count("\n") == 1
     assert json.loads((tmp_path / "exit.json").read_text())["code"] == 1
 

@@ -1,4 +1,4 @@
-"""A rank of a world in which rank 1 fails in a collective, or each refuses its settings at its own time."""
+"""Run a rank of a group in which rank 1 fails in a collective, or every rank rejects its settings at another time."""
 
 import os
 import sys
@@ -27,7 +27,7 @@ def work() -> int:
 
 
 def check() -> None:
-    """`late N`: every rank refuses, rank N three seconds after the others; no wait of the later phases covers that."""
+    """`late N`: reject the settings on every rank, on rank N three seconds later, longer than any later phase waits."""
     if sys.argv[1] == "late":
         outcome._WAIT_S = outcome._LAST_S = 0.5
         time.sleep(3 * (os.environ["RANK"] == sys.argv[2]))

@@ -1,4 +1,4 @@
-"""A rank killed at any moment: the job ends soon, the same command goes on, and at the end nothing differs."""
+"""Kill a rank at any moment: the job ends soon, the same command continues it, and the result is bit-equal."""
 
 import os
 import random
@@ -18,7 +18,7 @@ EVERY = 4
 GONE_S = 15
 BATCH = 16
 
-# Of what is random in a step, all: dropout, and images shifted, mixed and erased by two workers.
+# Everything that is random in a step: dropout, and images shifted, mixed and erased by two workers.
 SETTINGS = [
     "run.ranks=2", "parallel.tp=2", "model.hidden_dropout=0.1", f"checkpoint.save_every={EVERY}",
     "data.workers=2", "data.random_shift=1", "data.mixup=0.8", "data.cutmix=1", "data.random_erasing=0.25",
@@ -44,7 +44,7 @@ def newest(run_dir: Path) -> int:
 
 
 def saving(run_dir: Path, *, since: float) -> bool:
-    """Whether a save is under way; what a killed one has left is older."""
+    """Return whether a save is in progress; the remains of a killed save are older."""
     try:
         return any(path.stat().st_ctime > since for path in (run_dir / "checkpoints").glob(".step_*.tmp"))
     except FileNotFoundError:
@@ -52,7 +52,7 @@ def saving(run_dir: Path, *, since: float) -> bool:
 
 
 def kill_again_and_again(run_dir: Path, *, times: int, seed: int, figure) -> None:
-    """Kill one rank or another in a save, after one, or at a random moment; then compare with a run left alone."""
+    """Kill a rank during a save, after one, or at a random moment; then compare with an uninterrupted run."""
     draw = random.Random(seed)
     gone_s, in_saves = [], 0
     for number in range(times):
@@ -62,7 +62,7 @@ def kill_again_and_again(run_dir: Path, *, times: int, seed: int, figure) -> Non
         if number % 3 == 0:
             time.sleep(draw.uniform(1, 9))
         else:
-            # In the first save of this start, or just after it.
+            # During the first save of this start, or just after it.
             assert wait_for(lambda since=started: saving(run_dir, since=since), timeout_s=60)
             if number % 3 == 2:
                 assert wait_for(lambda old=before: newest(run_dir) > old, timeout_s=60)
@@ -77,8 +77,8 @@ def kill_again_and_again(run_dir: Path, *, times: int, seed: int, figure) -> Non
         assert running.returncode != 0
         assert wait_for(lambda those=everyone: not any(map(alive, those)), timeout_s=GONE_S), output
         gone_s.append(time.monotonic() - killed)
-        # What was saved stays, and no more than the steps since then are lost: those of one interval, and in the
-        # background of the writing, which the next save waits for.
+        # The last checkpoint stays and only the steps after it are lost: those of one interval, and those during the
+        # background write, for which the next save waits.
         reached = max(losses(run_dir), default=0) if (run_dir / "metrics.jsonl").exists() else 0
         assert newest(run_dir) >= before
         assert reached - newest(run_dir) <= EVERY * (1 + number % 2)
@@ -91,7 +91,7 @@ def kill_again_and_again(run_dir: Path, *, times: int, seed: int, figure) -> Non
     assert losses(run_dir) == left_alone
     seen, due = hashes(Path(os.environ["HASHES"])), hashes(run_dir.parent / "due")
     assert len(due) == step * BATCH
-    # What a killed run saw beyond its last save was seen again.
+    # The samples after the last save of a killed run were read again.
     assert {key: seen.get(key) for key in due} == due
     assert max(gone_s) <= GONE_S
     figure(

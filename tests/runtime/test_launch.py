@@ -1,4 +1,4 @@
-"""Started as users start it: exit codes, one message, no rank left behind."""
+"""Start a run as users do: exit codes, one error message, no rank left running."""
 
 import json
 import os
@@ -63,13 +63,13 @@ def test_megavit_train_starts_the_ranks_and_leaves_a_run_folder(tmp_path, figure
     assert again.returncode == 0, again.stderr
     assert "complete: step 3 of 3" in again.stdout
 
-    # The folder's checkpoint is of another model: refused on one rank, code 2, and nothing is lost.
+    # The folder's checkpoint is of another model: one rank rejects it with code 2, and the checkpoint stays.
     other = run(*command, "model.num_layers=2")
     assert other.returncode == 2
     assert_one_message(other, "is of another model or run: model.num_layers 4 there, 2 here")
     assert exit_record(run_dir)["code"] == 2
     for rank in (0, 1):
-        # Said once on the console, and by each rank in its own log.
+        # Printed once on the console, and written by each rank to its own log.
         assert (run_dir / "logs" / f"rank_{rank:05d}.log").read_text().count("is of another model or run") == 1
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000003"
 
@@ -90,11 +90,11 @@ def test_wrong_input_leaves_with_2_and_one_message(arguments, message, tmp_path)
 
 
 @pytest.mark.slow
-def test_stop_at_leaves_with_75_on_every_rank_and_the_next_start_goes_on(tmp_path):
+def test_stop_at_exits_with_75_on_every_rank_and_the_next_start_continues(tmp_path):
     command = ["-m", "megavit", "train", *QUICK, "run.ranks=2", f"run.dir={tmp_path}"]
     stopped = run(*command, "train.stop_at=2")
     assert stopped.returncode == 75, stopped.stderr
-    assert "stopped after step 2 of 3, saved; run again to go on" in stopped.stdout
+    assert "stopped after step 2 of 3, saved; run again to continue" in stopped.stdout
     assert exit_record(tmp_path)["code"] == 75
     assert (tmp_path / "pictures" / "curves.png").exists()
     again = run(*command, "train.stop_at=2")
@@ -116,7 +116,7 @@ def test_under_torchrun_the_same_job_runs_and_the_code_is_in_exit_json(tmp_path)
     assert exit_record(tmp_path / "run") == {"code": 0, "error": None}
     result = run(*TORCHRUN, *job, "train.global_batch=10", "train.micro_batch=4")
     assert result.returncode == 1  # torchrun's own code, whatever a worker's was
-    # torchrun tells of the failed worker in a traceback of its own; ours is the one line.
+    # torchrun prints a traceback about the failed worker; megavit prints the one line.
     assert result.stderr.count("megavit: ") == 1
     assert "train.global_batch=10 is not a multiple" in result.stderr
     assert exit_record(tmp_path / "run")["code"] == 2

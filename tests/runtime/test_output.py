@@ -1,4 +1,4 @@
-"""Files that commands write: complete or not there, with the user's mode; text that any output can hold."""
+"""Test the files that commands write: complete or absent, with the mode of the user's umask; printable text."""
 
 import io
 import os
@@ -10,7 +10,7 @@ from megavit.errors import ConfigError, escape_unprintable, printable
 from megavit.runtime.output import check_writable, complete_file
 
 
-def test_an_error_in_the_middle_leaves_the_file_as_it_was_and_nothing_beside(tmp_path):
+def test_an_error_during_a_write_leaves_the_old_file_unchanged_and_no_other_file(tmp_path):
     def write_half():
         with complete_file(out) as temporary:
             temporary.write_text("half")
@@ -44,7 +44,7 @@ def test_a_link_stays_one(tmp_path):
     assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "out.csv").read_text() == "x"
 
 
-def test_what_cannot_be_written_is_refused_in_a_line_before_anything_takes_time(tmp_path):
+def test_a_file_that_cannot_be_written_is_rejected_in_one_line_before_any_computation(tmp_path):
     (tmp_path / "file").touch()
     for path, why in ((tmp_path / "file" / "x.csv", "(File exists|Not a directory)"), (tmp_path, "it is a folder")):
         with pytest.raises(ConfigError, match=f"out={path} cannot be written: {why}; choose another place"):
@@ -53,7 +53,7 @@ def test_what_cannot_be_written_is_refused_in_a_line_before_anything_takes_time(
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_full_disk_is_refused_in_a_line_and_nothing_is_left(small_disk):
+def test_a_full_disk_is_reported_in_one_line_and_no_file_is_left(small_disk):
     out = small_disk("64k") / "out.csv"
     full = r"out\.csv cannot be written: No space left on device"
     with pytest.raises(ConfigError, match=full), complete_file(out) as temporary:

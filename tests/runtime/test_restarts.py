@@ -17,7 +17,7 @@ def cluster_code(code: int, run_dir: Path, node: str = "0") -> int:
 
 
 @pytest.mark.parametrize(("code", "seen"), [(0, 0), (2, 2), (75, 203), (1, 129)])
-def test_only_a_code_that_asks_for_another_start_is_above_127(code, seen, run_dir):
+def test_only_the_code_of_a_run_to_restart_is_above_127(code, seen, run_dir):
     assert cluster_code(code, run_dir) == seen
 
 
@@ -28,9 +28,9 @@ def test_without_the_variable_codes_stay_as_they_are(code, run_dir, monkeypatch)
     assert not (run_dir / "launch").exists()
 
 
-def test_after_so_many_crashes_in_a_row_it_is_given_up_and_a_new_job_begins_anew(run_dir, capsys):
+def test_after_max_restarts_crashes_in_a_row_the_run_is_not_restarted_and_a_new_job_counts_from_zero(run_dir, capsys):
     assert [cluster_code(1, run_dir) for _ in range(4)] == [129, 129, 1, 129]
-    assert "crashed 3 times in a row (cluster.max_restarts=2), not to be started again" in capsys.readouterr().err
+    assert "crashed 3 times in a row (cluster.max_restarts=2): not restarted" in capsys.readouterr().err
 
 
 def test_a_new_checkpoint_begins_a_new_count(run_dir):
@@ -49,12 +49,12 @@ def test_each_node_counts_for_itself(run_dir):
     assert [cluster_code(1, run_dir, node) for node in "001101"] == [129, 129, 129, 129, 1, 1]
 
 
-def test_what_cannot_be_counted_is_not_started_again(run_dir, capsys):
+def test_a_crash_that_cannot_be_counted_is_not_restarted(run_dir, capsys):
     (run_dir / "launch").write_text("no folder")
     assert cluster_code(1, run_dir) == 1
-    assert "nothing is started again" in capsys.readouterr().err
+    assert "not restarted, because crashes cannot be counted" in capsys.readouterr().err
 
 
-def test_a_job_of_no_restarts_is_given_up_at_its_first_crash(run_dir, monkeypatch):
+def test_a_job_without_restarts_ends_at_its_first_crash(run_dir, monkeypatch):
     monkeypatch.setenv("MEGAVIT_MAX_RESTARTS", "0")
     assert cluster_code(1, run_dir) == 1

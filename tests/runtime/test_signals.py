@@ -1,4 +1,4 @@
-"""Asked to stop at any moment: saved, code 75, and the run goes on as if nothing had been."""
+"""Stop a run by a signal at any moment: it saves, exits with 75, and its continuation is bit-equal."""
 
 import json
 import os
@@ -33,13 +33,13 @@ def losses(run_dir) -> dict[int, float]:
 
 
 def undisturbed(run_dir, *overrides: str) -> dict[int, float]:
-    """The losses of the same run on two ranks, left alone."""
+    """Return the losses of the same run on two ranks, without a signal."""
     settings = [*SMALL, "train.steps=1000000", *overrides, f"run.dir={run_dir}"]
     return run_ranks(ranks.train_and_keep, 2, settings, timeout_s=300)[0]["losses"]
 
 
 def interrupt(run_dir, *, times: int, latest_s: float, seed: int, figure) -> None:
-    """Start a run again and again, and signal each at a random moment; then compare with one that ran through."""
+    """Restart a run repeatedly, signal each start at a random moment, and compare with an uninterrupted run."""
     draw, layout = random.Random(seed), ["run.ranks=2", "parallel.tp=2", "model.hidden_dropout=0.1"]
     left_s, step = [], 0
     for _ in range(times):
@@ -51,7 +51,7 @@ def interrupt(run_dir, *, times: int, latest_s: float, seed: int, figure) -> Non
         left_s.append(time.monotonic() - asked)
         assert running.returncode == STOPPED, err
         assert "Traceback" not in err
-        assert out.count("saved; run again to go on") == 1
+        assert out.count("saved; run again to continue") == 1
         saved = int((run_dir / "checkpoints" / "latest").read_text().removeprefix("step_"))
         assert saved > step
         step = saved
@@ -72,7 +72,7 @@ def test_twenty_signals_at_random_moments(tmp_path, figure):
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path):
-    # So long a step that the first interrupt cannot have been acted on.
+    # The step is so long that the first interrupt has no effect yet.
     running = start(tmp_path, "run.ranks=1", "model.num_layers=200", "model.hidden_size=512", "train.global_batch=256")
     deadline = time.monotonic() + 60
     while not (tmp_path / "train.log").exists() and time.monotonic() < deadline:
@@ -83,5 +83,5 @@ def test_a_second_interrupt_leaves_at_once(tmp_path):
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=20)
     assert running.returncode == 1
-    assert err.count("megavit: left at once") == 1
+    assert err.count("megavit: ended at once") == 1
     assert "Traceback" not in err

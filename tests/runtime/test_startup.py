@@ -1,4 +1,4 @@
-"""Imports without garbage collection: what they leave is exempt, what comes later is not."""
+"""Test imports without garbage collection: imported objects are exempt from later collections, new ones are not."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ print(imported() is not None, later() is None, gc.get_freeze_count() > 10_000)
 """
 
 
-def test_what_was_imported_is_not_looked_at_again_and_what_comes_later_is():
-    # Its own process: pytest's would keep its garbage for good.
+def test_imported_objects_are_never_collected_and_later_objects_are():
+    # A separate process, because pytest's own would never collect again.
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert (done.stdout.split(), done.stderr) == (["True"] * 3, "")

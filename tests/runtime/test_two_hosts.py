@@ -1,4 +1,4 @@
-"""One run on two hosts: what the ranks compute, what crosses the cable, and how both leave."""
+"""Run one training on two hosts: its losses, the bytes on the cable, and how both hosts exit."""
 
 import json
 import os
@@ -20,14 +20,13 @@ from tests.reference import SMALL
 from tests.runtime.two_hosts import ADDRESSES, CABLE, Host, two_hosts
 
 BATCH, STEPS, RANKS = 64, 30, 4
-# The images of a step in eight micro batches for each of two data-parallel ranks: much for TP to send, as much as ever
-# for DP.
+# Eight micro batches for each of two data-parallel ranks: TP sends much, DP as much as always.
 SETTINGS = ["recipe=digits", *SMALL, "parallel.tp=2", f"train.global_batch={BATCH}"]
 WORK = Work(MICRO_BATCH, BATCH // 2 // MICRO_BATCH, value_bytes=FP32, grad_bytes=FP32, image_bytes=64, label_bytes=8)
 LAYOUT = Split(tp=2, dp=2)
-# A start of two agents and four ranks takes most of it on a busy machine of two cores.
+# The start of two agents and four ranks takes most of this time on a busy machine of two cores.
 DEADLINE_S = 240
-# Long before a collective that waits for a silent rank fails (run.timeout_s, ten minutes).
+# Much shorter than the time-out of a collective that waits for a silent rank (run.timeout_s, ten minutes).
 GONE_S = 90
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * DEADLINE_S)]
@@ -35,14 +34,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * DEADLINE_S)]
 
 @dataclass
 class Ended:
-    """A run on two hosts, from its start to its end.
+    """The record of a finished run on two hosts.
 
     Attributes:
-        run_dir: its folder.
-        codes: of each host's torchrun, None where it did not leave by itself.
-        errors: what each said on stderr.
-        left_s: when each had left, counted from what was done to the run, or from its start.
-        sent: bytes that each host had sent when so many lines of metrics were there.
+        run_dir: the run's folder.
+        codes: exit code of each host's torchrun; None if it had to be killed.
+        errors: stderr of each host's torchrun.
+        left_s: seconds until each exited, from the action on the run or else from the start.
+        sent: bytes that each host had sent, by the number of lines of metrics written so far.
     """
 
     run_dir: Path
@@ -65,7 +64,7 @@ class Ended:
         return first_line.rpartition(" on ")[2]
 
 
-# What jobs are started by, and torch's own as people start it.
+# megavit's torchrun, which jobs use, and torch's own.
 OURS, TORCHS = ["megavit.runtime.torchrun"], ["torch.distributed.run", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]
 
 
@@ -84,7 +83,7 @@ def run_on(
     after_steps: int = 0,
     act: Callable | None = None,
 ) -> Ended:
-    """Run until both have left; after so many steps `act` is called with both hosts' torchruns."""
+    """Run until both hosts have exited; after some steps call `act` with both hosts' torchruns."""
     ended, command = Ended(run_dir), torchrun(launcher, *SETTINGS, f"run.dir={run_dir}", *overrides)
     environment = {**os.environ, "MEGAVIT_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": CABLE}
     said = [run_dir.parent / f"{host.name}.err" for host in hosts]
@@ -109,27 +108,27 @@ def run_on(
 
 
 def reference(run_dir: str) -> Seen:
-    """The same layout in one process group on this host; what this rank holds and sends."""
+    """Build the same layout in one process group on this host; return what this rank holds and sends."""
     return record_run(compose([*SETTINGS, f"train.steps={STEPS}", f"run.dir={run_dir}"]), profiles=False)
 
 
 def data_bytes(seen: Seen) -> float:
-    """What this rank sends its data-parallel peer in a step.
+    """Return the bytes that this rank sends to its data-parallel peer in a step.
 
-    gloo adds up the whole of what each then takes a part of: twice what a ring that scatters would send (torch 2.15).
+    gloo reduce-scatters by an all-reduce: it sends twice the bytes of a ring reduce-scatter (torch 2.15).
     """
     exchanges = data_exchanges(seen.share.weights, split=LAYOUT, work=WORK)
     return sum(part.sent_bytes * (1 + (part.collective is Collective.reduce_scatter)) for part in exchanges)
 
 
 def tensor_bytes(seen: Seen) -> float:
-    """What this rank sends its tensor-parallel peer in a step."""
+    """Return the bytes that this rank sends to its tensor-parallel peer in a step."""
     exchanges = tensor_exchanges(seen.shape, split=LAYOUT, work=WORK, share=seen.share)
     return sum(part.sent_bytes for part in exchanges)
 
 
 def bytes_per_step(sent: dict[int, tuple[int, int]]) -> float:
-    """What a host sends in a step, in the mean over both and over steps in the middle of the run."""
+    """Return the bytes a host sends in a step: the mean over both hosts and over steps in the middle of the run."""
     first, *_, last = [steps for steps in sent if 5 <= steps < STEPS]
     return sum(after - before for before, after in zip(sent[first], sent[last], strict=True)) / 2 / (last - first)
 
@@ -139,7 +138,7 @@ def test_two_hosts_train_with_tp_inside_and_dp_across(tmp_path, figure):
         ended = run_on(hosts, tmp_path / "run", f"train.steps={STEPS}")
     assert ended.codes == [0, 0], ended.errors
     assert ended.exit_record == {"code": 0, "error": None}
-    # torchrun gives the hosts their ranks in an order of its own.
+    # torchrun chooses the order of the hosts' ranks.
     on = [ended.host_of(rank) for rank in range(RANKS)]
     assert on[0] == on[1] != on[2] == on[3]
     assert set(on) == {host.name for host in hosts}
@@ -150,9 +149,9 @@ def test_two_hosts_train_with_tp_inside_and_dp_across(tmp_path, figure):
     assert ended.losses == alone
 
     crossed, dp, tp = bytes_per_step(ended.sent), 2 * data_bytes(seen[0]), 2 * tensor_bytes(seen[0])
-    # The rest is what the ranks agree on, and frames and acknowledgements; and a step seen late is counted late.
+    # The rest is collectives of control data, frames and acknowledgements; a step that is observed late counts late.
     assert 0.9 * dp < crossed < 1.25 * dp
-    # Were TP across, this is what would be sent instead.
+    # TP across the hosts would send this instead.
     assert tp > 5 * dp
     figure(
         f"two hosts, DP 2 × TP 2: both left after {max(ended.left_s):.0f} s, {STEPS} losses equal to the bit; a host "
@@ -167,7 +166,7 @@ def test_a_signal_to_one_hosts_torchrun_saves_and_ends_the_run_on_both(launcher,
             hosts, tmp_path / "run", "train.steps=1000000", launcher=launcher,
             after_steps=5, act=lambda running: running[1].send_signal(signal.SIGUSR1),
         )  # fmt: skip
-    # torch's has its own code, whatever its ranks' was.
+    # torch's torchrun exits with its own code, whatever the ranks' code was.
     assert ended.codes == [code, code], ended.errors
     assert ended.exit_record == {"code": 75, "error": None}
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{len(ended.losses):08d}"

@@ -1,4 +1,4 @@
-"""Two hosts on this machine: network namespaces joined by a cable, each with its own name, addresses and loopback."""
+"""Make two hosts on this machine: network namespaces joined by a virtual cable, each with its own addresses."""
 
 import os
 import signal
@@ -11,25 +11,25 @@ from pathlib import Path
 
 import pytest
 
-# Of the cable's end on each host.
+# The addresses of the cable's ends.
 CABLE = "eth0"
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
 @dataclass(frozen=True)
 class Host:
-    """One of the two.
+    """One of the two hosts.
 
     Attributes:
-        name: its host name, and its network namespace's.
-        address: on the cable.
+        name: host name, and name of the network namespace.
+        address: IP address on the cable.
     """
 
     name: str
     address: str
 
     def command(self, *command: str) -> list[str]:
-        """The command as it runs there; it replaces what starts it, so that a signal reaches the command itself."""
+        """Return the command that runs on this host; it replaces its starter, so that a signal reaches it."""
         named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name]
         return ["ip", "netns", "exec", self.name, *named, *command]
 
@@ -37,7 +37,7 @@ class Host:
         return subprocess.Popen(self.command(*command), **options)
 
     def sent_bytes(self) -> int:
-        """What has left it over the cable so far."""
+        """Return the bytes that this host has sent over the cable so far."""
         counter = f"/sys/class/net/{CABLE}/statistics/tx_bytes"
         return int(_ip("netns", "exec", self.name, "cat", counter).stdout)
 
@@ -45,20 +45,20 @@ class Host:
         return [int(line) for line in _ip("netns", "pids", self.name).stdout.split()]
 
     def kill(self) -> None:
-        """End all that runs there, as a power cut would; but the other host's kernel is told that they are gone."""
+        """Kill every process of the host, as a power cut would; but the other host's kernel notices closed sockets."""
         for process in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
     def pull_cable(self) -> None:
-        """Nothing arrives any more, and nobody is told."""
+        """Cut the cable: nothing arrives any more, and no host is notified."""
         _ip("-n", self.name, "link", "set", CABLE, "down")
 
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Two hosts, and at the end nothing of them; a test is skipped where they are not allowed."""
-    # Of this process alone: another may have its own two.
+    """Yield two hosts and remove them at the end; skip the test where namespaces are not allowed."""
+    # The names contain this process's id: another process may have its own two hosts.
     names = [f"megavit-{os.getpid()}-{letter}" for letter in "ab"]
     hosts = tuple(Host(name, address) for name, address in zip(names, ADDRESSES, strict=True))
     try:
@@ -74,7 +74,7 @@ def _join(hosts: tuple[Host, ...]) -> None:
     try:
         for host in hosts:
             _ip("netns", "add", host.name)
-            # What `ip netns exec` shows there in place of /etc/hosts.
+            # `ip netns exec` shows this file in place of /etc/hosts.
             _own_files(host).mkdir(parents=True)
             (_own_files(host) / "hosts").write_text(known)
         first, second = (host.name for host in hosts)

@@ -25,7 +25,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
-        raise ConfigError(f"{path} cannot be written: {error}; make room there, or choose another place") from error
+        raise ConfigError(f"{path} cannot be written: {error}; free space there, or choose another place") from error
     # safetensors 0.8 renames a temporary file, which only its owner may read.
     path.chmod(mode)
 
