@@ -1,4 +1,4 @@
-"""Small trained runs for the tests of what looks at them, and the verbs as a rank's process runs them."""
+"""Train small runs for the tests of the commands that read them, and run these commands in a rank's process."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ from tests.reference import SMALL
 
 
 def train_small(run_dir: Path, *overrides: str) -> Path:
-    """A run of a few steps on the digits, which shifts its training images."""
+    """Train a few steps on the digits, with shifted training images."""
     keys = [
         *SMALL,
         "model.num_layers=2",
@@ -24,7 +24,7 @@ def train_small(run_dir: Path, *overrides: str) -> Path:
 
 
 def train(overrides: list[str], *, ranks: int = 1) -> None:
-    """A whole run, on ranks that the tests keep."""
+    """Train a complete run, on ranks that the tests keep running."""
     run_ranks(_train, ranks, overrides)
 
 
@@ -40,7 +40,7 @@ def _train(overrides: list[str]) -> None:
 
 
 def run_command(*arguments: object, folder: Path | None = None) -> tuple[int, str, str]:
-    """A command line in a process of its own that the tests keep: exit code, output, errors.
+    """Run a command line in a separate process that the tests keep running; return exit code, output, errors.
 
     Args:
         arguments: without `megavit`.
@@ -64,7 +64,7 @@ def _command(arguments: list[str], folder: Path | None) -> tuple[int, str, str]:
 
 
 def refusal(*arguments: object) -> str:
-    """What wrong input is told; it leaves with 2 and in one line."""
+    """Return the one-line error of wrong input; check its exit code 2."""
     code, _, err = run_command(*arguments)
     assert code == 2, err
     assert err.startswith("megavit: ")

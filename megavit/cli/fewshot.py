@@ -70,7 +70,7 @@ def fewshot(args: FewshotArgs, settings: list[str]) -> int:
     if args.out is not None:
         how = {"C": C, "draws": args.draws, "seed": args.seed, "val_images": len(validation)}
         write_json(args.out, {**extractor.about, **how, "results": results})
-        print(f"{args.out} has it all")
+        print(f"details in {args.out}")
     return 0
 
 

@@ -65,5 +65,5 @@ def knn(args: KnnArgs, settings: list[str]) -> int:
     if args.out is not None:
         how = {"temperature": args.temperature, "train_images": len(training), "val_images": count}
         write_json(args.out, {**extractor.about, **how, "results": results})
-        print(f"{args.out} has it all")
+        print(f"details in {args.out}")
     return 0

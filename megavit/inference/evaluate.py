@@ -1,4 +1,4 @@
-"""`megavit evaluate from=RUN`: a checkpoint of any layout, in any layout, over the whole validation set."""
+"""Evaluate a checkpoint of any layout, in any layout, on the full validation set (`megavit evaluate from=RUN`)."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from megavit.inference.trained_run import label_as_trained, open_run, read_confi
 from megavit.metrics.plots import draw_confusion
 from megavit.train.engine import Engine, prepare_task
 
-# Settings of the data group on which the images of an evaluation and their labels depend.
+# Settings of the data group that determine the images and labels of an evaluation.
 _SEEN = (
     "source",
     "path",
@@ -39,16 +39,22 @@ _SEEN = (
     "crop_pct",
 )
 
-# Letters of a folder's name that tell of the data.
+# Most letters that the data contribute to a folder's name.
 _LONGEST = 60
 
 
 def evaluate(config: ExperimentConfig, weights: CheckpointRef) -> int:
-    """Evaluate as one rank; the first leaves the results in `RUN/evaluation/`.
+    """Evaluate on one rank; rank 0 writes the results to `RUN/evaluation/`.
 
     Args:
-        config: the run's configuration, with what is typed on top, checked for this world.
+        config: the run's configuration with the command line's settings, checked for this world size.
         weights: the checkpoint to evaluate.
+
+    Returns:
+        The exit code 0.
+
+    Raises:
+        ConfigError: if the data do not fit the classifier, or too many images cannot be read.
     """
     source, notes = open_source(config.data, "val"), list[str]()
     present = source.classes
@@ -92,15 +98,15 @@ def _report(
     data: DataConfig,
     present: tuple[str, ...],
 ) -> None:
-    """Write what was counted, and print the sums.
+    """Write the metrics and the confusion matrix, and print a summary.
 
     Args:
-        totals: of `Engine.evaluate_sums`.
-        metrics: the task's.
-        classes: in the order of the confusion.
-        weights: that were evaluated.
+        totals: sums from `Engine.evaluate_sums`.
+        metrics: the task's metrics by name.
+        classes: class names in the order of the confusion matrix.
+        weights: the checkpoint that was evaluated.
         data: the data group.
-        present: the classes of the data, in its own order.
+        present: the class names of the data, in the data's own order.
     """
     folder = _folder(weights, data)
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,24 +136,24 @@ def _report(
         draw_confusion(confusion, classes=classes, path=folder / "confusion.png")
     (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     part = f" of {len(present)} of the {len(classes)} classes" if len(present) < len(classes) else ""
-    print(f"{weights}: {count} images{part}  {summary}; {folder} has it all")
+    print(f"{weights}: {count} images{part}  {summary}; details in {folder}")
 
 
 def _folder(weights: CheckpointRef, data: DataConfig) -> Path:
-    """`RUN/evaluation/step_…`; for other data than the run's own, or seen otherwise, a folder with their name."""
+    """Return `RUN/evaluation/step_…`; for other data or preprocessing than the run's, append a name for them."""
     checkpoint = weights.checkpoint
     name = f"{checkpoint.name}{'_ema' if weights.averaged else ''}"
     described = _describe(data)
     if described != _describe(read_config(checkpoint).data):
         place = Path(data.path or "").name
         words = re.sub(r"[^\w.]+", "_", f"{data.source}_{place}" if place else data.source)[:_LONGEST]
-        # The same words may name other data, or the same in another form.
+        # Other data, or the same data with other preprocessing, may have the same words.
         name += f"-{words}-{zlib.crc32(json.dumps(described).encode()):08x}"
     return checkpoint.parent.parent / "evaluation" / name
 
 
 def _describe(data: DataConfig) -> dict[str, object]:
-    """What an evaluation's images and labels depend on."""
+    """Return the settings that determine an evaluation's images and labels."""
     values = {key: getattr(data, key) for key in _SEEN}
     described = {key: value.value if isinstance(value, Enum) else value for key, value in values.items()}
     if data.path is not None and os.path.exists(data.path):

@@ -28,9 +28,9 @@ class Features:
     """The features of one split, on the CPU and in the dataset's order.
 
     Attributes:
-        features_IH: fp32.
-        labels: int64 labels_I; with `data.multi_label` bool labels_IK; None where the data has none.
-        classes: names, in label order.
+        features_IH: fp32 features.
+        labels: int64 labels_I, or bool labels_IK with `data.multi_label`; None if the data has no labels.
+        classes: class names, in label order.
     """
 
     features_IH: Tensor
@@ -39,17 +39,17 @@ class Features:
 
 
 class FeatureExtractor:
-    """A run's encoder, on the GPU where there is one, and its way of looking at images.
+    """Compute features with a run's encoder and preprocessing, on the GPU if there is one.
 
     Args:
-        config: the run's configuration, with what is typed on top.
-        weights: the checkpoint to take the weights from.
-        pool: the tokens that features are made of; None takes those that the head reads.
+        config: the run's configuration with the command line's settings.
+        weights: the checkpoint to load.
+        pool: how tokens become one vector; None pools as the head does.
 
     Attributes:
-        device: the encoder's.
-        pool: the tokens that the features are made of.
-        about: what whoever finds results must know of the features.
+        device: the encoder's device.
+        pool: the pooling in use.
+        about: the checkpoint, data and pooling, to be stored with results.
     """
 
     def __init__(self, config: ExperimentConfig, weights: CheckpointRef, pool: Pool | None) -> None:
@@ -68,14 +68,16 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def extract(self, source: Source, split: str) -> Features:
-        """See every image of a source once, as an evaluation does; only the features stay in memory.
+        """Compute the features of every image of a source, preprocessed as in an evaluation.
+
+        Only the features stay in memory.
 
         Args:
-            source: the split, open.
-            split: `train` or `val`, for what is told of bad images.
+            source: the opened split.
+            split: `train` or `val`, for messages about unreadable images.
 
         Raises:
-            ConfigError: if an image cannot be read, and `data.on_bad_sample` is stop.
+            ConfigError: if an image cannot be read and `data.on_bad_sample` is stop.
         """
         config, size = self._config, resolve_micro_batch(self._config, 1)
         labelled = bool(source.classes)
@@ -92,7 +94,7 @@ class FeatureExtractor:
         labels = []
         for first, batch in zip(range(0, len(source), size), loader.evaluation_batches(), strict=True):
             assert batch.images_BCYX is not None
-            # The last micro batch is filled up with images that do not count.
+            # The last micro batch is padded with images that are not counted.
             count = min(size, len(source) - first)
             features_BH = self._encoder.features(batch.images_BCYX, pool=self.pool)
             features_IH[first : first + count] = features_BH[:count].cpu()
@@ -110,14 +112,14 @@ class FeatureExtractor:
 
 
 def open_labelled(data: DataConfig, *, why: str) -> tuple[Source, Source]:
-    """Open the training and the validation split, each image of which has one label.
+    """Open the training and the validation split of data with one label per image.
 
     Args:
         data: the data group.
-        why: what labels are needed for, for the error.
+        why: subject and verb of the error, such as "nearest neighbours vote with".
 
     Raises:
-        ConfigError: if the data are not there, or not so.
+        ConfigError: if the data do not exist, or their images do not have one label each.
     """
     if data.multi_label:
         raise ConfigError(

@@ -4,21 +4,24 @@ import numpy as np
 
 from megavit.inference.features import Features
 
-# Of scikit-learn's LogisticRegression: the inverse strength of its L2 penalty, its own default.
+# Inverse strength of the L2 penalty in scikit-learn's LogisticRegression; this is scikit-learn's default.
 C = 1.0
 _MOST_ITERATIONS = 1000
 
 
 def draw_rows(labels: np.ndarray, shots: int, *, seed: int, draw: int) -> np.ndarray:
-    """Choose `shots` training images of every class: their indices in the dataset, class by class.
+    """Choose `shots` training images of every class.
 
-    A pure function of its arguments: neither the features nor other draws and numbers of shots change it.
+    The choice is a pure function of the arguments: it does not depend on the features, other draws or other shots.
 
     Args:
-        labels: of all training images.
+        labels: labels of all training images.
         shots: images per class.
-        seed: of all draws.
-        draw: number of the draw.
+        seed: random seed of all draws.
+        draw: index of the draw.
+
+    Returns:
+        Indices in the dataset, class by class.
     """
     generator = np.random.default_rng([seed, shots, draw])
     members = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
@@ -26,14 +29,14 @@ def draw_rows(labels: np.ndarray, shots: int, *, seed: int, draw: int) -> np.nda
 
 
 def fit_and_score(train: Features, val: Features, rows: np.ndarray) -> float:
-    """Fit a classifier on some of the training images and return its top-1 accuracy over all of `val`.
+    """Fit a classifier on some of the training images and return its top-1 accuracy on all of `val`.
 
     Args:
-        train: features to fit on.
-        val: features to score on.
-        rows: indices in `train`.
+        train: features of the training images.
+        val: features of the validation images.
+        rows: indices in `train` of the images to fit on.
     """
-    # Imported where it is needed: that takes a second.
+    # Imported here because the import takes a second.
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

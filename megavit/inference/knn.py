@@ -11,10 +11,10 @@ from torch import Tensor
 
 from megavit.inference.features import Features
 
-# Similarities, and votes, that are held at once: 256 MiB of each in fp32. Beside them lie the training images' features
-# and their normed copy, 2 · I · H numbers: 1.28 million images of ViT-B make 7.9 GB, whatever the validation set.
+# Most similarities, and most votes, in memory at once: 256 MiB of each in fp32. The training images' features and their
+# normalised copy take 2 · I · H numbers more: 7.9 GB for 1.28 million images of ViT-B, for any validation set.
 _NUMBERS_AT_ONCE = 2**26
-# Of top-5 accuracy.
+# Predictions counted in the top-5 accuracy.
 GUESSES = 5
 
 
@@ -28,18 +28,21 @@ def count_right(
     device: torch.device,
     numbers_at_once: int = _NUMBERS_AT_ONCE,
 ) -> dict[int, tuple[int, int]]:
-    """Count images of `val` whose label is the first prediction, and among the first five, per number of neighbours.
+    """Count the images of `val` that are classified correctly, top-1 and top-5, for several numbers of neighbours.
 
-    Each of an image's k nearest training images in cosine similarity s votes for its own class with exp(s /
-    temperature). A class without any vote is not predicted, so that k=1 has no five predictions.
+    Each of the k nearest training images, with cosine similarity s, votes for its class with the weight exp(s /
+    temperature). A class without a vote is not predicted, so k=1 makes only one prediction.
 
     Args:
-        train: the images that vote.
-        val: the images to classify.
-        ks: numbers of neighbours, none above the training images.
-        temperature: of the votes; the smaller, the more the nearest decide.
-        device: where it is computed.
-        numbers_at_once: bound of the similarities, and of the votes, in memory at a time.
+        train: features of the images that vote.
+        val: features of the images to classify.
+        ks: numbers of neighbours, at most the number of training images.
+        temperature: temperature of the votes; a smaller one gives the nearest neighbours more weight.
+        device: device of the computation.
+        numbers_at_once: most similarities, and most votes, in memory at a time.
+
+    Returns:
+        For each k the number of images correct in the first prediction, and in the first five.
 
     Source: arXiv 1805.01978, section 3.4; facebookresearch/dino, eval_knn.py (votes, and the default temperature).
     """
@@ -52,7 +55,7 @@ def count_right(
     for features_QH, labels_Q in zip(val.features_IH.split(at_once), val.labels.split(at_once), strict=True):
         similarities_QI = F.normalize(features_QH.to(device), dim=1) @ bank_IH.T
         nearest_QJ, places_QJ = similarities_QI.topk(max(ks), dim=1)
-        # Relative to the nearest: the predictions are the same, and no temperature makes exp overflow.
+        # Subtract the nearest similarity: the predictions stay the same, and exp overflows at no temperature.
         weights_QJ = ((nearest_QJ - nearest_QJ[:, :1]) / temperature).exp()
         named_QJ, labels_Q = labels_I[places_QJ], labels_Q.to(device)
         for k, (top1, top5) in right.items():

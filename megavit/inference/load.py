@@ -1,4 +1,4 @@
-"""`megavit.load`: a trained network as an ordinary torch module, on one device and without Megatron-Core inside.
+"""Load a trained network as an ordinary torch module on one device, without Megatron-Core inside (`megavit.load`).
 
 Shapes: B images, C channels, N tokens, H hidden, K classes.
 """
@@ -26,14 +26,16 @@ from megavit.parallel.layout import ParallelLayout
 
 
 class TrainedEncoder(torch.nn.Module):
-    """Images as they are to features; evaluating, in fp32, on the CPU until it is moved.
+    """Compute features of uint8 images with a trained encoder.
+
+    The module is in evaluation mode, in fp32, and on the CPU until it is moved. It normalises the images itself.
 
     Args:
-        run: an open run.
-        num_classes: K; 0 for a masked autoencoder, whose decoder is left away, and for a model without a classifier.
+        run: an opened run.
+        num_classes: K; 0 for a masked autoencoder, whose decoder is dropped, and for a model without a classifier.
 
     Attributes:
-        pool: the tokens that features are made of, where none are asked for.
+        pool: the default pooling of `features`.
     """
 
     def __init__(self, run: TrainedRun, *, num_classes: int = 0) -> None:
@@ -44,7 +46,7 @@ class TrainedEncoder(torch.nn.Module):
         self.pool, model = config.model.pool, config.model
         if not config.task.has_classes:
             self.pool = Pool.cls if model.class_tokens else Pool.mean
-            # It ends with the norm of its tokens, whichever of them are looked at afterwards.
+            # With pool=cls the module normalises all tokens at its end; `features` then pools either way.
             model = replace(model, pool=Pool.cls)
         self._model = model
         self.vit = TorchViT(
@@ -62,10 +64,16 @@ class TrainedEncoder(torch.nn.Module):
         self.eval()
 
     def read(self, *paths: str | Path) -> Tensor:
-        """Read images from files, as the run evaluated them: uint8 images_BCYX.
+        """Read images from files and preprocess them as the run's evaluation does.
+
+        Args:
+            paths: image files.
+
+        Returns:
+            uint8 images_BCYX, of the run's image size.
 
         Raises:
-            ConfigError: for a file that is no image.
+            ConfigError: if a file is not an image.
         """
         channels, view = self._data.channels, ImageTransform(self._data, augment=False)
         names = [printable(str(path)) for path in paths]
@@ -73,35 +81,55 @@ class TrainedEncoder(torch.nn.Module):
         return torch.stack([view.preprocess(image, name=name) for name, image in zip(names, images, strict=True)])
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
-        """The features of uint8 images of the run's size, features_BH."""
+        """Return the features of images with the default pooling.
+
+        Args:
+            images_BCYX: uint8 images of the run's image size.
+
+        Returns:
+            fp32 features_BH.
+        """
         return self.features(images_BCYX)
 
     def tokens(self, images_BCYX: Tensor) -> Tensor:
-        """All tokens of uint8 images after the last layer, class tokens first: tokens_BNH."""
+        """Return all tokens of images after the last layer.
+
+        Args:
+            images_BCYX: uint8 images of the run's image size.
+
+        Returns:
+            fp32 tokens_BNH, class tokens first.
+        """
         return self.vit.tokens(self.normalize(images_BCYX))
 
     def features(self, images_BCYX: Tensor, *, pool: Pool | None = None) -> Tensor:
-        """One vector for each of uint8 images, features_BH.
+        """Return one feature vector per image.
 
         Args:
-            images_BCYX: uint8, of the run's size.
-            pool: `cls`, the first class token after the last layer; `mean`, the mean of the patches there; either
-                normed as the model norms. None for what the head reads; of an autoencoder the first class token, or
-                the patches' mean where there is none.
+            images_BCYX: uint8 images of the run's image size.
+            pool: `cls` takes the first class token after the last layer, `mean` the mean of the patch tokens; both
+                apply the model's norm. None pools as the head does; for an autoencoder it takes the first class
+                token, or the mean of the patch tokens if the model has no class token.
+
+        Returns:
+            fp32 features_BH.
 
         Raises:
-            ConfigError: for a class token that the model does not have.
+            ConfigError: if `pool` is `cls` and the model has no class token.
         """
         check_pool(pool, self._model)
         return self.vit.features(self.normalize(images_BCYX), pool=pool or self.pool)
 
 
 class TrainedClassifier(TrainedEncoder):
-    """Images as they are to scores or features.
+    """Classify uint8 images, or compute their features.
 
     Args:
-        run: an open run of a classifier.
-        classes: names, in the order of the scores.
+        run: an opened run of a classifier.
+        classes: class names, in the order of the scores.
+
+    Attributes:
+        classes: class names, in the order of the scores.
     """
 
     def __init__(self, run: TrainedRun, classes: tuple[str, ...]) -> None:
@@ -109,44 +137,54 @@ class TrainedClassifier(TrainedEncoder):
         self.classes = classes
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
-        """Score uint8 images of the run's size: logits_BK."""
+        """Return the score of each class.
+
+        Args:
+            images_BCYX: uint8 images of the run's image size.
+
+        Returns:
+            fp32 logits_BK, before softmax or sigmoid.
+        """
         return self.vit(self.normalize(images_BCYX))
 
 
 def load(path: str | Path, *settings: str) -> TrainedEncoder:
-    """Load a run's newest checkpoint, or the checkpoint named.
+    """Load a run's newest checkpoint, or a given checkpoint, as a torch module.
 
     Args:
-        path: a run's folder or one of its checkpoints; with `ema:` before it, the moving average of its weights.
-        settings: data.mean, data.std, data.crop_pct and data.interpolation other than the run's, each as it is typed:
-            "data.crop_pct=0.875".
+        path: a run's folder or one of its checkpoints; the prefix `ema:` loads the moving average of the weights.
+        settings: values that replace the run's data.mean, data.std, data.crop_pct or data.interpolation, each as a
+            command-line setting such as "data.crop_pct=0.875".
 
     Returns:
-        A `TrainedClassifier`, or of a masked autoencoder its encoder, a `TrainedEncoder`.
+        A `TrainedClassifier`; for a masked autoencoder its encoder, a `TrainedEncoder`.
 
     Raises:
-        ConfigError: if there is none, or a setting does not fit.
+        ConfigError: if there is no checkpoint, or a setting is wrong.
     """
     weights = resolve_checkpoint(str(path))
     return open_encoder(with_settings(read_config(weights.checkpoint), list(settings)), weights)[0]
 
 
 def open_encoder(config: ExperimentConfig, weights: CheckpointRef) -> tuple[TrainedEncoder, ParallelLayout]:
-    """Load a checkpoint's network, whichever data it is to look at.
+    """Load a checkpoint's network with a given configuration.
 
     Args:
-        config: from `read_config`, or with settings on top.
-        weights: from `resolve_checkpoint`.
+        config: configuration from `read_config`, possibly with changed settings.
+        weights: checkpoint from `resolve_checkpoint`.
 
     Returns:
-        What `load` does, and the layout of one rank, whose device may be a GPU.
+        The module that `load` returns, and the layout of one rank, whose device may be a GPU.
+
+    Raises:
+        ConfigError: if the checkpoint does not name its classes.
     """
     if not config.task.has_classes:
         run = open_run(config, weights, num_classes=0)
         return TrainedEncoder(run), run.layout
     state = read_state(weights.checkpoint)
     if not state.classes and not state.optimizer:
-        # Converted from a model without a classifier.
+        # The checkpoint was converted from a model without a classifier.
         run = open_run(config, weights, num_classes=1)
         return TrainedEncoder(run), run.layout
     classes = read_classes(weights.checkpoint)
@@ -155,6 +193,6 @@ def open_encoder(config: ExperimentConfig, weights: CheckpointRef) -> tuple[Trai
 
 
 def check_pool(pool: Pool | None, model: ModelConfig) -> None:
-    """Raise ConfigError for a class token that the model does not have."""
+    """Raise ConfigError if `pool` is `cls` and the model has no class token."""
     if pool is Pool.cls and not model.class_tokens:
         raise ConfigError("pool=cls needs a class token, and the model has model.class_tokens=0; choose pool=mean")

@@ -1,4 +1,4 @@
-"""A run that has trained, opened on one device to be looked at: its configuration, its network with its weights."""
+"""Open a trained run on one device: its configuration and its network with the checkpoint's weights."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,13 +33,13 @@ from megavit.validation import format_value
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run's network on this process alone.
+    """A run's full network in this process.
 
     Attributes:
-        weights: that it has.
-        config: what it was made with, its layout replaced by one rank and its kernels by torch's own.
-        layout: one rank.
-        network: evaluating, whole.
+        weights: the loaded checkpoint.
+        config: the run's configuration, with the layout of one rank and torch's own kernels.
+        layout: the layout of one rank.
+        network: the full network, in evaluation mode.
     """
 
     weights: CheckpointRef
@@ -48,18 +48,21 @@ class TrainedRun:
     network: ModelSetup
 
     def batch(self, paths: list[Path]) -> Batch:
-        """Images from files, as the run evaluates them, in one batch.
+        """Read images from files, preprocessed as in the run's evaluation, into one batch.
 
         Raises:
-            ConfigError: for a file that is no image.
+            ConfigError: if a file is not an image.
         """
         return self.collate([self.read(path) for path in paths])
 
     def read(self, path: Path) -> Tensor:
-        """An image from a file, as the run evaluates it: uint8 image_CYX.
+        """Read an image from a file, preprocessed as in the run's evaluation.
+
+        Returns:
+            uint8 image_CYX.
 
         Raises:
-            ConfigError: for a file that is no image.
+            ConfigError: if the file is not an image.
         """
         data, name = self.config.data, printable(str(path))
         return ImageTransform(data, augment=False).preprocess(
@@ -67,7 +70,7 @@ class TrainedRun:
         )
 
     def collate(self, images: list[Tensor]) -> Batch:
-        """Images as `read` gives them, in one batch."""
+        """Combine images from `read` into one batch."""
         device = self.layout.device
         keys = [SampleKey(index, 0) for index in range(len(images))]
         counted = torch.ones(len(images), dtype=torch.bool, device=device)
@@ -75,9 +78,9 @@ class TrainedRun:
 
 
 def read_config(checkpoint: Path) -> ExperimentConfig:
-    """What a checkpoint was made with, for one rank and torch's own kernels: results depend on neither.
+    """Return a checkpoint's configuration for one rank and torch's own kernels; results depend on neither.
 
-    Parts of its user's own that only training needs are left away: to look at a checkpoint runs no code that it names.
+    User-defined code that only training needs is dropped: opening a checkpoint imports no plug-in that it names.
     """
     config = from_yaml((checkpoint / "run.yaml").read_text())
     return replace(
@@ -90,28 +93,30 @@ def read_config(checkpoint: Path) -> ExperimentConfig:
             gradient_accumulation_fusion=False,
         ),
         parallel=ParallelConfig(),
-        # Nothing is mixed in an evaluation, so micro batches need not be even.
+        # An evaluation does not mix images, so micro batches may have an odd size.
         data=replace(config.data, transform=None, mixup=None, cutmix=None, mixup_prob=1.0, mixup_switch_prob=0.5),
         task=replace(config.task, implementation=None),
         model=replace(config.model, attention_backend=AttentionBackend.sdpa, linear_backend=LinearBackend.local),
-        # With base_lr the peak follows the batch, and an evaluation's may be so small that it comes out below min_lr.
+        # With base_lr the peak follows the batch size; an evaluation's small batch could give a peak below min_lr.
         optim=without_optimizer(replace(config.optim, min_lr=0.0)),
     )
 
 
 def with_settings(config: ExperimentConfig, settings: list[str]) -> ExperimentConfig:
-    """Put settings of `PIXEL_SETTINGS` over a run's, where its weights were made with others.
+    """Replace settings of `PIXEL_SETTINGS` in a run's configuration, for weights that were trained with other values.
 
     Args:
-        config: of the run.
-        settings: `key=value`, as typed.
+        config: the run's configuration.
+        settings: `key=value`, as on the command line.
 
     Raises:
-        ConfigError: for another setting, or a value that does not fit.
+        ConfigError: for any other setting, or a wrong value.
     """
     for text in settings:
         if text.partition("=")[0] not in PIXEL_SETTINGS:
-            raise ConfigError(f"{text}: a trained network is as it was; one may set {', '.join(PIXEL_SETTINGS)}")
+            raise ConfigError(
+                f"{text} cannot be changed for a trained network; only these can: {', '.join(PIXEL_SETTINGS)}"
+            )
     if not settings:
         return config
     changed = merge(config, settings)
@@ -120,10 +125,10 @@ def with_settings(config: ExperimentConfig, settings: list[str]) -> ExperimentCo
 
 
 def read_classes(checkpoint: Path) -> tuple[str, ...]:
-    """The names of a classifier's classes, in the order of its scores.
+    """Return the names of a classifier's classes, in the order of its scores.
 
     Raises:
-        ConfigError: if the checkpoint does not say.
+        ConfigError: if the checkpoint does not name them.
     """
     names = read_state(checkpoint).classes
     if not names:
@@ -132,24 +137,24 @@ def read_classes(checkpoint: Path) -> tuple[str, ...]:
 
 
 def label_as_trained(source: Source, config: DataConfig, checkpoint: Path) -> tuple[Source, list[str]]:
-    """Label data as a checkpoint's classifier does, by the names of the classes.
+    """Map the labels of data to a checkpoint's classes by name.
 
     Args:
-        source: data with some of its classes or all of them.
-        config: the data group, which names the source.
-        checkpoint: of a classifier.
+        source: data with some or all of the checkpoint's classes.
+        config: the data group, for messages.
+        checkpoint: a classifier's checkpoint.
 
     Returns:
-        The source, its classes in the order of the classifier's scores; and what the user must know of them, in lines.
+        The source, with labels in the order of the classifier's scores; and lines that the user must see.
 
     Raises:
-        ConfigError: if there is no classifier, or it does not know one of the data's classes.
+        ConfigError: if the checkpoint has no classifier, or does not have one of the data's classes.
     """
     state, data = read_state(checkpoint), f"data.source={config.source} data.path={format_value(config.path)}"
     if not state.classes:
         raise ConfigError(
-            f"{checkpoint} holds an encoder without a classifier; train one with init_from={checkpoint}, or see how "
-            f"far its features go: megavit knn from={checkpoint} data.path=…"
+            f"{checkpoint} holds an encoder without a classifier; train one with init_from={checkpoint}, or measure "
+            f"its features: megavit knn from={checkpoint} data.path=…"
         )
     if state.names_classes or not go_by_number(source.classes, state.classes):
         return relabel(source, state.classes, data=data, trained=str(checkpoint)), []
@@ -161,15 +166,15 @@ def _in_order(source: Source) -> str:
 
 
 def refuse_another_network(checkpoint: Path, before: ExperimentConfig, now: ExperimentConfig) -> None:
-    """Refuse settings under which a checkpoint's weights would not fit, or be another function.
+    """Check that settings describe the network of a checkpoint.
 
     Args:
-        checkpoint: the weights.
-        before: what they were made with.
-        now: what they are to be read with.
+        checkpoint: the checkpoint.
+        before: the checkpoint's configuration.
+        now: the configuration to load it with.
 
     Raises:
-        ConfigError: naming the settings.
+        ConfigError: if the weights would not fit or would compute another function; names the settings.
     """
     differ = changes(before, now, Rule.network)
     if now.model.positions is Positions.learned and before.data.image_size != now.data.image_size:
@@ -177,19 +182,19 @@ def refuse_another_network(checkpoint: Path, before: ExperimentConfig, now: Expe
     if differ:
         listed = "; ".join(f"{setting} is {there} there, not {here}" for setting, (there, here) in differ.items())
         resize = f"; init_from={checkpoint} starts a run in another resolution" if "data.image_size" in differ else ""
-        raise ConfigError(f"{checkpoint} is another network: {listed}. Leave it as it is there{resize}")
+        raise ConfigError(f"{checkpoint} is another network: {listed}. Use the checkpoint's values{resize}")
 
 
 def read_run(place: str, *, classifies: bool, does: str) -> tuple[CheckpointRef, ExperimentConfig]:
-    """The newest weights of a run of one kind of task, and its configuration.
+    """Find a run's newest weights and read its configuration; check its task.
 
     Args:
-        place: what `resolve_checkpoint` takes.
-        classifies: whether the run must be a classifier's, or else a masked autoencoder's.
-        does: what only such a run can do, for the error.
+        place: path that `resolve_checkpoint` accepts.
+        classifies: true if the run must be a classifier's, false if it must be a masked autoencoder's.
+        does: what only such a run can do, for the error message.
 
     Raises:
-        ConfigError: if there is no checkpoint, or it is of another task.
+        ConfigError: if there is no checkpoint, or its task is another one.
     """
     weights = resolve_checkpoint(place)
     config = read_config(weights.checkpoint)
@@ -200,12 +205,12 @@ def read_run(place: str, *, classifies: bool, does: str) -> tuple[CheckpointRef,
 
 
 def open_run(config: ExperimentConfig, weights: CheckpointRef, *, num_classes: int) -> TrainedRun:
-    """Build the network on this process and read its weights.
+    """Build the network in this process and load its weights.
 
     Args:
-        config: from `read_config`.
-        weights: from `resolve_checkpoint`.
-        num_classes: of the data; a masked autoencoder has none.
+        config: configuration from `read_config`.
+        weights: checkpoint from `resolve_checkpoint`.
+        num_classes: number of classes; 0 for a masked autoencoder.
     """
     layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
     network = build_model(config, layout, resolve_step(config, layout.world_size, num_classes=num_classes))

@@ -83,7 +83,7 @@ def test_the_verb_prints_a_line_for_each_k_and_leaves_json(trained, tmp_path):
     assert code == 0, err
     found = json.loads(out.read_text())
     heading, *lines, last = output.splitlines()
-    assert last == f"{out} has it all"
+    assert last == f"details in {out}"
     assert heading == (
         f"{trained}/checkpoints/step_00000020: 360 validation images against 1,437 training images, pool=cls "
         f"temperature=0.1"

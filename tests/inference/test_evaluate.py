@@ -1,4 +1,4 @@
-"""Evaluation counts every image once, in any layout, the uneven last batch included."""
+"""Test that an evaluation counts every image once, in any layout, including the uneven last batch."""
 
 import pytest
 

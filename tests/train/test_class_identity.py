@@ -50,7 +50,7 @@ def numbered(tmp_path_factory):
 def metrics_of(root, *settings):
     code, said, err = run_command("evaluate", f"from={root}/run", *settings)
     assert code == 0, err
-    folder = said.rpartition("; ")[2].removesuffix(" has it all\n")
+    folder = said.rpartition("; details in ")[2].removesuffix("\n")
     return folder, json.loads((Path(folder) / "metrics.json").read_text())
 
 
