@@ -101,7 +101,7 @@ def test_every_group_is_a_folder_and_a_field():
         (
             ["data.image_size=9"],
             1,
-            r"data.image_size=\[9, 9\] is not divided by model.patch_size=2: .* nearest: 8, 10$",
+            r"data.image_size=\[9, 9\] is not divisible by model.patch_size=2: .* nearest: 8, 10$",
         ),
         (["data.mean=[0.5,0.5]"], 1, "has 2 values and data.channels=1"),
         (["train.steps=50", "optim.warmup_steps=100"], 1, "optim.warmup_steps=100 must be below the run's 50 steps"),

@@ -1,4 +1,4 @@
-"""The network: widths, depths, tokens and what is regularised."""
+"""Settings of the network: sizes, tokens, head, backends and regularisation."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -8,31 +8,31 @@ from megavit.validation import require_number
 
 
 class Positions(Enum):
-    """How a token learns where it is."""
+    """Position embeddings: learned, or fixed sine-cosine."""
 
     learned = "learned"
     sincos = "sincos"
 
 
 class Pool(Enum):
-    """What the head reads: the first class token, or the mean over the patches."""
+    """The input of the head: the first class token, or the mean over the patch tokens."""
 
     cls = "cls"
     mean = "mean"
 
 
 class Head(Enum):
-    """The classifier on top: one matrix, or NeMo's matrix, tanh, matrix."""
+    """The classifier: one linear layer, or two with a tanh between them (NeMo)."""
 
     linear = "linear"
     tanh_mlp = "tanh_mlp"
 
 
 class AttentionBackend(Enum):
-    """The attention kernel, by explicit name.
+    """The attention kernel.
 
-    `sdpa`: torch chooses. `sdpa_flash`: torch's FlashAttention-2 or an error. `flash_attn`: the package of that name,
-    version 2. `te`: Transformer Engine's. All but the first need a GPU and have not been run on one.
+    `sdpa`: torch chooses one. `sdpa_flash`: torch's FlashAttention-2, or an error. `flash_attn`: version 2 of the
+    package of that name. `te`: Transformer Engine's. All except `sdpa` need a GPU and have not been run on one.
     """
 
     sdpa = "sdpa"
@@ -42,10 +42,10 @@ class AttentionBackend(Enum):
 
 
 class LinearBackend(Enum):
-    """Whose parallel linears the encoder layer is built of.
+    """The implementation of the encoder layer's parallel linears.
 
-    `local`: Megatron-Core's own. `onednn`: the same, their fp32 products by oneDNN instead of MKL, on CPUs alone; on
-    AMD's processors about twice as fast. `fp8`: the same, their products of 8-bit numbers, by torch alone. `te`:
+    `local`: Megatron-Core's own. `onednn`: Megatron-Core's, but oneDNN computes the fp32 products instead of MKL; for
+    CPUs only, about twice as fast on AMD processors. `fp8`: Megatron-Core's, but torch multiplies 8-bit numbers. `te`:
     Transformer Engine's.
     """
 
@@ -61,25 +61,25 @@ class ModelConfig:
 
     Attributes:
         hidden_size: token width h.
-        ffn_size: width inside the MLP.
-        num_heads: attention heads.
-        num_layers: encoder layers.
+        ffn_size: hidden width of the MLP.
+        num_heads: number of attention heads.
+        num_layers: number of encoder layers.
         patch_size: side of a square patch, in pixels.
-        class_tokens: 0, 1 (timm, Hugging Face, MAE), 8 (NeMo), or with registers any number.
-        positions: learned, or fixed sine-cosine.
-        pool: what the head reads; `mean` leaves class tokens out and norms after pooling, as timm does.
+        class_tokens: number of class tokens: 0, 1 (timm, Hugging Face, MAE), 8 (NeMo), or more to add registers.
+        positions: position embeddings, learned or fixed sine-cosine.
+        pool: input of the head; `mean` excludes class tokens and applies the norm after pooling, as timm does.
         head: the classifier.
-        head_bias: the value its last bias starts from; NeMo starts at −10.
-        head_std: deviation of the truncated normal that its last matrix is drawn from; 0 starts from zeros, as NeMo's
-            fine-tuning does.
+        head_bias: initial value of the classifier's last bias; NeMo starts at −10.
+        head_std: standard deviation of the truncated normal that initialises the classifier's last matrix; 0
+            initialises it to zeros, as NeMo's fine-tuning does.
         patch_bias: whether the patch embedding has a bias.
-        attention_backend: the kernel. Not run on a GPU: sdpa_flash, flash_attn, te.
-        linear_backend: whose parallel linears. Not run on a GPU: fp8, te.
-        qk_norm: LayerNorm of queries and keys, per head.
-        layer_scale: start value of the per-channel scale on each residual branch; null for none.
-        hidden_dropout: after the embedding and after each residual branch.
-        attention_dropout: on the attention weights.
-        drop_path: probability of dropping a residual branch, rising linearly from 0 at the first layer to this.
+        attention_backend: the attention kernel. Not run on a GPU: sdpa_flash, flash_attn, te.
+        linear_backend: the implementation of the parallel linears. Not run on a GPU: fp8, te.
+        qk_norm: whether queries and keys get a LayerNorm per head.
+        layer_scale: initial value of the per-channel scale on each residual branch; null for none.
+        hidden_dropout: dropout probability after the embedding and after each residual branch.
+        attention_dropout: dropout probability on the attention weights.
+        drop_path: probability of dropping a residual branch in the last layer; it rises linearly from 0 in the first.
         norm_eps: epsilon of every LayerNorm.
     """
 
@@ -105,34 +105,37 @@ class ModelConfig:
     norm_eps: float = 1e-6
 
     def patch_grid(self, image_size: list[int]) -> tuple[int, int]:
-        """Patches down and across an image of [height, width] pixels.
+        """Return the numbers of patches down and across an image.
+
+        Args:
+            image_size: [height, width] in pixels.
 
         Raises:
-            ConfigError: if the patch does not divide the image.
+            ConfigError: if the patch size does not divide the height or the width.
         """
         height, width = image_size
         if height % self.patch_size or width % self.patch_size:
             nearest = [", ".join(map(str, self._nearest_sides(side))) for side in image_size]
             raise ConfigError(
-                f"data.image_size={image_size} is not divided by model.patch_size={self.patch_size}: "
+                f"data.image_size={image_size} is not divisible by model.patch_size={self.patch_size}: "
                 f"{height} mod {self.patch_size} = {height % self.patch_size}, "
-                f"{width} mod {self.patch_size} = {width % self.patch_size}; choose multiples of the patch, nearest: "
-                + (nearest[0] if height == width else f"{nearest[0]} high and {nearest[1]} wide")
+                f"{width} mod {self.patch_size} = {width % self.patch_size}; choose multiples of the patch size, "
+                f"nearest: " + (nearest[0] if height == width else f"{nearest[0]} high and {nearest[1]} wide")
             )
         return height // self.patch_size, width // self.patch_size
 
     def _nearest_sides(self, side: int) -> list[int]:
-        """The side itself where the patch divides it, else the next smaller and larger ones that it divides."""
+        """Return the side if the patch size divides it, else the next smaller and larger sides that it divides."""
         below = side // self.patch_size * self.patch_size
         return [side] if below == side else [size for size in (below, below + self.patch_size) if size]
 
     def num_tokens(self, image_size: list[int]) -> int:
-        """Tokens per image: patches and class tokens."""
+        """Return the number of tokens per image: patches and class tokens."""
         rows, columns = self.patch_grid(image_size)
         return rows * columns + self.class_tokens
 
     def check(self) -> None:
-        """Raise ConfigError where this group contradicts itself."""
+        """Raise ConfigError if settings of this group contradict each other."""
         require_number("model", self, "hidden_size", "ffn_size", "num_heads", "num_layers", "patch_size", at_least=1)
         require_number("model", self, "class_tokens", at_least=0)
         require_number("model", self, "layer_scale", "norm_eps", above=0)
@@ -141,13 +144,13 @@ class ModelConfig:
         require_number("model", self, "head_std", at_least=0)
         if self.hidden_size % self.num_heads:
             raise ConfigError(
-                f"model.hidden_size={self.hidden_size} is not divided by model.num_heads={self.num_heads}: "
+                f"model.hidden_size={self.hidden_size} is not divisible by model.num_heads={self.num_heads}: "
                 f"{self.hidden_size} mod {self.num_heads} = {self.hidden_size % self.num_heads}"
             )
         if self.class_tokens == 0 and self.pool is Pool.cls:
-            raise ConfigError("model.pool=cls needs a class token and model.class_tokens=0; set model.pool=mean")
+            raise ConfigError("model.pool=cls needs a class token, but model.class_tokens=0; set model.pool=mean")
         if self.positions is Positions.sincos and self.hidden_size % 4:
             raise ConfigError(
-                f"model.positions=sincos needs model.hidden_size in multiples of 4 (sine and cosine, down and "
-                f"across), not {self.hidden_size}"
+                f"model.positions=sincos needs a model.hidden_size divisible by 4 (sine and cosine, rows and "
+                f"columns), not {self.hidden_size}"
             )

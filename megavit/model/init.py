@@ -1,4 +1,4 @@
-"""Initial weights, identical in every layout: drawn whole, by the parameter's global name, then sliced."""
+"""Initialise the weights, the same in every layout: sample each full weight by its global name, then slice it."""
 
 import zlib
 
@@ -18,7 +18,7 @@ def initialise(model: EncoderStage, config: ModelConfig, layout: ParallelLayout,
     Args:
         model: one pipeline stage, on the CPU.
         config: the model group.
-        layout: which slice is this rank's.
+        layout: the rank's place, which selects the slice.
         seed: `run.seed`.
     """
     for name, parameter in parameter_names(model).items():
@@ -26,36 +26,36 @@ def initialise(model: EncoderStage, config: ModelConfig, layout: ParallelLayout,
 
 
 def whole_shape(parameter: torch.nn.Parameter, layout: ParallelLayout) -> torch.Size:
-    """The shape of the weight of which a parameter is this rank's part, or all."""
+    """Return the shape of the full weight that a parameter is this rank's slice of."""
     axis, ranks, _ = _cut(parameter, layout)
     return torch.Size(size * ranks if dim == axis else size for dim, size in enumerate(parameter.shape))
 
 
 @torch.no_grad()
 def copy_part(complete: Tensor, parameter: torch.nn.Parameter, layout: ParallelLayout) -> None:
-    """Fill a parameter with this rank's part of a whole weight."""
+    """Fill a parameter with this rank's slice of a full weight."""
     axis, ranks, rank = _cut(parameter, layout)
     parameter.copy_(complete.chunk(ranks, axis)[rank])
 
 
 def _cut(parameter: torch.nn.Parameter, layout: ParallelLayout) -> tuple[int, int, int]:
-    """The axis along which a weight is cut, into how many parts, and which of them is this rank's."""
+    """Return the dim along which a weight is split, the number of slices, and the index of this rank's slice."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return 0, 1, 0
     return parameter.partition_dim, layout.tp, layout.tp_rank  # type: ignore[attr-defined]
 
 
 def initial_weight(name: str, shape: torch.Size, config: ModelConfig, *, seed: int) -> Tensor:
-    """Draw one whole weight in fp32.
+    """Sample one full weight in fp32.
 
-    Matrices are Xavier-uniform, the patch matrix and the fused `qkv` taken as they stand (as MAE does); class tokens,
-    mask token and positions are truncated normal with deviation 0.02, the classifier with that configured; norms are
-    one; biases zero, but the classifier's as configured.
+    Matrices are Xavier-uniform; the patch matrix and the fused `qkv` count as one matrix each, as in MAE. Class tokens,
+    mask token and positions are truncated normal with standard deviation 0.02, the classifier with `model.head_std`.
+    Norm weights are one. Biases are zero, except the classifier's, which is `model.head_bias`.
 
     Args:
-        name: the parameter's name in the whole model; the draw depends on it and the seed alone.
-        shape: of the whole weight.
-        config: for layer scale and the head.
+        name: the parameter's name in the full model; the sampled values depend only on it and on the seed.
+        shape: shape of the full weight.
+        config: the model group, for layer scale and the head.
         seed: `run.seed`.
     """
     leaf = name.rsplit(".", 1)[-1]

@@ -1,4 +1,4 @@
-"""The masked autoencoder of one pipeline stage: the encoder on visible patches, the whole decoder on the last stage.
+"""Build one pipeline stage of the masked autoencoder: encoder layers, and on the last stage the complete decoder.
 
 Shapes: B images, P patches, K kept ones, V = C · patch² values of a patch, M = class tokens + K,
 N = class tokens + P, H the encoder's width, D the decoder's.
@@ -24,13 +24,13 @@ class MaskedAutoencoder(EncoderStage):
 
     Args:
         config: the model group.
-        decoder: one like it, with the decoder's sizes.
+        decoder: a model group with the decoder's sizes.
         mcore_config: Megatron-Core's configuration of the encoder.
         layout: this rank's place.
         parallel: the parallel group, for the decoder's recompute.
-        stage: which part of the encoder.
+        stage: the part of the encoder.
 
-    Source: arXiv 2111.06377, section 3; the pipeline's cut is ours.
+    Source: arXiv 2111.06377, section 3. The split into pipeline stages is not in the paper.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class MaskedAutoencoder(EncoderStage):
         stage: Stage,
     ) -> None:
         super().__init__(config, mcore_config=mcore_config, layout=layout, stage=stage, final_norm=True)
-        # Not `decoder`: Megatron-Core takes a chunk's attribute of that name for its own TransformerBlock (0.16.1).
+        # Not named `decoder`: Megatron-Core expects its own TransformerBlock in an attribute of that name (0.16.1).
         self.mae_decoder: Decoder | None = None
         if self.post_process:
             self.mae_decoder = Decoder(
@@ -57,22 +57,23 @@ class MaskedAutoencoder(EncoderStage):
             )
 
     def compile_layers(self) -> None:
-        """Hand each layer of the encoder and of the decoder to torch.compile (see `EncoderLayer.compile_layer`)."""
+        """Compile each layer of the encoder and of the decoder (see `EncoderLayer.compile_layer`)."""
         super().compile_layers()
         if self.mae_decoder is not None:
             for layer in self.mae_decoder.blocks.layers:
                 layer.compile_layer()
 
     def forward(self, patches_BPV: Tensor | None, ids_keep_BK: Tensor | None) -> Tensor:
-        """Map normalised images to the pixels the decoder believes in.
+        """Map normalised images to the pixels that the decoder predicts.
 
         Args:
-            patches_BPV: the images, as `patchify` cuts them, on the first stage; other stages read what
-                `set_input_tensor` got.
-            ids_keep_BK: int64, ascending, the patches the encoder sees; on the first and on the last stage.
+            patches_BPV: patches from `patchify` on the first stage; None on other stages, which read the tensor of
+                `set_input_tensor`.
+            ids_keep_BK: int64 indices, ascending, of the patches that the encoder sees; needed on the first and the
+                last stage.
 
         Returns:
-            pixels_BPV of every patch, in the target's space, on the last stage; tokens_BNH elsewhere.
+            pixels_BPV of every patch, normalised as the target is, on the last stage; tokens_BNH elsewhere.
         """
         tokens_BMH = self.encode(patches_BPV, ids_keep_BK)
         if self.mae_decoder is None:
@@ -82,16 +83,16 @@ class MaskedAutoencoder(EncoderStage):
 
 
 class Decoder(MegatronModule):
-    """A narrow transformer over all patches: the encoder's tokens where they were, a mask token elsewhere.
+    """A narrow transformer over all patches: the encoder's tokens at their positions, a mask token at all others.
 
-    It stands whole on the last pipeline stage, its matrices split over the tensor-parallel ranks, its tokens not:
-    197 or 257 of them are prime and no sequence parallelism divides them.
+    The last pipeline stage holds the complete decoder. The tensor-parallel ranks split its matrices, but not its
+    tokens: their numbers, such as 197 and 257, are prime, so that sequence parallelism cannot divide them.
 
     Args:
         config: a model group with the decoder's sizes.
         layout: this rank's place.
         parallel: the parallel group.
-        stage: for the images' size.
+        stage: the part of the encoder, for the image size.
         entering: width of the encoder's tokens.
         mcore_config: Megatron-Core's configuration of the encoder, for its number format.
     """
@@ -128,13 +129,18 @@ class Decoder(MegatronModule):
         self.pred = torch.nn.Linear(hidden, stage.channels * config.patch_size**2, dtype=dtype)
 
     def forward(self, tokens_BMH: Tensor, ids_keep_BK: Tensor) -> Tensor:
-        """Predict pixels_BPV, in fp32, of every patch from the encoder's tokens of the kept ones."""
+        """Predict pixels_BPV of every patch, in fp32, from the encoder's tokens.
+
+        Args:
+            tokens_BMH: the encoder's tokens: class tokens, then the kept patches.
+            ids_keep_BK: int64 indices of the kept patches.
+        """
         narrow_BMD = self.embed(tokens_BMH)
         b, (_, n, d) = len(narrow_BMD), self.pos_embed.shape
         classes = torch.arange(self.class_tokens, device=ids_keep_BK.device).expand(b, -1)
         places_BM = torch.cat([classes, ids_keep_BK + self.class_tokens], dim=1)
         seen_BMD = narrow_BMD + self.pos_embed[0, places_BM]
-        # Written once: a mask token everywhere, over which the seen ones go.
+        # Put a mask token everywhere, then overwrite the visible patches.
         tokens_BND = self.mask_token.expand(b, n, d) + self.pos_embed
         tokens_BND.scatter_(1, places_BM.unsqueeze(2).expand_as(seen_BMD), seen_BMD)
         tokens_BND = self.blocks(tokens_BND, None)

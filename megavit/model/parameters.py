@@ -1,6 +1,6 @@
-"""What a parameter's name says: the part of the network that the weight belongs to, and its depth.
+"""Tell from a parameter's name the part of the network that the weight belongs to, and its depth.
 
-Names are those in the full model, where encoder layers count from the first pipeline stage (`parameter_names`).
+All names are those in the full model, where encoder layers count from the first pipeline stage (`parameter_names`).
 """
 
 import re
@@ -14,27 +14,27 @@ _POOLED_NORM, _ENCODER_NORM = "head.fc_norm.", "blocks.final_layernorm."
 
 
 def is_decoder(name: str) -> bool:
-    """Return whether a weight is a masked autoencoder's decoder's."""
+    """Return whether a weight belongs to the decoder of a masked autoencoder."""
     return name.startswith(_DECODER)
 
 
 def is_last_layer(name: str) -> bool:
-    """Return whether a weight is of the matrix that scores the classes."""
+    """Return whether a weight belongs to the last linear layer of the classifier."""
     return name.startswith("head.out.")
 
 
 def is_classifier(name: str) -> bool:
-    """Return whether a weight lies between the pooled, normed features and the scores."""
+    """Return whether a weight belongs to the classifier behind the pooled, normed features."""
     return is_last_layer(name) or name.startswith("head.pre.")
 
 
 def is_final_norm(name: str) -> bool:
-    """Return whether a weight is of the last norm before the classifier."""
+    """Return whether a weight belongs to the last norm before the classifier."""
     return name.startswith((_POOLED_NORM, _ENCODER_NORM))
 
 
 def is_encoder(name: str, *, new_parameters: tuple[str, ...]) -> bool:
-    """Return whether a weight belongs to the encoder; the norm of its pooled features does.
+    """Return whether a weight belongs to the encoder, which includes the norm of its pooled features.
 
     Args:
         name: the parameter's name in the full model.
@@ -44,7 +44,7 @@ def is_encoder(name: str, *, new_parameters: tuple[str, ...]) -> bool:
 
 
 def may_be_missing(name: str, *, new_parameters: tuple[str, ...]) -> bool:
-    """Return whether pretrained weights may lack a weight: it lies behind the encoder, or is the norm that ends it.
+    """Return whether pretrained weights may lack a weight: one behind the encoder, or of the encoder's last norm.
 
     Args:
         name: the parameter's name in the full model.
@@ -54,13 +54,13 @@ def may_be_missing(name: str, *, new_parameters: tuple[str, ...]) -> bool:
 
 
 def layer_depth(name: str, *, num_layers: int) -> int:
-    """Return a weight's depth: 0 the embedding, i + 1 the i-th layer from 0, num_layers + 1 all that follows.
+    """Return a weight's depth: 0 for the embedding, i + 1 for layer i (from 0), num_layers + 1 for all that follows.
 
     Args:
         name: the parameter's name in the full model.
         num_layers: encoder layers of the full model.
 
-    Source: arXiv 2106.08254, section A.3; facebookresearch/mae counts alike.
+    Source: arXiv 2106.08254, section A.3; facebookresearch/mae counts the same way.
     """
     if name.startswith(_EMBEDDING):
         return 0

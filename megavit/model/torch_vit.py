@@ -1,6 +1,6 @@
-"""The same Vision Transformer in plain torch: the reference of the tests and the form that leaves the project.
+"""The Vision Transformer in plain torch, for `megavit.load`, exports and as the reference in tests.
 
-No Megatron-Core, no parallelism; parameter names and shapes are timm's.
+It needs no Megatron-Core and has no parallelism. Parameter names and shapes are timm's.
 Shapes: B images, C channels, N tokens, H hidden, A heads, D head width, K classes.
 """
 
@@ -73,7 +73,7 @@ class TorchBlock(nn.Module):
 
 
 class TorchPatchEmbed(nn.Module):
-    """Patches as a strided convolution."""
+    """Patch embedding by a strided convolution."""
 
     def __init__(self, config: ModelConfig, channels: int) -> None:
         super().__init__()
@@ -85,13 +85,13 @@ class TorchPatchEmbed(nn.Module):
 
 
 class TorchViT(nn.Module):
-    """The classifier on one device; dropout and drop path are left out, it evaluates.
+    """The classifier on one device, for evaluation: it has neither dropout nor drop path.
 
     Args:
         config: the model group.
         image_size: [height, width] in pixels.
-        channels: of an image.
-        num_classes: K; 0 for no head.
+        channels: channels of an image.
+        num_classes: number of classes K; 0 for no head.
     """
 
     def __init__(self, config: ModelConfig, *, image_size: list[int], channels: int, num_classes: int) -> None:
@@ -120,7 +120,7 @@ class TorchViT(nn.Module):
         return self.head(self.pre_logits(self.features(images_BCYX)))
 
     def tokens(self, images_BCYX: Tensor) -> Tensor:
-        """Map normalised images to all tokens after the last layer, tokens_BNH, class tokens first."""
+        """Map normalised images to tokens_BNH after the last layer, class tokens first."""
         tokens_BNH = self.patch_embed(images_BCYX)
         if self.class_tokens:
             tokens_BNH = torch.cat([self.cls_token.expand(tokens_BNH.shape[0], -1, -1), tokens_BNH], dim=1)
@@ -130,11 +130,11 @@ class TorchViT(nn.Module):
         return self.norm(tokens_BNH)
 
     def features(self, images_BCYX: Tensor, *, pool: Pool | None = None) -> Tensor:
-        """Map normalised images to what the head reads, features_BH.
+        """Map normalised images to features_BH, the input of the head.
 
         Args:
-            images_BCYX: normalised.
-            pool: other tokens than the head reads, normed where the model norms; None for those that it does.
+            images_BCYX: normalised images.
+            pool: tokens to pool; None for those of the model's own head.
         """
         tokens_BNH = self.tokens(images_BCYX)
         means = (pool or self.pool) is Pool.mean

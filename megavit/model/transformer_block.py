@@ -1,4 +1,4 @@
-"""Megatron-Core's TransformerBlock, of our layers: megavit's configuration in its words, and the block itself."""
+"""Build Megatron-Core's configuration, and its TransformerBlock of megavit's encoder layers."""
 
 import torch
 import torch.nn.functional as F
@@ -17,22 +17,22 @@ from megavit.parallel.stages import megatron_layout
 
 
 def _left_to_initialise(weight: Tensor) -> Tensor:
-    # Weights are drawn afterwards, by name, so that they are the same in every layout (model/init.py). Megatron-Core
-    # must still believe that it initialises: only then it marks its weights as tensor-parallel (0.16.1).
+    # model/init.py samples the weights afterwards, by name, so that they are the same in every layout. Megatron-Core
+    # still has to initialise them: only then it marks weights as tensor-parallel (0.16.1).
     return weight
 
 
 def transformer_config(
     config: ModelConfig, parallel: ParallelConfig, layout: ParallelLayout, *, stages: list[int], dtype: torch.dtype
 ) -> TransformerConfig:
-    """Describe the encoder to TransformerBlock and to the pipeline schedules.
+    """Build the configuration that TransformerBlock and the pipeline schedules read.
 
     Args:
         config: the model group.
         parallel: the parallel group.
         layout: this rank's place and device.
-        stages: encoder layers per stage.
-        dtype: of parameters and of what crosses a stage.
+        stages: number of encoder layers of each stage.
+        dtype: number format of parameters and of the tensors sent between stages.
     """
     full = parallel.recompute is Recompute.full
     return TransformerConfig(
@@ -50,7 +50,7 @@ def transformer_config(
         pipeline_model_parallel_layout=megatron_layout(stages) if layout.pp > 1 else None,
         sequence_parallel=layout.sequence_parallel,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
-        # TransformerBlock recomputes whole layers; what `selective` means is our layer's own affair.
+        # TransformerBlock recomputes complete layers; `selective` is implemented in EncoderLayer.
         recompute_granularity="full" if full else None,
         recompute_method=(parallel.recompute_method or RecomputeMethod.uniform).value if full else None,
         recompute_num_layers=(parallel.recompute_layers or 1) if full else None,
@@ -64,7 +64,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         bias_dropout_fusion=False,
-        # Megatron-Core's default waits for the whole device after every exchange.
+        # Megatron-Core's default synchronises the device after every exchange.
         batch_p2p_sync=False,
         overlap_p2p_comm=parallel.overlap_p2p,
         batch_p2p_comm=layout.device.type == "cuda" and not parallel.overlap_p2p,
@@ -88,15 +88,15 @@ def encoder_block(
     """Build one stage's layers.
 
     Args:
-        config: the model group, or one like it for a decoder.
-        mcore_config: from `transformer_config`, of the same sizes.
+        config: the model group, or that of a decoder.
+        mcore_config: from `transformer_config`, with the same sizes.
         layout: this rank's place.
-        num_layers: layers of this stage.
-        recompute: what the backward pass computes again.
+        num_layers: number of layers of this stage.
+        recompute: the activations that the backward pass recomputes.
         final_norm: whether the last stage norms its tokens.
-        pre_process: whether this is the first stage: it is given its tokens, others read what was sent to them.
+        pre_process: whether this is the first stage, which gets its tokens as an argument; others receive them.
         post_process: whether this is the last stage.
-        vp_stage: virtual pipeline stage.
+        vp_stage: index of the virtual stage; None without virtual stages.
     """
     column, row = parallel_linears(config.linear_backend, device=layout.device)
     kernel = attention_kernel(config.attention_backend, mcore_config, layout.groups, device=layout.device)

@@ -1,8 +1,8 @@
-"""The Vision Transformer of one pipeline stage: embedding on the first, encoder layers on each, head on the last.
+"""Build one pipeline stage of the Vision Transformer: embedding on the first, head on the last, encoder layers on each.
 
 Shapes: B images, C channels, P patches, K kept ones, V values of a patch, N tokens, H hidden. Between the embedding
-and the end of the last stage, under sequence parallelism, N, of this rank, comes before B: Megatron-Core's linears
-gather and scatter the first axis. Without it images come first, and no attention copies its tokens into another order.
+and the end of the last stage, sequence parallelism puts N, of this rank, before B: Megatron-Core's linears gather and
+scatter the first axis. Without it B comes first, so that attention does not have to copy its tokens into another order.
 """
 
 from collections.abc import Callable
@@ -29,14 +29,14 @@ from megavit.parallel.layout import ParallelLayout
 
 @dataclass(frozen=True)
 class Stage:
-    """Which part of the encoder a chunk is, and on what images.
+    """The part of the encoder that a model chunk holds, and the size of its images.
 
     Attributes:
-        num_layers: encoder layers of this stage.
-        virtual_stage: which of this rank's stages, from 0.
-        recompute: what the backward pass computes again.
+        num_layers: number of encoder layers of this stage.
+        virtual_stage: index of the stage among this rank's stages, from 0.
+        recompute: the activations that the backward pass recomputes.
         image_size: [height, width] in pixels.
-        channels: of an image.
+        channels: channels of an image.
     """
 
     num_layers: int
@@ -47,16 +47,16 @@ class Stage:
 
 
 class EncoderStage(MegatronModule):
-    """One stage's part of the encoder; with one stage, all of it. What follows the encoder is a subclass's.
+    """One stage's part of the encoder, or all of it if there is one stage. Subclasses add the head or the decoder.
 
     Args:
         config: the model group.
-        mcore_config: Megatron-Core's configuration (`model/mcore_config.py`).
+        mcore_config: Megatron-Core's configuration, from `transformer_config`.
         layout: this rank's place.
-        stage: which part.
+        stage: the part of the encoder.
         final_norm: whether the last stage norms its tokens.
 
-    Source: arXiv 2010.11929; the pipeline's cut is ours.
+    Source: arXiv 2010.11929. The split into pipeline stages is not in the paper.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class EncoderStage(MegatronModule):
         final_norm: bool,
     ) -> None:
         super().__init__(mcore_config)
-        # Read by Megatron-Core's schedules and by finalize_model_grads.
+        # Megatron-Core's schedules and finalize_model_grads read these attributes.
         self.pre_process = layout.is_first_stage(stage.virtual_stage)
         self.post_process = layout.is_last_stage(stage.virtual_stage)
         self.vp_stage = stage.virtual_stage if layout.vpp > 1 else None
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self.tp_group = layout.groups.tp
-        # Whether nothing of the encoder is trained, here and in the stages before (see freezing.py).
+        # Whether the encoder is frozen on this stage and on all stages before it (see freezing.py).
         self.is_frozen = False
         self.recomputes = stage.recompute is not Recompute.none
 
@@ -98,23 +98,24 @@ class EncoderStage(MegatronModule):
         )
 
     def compile_layers(self) -> None:
-        """Hand each layer to torch.compile (see `EncoderLayer.compile_layer`)."""
+        """Compile each layer (see `EncoderLayer.compile_layer`)."""
         for layer in self.blocks.layers:
             layer.compile_layer()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
-        """Take what the previous stage sent; called by Megatron-Core's schedules."""
+        """Set the tensor that the previous stage sent; Megatron-Core's schedules call this."""
         self.blocks.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def encode(self, patches_BPV: Tensor | None, ids_keep_BK: Tensor | None = None) -> Tensor:
-        """Map normalised images, or what `set_input_tensor` got, to tokens_BNH.
+        """Map normalised images, or the tensor of `set_input_tensor`, to tokens_BNH.
 
         Args:
-            patches_BPV: the images, as `patchify` cuts them, on the first stage.
-            ids_keep_BK: int64, the patches to see; None for all of them.
+            patches_BPV: patches from `patchify` on the first stage, else None.
+            ids_keep_BK: int64 indices of the patches to embed; None for all.
 
         Returns:
-            The tokens for the next stage; after the last stage tokens_BNH, whatever sequence parallelism has split.
+            The tokens for the next stage. On the last stage they are tokens_BNH with all N tokens, also under sequence
+            parallelism.
         """
         if not (self.is_frozen and torch.is_grad_enabled()):
             return self._encode(patches_BPV, ids_keep_BK)
@@ -133,12 +134,13 @@ class EncoderStage(MegatronModule):
                 in_order = tokens_BNH.transpose(0, 1).contiguous()
                 tokens_BNH = scatter_to_sequence_parallel_region(in_order, group=self.tp_group)
             if self.recomputes and torch.is_grad_enabled() and not tokens_BNH.requires_grad:
-                # The embedding is frozen. What is recomputed gets gradients only if its input wants one: torch's
-                # reentrant checkpointing knows of no weights.
+                # The embedding is frozen. torch's reentrant checkpointing does not look at weights: recomputed layers
+                # get gradients only if their input requires one.
                 tokens_BNH.requires_grad_()
         tokens_BNH = self.blocks(tokens_BNH, None)
         if self.post_process and self.config.sequence_parallel:
-            # What follows is whole on every rank, so each has the whole gradient already: split it, do not add it up.
+            # The layers that follow are replicated on every rank, so each rank already has the full gradient: split
+            # it, do not sum it.
             tokens_BNH = gather_from_sequence_parallel_region(
                 tokens_BNH, tensor_parallel_output_grad=False, group=self.tp_group
             ).transpose(0, 1)
@@ -146,8 +148,9 @@ class EncoderStage(MegatronModule):
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """Frozen layers of a later stage: nothing is kept for a backward pass, and the stage before, which the schedule has
-    wait for a gradient, is sent zeros.
+    """Run frozen layers of a later stage without saving activations, and return a zero gradient.
+
+    The pipeline schedule makes the stage before wait for a gradient, although its encoder is frozen too.
     """
 
     @staticmethod
@@ -164,9 +167,9 @@ class VisionTransformer(EncoderStage):
     """One stage's part of the classifier.
 
     Args:
-        config, block, layout, stage: see `EncoderStage`.
-        num_classes: scores per image.
-        norms_features: whether the classifier sees features by their statistics, as a linear probe does.
+        config, mcore_config, layout, stage: see `EncoderStage`.
+        num_classes: number of classes.
+        norms_features: whether a batch norm precedes the classifier's last layer, as in a linear probe.
     """
 
     def __init__(
@@ -194,17 +197,18 @@ class VisionTransformer(EncoderStage):
         """Map normalised images to class scores.
 
         Args:
-            images_BCYX: on the first stage; other stages read what `set_input_tensor` got.
+            images_BCYX: normalised images on the first stage; None on other stages, which read the tensor of
+                `set_input_tensor`.
 
         Returns:
-            Logits, [images, classes] in fp32, on the last stage, tokens_BNH for the next stage elsewhere.
+            Logits, [images, classes] in fp32, on the last stage; tokens_BNH for the next stage elsewhere.
         """
         tokens_BNH = self.encode(None if images_BCYX is None else patchify(images_BCYX, self.patch_size))
         return tokens_BNH if self.head is None else self.head(tokens_BNH)
 
 
 def parameter_names(model: EncoderStage) -> dict[str, torch.nn.Parameter]:
-    """This stage's parameters by their names in the whole model (`blocks.layers.7.…` counts from the first stage)."""
+    """Return this stage's parameters by their names in the full model (`blocks.layers.7.…` counts across stages)."""
     named = {}
     for name, parameter in model.named_parameters():
         local = local_layer(name)

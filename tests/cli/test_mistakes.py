@@ -220,7 +220,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "image no multiple of the patch": (
         lambda root: train(root, "data.image_size=[9,9]"),
-        "data.image_size=[9, 9] is not divided by model.patch_size=2",
+        "data.image_size=[9, 9] is not divisible by model.patch_size=2",
     ),
     "one mean for three channels": (
         lambda root: train_own(root, folder(root), "data.mean=[0.5]"),

@@ -41,7 +41,7 @@ FITS = {
 }
 CUDA_ONLY = {
     **{
-        f"model.attention_backend={name}": f"model.attention_backend={name} runs on CUDA alone and this run is on cpu"
+        f"model.attention_backend={name}": f"model.attention_backend={name} runs on CUDA only and this run is on cpu"
         for name in ("sdpa_flash", "flash_attn", "te")
     },
     "model.linear_backend=te": "model.linear_backend=te needs Transformer Engine",

@@ -1,4 +1,4 @@
-"""Compiled layers beside every dropout and recompute: both passes drop the same, gradients are slopes of the loss."""
+"""Compiled layers under each dropout and recompute: both passes drop the same, gradients are slopes of the loss."""
 
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +31,7 @@ DROPPED = {
 
 
 def step_of(overrides: list[str], evaluates: bool = False) -> dict:
-    """One training step's loss and gradients, each layer's output in each pass, the number of graphs."""
+    """Return one training step's loss and gradients, each layer's output in each pass, and the number of graphs."""
     from torch._dynamo.utils import counters
 
     from megavit.config.compose import compose
@@ -86,9 +86,9 @@ def step_of(overrides: list[str], evaluates: bool = False) -> dict:
 
 
 def slope_error(chunk: torch.nn.Module, gradients: dict[str, torch.Tensor], loss: Callable[[], torch.Tensor]) -> float:
-    """Worst relative error of a gradient's length beside the loss's slope along it, over parts of the network.
+    """Return the worst relative difference between a gradient's length and the loss's slope along it, over some parts.
 
-    A gradient of another direction than the true one is longer than the slope, so direction and length both count.
+    A gradient of a wrong direction is longer than the slope, so the test covers both direction and length.
     """
     weights, worst = dict(chunk.named_parameters()), 0.0
     middle = len(chunk.blocks.layers) // 2
@@ -97,8 +97,8 @@ def slope_error(chunk: torch.nn.Module, gradients: dict[str, torch.Tensor], loss
         if not part_of:
             # Frozen.
             continue
-        # Moves the loss by 1e-4: above fp32's rounding, and little enough for its curvature, whose error at 3e-4 was
-        # 2.6e-3 of the embedding's slope beneath 24 layers and at 1.5e-4 a quarter of that.
+        # This moves the loss by 1e-4: above fp32's rounding, and small enough for the loss's curvature, which caused an
+        # error of 2.6e-3 in the slope of the embedding below 24 layers at 3e-4, and a quarter of that at 1.5e-4.
         change = 0.5e-4 / sum(float(gradient.square().sum()) for gradient in part_of.values())
         losses = []
         for step in (change, -2 * change):
@@ -114,16 +114,16 @@ def slope_error(chunk: torch.nn.Module, gradients: dict[str, torch.Tensor], loss
 
 
 def step_without_inductor(overrides: list[str]) -> dict:
-    """As `step_of`, of the same graphs, run by torch's own kernels: inductor's C++ takes 25 s where no cache is."""
+    """Run `step_of` with the same graphs on torch's own kernels: inductor's C++ takes 25 s without a cache."""
     with patch("torch.compile", partial(torch.compile, backend="aot_eager")):
         return step_of(overrides)
 
 
 def check_both_passes_and_slopes(got: dict) -> str:
     assert all(len(passes) == 2 and torch.equal(*passes) for passes in got["passes"])
-    # Measured: 3.0e-4, and 3.1e-4 over all that is dropped below 24 layers; 1.1 where the passes dropped other images.
+    # Measured: 3.0e-4, and 3.1e-4 with every dropout and 24 layers; 1.1 if the passes drop different images.
     assert got["slope_error"] <= 2e-3
-    # The first layer's, which drops no image, and the others': both passes run the same.
+    # One graph of the first layer, which drops no image, and one of the others: both passes run the same graph.
     assert got["graphs"] == 2
     return f"worst error of a slope {got['slope_error']:.1e}, 9 layers"
 
@@ -165,7 +165,7 @@ def test_compiled_layers_train_as_eager_ones_whatever_drops_and_is_recomputed(dr
     error = max(result["slope_error"] for result in got.values())
     figure(f"{dropped} dropped, {num_layers} layers: worst error of a slope {error:.1e}")
     if DROPPED[dropped] in ([], [PATH]):
-        # Drop path is drawn outside of the graph: the same images, eager and compiled.
+        # Drop path is sampled outside of the graph: eager and compiled layers drop the same images.
         off = max(
             float((gradient - compiled["gradients"][key]).norm() / gradient.norm())
             for key, gradient in eager["gradients"].items()
@@ -179,10 +179,10 @@ def test_compiled_layers_train_as_eager_ones_whatever_drops_and_is_recomputed(dr
 @pytest.mark.parametrize(
     ("frozen", "num_graphs"),
     [
-        # Of training, of full recompute's first pass, of evaluation; first layer, frozen ones, trained ones.
+        # Graphs of training, of full recompute's first pass and of evaluation; each for first, frozen and trained ones.
         (["blocks.?.*", "blocks.10.*", "blocks.11.*"], 9),
         (["patch_embed.*", "cls_token", "pos_embed", "blocks.?.*", "blocks.10.*", "blocks.11.*"], 9),
-        # Of twelve layers a part is frozen, of no two the same; the other twelve are trained.
+        # Each of twelve layers has another part frozen; the other twelve are trained.
         ([f"blocks.{i}.{part}" for i, part in enumerate(PARTS)], 3 * (len(PARTS) + 1)),
     ],
 )

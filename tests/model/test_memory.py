@@ -1,4 +1,4 @@
-"""What a layer keeps for the backward pass, byte by byte, against the formula of the documentation."""
+"""Compare the bytes that a layer saves for the backward pass with the formula in the documentation."""
 
 import pytest
 import torch
@@ -18,8 +18,9 @@ SETTINGS = [
 
 
 def saved_bytes(overrides: list[str]) -> tuple[int, int]:
-    """Bytes of distinct storages that the encoder keeps on this rank, weights left out: after its forward pass, and
-    the most that the backward pass keeps anew, which is what recompute brings to life.
+    """Return the bytes of distinct storages, without weights, that the encoder saves on this rank.
+
+    The first number is those after the forward pass, the second the most that recompute saves during the backward pass.
     """
     from megavit.config.compose import compose
     from megavit.model.transformer_block import transformer_config
@@ -53,7 +54,7 @@ def saved_bytes(overrides: list[str]) -> tuple[int, int]:
         return tensor
 
     class Kept:
-        """A tensor that the backward pass keeps; gone when its node lets go of it."""
+        """A tensor that is saved for the backward pass, until its node frees it."""
 
         def __init__(self, tensor: torch.Tensor) -> None:
             nonlocal most

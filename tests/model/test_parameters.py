@@ -1,10 +1,10 @@
-"""Which part of the network a weight belongs to, by its name."""
+"""The part of the network that a weight belongs to, by its name."""
 
 import pytest
 
 from megavit.model import parameters
 
-# Each name, and what holds of it among: encoder, head parts, decoder, last norm, may be missing.
+# Each name, with those that are true of: encoder, head parts, decoder, last norm, may be missing.
 NAMES = {
     "embed.proj.weight": {"is_encoder"},
     "embed.pos_embed": {"is_encoder"},

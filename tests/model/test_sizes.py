@@ -1,4 +1,4 @@
-"""Parameter counts of the named sizes, and the largest one over 32 ranks without its memory."""
+"""Parameter counts of the named sizes, and the layout of the largest on 32 ranks without allocating its memory."""
 
 import re
 from functools import partial
@@ -37,8 +37,9 @@ def arithmetic(model: str, *overrides: str) -> int:
 
 
 def parameters_per_rank(overrides: list[str], tp: int, pp: int) -> list[int]:
-    """Parameters of every pipeline rank of a fake world on the meta device, where tensor-parallel ranks are alike; and
-    how many bytes this process, which other tests have used before, grew meanwhile.
+    """Return the parameters of every pipeline rank of a fake world on the meta device, and this process's growth.
+
+    Tensor-parallel ranks have equal counts. The growth is in bytes; other tests have used the process before.
     """
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -51,7 +52,7 @@ def parameters_per_rank(overrides: list[str], tp: int, pp: int) -> list[int]:
 
     config = compose([*IMAGENET, *overrides, f"parallel.tp={tp}", f"parallel.pp={pp}"])
     validate(config, tp * pp)
-    # Forget how large it was before.
+    # Reset the process's peak memory.
     Path("/proc/self/clear_refs").write_text("5")
     before_bytes = _memory_bytes("VmRSS")
     counts = []
@@ -91,7 +92,7 @@ def parameters_per_rank(overrides: list[str], tp: int, pp: int) -> list[int]:
 
 
 def _memory_bytes(what: str) -> int:
-    """Of this process, VmRSS now or VmHWM at its highest."""
+    """Return this process's current (VmRSS) or highest (VmHWM) memory."""
     return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 

@@ -1,4 +1,4 @@
-"""The network: bidirectional, the same function as timm's, alike on tensor-parallel ranks whatever is dropped."""
+"""The network is bidirectional and equals timm's; tensor-parallel ranks agree under every dropout."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.reference import SMALL, dims_of
 
 
 def build_chunk(overrides: list[str]):
-    """This rank's chunk of the model, in the layout that the overrides ask for."""
+    """Build this rank's chunk of the model in the layout of the overrides."""
     from megavit.model.init import initialise
     from megavit.model.transformer_block import transformer_config
     from megavit.model.vit import Stage, VisionTransformer
@@ -101,7 +101,7 @@ def permuted_logits(overrides: list[str]):
     images = torch.randn(3, 1, 8, 8)
     before = chunk(images)
     order = torch.randperm(16)
-    # The patches of the permuted image are the original's in another order; so are the positions' rows.
+    # The permuted image has the original's patches in another order; the rows of the positions are permuted too.
     patches = patchify(images, 2)[:, order]
     shuffled = patches.view(3, 4, 4, 1, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(3, 1, 8, 8)
     with torch.no_grad():
@@ -124,18 +124,18 @@ def test_tensor_parallel_ranks_agree_whatever_is_dropped(sequence_parallel):
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_heads_drop_differently_and_images_alike_on_tensor_parallel_ranks(sequence_parallel):
+def test_tensor_parallel_ranks_drop_different_attention_weights_and_the_same_images(sequence_parallel):
     overrides = [*SMALL, *DROPS, "parallel.tp=2", "model.class_tokens=8"]
     overrides.append(f"parallel.sequence_parallel={sequence_parallel}")
     first, second = run_ranks(what_a_layer_drops, 2, overrides)
     assert not torch.equal(first["attention"], second["attention"])
     assert torch.equal(first["images"], second["images"])
-    # Split tokens drop differently on each rank, replicated ones alike.
+    # Ranks drop different tokens if tokens are split, and the same if they are replicated.
     assert torch.equal(first["tokens"], second["tokens"]) is not sequence_parallel
 
 
 def what_a_layer_drops(overrides: list[str]):
-    """What the last layer's parts make of the same values on every rank, in the generator state the block runs in."""
+    """Return the outputs of the last layer's parts for the same inputs on every rank."""
     from contextlib import nullcontext
 
     from megatron.core import tensor_parallel
@@ -164,13 +164,13 @@ def test_replicated_weights_stay_equal_on_tensor_parallel_ranks_when_trained_wit
             assert torch.equal(first["weights"][key], second["weights"][key]), key
 
 
-def test_drop_path_drops_whole_images_and_keeps_the_mean():
+def test_drop_path_drops_complete_images_and_keeps_the_mean():
     outputs = run_ranks(drop_path_branch, 1)[0]
     kept = outputs.flatten(1).unique(dim=1)
-    assert kept.shape[1] == 1, "an image is dropped as a whole"
+    assert kept.shape[1] == 1, "all values of an image are dropped together"
     share = (kept[:, 0] > 0).float().mean().item()
     assert sorted(kept.unique().tolist()) == pytest.approx([0.0, 1 / 0.75])
-    # 4000 draws of probability 0.75: one standard deviation is 0.007.
+    # 4000 samples of probability 0.75: one standard deviation is 0.007.
     assert share == pytest.approx(0.75, abs=0.035)
 
 
@@ -192,7 +192,7 @@ def drop_path_rates(overrides: list[str]) -> list[float]:
     return [layer.drop_path.rate for layer in build_chunk(overrides)[0].blocks.layers]
 
 
-def test_weight_names_go_to_the_plain_model_and_back():
+def test_weight_names_convert_to_the_torch_model_and_back():
     extras = ["model.layer_scale=0.1", "model.qk_norm=true", "model.head=tanh_mlp", "model.class_tokens=8"]
     for pool in ("cls", "mean"):
         config = compose([*SMALL, *extras, f"model.pool={pool}"])
@@ -210,7 +210,7 @@ def test_patchify_is_a_strided_convolution():
     torch.testing.assert_close(patchify(images, 4) @ weight.flatten(1).T, convolved, atol=1e-4, rtol=0)
 
 
-def test_transformer_engine_is_asked_for_by_name_and_named_when_missing():
+def test_missing_transformer_engine_is_named_in_the_error():
     pytest.importorskip("megatron.core")
     with pytest.raises(AssertionError, match=r"pip install 'megavit\[te\]'.*model\.linear_backend=local"):
         run_ranks(build_only, 1, [*SMALL, "model.linear_backend=te"])

@@ -227,7 +227,7 @@ def test_settings_that_cannot_work_are_refused(overrides, world, message):
 
 @pytest.mark.parametrize("attention", ["sdpa_flash", "flash_attn", "te"])
 def test_a_kernel_that_cannot_run_is_named_and_nothing_stands_in(attention):
-    with pytest.raises(AssertionError, match=f"ConfigError: model.attention_backend={attention} runs on CUDA alone"):
+    with pytest.raises(AssertionError, match=f"ConfigError: model.attention_backend={attention} runs on CUDA only"):
         run_ranks(ranks.train, 1, [*SMALL, *BF16, f"model.attention_backend={attention}"])
 
 

@@ -1,4 +1,4 @@
-"""The attention kernels, each by its explicit name; none stands in for another.
+"""Choose the attention kernel by its explicit name; a kernel that cannot run is an error, never replaced by another.
 
 Shapes: B images, A heads (of this rank), N tokens, D head width.
 """
@@ -27,22 +27,22 @@ def attention_kernel(
     *,
     device: torch.device,
 ) -> Kernel:
-    """The kernel that the configuration names.
+    """Return the kernel that the configuration names.
 
     Args:
-        attention: the name.
-        config: heads and head width.
-        pg_collection: groups; Transformer Engine reads `tp`.
-        device: where it will run.
+        attention: name of the kernel.
+        config: number of heads and head width.
+        pg_collection: process groups; Transformer Engine reads `tp`.
+        device: device of the tensors.
 
     Raises:
-        ConfigError: if it cannot run here, with what to install or to set instead.
+        ConfigError: if the kernel cannot run here; the message says what to install or to set instead.
     """
     if attention is AttentionBackend.sdpa:
         return _sdpa
     if device.type != "cuda":
         raise ConfigError(
-            f"model.attention_backend={attention.value} runs on CUDA alone and this run is on {device.type}; set "
+            f"model.attention_backend={attention.value} runs on CUDA only and this run is on {device.type}; set "
             f"model.attention_backend=sdpa"
         )
     if attention is AttentionBackend.sdpa_flash:
@@ -53,7 +53,7 @@ def attention_kernel(
 
 
 def sdpa_choice(q_BAND: Tensor) -> str:
-    """The kernel that torch takes for `sdpa` on such queries, for the log."""
+    """Return the name of the kernel that torch chooses for `sdpa` with such queries, for the log."""
     return SDPBackend(torch._fused_sdp_choice(q_BAND, q_BAND, q_BAND)).name.lower()
 
 
@@ -68,14 +68,13 @@ def _sdpa_flash(q_BAND: Tensor, k_BAND: Tensor, v_BAND: Tensor, dropout: float) 
 
 def _flash_attn() -> Kernel:
     try:
-        # Version 4's `flash_attn.cute` can be there without this: its functions differ and are not meant.
+        # Version 4 can be installed without this function: it has only `flash_attn.cute`, whose functions differ.
         from flash_attn import flash_attn_func
     except ImportError as error:
         raise ConfigError(
             "model.attention_backend=flash_attn needs the flash-attn package, version 2, which is not installed: pip "
-            "install "
-            "'megavit[flash]' on a machine with CUDA's compiler, or set model.attention_backend=sdpa_flash (torch's "
-            "own copy)"
+            "install 'megavit[flash]' on a machine with CUDA's compiler, or set model.attention_backend=sdpa_flash "
+            "(torch's own copy)"
         ) from error
 
     def kernel(q_BAND: Tensor, k_BAND: Tensor, v_BAND: Tensor, dropout: float) -> Tensor:
@@ -91,8 +90,7 @@ def _transformer_engine(config: TransformerConfig, pg_collection: ProcessGroupCo
     if not te.HAVE_TE:
         raise ConfigError(
             "model.attention_backend=te needs Transformer Engine, which is not installed: pip install 'megavit[te]' "
-            "on a "
-            "machine with CUDA, or set model.attention_backend=sdpa_flash"
+            "on a machine with CUDA, or set model.attention_backend=sdpa_flash"
         )
     from transformer_engine.pytorch import DotProductAttention
 

@@ -1,4 +1,4 @@
-"""What happens to a residual branch before it is added: dropout, layer scale, drop path.
+"""Apply dropout, layer scale and drop path to a residual branch before it is added.
 
 Shapes: B images, N tokens, H hidden, R residual branches; under sequence parallelism N, of this rank, comes before B.
 """
@@ -16,7 +16,7 @@ class Residual(torch.nn.Module):
 
     Args:
         config: width, dropout and sequence parallelism.
-        layer_scale: start value of gamma, None for no scale.
+        layer_scale: initial value of gamma; None for no scale.
 
     Source: layer scale, arXiv 2103.17239, section 2.
     """
@@ -30,7 +30,13 @@ class Residual(torch.nn.Module):
             self.gamma.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, residual_BNH: Tensor, branch_BNH: Tensor, keep_B11: Tensor | None) -> Tensor:
-        """Add the branch, of each image multiplied by what `DropPath` drew; None keeps every image's branch."""
+        """Add the branch to the residual stream.
+
+        Args:
+            residual_BNH: the residual stream.
+            branch_BNH: output of the branch.
+            keep_B11: factor per image, sampled by `DropPath`; None keeps every image's branch.
+        """
         if self.training and self.dropout > 0:
             branch_BNH = F.dropout(branch_BNH, self.dropout)
         if self.gamma is not None:
@@ -41,10 +47,10 @@ class Residual(torch.nn.Module):
 
 
 class DropPath:
-    """Draw which images skip which residual branches of a layer.
+    """Sample which images skip which residual branches of a layer.
 
-    The draw is apart from the layer's arithmetic, so that no compiled graph holds it: graphs would draw in an order of
-    their own, and every layer's rate would need a graph.
+    The sampling is separate from the layer's arithmetic, so that no compiled graph contains it: a graph would sample in
+    its own order, and each layer's rate would need its own graph.
 
     Args:
         rate: probability that an image skips a branch.
@@ -57,12 +63,12 @@ class DropPath:
         self.rate, self.sequence_parallel = rate, sequence_parallel
 
     def draw(self, tokens_BNH: Tensor, *, branches: int) -> Tensor:
-        """Draw keep_RB11 for R branches: 0 where an image skips one, 1 / (1 − rate) elsewhere."""
+        """Sample keep_RB11 for R branches: 0 where an image skips the branch, 1 / (1 − rate) elsewhere."""
         b, keep = tokens_BNH.shape[1 if self.sequence_parallel else 0], 1.0 - self.rate
         shape = (branches, 1, b, 1) if self.sequence_parallel else (branches, b, 1, 1)
         keep_RB11 = torch.empty(shape, dtype=tokens_BNH.dtype, device=tokens_BNH.device)
         if self.sequence_parallel:
-            # The block runs in a state of its own per rank here; an image's tokens on all ranks must drop together.
+            # Here each rank's block has its own generator state, but an image's tokens on all ranks must drop together.
             with tensor_parallel.get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):
                 keep_RB11.bernoulli_(keep)
         else:

@@ -1,6 +1,6 @@
-"""megavit's encoder layer, pre-norm attention and MLP, placed in Megatron-Core's TransformerBlock by a spec.
+"""Define the encoder layer (pre-norm attention and MLP), and the spec that puts it into a TransformerBlock.
 
-Shapes: B images, N tokens, H hidden, F inside the MLP; under sequence parallelism N, of this rank, comes before B.
+Shapes: B images, N tokens, H hidden, F width of the MLP; under sequence parallelism N, of this rank, comes before B.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from megavit.model.layers.norm import LayerNorm
 
 @dataclass
 class EncoderLayerSubmodules:
-    """The parts a spec may exchange: the classes of the parallel linears and the attention kernel."""
+    """The replaceable parts of the layer: the classes of the parallel linears, and the attention kernel."""
 
     column: type
     row: type
@@ -40,10 +40,11 @@ def encoder_layer_spec(
     """Describe the encoder layer to TransformerBlock.
 
     Args:
-        submodules: what to build it of.
+        submodules: classes of the linears, and the attention kernel.
         drop_path: the last layer's probability; layer i of L gets drop_path · i / (L − 1).
-        layer_scale: start value of the residual scale, None for none.
-        recompute_selectively: drop the outputs of both norms, fc1 and GELU until the backward pass.
+        layer_scale: initial value of the residual scale; None for none.
+        recompute_selectively: whether to free the outputs of both norms, fc1 and GELU and recompute them in the
+            backward pass.
     """
     settings = dict(drop_path=drop_path, layer_scale=layer_scale, recompute_selectively=recompute_selectively)
     return ModuleSpec(module=EncoderLayer, params=settings, submodules=submodules)
@@ -70,7 +71,7 @@ class Mlp(MegatronModule):
         self.fc2 = build_module(row, f, h, input_is_parallel=True, **linear)
 
     def fc1_gelu(self, tokens_BNH: Tensor) -> Tensor:
-        """gelu(fc1(x)), the half that is wide and cheap to recompute."""
+        """Return gelu(fc1(x)), the part of the MLP whose output is large and cheap to recompute."""
         return F.gelu(apply_linear(self.fc1, tokens_BNH))
 
     def fc2_linear(self, wide_BNF: Tensor) -> Tensor:
@@ -83,8 +84,8 @@ class EncoderLayer(GraphableMegatronModule, BaseTransformerLayer):
 
     Args:
         config: Megatron-Core's configuration of the block.
-        submodules: whose linears and kernel.
-        layer_number: 1-based within the stage; kept as the number within the whole model.
+        submodules: classes of the linears, and the attention kernel.
+        layer_number: 1-based within the stage; stored as the number within the full model.
         pg_collection: process groups; `tp` and `pp` are used.
         vp_stage: virtual pipeline stage.
         drop_path, layer_scale, recompute_selectively: see `encoder_layer_spec`.
@@ -120,13 +121,13 @@ class EncoderLayer(GraphableMegatronModule, BaseTransformerLayer):
         self.norm2 = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.mlp = Mlp(config, **linears)
         self.residual2 = Residual(config, layer_scale=layer_scale)
-        # What `compile_layer` replaces.
+        # `compile_layer` replaces this attribute.
         self.transform = self._transform
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Map tokens_BNH to tokens_BNH; the second value is the context that TransformerBlock expects, always None."""
+        """Return tokens_BNH after the layer, and the context that TransformerBlock expects, which is always None."""
         assert attention_mask is None, "a ViT attends to every token"
         keep_RB11: Tensor | None = None
         if self.training and self.drop_path.rate > 0:
@@ -134,10 +135,10 @@ class EncoderLayer(GraphableMegatronModule, BaseTransformerLayer):
         return self.transform(hidden_states, keep_RB11), None
 
     def compile_layer(self) -> None:
-        """Hand the layer's arithmetic to torch.compile as one graph; a break in it is an error.
+        """Compile the layer's arithmetic with torch.compile as one graph; a graph break is an error.
 
-        The layer's call stays as it is: its hooks wait for weights that are still being gathered, and it draws what
-        drop path drops.
+        `forward` itself is not compiled: its hooks wait for weights that are still being gathered, and it samples drop
+        path.
         """
         graph = torch.compile(self._transform, fullgraph=True)
         config = self.config
@@ -145,9 +146,10 @@ class EncoderLayer(GraphableMegatronModule, BaseTransformerLayer):
         self.transform = self._with_gradient(graph) if draws and config.recompute_granularity == "full" else graph
 
     def _with_gradient(self, graph: Callable[[Tensor, Tensor | None], Tensor]) -> Any:
-        """Run both passes of full recompute, of which the first is without gradient, by the graph of the second.
+        """Make both forward passes of full recompute run the graph that is compiled for gradients.
 
-        Of one layer the compiler makes a graph with and one without gradient, which need not draw in one order.
+        The first pass runs without gradients and the second with them. The compiler would make one graph for each, and
+        the two graphs may sample dropout in different orders.
         """
 
         def transform(tokens_BNH: Tensor, keep_RB11: Tensor | None) -> Tensor:
@@ -172,10 +174,10 @@ class EncoderLayer(GraphableMegatronModule, BaseTransformerLayer):
         return self.mlp.fc1_gelu(self.norm2(tokens_BNH))
 
     def _maybe_recompute(self, cheap: Any, costly: Any, tokens_BNH: Tensor) -> Tensor:
-        """costly(cheap(x)); under selective recompute what `cheap` makes is freed until the backward pass needs it."""
+        """Return costly(cheap(x)); selective recompute frees the output of `cheap` and recomputes it when needed."""
         if not (self.recompute_selectively and self.training):
             return costly(cheap(tokens_BNH))
-        # fp8=None: False would be taken for a request of FP8 contexts (Megatron-Core 0.16.1).
+        # fp8=None: Megatron-Core 0.16.1 takes False as a request for FP8 contexts.
         recompute = CheckpointWithoutOutput(fp8=None)
         output_BNH = costly(recompute.checkpoint(cheap, tokens_BNH))
         recompute.discard_output_and_register_recompute(output_BNH)

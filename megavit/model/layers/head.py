@@ -1,4 +1,4 @@
-"""Tokens to class scores.
+"""The classifier head, which maps tokens to class logits, and the batch norm of a linear probe.
 
 Shapes: N tokens (all of them, on every rank), B images, H hidden, K classes.
 """
@@ -18,14 +18,14 @@ from megavit.model.parameters import CLASSIFIER_BIAS, CLASSIFIER_WEIGHT
 
 
 class FeatureNorm(torch.nn.Module):
-    """Batch norm without weights, of features whose encoder is frozen.
+    """Batch norm without weights, for the features of a frozen encoder.
 
-    In training the statistics are those of a micro batch over all data-parallel ranks, so that they depend on how many
-    images these are together, and not on which rank holds which. They are kept in fp32 whatever the network's format.
+    In training the statistics cover a micro batch of all data-parallel ranks. They depend on the number of these
+    images, not on how the images are split over ranks. They are fp32 in every number format of the network.
 
     Args:
-        hidden_size: H.
-        group: the data-parallel ranks.
+        hidden_size: feature width H.
+        group: process group of the data-parallel ranks.
 
     Source: arXiv 2111.06377, section A.1.
     """
@@ -47,35 +47,35 @@ class FeatureNorm(torch.nn.Module):
         return self
 
     def forward(self, features_BH: Tensor) -> Tensor:
-        """Normalise features_BH, in fp32."""
+        """Return features_BH, normalised, in fp32."""
         features_BH = features_BH.float()
         mean_H, var_H = self._measure(features_BH) if self.training else (self.running_mean, self.running_var)
         return F.batch_norm(features_BH, mean_H, var_H, eps=self.eps)
 
     @torch.no_grad()
     def _measure(self, features_BH: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance over the ranks' images, taken into the running ones."""
+        """Return mean and variance over the images of all ranks, and update the running statistics with them."""
         count = features_BH.shape[0] * self._group.size()
         mean_H = features_BH.sum(dim=0)
         dist.all_reduce(mean_H, group=self._group)
         mean_H /= count
         var_H = (features_BH - mean_H).square().sum(dim=0)
         dist.all_reduce(var_H, group=self._group)
-        # As torch's batch norm: divided by one less where it is kept than where it is used. What is not finite would
-        # stay for good, though the step is refused.
+        # As in torch's batch norm, the running variance divides by count − 1 and the variance in use by count. Values
+        # that are not finite are skipped: they would stay in the running statistics, although the step is refused.
         for running_H, new_H in ((self.running_mean, mean_H), (self.running_var, var_H / max(count - 1, 1))):
             running_H.lerp_(new_H.where(new_H.isfinite(), running_H), self.momentum)
         return mean_H, var_H / count
 
 
 class ClassifierHead(torch.nn.Module):
-    """Pool, norm what the block has not normed, classify; whole on every tensor-parallel rank.
+    """Pool the tokens, apply the norm if the block has not, and classify; replicated on every tensor-parallel rank.
 
     Args:
         config: the model group.
         mcore_config: Megatron-Core's configuration, for dtype and epsilon.
-        num_classes: K.
-        feature_norm: what features pass before the last matrix, if anything.
+        num_classes: number of classes K.
+        feature_norm: norm of the features before the last matrix; None for none.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class ClassifierHead(torch.nn.Module):
         self.out = torch.nn.Linear(hidden, num_classes, dtype=dtype)
 
     def forward(self, tokens_BNH: Tensor) -> Tensor:
-        """Score every class: logits_BK in fp32."""
+        """Return logits_BK in fp32."""
         if self.fc_norm is not None:
             pooled_BH = self.fc_norm(tokens_BNH[:, self.class_tokens :].mean(dim=1))
         else:
@@ -111,9 +111,7 @@ class ClassifierHead(torch.nn.Module):
         return self.out(pooled_BH).float()
 
     def weights_without_norm(self) -> dict[str, Tensor]:
-        """The last matrix and its bias in fp32, by their names in the whole model, as they are after a feature norm has
-        been multiplied into them; without one, as they are.
-        """
+        """Return the last matrix and its bias in fp32, with a feature norm folded into them, by parameter name."""
         weight_KH, bias_K = self.out.weight.detach().float(), self.out.bias.detach().float()
         if self.feature_norm is not None:
             norm = self.feature_norm

@@ -1,4 +1,4 @@
-"""The parallel linears of the encoder layer: Megatron-Core's own, oneDNN's, FP8's or Transformer Engine's.
+"""Choose and apply the parallel linears of the encoder layer: Megatron-Core's, oneDNN, FP8 or Transformer Engine's.
 
 Shapes: R rows (images and tokens), I inputs, O outputs of a product.
 """
@@ -17,14 +17,14 @@ from megavit.model.layers.linear_onednn import OneDnnColumn, OneDnnRow, require_
 
 
 def parallel_linears(linears: LinearBackend, *, device: torch.device) -> tuple[type, type]:
-    """The column-parallel and the row-parallel class.
+    """Return the classes of the column-parallel and the row-parallel linear.
 
     Args:
-        linears: whose.
-        device: where they will run.
+        linears: the implementation.
+        device: device of the tensors.
 
     Raises:
-        ConfigError: if they cannot run here.
+        ConfigError: if the implementation cannot run here.
     """
     if linears is LinearBackend.local:
         return ColumnParallelLinear, RowParallelLinear
@@ -45,10 +45,10 @@ def parallel_linears(linears: LinearBackend, *, device: torch.device) -> tuple[t
 
 
 def apply_linear(linear: Any, x: Tensor) -> Tensor:
-    """Apply a parallel linear, its bias included.
+    """Apply a parallel linear and its bias.
 
-    Megatron-Core's own is one fused product at tensor-parallel size 1: its autograd functions exist for communication
-    that is not there, and each breaks a compiled graph (0.16.1).
+    At tensor-parallel size 1 Megatron-Core's own linear becomes one fused product: its autograd functions only serve
+    communication, and each of them breaks a compiled graph (0.16.1).
     """
     if type(linear) in (ColumnParallelLinear, RowParallelLinear) and linear.tp_group.size() == 1:
         if getattr(linear.weight, "accumulates", False):
@@ -58,16 +58,16 @@ def apply_linear(linear: Any, x: Tensor) -> Tensor:
 
 
 def accumulating_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """Return x Wᵀ + b; the weight's gradient is multiplied straight into the step's gradient buffer.
+    """Return x Wᵀ + b; the backward pass adds the weight's gradient straight to the step's gradient buffer.
 
-    Otherwise each gradient is first a tensor of its own, that is allocated, written, read, and written or added there.
-    `accumulates` marks such a weight (parallel/ddp.py); its buffer is `main_grad`, and `is_grad_stale` is true while an
-    earlier step's gradient is in it.
+    This saves a temporary tensor per gradient, which would be allocated, written, read and added to the buffer.
+    parallel/ddp.py marks such a weight with `accumulates`. Its buffer is `main_grad`; `is_grad_stale` is true while the
+    buffer still holds an earlier step's gradient.
 
     Args:
-        x: of any shape, its last dim I.
-        weight_OI: a weight that accumulates.
-        bias_O: None for none.
+        x: input of any shape whose last dim is I.
+        weight_OI: weight marked with `accumulates`.
+        bias_O: None for no bias.
     """
     return _Linear.apply(x, weight_OI, bias_O)
 
@@ -91,7 +91,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _add_product(left_OR: Tensor, right_RI: Tensor, weight_OI: Any) -> Tensor:
-    """Add to a weight's buffer; what autograd gets in place of a gradient costs nothing, and nobody reads it."""
+    """Add a product to a weight's gradient buffer; return a placeholder gradient for autograd, which nothing reads."""
     buffer_OI, beta = weight_OI.main_grad, 0 if weight_OI.is_grad_stale else 1
     weight_OI.grad_added_to_main_grad = True
     if buffer_OI.dtype == weight_OI.dtype:

@@ -1,18 +1,18 @@
-"""Parallel linears whose products are of 8-bit numbers (FP8), by torch alone; what surrounds them stays bf16.
+"""Parallel linears that multiply 8-bit numbers (FP8) with torch; all other operations stay in bf16.
 
-Weights and inputs are rounded to e4m3 (3 bits of mantissa, up to 448), the gradients that come in to e5m2 (2 bits, up
-to 57344); each operand of each product by a scale of its own, from its largest value at hand. So there is no history,
-and nothing of it in a checkpoint.
+Weights and inputs are rounded to e4m3 (3 bits of mantissa, up to 448), the output's gradients to e5m2 (2 bits, up to
+57344). Each operand of each product has its own scale, computed from its current largest value. There is no history of
+scales, so a checkpoint holds none.
 
-A scale is a power of two: which one then changes no rounding but that of values below 2⁻¹³ of the largest. So the ranks
-of a tensor-parallel group scale their parts each by itself, without asking the others.
+A scale is a power of two. The choice of the power changes only the rounding of values below 2⁻¹³ of the largest, so
+each rank of a tensor-parallel group scales its part without communication.
 
-What the backward pass keeps is bf16 and rounded once more there: as much memory as without FP8, and freed where it is
-recomputed.
+The backward pass saves bf16 tensors and rounds them again: it needs as much memory as without FP8, and recompute frees
+it.
 
-Shapes: R rows (images and tokens), I inputs, O outputs of a product; C columns of any.
+Shapes: R rows (images and tokens), I inputs, O outputs of a product; C any number of columns.
 
-Source: arXiv 2209.05433, section 3, for which format is whose.
+Source: arXiv 2209.05433, section 3, for the format of each operand.
 """
 
 from typing import Any
@@ -30,14 +30,14 @@ from torch import Tensor
 
 from megavit.errors import ConfigError
 
-# Of the largest number, 1.75 · 2ᵉ.
+# The exponent e of each format's largest number, 1.75 · 2ᵉ.
 _LARGEST_EXPONENT = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
-# cuBLAS takes inner dims in multiples of it.
+# cuBLAS needs inner dims that are multiples of this.
 _MULTIPLE = 16
 
 
 def require_fp8(device: torch.device) -> None:
-    """Raise ConfigError on a GPU without 8-bit products."""
+    """Raise ConfigError on a GPU that cannot multiply 8-bit numbers."""
     if device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
@@ -49,7 +49,7 @@ def require_fp8(device: torch.device) -> None:
 
 
 class Fp8Column(ColumnParallelLinear):
-    """Megatron-Core's column-parallel linear, its products in FP8."""
+    """Megatron-Core's column-parallel linear with FP8 products."""
 
     def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         if self.tp_group.size() > 1 and not self.sequence_parallel:
@@ -59,7 +59,7 @@ class Fp8Column(ColumnParallelLinear):
 
 
 class Fp8Row(RowParallelLinear):
-    """Megatron-Core's row-parallel linear, its products in FP8."""
+    """Megatron-Core's row-parallel linear with FP8 products."""
 
     def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         if self.tp_group.size() == 1:
@@ -71,27 +71,27 @@ class Fp8Row(RowParallelLinear):
 
 
 def scale_of(x: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """The smallest power of two by which x, divided, fits a format; NaN if x is not finite.
+    """Return the smallest power of two s such that x / s fits a format; NaN if x is not finite.
 
-    Made of an fp32 number's bits, for exactly that is the same on every device.
+    The computation uses the bits of an fp32 number, so that every device gives the same result.
 
     Args:
-        x: any shape.
+        x: tensor of any shape.
         dtype: an 8-bit format.
 
     Returns:
-        One number, fp32, 2⁻¹²⁶ to 2¹²⁶.
+        One fp32 number from 2⁻¹²⁶ to 2¹²⁶.
     """
     largest = torch.linalg.vector_norm(x, ord=torch.inf).float()
-    # Above 1.75 · 2ᵉ the next exponent is carried to.
+    # A value above 1.75 · 2ᵉ carries over to the next exponent.
     exponent = ((largest.view(torch.int32) + 0x1FFFFF) >> 23) - 127
-    # An infinity rounded to e4m3 may become 448: that it was one, the scale must tell.
+    # An infinity may round to 448 in e4m3, so the scale must become NaN.
     return _power_of_two(exponent - _LARGEST_EXPONENT[dtype]) + 0 * largest
 
 
 def rounded(x: Tensor, *, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Give x / scale in an 8-bit format."""
-    # Exact in bf16, the scale being a power of two, so that x is rounded once.
+    """Return x / scale in an 8-bit format."""
+    # The division is exact in bf16, because the scale is a power of two, so x is rounded once.
     return (x * scale.reciprocal()).to(dtype)
 
 
@@ -100,15 +100,15 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 
 def _across(numbers_RC: Tensor) -> Tensor:
-    """The numbers C × R, contiguous, with zeros up to a multiple of 16 columns."""
+    """Return the transpose, contiguous and padded with zeros to a multiple of 16 columns."""
     bits_CR = numbers_RC.view(torch.uint8).t()
     return F.pad(bits_CR, (0, -bits_CR.shape[1] % _MULTIPLE)).contiguous().view(numbers_RC.dtype)
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ + b, and its gradients; under sequence parallelism of the tokens of all ranks, gathered anew for each pass.
+    """x Wᵀ + b and its gradients; under sequence parallelism each pass gathers the tokens of all ranks again.
 
-    `torch._scaled_mm` takes its first operand row by row and its second column by column.
+    `torch._scaled_mm` needs its first operand in row-major and its second in column-major order.
     """
 
     @staticmethod

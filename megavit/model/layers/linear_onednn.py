@@ -1,7 +1,7 @@
-"""Parallel linears whose products oneDNN computes: for CPUs, in fp32.
+"""Parallel linears that compute fp32 products with oneDNN on CPUs.
 
-torch leaves fp32 products to MKL, which on AMD's processors does not go beyond AVX2. Measured on two Zen 5 cores with
-ViT-B/16's shapes: 210 GFLOP/s by MKL, 300 to 475 by oneDNN, of which torch brings a copy (torch 2.15; docs/log.md of
+torch computes fp32 products with MKL, which uses no more than AVX2 on AMD processors. On two Zen 5 cores with the
+shapes of ViT-B/16, MKL reached 210 GFLOP/s and oneDNN, which torch contains, 300 to 475 (torch 2.15; docs/log.md of
 2026-11-21).
 
 Shapes: R rows (images and tokens), I inputs, O outputs of a product.
@@ -21,7 +21,7 @@ from megavit.errors import ConfigError
 
 
 def require_onednn(device: torch.device) -> None:
-    """Raise ConfigError where there is no oneDNN."""
+    """Raise ConfigError if the device is no CPU or this torch lacks oneDNN."""
     way_out = "set model.linear_backend=local"
     if device.type != "cpu":
         raise ConfigError(f"model.linear_backend=onednn is for CPUs and this run is on {device.type}; {way_out}")
@@ -30,7 +30,7 @@ def require_onednn(device: torch.device) -> None:
 
 
 class OneDnnColumn(ColumnParallelLinear):
-    """Megatron-Core's column-parallel linear, its product by oneDNN."""
+    """Megatron-Core's column-parallel linear with oneDNN's product."""
 
     def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         if self.tp_group.size() > 1:
@@ -39,7 +39,7 @@ class OneDnnColumn(ColumnParallelLinear):
 
 
 class OneDnnRow(RowParallelLinear):
-    """Megatron-Core's row-parallel linear, its product by oneDNN."""
+    """Megatron-Core's row-parallel linear with oneDNN's product."""
 
     def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         if self.tp_group.size() == 1:
@@ -48,10 +48,10 @@ class OneDnnRow(RowParallelLinear):
         return reduce_from_tensor_model_parallel_region(part, group=self.tp_group) + self.bias, None
 
 
-# An operator of our own: torch's compiler takes the one inside for its own and wants frozen weights (torch 2.15).
+# A custom operator hides oneDNN's from torch.compile, which would lower it itself and require frozen weights (2.15).
 @torch.library.custom_op("megavit::onednn_product", mutates_args=())
 def onednn_product(rows: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """Rows Wᵀ + b, without gradients of its own."""
+    """Return rows Wᵀ + b; the operator defines no gradients."""
     return torch.ops.mkldnn._linear_pointwise(rows, weight_OI, bias_O, "none", [], "")
 
 
@@ -61,7 +61,7 @@ def _(rows: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ + b, and its gradients."""
+    """x Wᵀ + b and its gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A LayerNorm that knows sequence parallelism."""
+"""LayerNorm with support for sequence parallelism."""
 
 from typing import Any
 
@@ -7,16 +7,17 @@ from megatron.core.transformer import TransformerConfig
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """torch's LayerNorm in the form a Megatron-Core spec builds.
+    """torch's LayerNorm with the constructor that a Megatron-Core spec calls.
 
-    Under sequence parallelism each tensor-parallel rank norms its own tokens, so the gradients of weight and bias are
-    parts of a sum: the mark on them makes Megatron-Core's `finalize_model_grads` add them up.
+    Under sequence parallelism each tensor-parallel rank norms its own tokens, so it computes only a part of the
+    gradients of weight and bias. The attribute `sequence_parallel` makes Megatron-Core's `finalize_model_grads` add the
+    parts.
 
     Args:
-        config: for `sequence_parallel`.
-        hidden_size: normalised width.
+        config: Megatron-Core's configuration; `sequence_parallel` is used.
+        hidden_size: width of the normalised dim.
         eps: epsilon.
-        splits_tokens: False where the norm sees every token even under sequence parallelism (after pooling).
+        splits_tokens: False if the norm sees every token also under sequence parallelism (after pooling).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Images to tokens: patches, class tokens, positions.
+"""Map images to tokens: cut patches, embed them, add class tokens and positions.
 
 Shapes: B images, C channels, P patches, K kept ones, V = C · patch² values of a patch, H hidden,
 N = class tokens + P (or K).
@@ -13,8 +13,10 @@ from megavit.model.layers.pos_embed import sincos_positions
 
 
 def patchify(images_BCYX: Tensor, patch_size: int) -> Tensor:
-    """Cut images into patches_BPV, row by row; a patch's values are ordered channel, row, column, as a convolution's
-    weights are, so that `[H, C, p, p]` weights load by a reshape.
+    """Cut images into patches_BPV, row by row.
+
+    The values of a patch are ordered by channel, row and column. A convolution's weights `[H, C, p, p]` have the same
+    order and load by a reshape.
     """
     b, c, height, width = images_BCYX.shape
     p = patch_size
@@ -23,11 +25,11 @@ def patchify(images_BCYX: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches_BPV: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """The inverse of `patchify`: patches back to images_BCYX.
+    """Return images_BCYX from patches, the inverse of `patchify`.
 
     Args:
-        patches_BPV: row by row.
-        grid: patches down and across.
+        patches_BPV: patches, row by row.
+        grid: numbers of patches down and across.
         patch_size: side of a patch, in pixels.
     """
     (rows, columns), p = grid, patch_size
@@ -36,20 +38,20 @@ def unpatchify(patches_BPV: Tensor, grid: tuple[int, int], patch_size: int) -> T
 
 
 def no_weight_decay(value: Tensor) -> torch.nn.Parameter:
-    """A parameter that weight decay leaves alone, though it is no vector."""
+    """Return a parameter that weight decay skips, although it has more than one dim."""
     parameter = torch.nn.Parameter(value)
     parameter.no_decay = True  # type: ignore[attr-defined]
     return parameter
 
 
 class PatchEmbed(torch.nn.Module):
-    """Patches through one matrix, class tokens in front, positions added; whole on every tensor-parallel rank.
+    """Project patches, prepend class tokens and add positions; replicated on every tensor-parallel rank.
 
     Args:
         config: the model group.
         image_size: [height, width] in pixels.
-        channels: of an image.
-        dtype: of the parameters.
+        channels: channels of an image.
+        dtype: number format of the parameters.
     """
 
     def __init__(
@@ -72,11 +74,11 @@ class PatchEmbed(torch.nn.Module):
             self.register_buffer("pos_embed", fixed.unsqueeze(1).to(dtype), persistent=False)
 
     def forward(self, patches_BPV: Tensor, ids_keep_BK: Tensor | None = None) -> Tensor:
-        """Map normalised images to tokens_BNH.
+        """Map patches of normalised images to tokens_BNH.
 
         Args:
-            patches_BPV: the images, as `patchify` cuts them.
-            ids_keep_BK: int64, the patches to embed, in the order of their tokens; None for all.
+            patches_BPV: patches from `patchify`.
+            ids_keep_BK: int64 indices of the patches to embed, in the order of their tokens; None for all.
         """
         if ids_keep_BK is not None:
             patches_BPV = patches_BPV.take_along_dim(ids_keep_BK.unsqueeze(2), dim=1)
@@ -88,7 +90,7 @@ class PatchEmbed(torch.nn.Module):
         return F.dropout(tokens_BNH + positions_BNH, self.dropout, training=self.training)
 
     def _positions_of(self, ids_keep_BK: Tensor) -> Tensor:
-        """The positions_BNH of the class tokens and of each image's kept patches."""
+        """Return positions_BNH of the class tokens and of each image's kept patches."""
         patches = self.pos_embed[self.class_tokens :, 0][ids_keep_BK]
         classes = self.pos_embed[: self.class_tokens].transpose(0, 1).expand(patches.shape[0], -1, -1)
         return torch.cat([classes, patches], dim=1)

@@ -1,4 +1,4 @@
-"""Position embeddings: fixed sines and cosines, and learned ones resized to another grid.
+"""Compute sine-cosine position embeddings, and resize learned ones to another grid.
 
 Shapes: P patches, H hidden, N = class tokens + P.
 """
@@ -9,10 +9,17 @@ from torch import Tensor
 
 
 def sincos_positions(grid: tuple[int, int], hidden_size: int, *, class_tokens: int) -> Tensor:
-    """Fixed positions_NH: half of the channels tell the column, half the row, each sine then cosine over
-    geometric wavelengths from 2π to 10000 · 2π; class tokens stand at zero.
+    """Return fixed positions_NH in fp32.
 
-    Source: arXiv 2104.02057, section 4 (MoCo v3), in the channel order that MAE checkpoints hold.
+    The first half of the channels encodes the column, the second half the row. Each half holds sines, then cosines,
+    of wavelengths that rise geometrically from 2π to 10000 · 2π. Class tokens get zeros.
+
+    Args:
+        grid: numbers of patches down and across.
+        hidden_size: number of channels H, divisible by 4.
+        class_tokens: number of class tokens.
+
+    Source: arXiv 2104.02057, section 4 (MoCo v3), in the channel order of MAE checkpoints.
     """
     quarter = hidden_size // 4
     frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -27,15 +34,15 @@ def sincos_positions(grid: tuple[int, int], hidden_size: int, *, class_tokens: i
 def resize_positions(
     positions_N1H: Tensor, *, class_tokens: int, grid: tuple[int, int], to_grid: tuple[int, int]
 ) -> Tensor:
-    """Positions of one grid of patches for another: bicubic in fp32, class tokens as they are.
+    """Resize positions to another grid of patches, bicubic in fp32; those of class tokens do not change.
 
     Args:
         positions_N1H: class tokens first, then the patches row by row.
-        class_tokens: how many of the first are no patches.
-        grid: patches down and across that they are for.
-        to_grid: patches down and across that they are to be for.
+        class_tokens: number of class tokens.
+        grid: numbers of patches down and across that the positions have.
+        to_grid: numbers of patches down and across that the result has.
 
-    Source: facebookresearch/mae, util/pos_embed.py, and Hugging Face's ViT resize alike, without antialiasing.
+    Source: facebookresearch/mae, util/pos_embed.py. Hugging Face's ViT resizes the same way; neither antialiases.
     """
     tokens, patches = positions_N1H.float().tensor_split([class_tokens])
     image = patches.unflatten(0, grid).permute(2, 3, 0, 1)

@@ -321,7 +321,7 @@ def test_what_does_not_fit_is_refused_with_the_first_weight_that_differs(tmp_pat
     assert "norm_pre.weight has no place in megavit's network" in output({"norm_pre.weight": torch.ones(64)})
     assert "has no pos_embed" in output({"pos_embed": None})
     assert "is no ViT of timm's names" in output({"patch_embed.proj.weight": None})
-    assert "is not divided by model.num_heads=7" in output({}, "num_heads=7")
+    assert "is not divisible by model.num_heads=7" in output({}, "num_heads=7")
     assert not (tmp_path / "never" / "checkpoints").exists()
 
 

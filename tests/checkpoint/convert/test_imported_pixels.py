@@ -83,7 +83,7 @@ def test_hugging_faces_crop_numbers_and_pairs_give_its_logits(images, tmp_path):
         ({}, {"size": 32, "image_std": 0.0}, "data.std=[0.0, 0.0, 0.0] must be positive"),
         ({"model_type": None}, {}, "config.json states no model_type; vit and vit_mae can be converted"),
         ({"model_type": None, "architecture": "vit_x"}, {}, "is a folder of timm's (vit_x); write timm:"),
-        ({"num_attention_heads": 3}, {"size": 32}, "is not divided by model.num_heads=3"),
+        ({"num_attention_heads": 3}, {"size": 32}, "is not divisible by model.num_heads=3"),
         ({"hidden_size": "wide"}, {"size": 32}, "hidden_size='wide' must be a whole number"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Products that go straight into the gradient buffers: the same gradients, and no tensor of them in between."""
+"""Weight gradients added straight to the gradient buffers: equal to autograd's, without a temporary tensor."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.reference import SMALL
 
 
 def buffered(weight: torch.Tensor) -> torch.nn.Parameter:
-    """A weight as the gradient buffers leave it at the start of a step, the last step's gradient in its buffer."""
+    """Return a weight at the start of a step, with the last step's gradient in its buffer."""
     parameter = torch.nn.Parameter(weight)
     parameter.main_grad = torch.full_like(weight, torch.nan)
     parameter.is_grad_stale, parameter.grad_added_to_main_grad = True, False
@@ -40,7 +40,7 @@ def test_micro_batches_leave_the_sum_of_their_gradients_and_pass_theirs_on(shape
 
 
 class Written(TorchDispatchMode):
-    """The operators that have made or changed a tensor of a shape."""
+    """Record the operators that made or changed a tensor of a shape."""
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
@@ -68,8 +68,8 @@ def writers_of_a_step(overrides: list[str]) -> tuple[set[str], bool]:
     return written.found, weight.grad is None
 
 
-def test_no_matrix_of_a_layer_has_a_gradient_beside_its_buffer(tmp_path):
-    """Neither a copy nor an addition: nothing of its shape is written in two micro batches but by the product."""
+def test_no_matrix_of_a_layer_has_a_gradient_outside_its_buffer(tmp_path):
+    """In two micro batches only the product writes a tensor of the matrix's shape: no copy and no addition does."""
     keys = [
         *SMALL,
         "train.gradient_accumulation_fusion=true",

@@ -1,4 +1,4 @@
-"""FP8 in every layout, recomputed and compiled: the training of one process, or within a bound that is stated."""
+"""FP8 in every layout, recomputed and compiled: equal to the training of one process, or within a stated bound."""
 
 import tempfile
 from functools import cache
@@ -38,7 +38,7 @@ def losses_of(world: int, settings: tuple[str, ...]) -> list[float]:
     ],
     ids=["TP 2", "TP 2 + SP", "PP 2", "DP 2"],
 )
-def test_in_every_layout_it_agrees_with_one_process(world, layout, figure):
+def test_fp8_in_every_layout_agrees_with_one_process(world, layout, figure):
     want = losses_of(1, (FP8, *(text for text in layout if not text.startswith("parallel."))))
     got = losses_of(world, (FP8, *layout))
     worst = max(abs(a - b) for a, b in zip(got, want, strict=True))
@@ -50,7 +50,7 @@ def test_in_every_layout_it_agrees_with_one_process(world, layout, figure):
 
 @pytest.mark.parametrize("recompute", ["selective", pytest.param("full", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("world", [1, pytest.param(2, id="2 + SP")])
-def test_recomputed_it_is_the_same_to_the_bit(recompute, world):
+def test_recompute_with_fp8_is_bit_equal(recompute, world):
     layout = ["parallel.tp=2", "parallel.sequence_parallel=true", TOKENS] if world > 1 else []
     dropout = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
     full = losses_of(world, (FP8, *layout, *dropout))
@@ -58,7 +58,7 @@ def test_recomputed_it_is_the_same_to_the_bit(recompute, world):
 
 
 @pytest.mark.slow
-def test_compiled_layers_of_it_learn_the_same(figure):
+def test_compiled_fp8_layers_train_as_eager_ones(figure):
     plain, compiled = losses_of(1, (FP8,)), losses_of(1, (FP8, "train.compile=layer"))
     worst = max(abs(a - b) for a, b in zip(plain, compiled, strict=True))
     figure(f"FP8, compiled layers: largest |Δloss| {worst:.1e}, 10 steps")
@@ -66,7 +66,7 @@ def test_compiled_layers_of_it_learn_the_same(figure):
     assert worst <= 1e-2
 
 
-def test_a_run_of_it_is_another_than_one_in_bf16_from_its_first_step(figure):
+def test_an_fp8_run_differs_from_a_bf16_run_from_its_first_step(figure):
     apart = [abs(a - b) for a, b in zip(losses_of(1, (FP8,)), losses_of(1, ()), strict=True)]
     figure(f"FP8 against bf16 O2: |Δloss| {apart[0]:.1e} at the first step, {max(apart):.1e} at most in 10")
     # Measured: 2.2e-3 and 5.5e-3.
@@ -78,7 +78,7 @@ SIZES = ["model.hidden_size=64", "model.ffn_size=256", "model.num_layers=1", TOK
 
 
 def mlp_of(overrides: list[str]) -> dict[str, torch.Tensor] | None:
-    """What one MLP makes of tokens, and its gradients, those of its weights put together."""
+    """Return the output of one MLP and its gradients; those of its weights are gathered over ranks."""
     from megavit.checkpoint.shards import gather_full_state_dict
     from megavit.model.vit import parameter_names
     from megavit.parallel.layout import ParallelLayout
@@ -89,7 +89,7 @@ def mlp_of(overrides: list[str]) -> dict[str, torch.Tensor] | None:
     (chunk,) = build_model(config, layout, resolve_step(config, layout.world_size, num_classes=10)).chunks.values()
     (layer,) = chunk.blocks.layers
     torch.manual_seed(0)
-    # As large as after a norm, and with small ones among them.
+    # Values as large as after a norm, some of them small.
     tokens, upstream = (torch.randn(24, 3, 64, dtype=torch.float32).bfloat16() * size for size in (1, 1e-3))
     share = slice(None)
     if layout.sequence_parallel:
@@ -104,7 +104,7 @@ def mlp_of(overrides: list[str]) -> dict[str, torch.Tensor] | None:
 
 
 @pytest.mark.parametrize("splits_tokens", [False, True], ids=["TP 2", "TP 2 + SP"])
-def test_an_mlp_over_two_ranks_is_that_of_one_but_for_bf16s_rounding(splits_tokens, figure):
+def test_an_mlp_on_two_ranks_equals_that_on_one_within_bf16_rounding(splits_tokens, figure):
     (full,) = run_ranks(mlp_of, 1, [*SMALL, *SIZES, BF16, FP8])
     (exact,) = run_ranks(mlp_of, 1, [*SMALL, *SIZES, BF16])
     layout = ["parallel.tp=2", f"parallel.sequence_parallel={str(splits_tokens).lower()}"]
@@ -115,7 +115,7 @@ def test_an_mlp_over_two_ranks_is_that_of_one_but_for_bf16s_rounding(splits_toke
     fp8 = {name: float((exact[name] - value).norm() / value.norm()) for name, value in full.items()}
     figure(f"FP8, an MLP at TP 2{' + SP' * splits_tokens}: {max(apart.values()):.1e} from TP 1 (norm)")
     assert len(apart) == 4
-    # Measured: 3.0e-3; what FP8 rounds away is 3.8e-2 and more.
+    # Measured: 3.0e-3; FP8's own rounding error is 3.8e-2 and more.
     assert max(apart.values()) <= 6e-3
-    # Else this would hold of anything.
+    # Guard against comparing two results without FP8.
     assert min(fp8.values()) > 3e-2

@@ -1,4 +1,4 @@
-"""oneDNN's products: the same values and gradients as torch's, and refused where they are not for."""
+"""oneDNN products: the same values and gradients as torch's, and refused where they are not supported."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_values_and_gradients_are_those_of_torch(bias):
         assert (found - right).abs().max() <= 3e-6 * right.abs().max()
 
 
-def test_of_frozen_weights_no_gradient_is_computed():
+def test_frozen_weights_get_no_gradient():
     from megavit.model.layers.linear_onednn import _Product
 
     x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(4, 8)
@@ -55,7 +55,7 @@ def loss_with(overrides: list[str]) -> float:
         (["parallel.tp=2", "parallel.sequence_parallel=true", "model.class_tokens=8"], "does not split tokens"),
     ],
 )
-def test_where_it_is_not_for_it_is_refused(settings, says):
+def test_onednn_is_refused_with_settings_it_does_not_support(settings, says):
     from megavit.config.compose import compose
 
     config = compose([*SMALL, "model.linear_backend=onednn", *settings])
@@ -63,7 +63,7 @@ def test_where_it_is_not_for_it_is_refused(settings, says):
         validate(config, config.parallel.tp)
 
 
-def test_on_a_gpu_it_is_refused():
+def test_onednn_is_refused_on_a_gpu():
     from megavit.model.layers.linear_onednn import require_onednn
 
     with pytest.raises(ConfigError, match=r"for CPUs and this run is on cuda; set model\.linear_backend=local"):
@@ -71,7 +71,7 @@ def test_on_a_gpu_it_is_refused():
 
 
 @pytest.mark.slow
-def test_a_compiled_layer_of_it_learns_the_same(tmp_path):
+def test_compiled_onednn_layers_train_as_eager_ones(tmp_path):
     overrides = [*SMALL, "model.linear_backend=onednn"]
     plain = run_ranks(loss_with, 1, [*overrides, f"run.dir={tmp_path}/plain"])[0]
     compiled = run_ranks(loss_with, 1, [*overrides, "train.compile=layer", f"run.dir={tmp_path}/compiled"])[0]
