@@ -39,37 +39,109 @@ def draw(path: Path, value: int) -> None:
     Image.effect_noise((48, 40), 60).convert("RGB").point(lambda level: (level + value) % 256).save(path)
 
 
-def test_your_images_from_a_folder_to_predictions_as_the_readme_says(tmp_path):
+def commands(block: str) -> list[str]:
+    """The commands of a block, each in one line and without its comment."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
+
+
+# Sections whose commands the tests of this file and of tests/cluster/test_submit.py run.
+RUN_BY_TESTS = [
+    ("docs/quickstart.md", "Train, evaluate, predict"),
+    ("docs/data.md", "Your images"),
+    ("docs/pretraining.md", "From unlabelled images to a classifier"),
+    ("docs/parallelism.md", "Layouts"),
+    ("docs/clusters.md", "Submit a job"),
+]
+
+
+def test_every_command_of_the_readme_is_in_a_page_and_run_by_a_test():
+    run = {
+        line for page, heading in RUN_BY_TESTS for block in blocks(page, heading, "bash") for line in commands(block)
+    }
+    readme = (ROOT / "README.md").read_text()
+    typed = [line for block in re.findall(r"^```bash\n(.*?)^```", readme, re.M | re.S) for line in commands(block)]
+    assert len(typed) >= 12
+    assert [line for line in typed if line not in run] == ["pip install ."]
+    (code,) = blocks("README.md", "Use it from Python", "python")
+    assert [code] == blocks("docs/data.md", "Use the model from Python", "python")
+
+
+def test_the_readme_is_short_and_says_on_its_first_screen_that_nothing_has_run_on_a_gpu():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    first = "\n".join(lines[:40])
+    assert "nothing has run on a GPU yet" in first
+    assert "(docs/status.md)" in first
+    for question in ("**Why megavit**", "Use [timm]", "pip install ."):
+        assert question in first
+
+
+def test_the_first_run_as_the_guide_says(tmp_path):
+    draw(tmp_path / "PATH" / "a.jpg", 120)
+    (block,) = blocks("docs/quickstart.md", "Train, evaluate, predict", "bash")
+    names = []
+    for line in commands(block):
+        name, *arguments = shlex.split(line)[1:]
+        names.append(name)
+        if name == "train":
+            more = "train.steps=2000" in arguments
+            arguments = [text for text in arguments if text != "train.steps=2000"]
+            arguments += [f"train.steps={30 if more else 20}", "run.ranks=1"]
+        code, out, err = run_command(name, *arguments, folder=tmp_path)
+        assert code == 0, f"{line}\n{err}"
+    assert names == ["train", "evaluate", "predict", "train", "verify"]
+    assert "step_00000030" in out
+
+
+@pytest.mark.slow
+def test_the_layouts_of_the_guide_train_on_cpu_processes(tmp_path):
+    first, larger = blocks("docs/parallelism.md", "Layouts", "bash")
+    own, torchrun = commands(first)
+    (network,) = commands(larger)
+    small = "train.global_batch=8 train.micro_batch=4 data.image_size=[32,32] model.num_layers=4 train.steps=2"
+    lines = [
+        f"{own} run.ranks=4 train.steps=2 run.name=own",
+        f"{torchrun.replace('--nproc-per-node 8', '--nproc-per-node 4')} train.steps=2 run.name=torchrun",
+        f"{network} {small} run.ranks=4 run.name=network",
+    ]
+    for line in lines:
+        done = shell(line.replace("train.steps=20 ", ""), tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+def test_your_images_from_a_folder_to_predictions_as_the_page_says(tmp_path):
     for number in range(10):
         for name, value in (("bright", 120), ("dark", 0)):
             draw(tmp_path / "FOLDER" / name / f"{number}.jpg", value)
     for name in "ab":
         draw(tmp_path / "PATH" / f"{name}.jpg", 120)
         draw(tmp_path / f"{name}.jpg", 120)
-    commands, look = blocks("README.md", "Your images", "bash")
-    lines = commands.splitlines()
+    (block,) = blocks("docs/data.md", "Your images", "bash")
+    lines = commands(block)
     assert [shlex.split(line)[:2][-1] for line in lines] == ["train", "evaluate", "predict", "inspect", "recipes"]
     for line in lines:
         # As many epochs and pixels as a test has time for; all else as it stands there.
         short = "train.epochs=2 train.global_batch=8 data.image_size=[64,64]"
-        arguments = shlex.split(line.replace("train.epochs=10", short), comments=True)[1:]
+        arguments = shlex.split(line.replace("train.epochs=10", short))[1:]
         code, _, err = run_command(*arguments, folder=tmp_path)
         assert code == 0, f"{line}\n{err}"
         assert "Traceback" not in err
+    (look,) = blocks("docs/data.md", "Augmentation", "bash")
     code, output, err = run_command(*shlex.split(look, comments=True)[1:], folder=tmp_path)
     assert code == 0, err
     assert output.startswith("runs/digits/pictures/data.png: the first 8 of 1,437 training images")
     rows = list(csv.DictReader((tmp_path / "guesses.csv").open()))
     assert [Path(row["image"]).name for row in rows] == ["a.jpg", "b.jpg"]
     assert {rows[0]["class_1"], rows[0]["class_2"]} == {"bright", "dark"}
-    (code,) = blocks("README.md", "Your images", "python")
+    (code,) = blocks("docs/data.md", "Use the model from Python", "python")
     checked = f"{code}\nassert scores.shape == (2, 2) and features.shape == (2, 192), (scores.shape, features.shape)"
     (tmp_path / "look.py").write_text(checked)
     done = shell("python look.py", tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-def test_unlabelled_images_become_a_classifier_as_the_readme_says(tmp_path, figure):
+def test_unlabelled_images_become_a_classifier_as_the_page_says(tmp_path, figure):
     for split, folders in (("train", ["UNLABELLED", "LABELLED"]), ("val", ["LABELLED"])):
         source = Digits(split)
         for index in range(len(source)):
@@ -80,7 +152,7 @@ def test_unlabelled_images_become_a_classifier_as_the_readme_says(tmp_path, figu
             for place in places:
                 place.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(source.image(index)[0].numpy()).save(place / f"{split}{index}.png")
-    (commands,) = blocks("README.md", "From unlabelled images to a classifier", "bash")
+    (block,) = blocks("docs/pretraining.md", "From unlabelled images to a classifier", "bash")
     # Of the digits' size and as many steps as a test has time for; all else as it stands there.
     small = (
         "data.channels=1 data.mean=[0.305] data.std=[0.376] data.image_size=[8,8] data.crop_scale=null data.flip=false "
@@ -92,8 +164,8 @@ def test_unlabelled_images_become_a_classifier_as_the_readme_says(tmp_path, figu
         "task.norm_pix_loss=false"
     )
     said = {}
-    for line in commands.splitlines():
-        name, *arguments = shlex.split(line, comments=True)[1:]
+    for line in commands(block):
+        name, *arguments = shlex.split(line)[1:]
         if name == "train":
             length = f"train.epochs=30 {decoder}" if "task=mae" in arguments else "train.epochs=10"
             short = [text for text in arguments if not text.startswith("train.epochs=")]

@@ -150,9 +150,9 @@ def test_its_docstring_says_that_it_has_not_been_run(key):
     assert choices == ["true"] or values == f": {', '.join(choices)}."
 
 
-def test_help_and_readme_list_them():
+def test_help_and_the_status_page_list_them():
     _, usage, _ = run_command("--help")
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "status.md").read_text()
     for option in list_untested():
         assert f"  {option}\n" in usage
-        assert f"`{option}`" in readme
+        assert f"`{option}`" in page
