@@ -1,6 +1,8 @@
 """`run_ranks`: a function on N gloo processes, from an ordinary test.
 
-The processes are started once and reused, so that a distributed test costs its own work and not the imports.
+The processes are started once and reused, so that a distributed test costs its own work and not the imports. They are
+forked from two servers that have imported the trainer: Python's hash seed differs between neighbouring ranks, as it does
+in a run, where the order of a set must not decide what the ranks communicate.
 """
 
 import atexit
@@ -10,9 +12,11 @@ import multiprocessing as mp
 import os
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
+from unittest import mock
 
 from megavit.runtime.startup import gc_paused
 
@@ -24,13 +28,18 @@ class RankFailed(AssertionError):
 class _Pool:
     def __init__(self) -> None:
         self.workers: list[tuple[BaseProcess, Connection]] = []
+        self.servers = [forkserver.ForkServer() for _ in range(2)]
+        for server in self.servers:
+            server.set_forkserver_preload(["tests.preloaded"])
 
     def grow(self, ranks: int) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
         while len(self.workers) < ranks:
+            server = self.servers[len(self.workers) % len(self.servers)]
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=False)
-            process.start()
+            with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
+                process.start()
             theirs.close()
             self.workers.append((process, ours))
 
