@@ -1,8 +1,8 @@
 """`run_ranks`: a function on N gloo processes, from an ordinary test.
 
-The processes are started once and reused, so that a distributed test costs its own work and not the imports. They are
-forked from two servers that have imported the trainer: Python's hash seed differs between neighbouring ranks, as it does
-in a run, where the order of a set must not decide what the ranks communicate.
+The processes are started once and reused, so that a distributed test costs its own work and not the imports. Two
+servers that have imported the trainer fork them: neighbouring ranks have different hash seeds, as the ranks of a run
+have, because the order of a set must not decide what they communicate.
 """
 
 import atexit
