@@ -1,11 +1,14 @@
-"""What the documents name exists: modules, files, settings."""
+"""What the documents name exists: modules, files, settings, pages; the generated pages follow from the code."""
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import re
+import sys
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -101,3 +104,55 @@ def test_what_does_not_exist_is_found():
     assert [name for name in sorted(modules_named(texts)) if not resolves(name)] == ["megavit.train.keeping"]
     assert paths_named(texts) == {"megavit/keeping.py"}
     assert settings_named(texts) - settings() == {"optim.decay"}
+
+
+def generator() -> ModuleType:
+    pytest.importorskip("griffe", reason="griffelib is not installed; make installs it")
+    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_generated_page_is_stale_and_a_changed_one_is_found(tmp_path, monkeypatch):
+    generate = generator()
+    pages = generate.pages()
+    committed = {name: (ROOT / "docs" / name).read_text() for name in pages}
+    assert [name for name in pages if committed[name] != pages[name]] == [], "run python docs/generate.py"
+    for name, text in committed.items():
+        (tmp_path / name).write_text(text.replace("recipe", "receipt"))
+    monkeypatch.setattr(generate, "DOCS", tmp_path)
+    monkeypatch.setattr(generate, "pages", lambda: pages)
+    assert generate.stale() == ["settings.md", "commands.md", "recipes.md"]
+
+
+def test_every_setting_of_a_run_and_of_a_job_has_a_text_in_the_reference():
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*) \| (.*) \| (.*) \|$", (ROOT / "docs" / "settings.md").read_text(), re.M)
+    documented = {key for key, kind, _, text in rows if kind.strip() and len(text.strip()) > 5}
+    assert settings() - documented == set()
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    heads = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_to_a_page_or_a_heading_of_it_has_a_target(document):
+    page = ROOT / document
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"(?:\]\(|src=\")([^)\s\"]+)", text):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        other = page.parent / name if name else page
+        assert other.exists(), target
+        assert not anchor or anchor in anchors(other), target
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    named = set(re.findall(r'"([\w-]+\.md)"', (ROOT / "zensical.toml").read_text()))
+    assert named == {path.name for path in (ROOT / "docs").glob("*.md")}

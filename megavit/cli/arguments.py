@@ -56,7 +56,7 @@ class NoArguments:
 
 
 @dataclass(frozen=True)
-class _Argument:
+class Argument:
     """One argument of a command.
 
     Attributes:
@@ -139,7 +139,7 @@ def parse(
     Raises:
         ConfigError: for an unknown key, a repeated or empty argument, a value that does not fit, a missing argument.
     """
-    known = {word: own for own in _arguments_of(kind) for word in (own.key, own.short) if word}
+    known = {word: own for own in arguments_of(kind) for word in (own.key, own.short) if word}
     values: dict[str, Any] = {}
     rest = []
     for typed in arguments:
@@ -166,7 +166,7 @@ def parse(
 
 def usage(program: str, kind: type, *, settings: bool | Collection[str] = False) -> str:
     """Return the line that shows how a command is typed."""
-    words = [program, *(argument.usage for argument in _arguments_of(kind))]
+    words = [program, *(argument.usage for argument in arguments_of(kind))]
     return " ".join(words + (["[key=value …]"] if settings else []))
 
 
@@ -180,7 +180,7 @@ def describe(program: str, kind: type, *, about: str, settings: bool | Collectio
         settings: as for `parse`.
     """
     lines = [usage(program, kind, settings=settings), "", about]
-    arguments = _arguments_of(kind)
+    arguments = arguments_of(kind)
     rows = {a.key if a.is_flag else f"{a.key}={a.form}": _about(a) for a in arguments}
     if rows:
         width = min(24, max(map(len, rows))) + 2
@@ -195,7 +195,7 @@ def describe(program: str, kind: type, *, about: str, settings: bool | Collectio
     return "\n".join(lines)
 
 
-def _about(argument: _Argument) -> str:
+def _about(argument: Argument) -> str:
     if argument.default in (MISSING, None, False):
         return argument.about
     value = argument.default
@@ -204,7 +204,7 @@ def _about(argument: _Argument) -> str:
 
 
 def _check_setting(
-    program: str, kind: type, typed: str, known: dict[str, _Argument], settings: bool | Collection[str]
+    program: str, kind: type, typed: str, known: dict[str, Argument], settings: bool | Collection[str]
 ) -> None:
     """Refuse an argument that is neither the command's own nor a setting that it takes."""
     key, sign, _ = typed.partition("=")
@@ -225,7 +225,8 @@ def _check_setting(
     raise ConfigError(f"{program} knows no {key}=; {f'did you mean {near[0]}=?' if near else line}")
 
 
-def _arguments_of(kind: type) -> list[_Argument]:
+def arguments_of(kind: type) -> list[Argument]:
+    """Return the arguments that a command's dataclass declares."""
     hints, about = get_type_hints(kind), _docstring_lines(kind)
     found = []
     for part in fields(kind):
@@ -234,7 +235,7 @@ def _arguments_of(kind: type) -> list[_Argument]:
         may_be_null = NoneType in choices
         bare = next(choice for choice in choices if choice is not NoneType) if may_be_null else hint
         found.append(
-            _Argument(
+            Argument(
                 part.name,
                 metadata.get("key") or part.name.rstrip("_"),
                 metadata.get("short", ""),

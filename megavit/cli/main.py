@@ -128,11 +128,11 @@ def run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
         raise ConfigError(f"the command {name} does not exist; {hint}")
-    return _Entry.of(COMMANDS[name]).run(f"megavit {name}", rest, about=COMMANDS[name].help)
+    return LoadedCommand.of(COMMANDS[name]).run(f"megavit {name}", rest, about=COMMANDS[name].help)
 
 
 @dataclass(frozen=True)
-class _Entry:
+class LoadedCommand:
     """A command's function, imported.
 
     Attributes:
@@ -146,7 +146,7 @@ class _Entry:
     takes_settings: bool
 
     @classmethod
-    def of(cls, command: Command) -> "_Entry":
+    def of(cls, command: Command) -> "LoadedCommand":
         silence_import_warnings()
         module = command.module if command.module.startswith("megavit.") else f"megavit.cli.{command.module}"
         with gc_paused():

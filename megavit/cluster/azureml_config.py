@@ -15,7 +15,7 @@ class AzureMLConfig(ClusterConfig):
     mounted for reading: data.path is a path in it, data.path=train for example, or data.path=. for all of it.
 
     Attributes:
-        workspace: the workspace; null takes the one of `az configure`, likewise resource_group and subscription.
+        workspace: the workspace; null takes the one of `az configure`.
         resource_group: resource group of the workspace.
         subscription: subscription that is billed.
         compute: name of the workspace's compute cluster; null takes serverless compute of `instance_type`.

@@ -101,7 +101,13 @@ class SlurmConfig(ClusterConfig):
     """A Slurm cluster; `launch/slurm.sh.j2` is the script.
 
     Attributes:
-        partition: null takes the cluster's default; likewise account, qos, constraint, reservation, nodelist, exclude.
+        partition: the partition; null takes the cluster's default.
+        account: the account that is charged; null takes the user's default.
+        qos: quality of service; null takes the cluster's default.
+        constraint: features that the nodes must have, a100|h100 for example; null for none.
+        reservation: the reservation that the job uses; null for none.
+        nodelist: nodes that the job must get, node[1-4] for example; null for any.
+        exclude: nodes that the job must not get; null for none.
         time: time limit in Slurm's form: minutes, HH:MM:SS or D-HH:MM:SS; null takes the partition's.
         gpu_type: asks for --gpus-per-node=TYPE:N; null for any.
         cpus_per_rank: cores, for the loader's workers too.

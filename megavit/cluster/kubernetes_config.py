@@ -29,8 +29,8 @@ class KubernetesConfig(ClusterConfig):
         image: container image with megavit installed.
         volumes: CLAIM:/PATH[:ro], persistent volume claims and their paths in the container.
         runs: folder in the container, on a volume, that holds the runs.
-        context: context of kubectl; null takes the current one, likewise namespace.
-        namespace: namespace of the job and of what it names.
+        context: context of kubectl; null takes the current one.
+        namespace: namespace of the job and of what it names; null takes that of the context.
         service_account: service account of the pods; null takes the namespace's default.
         secrets: SECRET/KEY by environment variable, cluster.secrets.HF_TOKEN=huggingface/token for example: the pods
             get the value from the cluster's secret, and no file holds it.
