@@ -1,4 +1,4 @@
-"""What every rank runs: compose the configuration, check it, train. `torchrun -m megavit.train key=value …`."""
+"""Run one rank: compose the configuration, check it, train (`torchrun -m megavit.train key=value …`)."""
 
 import os
 import sys
@@ -18,10 +18,10 @@ from megavit.runtime.startup import gc_paused, silence_import_warnings
 
 
 def main(overrides: list[str]) -> int:
-    """Train as one rank.
+    """Train on one rank.
 
     Args:
-        overrides: Hydra's `key=value`.
+        overrides: settings `key=value` of the command line.
 
     Returns:
         The exit code (see `megavit.runtime.run_dir`).
@@ -38,7 +38,7 @@ def main(overrides: list[str]) -> int:
         try:
             config = compose(_resolved(overrides))
         except ConfigError:
-            # Some setting is wrong; where the run's folder is may still be clear, and exit.json belongs there.
+            # A setting is wrong. The run's folder may still be known, and exit.json belongs there.
             run_dir = _folder_alone(overrides)
             raise
         run_dir = Path(config.run.dir)
@@ -53,7 +53,7 @@ def main(overrides: list[str]) -> int:
                 claim = claim_folder(run_dir)
             log.open(run_dir, rank=rank, world_size=world_size)
         except (ConfigError, OSError) as error:
-            # There the code cannot be left, or belongs to another run.
+            # This folder is not writable or belongs to another run, so exit.json is not written.
             run_dir = None
             raise error if isinstance(error, ConfigError) else ConfigError(_unwritable(config, error)) from error
         with gc_paused():
@@ -70,7 +70,7 @@ def main(overrides: list[str]) -> int:
 
 
 def _resolved(overrides: list[str]) -> list[str]:
-    """The settings without `model=auto`, which torchrun hands on as it was typed; `megavit train` has resolved it."""
+    """Replace `model=auto` in the settings; only torchrun passes it on, `megavit train` has already replaced it."""
     if AUTO_MODEL not in overrides:
         return overrides
     from megavit.train.auto_model import resolve_auto
@@ -96,5 +96,5 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # Without the interpreter's teardown: torch's would wait for peers that a failure has ended.
+    # Skip the interpreter's teardown, in which torch would wait for peers that a failure has ended.
     os._exit(code)

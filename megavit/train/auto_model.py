@@ -1,4 +1,4 @@
-"""`model=auto`: replace it by settings with the sizes of the weights that `init_from` names.
+"""Replace `model=auto` by settings with the sizes of the weights that `init_from` names.
 
 The command line is resolved once, so that ranks, jobs and the run's config.yaml get concrete sizes.
 """
@@ -38,7 +38,7 @@ def resolve_auto(overrides: list[str]) -> tuple[list[str], str | None]:
     A run with a checkpoint of its own keeps that checkpoint's sizes.
 
     Args:
-        overrides: as typed.
+        overrides: settings of the command line.
 
     Returns:
         The settings, and a line that lists the ones found; None without model=auto.
@@ -54,12 +54,12 @@ def resolve_auto(overrides: list[str]) -> tuple[list[str], str | None]:
     if own_checkpoint is not None:
         place, found = str(own_checkpoint), _of_run(own_checkpoint, config)
     elif config.init_from is None:
-        raise ConfigError("model=auto takes the network of the weights that init_from names; type init_from=RUN too")
+        raise ConfigError("model=auto takes the network of the weights that init_from names; add init_from=RUN")
     else:
         place, found = config.init_from, _of_weights(config, rest)
     typed = {text.partition("=")[0] for text in rest}
     taken = [written(key, value) for key, value in found.items() if key not in typed]
-    return [*rest, *taken], f"model=auto, of {place}: {' '.join(taken)}"
+    return [*rest, *taken], f"model=auto, from {place}: {' '.join(taken)}"
 
 
 def _own_checkpoint(config: ExperimentConfig) -> Path | None:
@@ -101,6 +101,6 @@ def _of_weights(config: ExperimentConfig, typed: list[str]) -> dict[str, Any]:
 
 
 def _settings(model: ModelConfig, task: dict[str, Any], *, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Return the encoder's settings, and those of the task on which its network depends, as far as they are known."""
+    """Return the encoder's settings, and the known settings of the task that its network depends on."""
     found = {f"model.{key}": getattr(model, key) for key in _ENCODER}
     return found | {f"task.{key}": task[key] for key in keys if task.get(key) is not None}

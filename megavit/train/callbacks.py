@@ -1,4 +1,4 @@
-"""What the trainer reports to its callbacks at the end of each step."""
+"""Define the report that the trainer passes to its callbacks at the end of each step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Save checkpoints during training, in the background if asked; mark the best, delete old ones."""
+"""Save checkpoints during training, in the background if configured; mark the best, delete old ones."""
 
 import time
 from collections.abc import Callable
@@ -25,9 +25,9 @@ class Checkpointer:
 
     Args:
         store: checkpoints of the run.
-        config: the run's.
+        config: the run's configuration.
         chunks: this rank's stages by name.
-        optimizer: their optimizer.
+        optimizer: the optimizer of the stages.
         averages: returns the weights' averages at the time of the call, if any.
         on_saved: called on rank 0, in the background, after a checkpoint is complete and old ones are deleted.
     """
@@ -59,8 +59,8 @@ class Checkpointer:
 
         Args:
             state: step, samples and metrics.
-            logger: of the run.
-            is_best: whether it is better than all before.
+            logger: the run's logger.
+            is_best: whether this checkpoint is better than all earlier ones.
             waits: complete the save before returning; otherwise `finish` must be called later.
         """
         self.finish(logger)
@@ -93,7 +93,7 @@ class Checkpointer:
             logger.info(f"step {save.state.step}  the best so far")
 
     def close(self, logger: MetricLogger) -> None:
-        """Complete everything; every rank calls this after the last save."""
+        """Complete the pending save and the deletion of old checkpoints; every rank calls this after the last save."""
         self.finish(logger)
         self._wait_for_tidying()
 
@@ -103,7 +103,7 @@ class Checkpointer:
         self._tidying = None
 
     def _tidy(self, path: Path, *, is_best: bool) -> None:
-        """Mark the best and delete old ones; in the background, because gigabytes take a second to delete."""
+        """Mark the best and delete old ones, in the background because deleting gigabytes takes a second."""
         if is_best:
             self._store.name_best(path)
         retention = self._config.checkpoint

@@ -1,4 +1,4 @@
-"""Run micro batches through this rank's stages: to train, to evaluate, to draw predictions."""
+"""Run micro batches through this rank's stages, to train, evaluate or visualise predictions."""
 
 from collections.abc import Callable, Iterator
 
@@ -41,7 +41,7 @@ class Engine:
     def train_step(
         self, batches: Iterator[Batch], num_microbatches: int, optimizer: MegatronOptimizer
     ) -> tuple[dict[str, Tensor], float, bool]:
-        """One step of training: gradients from nothing, then the weights, if every gradient is a finite number.
+        """Run one training step: compute the gradients, and update the weights if every gradient is finite.
 
         Returns:
             The sums of this rank's micro batches, the gradient norm before clipping, and whether the weights were
@@ -54,7 +54,7 @@ class Engine:
         return sums, *step_if_finite(optimizer, self.model)  # type: ignore[arg-type]
 
     def accumulate(self, batches: Iterator[Batch], num_microbatches: int) -> dict[str, Tensor]:
-        """Run one step's micro batches and leave their gradients reduced.
+        """Run one step's micro batches and reduce their gradients over the data-parallel ranks.
 
         Returns:
             The sums of this rank's micro batches; empty except on the last stage.
@@ -62,23 +62,23 @@ class Engine:
         return add_microbatches(self._run(self.task.forward, batches, num_microbatches, forward_only=False))
 
     def validate(self, loader: Loader) -> dict[str, float]:
-        """The task's metrics over the loader's whole source, each image once, in any layout; `count` says how many."""
+        """Return the task's metrics over all images of the loader, each counted once; `count` is their number."""
         outputs = self._evaluating(self.task.forward, loader, loader.num_evaluation_batches)
         totals = self.totals(add_microbatches(outputs))
         return {**self.task.metrics(totals), "count": totals["count"]}
 
     def totals(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Sums over all ranks, each image counted once."""
+        """Sum metric sums over all ranks, with each image counted once."""
         totals = sum_over_world(sums, dict.fromkeys(self.task.metric_sums, ()), self.layout)
         return {name: float(total) for name, total in totals.items()}
 
     def evaluate_sums(self, loader: Loader) -> dict[str, Tensor]:
-        """All that the task can count over the loader's whole source, each image once, in any layout."""
+        """Return all the sums of the task over all images of the loader, each counted once."""
         outputs = self._evaluating(self.task.evaluate_sums, loader, loader.num_evaluation_batches)
         return sum_over_world(add_microbatches(outputs), self.task.metric_shapes, self.layout)
 
     def visualize(self, loader: Loader) -> Tensor:
-        """The task's panels of the first images, uint8 [image, panel, channel, row, column]."""
+        """Return the task's image grid for the first images, uint8 [image, panel, channel, row, column]."""
         outputs = self._evaluating(self.task.visualize, loader, self._fewest_microbatches)
         count = min(_IMAGES_PAINTED, self.micro_batch, len(loader.source))
         data = loader.config
@@ -91,7 +91,7 @@ class Engine:
         self._evaluating(self.task.forward, loader, self._fewest_microbatches)
 
     def gather_weights(self) -> None:
-        """See the last step's weights on every rank; where their gather overlaps the next step, nothing else waits."""
+        """Wait for the all-gather of the last step's weights, which otherwise overlaps the next step."""
         for chunk in self.model:
             if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
@@ -125,7 +125,7 @@ class Engine:
 
 
 def wrap_network(network: ModelSetup, config: ExperimentConfig) -> list[DistributedDataParallel]:
-    """A network's stages with gradient buffers, to be trained."""
+    """Wrap a network's stages with gradient buffers and data parallelism, for training."""
     return wrap_for_data_parallel(
         list(network.chunks.values()),
         network.mcore_config,
@@ -137,13 +137,13 @@ def wrap_network(network: ModelSetup, config: ExperimentConfig) -> list[Distribu
 
 
 def prepare_task(task: Task, loader: Callable[..., Loader], source: Source, *, seed: int) -> None:
-    """Show a task the training images that it measures its baseline on; every rank calls this.
+    """Pass a task the training images on which it measures its baseline; every rank calls this.
 
     Args:
-        task: one with `baseline_samples`.
-        loader: builds a loader of a source.
+        task: a task with `baseline_samples`.
+        loader: builds a loader from a source.
         source: the training images.
-        seed: `run.seed`; the images are the first of its order, a random choice that is the same in every layout.
+        seed: `run.seed`; the images are the first in its random order, which is the same in every layout.
     """
     baseline_indices = DeterministicSampler(len(source), seed=seed).first(task.baseline_samples)
     task.prepare(loader(source, train=False, indices=baseline_indices).evaluation_batches())

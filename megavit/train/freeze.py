@@ -38,7 +38,7 @@ def freeze(
     for name in frozen:
         named[name].requires_grad_(False)
     _check(patterns, list(named), frozen, new_parameters)
-    _tell_stages(list(chunks.values()), layout)
+    _mark_frozen_stages(list(chunks.values()), layout)
 
 
 def _matches(name: str, pattern: str, new_parameters: tuple[str, ...]) -> bool:
@@ -64,14 +64,14 @@ def _check(patterns: list[str], local: list[str], frozen: set[str], new_paramete
     for pattern in patterns:
         if not any(_matches(name, pattern, new_parameters) for name in names):
             near = suggest(pattern, [_plain(name) for name in sorted(names)])
-            hint = f"did you mean {near}?" if near else "blocks.0.*, patch_embed.*, pos_embed and encoder are such"
-            raise ConfigError(f"optim.freeze: {pattern} names no weight of this network; {hint}")
+            hint = f"did you mean {near}?" if near else "examples: blocks.0.*, patch_embed.*, pos_embed, encoder"
+            raise ConfigError(f"optim.freeze: {pattern} matches no weight of this network; {hint}")
     if frozen_anywhere == names:
-        raise ConfigError(f"optim.freeze={patterns} leaves nothing to train: leave something out of it")
+        raise ConfigError(f"optim.freeze={patterns} freezes all weights, so nothing trains; remove a pattern")
 
 
-def _tell_stages(stages: list[EncoderStage], layout: ParallelLayout) -> None:
-    """Set `is_frozen` of each stage: whether nothing of the encoder is trained in it or before it."""
+def _mark_frozen_stages(stages: list[EncoderStage], layout: ParallelLayout) -> None:
+    """Set `is_frozen` of each stage: true if no encoder weight is trained in it or in an earlier stage."""
     trains = {
         (stage.vp_stage or 0) * layout.pp + layout.pp_rank: any(
             param.requires_grad

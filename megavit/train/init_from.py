@@ -31,9 +31,9 @@ def load_pretrained(
     """Load the weights that `init_from` names, in place; every rank calls this.
 
     Args:
-        place: as typed (see `open_weights`).
+        place: value of `init_from` (see `open_weights`).
         chunks: this rank's stages by name, with initial weights.
-        config: the new run's.
+        config: the new run's configuration.
         layout: this rank's place.
         classes: names of the data's classes.
 
@@ -83,7 +83,7 @@ def _refuse_unlike(place: str, weights_info: WeightsInfo, config: ExperimentConf
         differ.append("model.positions is learned there and sincos here")
     if differ:
         raise ConfigError(
-            f"init_from={place} does not fit this network: {'; '.join(differ)}; set them as they are there"
+            f"init_from={place} does not fit this network: {'; '.join(differ)}; use the values of the weights"
         )
 
 
@@ -93,7 +93,7 @@ def _agree(place: str, wanted: set[str], there: Shapes, here: Shapes, *, new_par
     unlike = sorted(name for name in wanted - absent if there[name] != here[name])
     wrong = [f"{name} is {list(there[name])} there and {list(here[name])} here" for name in unlike]
     lacking = [name for name in sorted(absent) if not may_be_missing(name, new_parameters=new_parameters)]
-    wrong += [f"{name} is not there" for name in lacking]
+    wrong += [f"{name} is missing there" for name in lacking]
     everyone = [text for texts in gather_objects(wrong) for text in texts]
     if everyone:
         raise ConfigError(f"init_from={place} does not fit this network: {everyone[0]}")
@@ -149,7 +149,7 @@ def _describe(weights_info: WeightsInfo, config: ExperimentConfig, drawn: list[s
         resized = f"; positions resized from {grid[0]}×{grid[1]} to {to_grid[0]}×{to_grid[1]} patches"
     # A decoder has many weights: all are missing or none.
     parts = dict.fromkeys("mae_decoder.*" if is_decoder(name) else name for name in drawn)
-    reinitialised = f"; {', '.join(parts)} drawn anew" if parts else ""
+    reinitialised = f"; {', '.join(parts)} initialised from scratch" if parts else ""
     yield f"starts from the weights of {weights_info.called}{resized}{reinitialised}"
     yield from weights_info.notes
     for key, there, here in (
@@ -162,8 +162,8 @@ def _describe(weights_info: WeightsInfo, config: ExperimentConfig, drawn: list[s
         if key in weights_info.guessed:
             yield (
                 f"note: no file of these weights states {key}, which is {format_value(here)} here and often "
-                f"{format_value(there)}"
+                f"{format_value(there)} elsewhere"
             )
         else:
             before, now = format_value(there), format_value(here)
-            yield f"note: {key} was {before} where these weights come from and is {now} here"
+            yield f"note: {key} was {before} when these weights were trained and is {now} here"

@@ -36,12 +36,12 @@ def describe_nonfinite(chunks: list[EncoderStage], sums: dict[str, Tensor], layo
 
 
 def _last_layer_not_finite(named: dict[str, torch.nn.Parameter]) -> str | None:
-    """Of the parameters whose gradient is not finite, the one closest to the loss; None where all are finite.
+    """Return the name of the parameter closest to the loss whose gradient is not finite; None if all are finite.
 
-    What is not finite spreads backwards from where it arose, towards the input.
+    A value that is not finite spreads in the backward pass from its origin towards the input.
 
     Args:
-        named: parameters in the order of the forward pass, by their names in the whole model.
+        named: parameters in the order of the forward pass, by their names in the full model.
     """
     bad = None
     for name, parameter in named.items():

@@ -1,4 +1,4 @@
-"""Preflight: run one step, one evaluation batch, one save and one load in the real layout before training.
+"""Run one step, one evaluation batch, one save and one load in the real layout before training (preflight).
 
 Errors that would occur after hours occur now. Weights and optimizer are then restored bit for bit.
 """
@@ -53,14 +53,14 @@ def run_preflight(
     resolved: ResolvedRun,
     step: int,
 ) -> list[str]:
-    """Run the preflight, if `run.preflight` asks for it and steps remain; every rank calls this.
+    """Run the preflight, if `run.preflight` enables it and steps remain; every rank calls this.
 
     Args:
-        config: the run's.
+        config: the run's configuration.
         layout: this rank's place.
         engine: runs the network.
         chunks: this rank's stages by name, with initial weights.
-        optimizer: their optimizer, before its first step.
+        optimizer: the optimizer of the stages, before its first step.
         averages: moving averages of the weights, if any.
         loaders: training and validation loader; None without validation images.
         resolved: step, length and pace of the run.
@@ -94,29 +94,29 @@ def run_preflight(
 
 
 def check_batch(config: ExperimentConfig, layout: ParallelLayout, resolved: ResolvedRun) -> None:
-    """Refuse a global batch larger than the training set, and micro batches of images that do not fit in memory.
+    """Check that the global batch is not larger than the training set, and that a micro batch's images fit in memory.
 
     Every rank calls this.
 
     Args:
-        config: the run's.
+        config: the run's configuration.
         layout: this rank's place.
         resolved: micro batch and number of training images.
 
     Raises:
-        ConfigError: with the arithmetic.
+        ConfigError: if not, with the arithmetic.
     """
     global_batch, num_samples = config.train.global_batch, resolved.num_samples
     if global_batch > num_samples:
         raise ConfigError(
             f"train.global_batch={global_batch} is more than the {num_samples} training images of data.source="
-            f"{config.data.source}: a step would see some of them twice; lower it to {num_samples} or less"
+            f"{config.data.source}: a step would read some of them twice; lower it to {num_samples} or less"
         )
     raise_on_all_ranks(_describe_overflow(config, layout, resolved.micro_batch) if layout.holds_first_stage else None)
 
 
 def _describe_overflow(config: ExperimentConfig, layout: ParallelLayout, micro_batch: int) -> str | None:
-    """Describe why the images held at one time exceed the memory, activations not counted; None if they fit.
+    """Describe why the images in memory at one time exceed it, without activations; return None if they fit.
 
     The training device holds a micro batch as uint8 and, while it is normalised, twice in fp32. One rank of each
     tensor-parallel group prefetches.
@@ -141,8 +141,8 @@ def _describe_overflow(config: ExperimentConfig, layout: ParallelLayout, micro_b
             return (
                 f"train.global_batch={config.train.global_batch} makes micro batches of {micro_batch:,} images × "
                 f"{data.channels} channels × {height} × {width} × {of_what} = {_bytes(micro_batch * image)}, and "
-                f"{_bytes(free)} is free {where}; set train.micro_batch to less than {free // image:,}, for the "
-                f"network needs memory too, or lower train.global_batch or data.workers"
+                f"{_bytes(free)} is free {where}; set train.micro_batch to less than {free // image:,} (the network "
+                f"needs memory too), or lower train.global_batch or data.workers"
             )
     return None
 
@@ -156,7 +156,7 @@ def check_disk(
     optimizer_bytes: int,
     ema: bool,
 ) -> str:
-    """Refuse a run whose checkpoints exceed the free disk space; every rank calls this.
+    """Check that a run's checkpoints fit on the disk; every rank calls this.
 
     Args:
         run_dir: the run's folder.
@@ -170,7 +170,7 @@ def check_disk(
         The arithmetic, as text.
 
     Raises:
-        ConfigError: with the arithmetic.
+        ConfigError: if they do not fit, with the arithmetic.
     """
     params = [p for chunk in chunks.values() for p in chunk.parameters() if _is_counted_here(p, layout)]
     extra = {p: p.requires_grad * (optimizer_bytes + _FP32_BYTES) + ema * _FP32_BYTES for p in params}
@@ -185,8 +185,8 @@ def check_disk(
         if needed > free:
             raise ConfigError(
                 f"run.dir={run_dir} has no room for {account}; raise checkpoint.save_every, set "
-                f"checkpoint.keep_last=3, make room, or choose another run.dir "
-                f"(run.preflight=false starts without looking)"
+                f"checkpoint.keep_last=3, free space, or choose another run.dir "
+                f"(run.preflight=false skips this check)"
             )
         return account
 
@@ -198,7 +198,7 @@ def _checkpoints_at_once(config: CheckpointConfig, every: int, steps: range) -> 
     due = (steps.stop - 1) // every - steps.start // every + 1
     if config.keep_last is not None:
         spared = (steps.stop // config.keep_every) if config.keep_every else 0
-        # A new one is written before an old one is deleted.
+        # A new checkpoint is written before an old one is deleted.
         due = min(due, config.keep_last + spared + 1)
     return due + config.best
 
@@ -207,7 +207,7 @@ def check_folder(run_dir: Path, *, rank: int) -> None:
     """Check that every rank writes into the same folder; every rank calls this.
 
     Raises:
-        ConfigError: on every rank, naming the first rank that fails.
+        ConfigError: on every rank if one cannot; names the first rank that fails.
     """
     token, mine = run_dir / _FOLDER / "token", run_dir / _FOLDER / f"rank_{rank}"
 
@@ -239,7 +239,7 @@ class PreflightRun:
         layout: this rank's place.
         engine: runs the network.
         chunks: this rank's stages by name.
-        optimizer: their optimizer.
+        optimizer: the optimizer of the stages.
         averages: moving averages of the weights, if any.
     """
 
@@ -302,7 +302,7 @@ class PreflightRun:
         return time.perf_counter() - start
 
     def _step(self, batches: Iterator[Batch], num_microbatches: int) -> None:
-        # Whether it is finite is checked in the first training step.
+        # The first training step checks whether its gradients are finite.
         self.engine.train_step(batches, num_microbatches, self.optimizer)
         self.engine.gather_weights()
 

@@ -1,4 +1,4 @@
-"""Sources of pretrained weights: another run's checkpoint, or another library's file."""
+"""Open pretrained weights: another run's checkpoint, or another library's file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from megavit.parallel.collectives import broadcast_from_rank0, raise_on_all_rank
 from megavit.parallel.layout import ParallelLayout
 
 _SETTING = "init_from"
-# Training has its own size and crop, whatever the weights were trained with.
+# Training uses its own crop and interpolation, not those of the pretrained weights.
 _OWN_PIXELS = ("data.crop_pct", "data.interpolation")
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -40,7 +40,7 @@ class WeightsInfo:
         mean, std: normalisation of the images, per channel.
         guessed: settings among these that no file states.
         classes: names of a classifier's classes, in the order of its scores; empty without a classifier.
-        names_classes: whether those are names rather than numbers.
+        names_classes: whether `classes` are names rather than numbers.
         is_probe: whether the classifier normalises its features by their statistics.
         decoder_heads: heads of a masked autoencoder's decoder, None without one.
         notes: lines on what the files state besides weights, and on what was assumed.
@@ -72,7 +72,7 @@ class WeightSource(Protocol):
     def load_into(
         self, chunks: Mapping[str, EncoderStage], names: set[str], layout: ParallelLayout, *, full: Shapes
     ) -> Mapping[str, Tensor]:
-        """Load this rank's part of the named weights, and return those of `full` unsplit; every rank calls this."""
+        """Load this rank's part of the named weights, and return the weights of `full` unsplit; every rank calls it."""
         ...
 
 
@@ -118,11 +118,11 @@ class ExternalWeights:
     """Weights of another library; each rank reads its own part.
 
     Args:
-        place: as typed.
-        external: the model.
+        place: value of `init_from`.
+        external: the other library's model.
 
     Raises:
-        ConfigError: if it has weights that megavit's network lacks.
+        ConfigError: if the model has weights that megavit's network lacks.
     """
 
     def __init__(self, place: str, external: ExternalModel) -> None:
@@ -132,8 +132,8 @@ class ExternalWeights:
         unknown = external.unknown()
         if unknown:
             raise ConfigError(
-                f"{_SETTING}={place}: {unknown[0]} has no place in megavit's network ({len(unknown)} such weights), "
-                f"which would be another function without it"
+                f"{_SETTING}={place}: megavit's network has no weight for {unknown[0]} ({len(unknown)} such weights), "
+                f"and would compute another function without it"
             )
         grid = model.patch_grid(external.image_size)
         # An encoder without a decoder stores fixed positions as ordinary weights.
@@ -142,7 +142,7 @@ class ExternalWeights:
         usual = usual_heads(model.hidden_size, model.num_layers)
         unusual = "model.num_heads" in external.assumed and model.num_heads != usual
         not_stated = (
-            f"note: {place} does not tell its heads, and model.num_heads={model.num_heads} is taken; usual are {usual}"
+            f"note: {place} does not state its heads; model.num_heads={model.num_heads} is used, and {usual} is usual"
         )
         self.weights_info = WeightsInfo(
             called=place,
@@ -180,7 +180,7 @@ class ExternalWeights:
         return {name: self._known(name) for name in full}
 
     def _weight(self, name: str) -> Tensor | None:
-        """Return a weight by megavit's name and in its form; None if missing."""
+        """Return a weight by megavit's name and in megavit's layout; None if missing."""
         try:
             timm_name = to_timm_name(name)
             return from_timm({timm_name: self._external.weight(timm_name)}, self._dims)[name]
@@ -197,11 +197,11 @@ def open_external(place: str, *, num_heads: int | None) -> ExternalModel:
     """Open another library's model, on this machine or downloaded from the hub.
 
     Args:
-        place: as typed, with its kind before a colon.
+        place: value of `init_from`, with the kind of file before a colon.
         num_heads: attention heads if the files do not state them; None for the usual number.
 
     Raises:
-        ConfigError: if it cannot be read.
+        ConfigError: if the model cannot be read.
     """
     kind, _, rest = place.partition(":")
     return read_external(kind, fetch(kind, rest, setting=_SETTING), num_heads=num_heads, typed=_OWN_PIXELS)
@@ -211,8 +211,8 @@ def open_weights(place: str, *, num_heads: int) -> WeightSource:
     """Open the weights that a user names; every rank calls this.
 
     Args:
-        place: a run or checkpoint, with `ema:` before it for its moving average; or `hf:`, `timm:`, `mae:`, `nemo:` and
-            a path or, of the first two, an id of the Hugging Face hub.
+        place: a run or checkpoint, prefixed with `ema:` for its moving average; or `hf:`, `timm:`, `mae:` or `nemo:`
+            and a path. `hf:` and `timm:` also accept an id of the Hugging Face hub.
         num_heads: attention heads of the new network, used if the files do not state them.
 
     Raises:

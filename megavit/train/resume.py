@@ -19,8 +19,8 @@ class ResumePoint:
     """The checkpoint that a run resumes from.
 
     Attributes:
-        path: its folder.
-        config: configuration it was saved with.
+        path: folder of the checkpoint.
+        config: configuration at the save.
         state: step, samples and metrics at the save.
     """
 
@@ -29,13 +29,13 @@ class ResumePoint:
     state: TrainingState
 
     def refuse_other_classes(self, classes: tuple[str, ...]) -> None:
-        """Refuse to resume a classifier on other classes.
+        """Check that the data of a classifier have the classes that the checkpoint was trained on.
 
         Args:
             classes: names of the data's classes, in label order.
 
         Raises:
-            ConfigError: naming the classes that were added, removed or moved.
+            ConfigError: if not; names the classes that were added, removed or moved.
         """
         if not self.config.task.has_classes:
             return
@@ -43,7 +43,7 @@ class ResumePoint:
         if change:
             raise ConfigError(
                 f"{self.path} was trained on {len(self.state.classes)} classes, and the data has other ones: {change}. "
-                f"Bring the data back to go on, or start a run on these classes from its weights: run.name=NEW "
+                f"Restore the data to continue, or start a run on these classes from its weights: run.name=NEW "
                 f"init_from={self.path}"
             )
 
@@ -75,17 +75,20 @@ class ResumePoint:
         if before in (0, num_samples):
             return []
         return [
-            f"the run had {before:,} training images and has {num_samples:,} now: from here on they come in another "
-            f"order, and of this epoch some twice and some not at all"
+            f"the run had {before:,} training images and has {num_samples:,} now: their order changes, and this epoch "
+            f"reads some images twice and some not at all"
         ]
 
 
 def find_resume_point(store: CheckpointManager, config: ExperimentConfig) -> tuple[ResumePoint | None, list[str]]:
-    """Find the checkpoint to resume from, None to start from scratch; return a warning for each broken one.
+    """Find the checkpoint to resume from.
 
     Args:
         store: the run's checkpoints.
-        config: the run's.
+        config: the run's configuration.
+
+    Returns:
+        The checkpoint, or None to start from scratch; and a warning for each broken checkpoint.
 
     Raises:
         ConfigError: if no checkpoint is valid, or it is of another model or run, or already past `train.stop_at`.
@@ -95,15 +98,15 @@ def find_resume_point(store: CheckpointManager, config: ExperimentConfig) -> tup
         return None, warnings
     if not read_state(path).optimizer:
         raise ConfigError(
-            f"{path} holds weights alone, as they were converted, and no run to go on; start another run from them: "
-            f"init_from={path.parent.parent}"
+            f"{path} holds converted weights and no optimizer state, so it cannot be resumed; start another run from "
+            f"these weights: init_from={path.parent.parent}"
         )
     saved = from_yaml((path / "run.yaml").read_text())
     _refuse_another_run(path, saved, config)
     if config.optim.ema is not None and saved.optim.ema is None:
         raise ConfigError(
             f"optim.ema={config.optim.ema}, but {path} holds no average of the weights; set optim.ema=null, or start "
-            f"anew under another run.name"
+            f"from scratch with another run.name"
         )
     state = read_state(path)
     if config.optim.momentum and not saved.optim.momentum and config.optim.name == saved.optim.name:
@@ -114,9 +117,7 @@ def find_resume_point(store: CheckpointManager, config: ExperimentConfig) -> tup
         )
     stop_at = config.train.stop_at
     if stop_at is not None and stop_at <= state.step:
-        raise ConfigError(
-            f"train.stop_at={stop_at} is not after step {state.step}, where {path} stands; raise it or leave it away"
-        )
+        raise ConfigError(f"train.stop_at={stop_at} is not after step {state.step} of {path}; raise it or remove it")
     return ResumePoint(path, saved, state), warnings
 
 
@@ -125,6 +126,6 @@ def _refuse_another_run(path: Path, saved: ExperimentConfig, config: ExperimentC
     if differ:
         listed = "; ".join(f"{setting} {before} there, {now} here" for setting, (before, now) in differ.items())
         raise ConfigError(
-            f"{path} is of another model or run: {listed}. Set them back to go on, or choose another run.name to start "
-            f"from scratch, with init_from={path} from these weights"
+            f"{path} is of another model or run: {listed}. Set them back to continue, or choose another run.name to "
+            f"start from scratch, or with init_from={path} from these weights"
         )

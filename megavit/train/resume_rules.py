@@ -1,4 +1,4 @@
-"""Which settings a resume may change: one rule per setting."""
+"""Define for each setting whether a resume may change it."""
 
 from enum import Enum
 from typing import Any
@@ -9,12 +9,12 @@ from megavit.validation import format_value
 
 
 class Rule(Enum):
-    """What a resume does with a setting that has changed.
+    """The effect of a changed setting on a resume.
 
-    `free`: nothing: training is the same, or the setting matters at the start only. `reported`: the run resumes and
-    logs the change. `run`: refused: the images, their order, their meaning or the optimizer's state would change; the
-    weights can still be evaluated. `network`: refused wherever the weights are read: they have other shapes or compute
-    another function.
+    `free`: the run resumes; training is the same, or the setting matters at the start only. `reported`: the run
+    resumes and logs the change. `run`: the resume is rejected, because the images, their order, their meaning or the
+    optimizer's state would change; the weights can still be evaluated. `network`: every command that reads the weights
+    rejects the change, because the weights have other shapes or compute another function.
     """
 
     free = "free"
@@ -82,7 +82,7 @@ def changes(before: ExperimentConfig, now: ExperimentConfig, *rules: Rule) -> di
 
 
 def _rule(setting: str, now: ExperimentConfig) -> Rule:
-    """Return a setting's rule; of a task's settings that have none here, the strict one."""
+    """Return a setting's rule; a task's setting without a rule in this file gets a strict one."""
     group, _, name = setting.partition(".")
     if group == "task" and setting not in RULES:
         return Rule.network if name in now.task.network_settings else Rule.run
@@ -90,5 +90,5 @@ def _rule(setting: str, now: ExperimentConfig) -> Rule:
 
 
 def _meaning(setting: str, value: Any) -> Any:
-    # The value is only an initial one; whether scales exist is the network's.
+    # The value of layer_scale is only an initial one; the network differs only if the scales exist or not.
     return value is not None if setting == "model.layer_scale" else value

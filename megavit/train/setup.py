@@ -28,7 +28,7 @@ class ModelSetup:
     Attributes:
         task: the task.
         resolved: shape, stages and micro batches.
-        mcore_config: Megatron-Core's configuration of the encoder.
+        mcore_config: Megatron-Core's configuration for the encoder.
         chunks: this rank's stages by name, on its device, with their initial weights.
     """
 
@@ -52,9 +52,9 @@ def build_model(config: ExperimentConfig, layout: ParallelLayout, resolved: Reso
     """Build this rank's stages with their initial weights.
 
     Args:
-        config: checked.
+        config: the run's checked configuration.
         layout: this rank's place.
-        resolved: the numbers that follow from config, ranks and data.
+        resolved: numbers computed from the configuration, the number of ranks and the data.
 
     Raises:
         ConfigError: if a setting cannot run on this machine.
@@ -87,15 +87,15 @@ def build_model(config: ExperimentConfig, layout: ParallelLayout, resolved: Reso
 
 
 def _make_room_for_graphs(chunks: list[EncoderStage]) -> None:
-    """Raise torch's limit of graphs of one function, which is 8 whatever the number of layers.
+    """Raise torch's limit of compiled graphs per function, which is 8 for any number of layers.
 
     Layers with the same frozen parameters share graphs: for training, the first pass of full recompute and evaluation.
-    If the frozen parameters differ from layer to layer, each layer has its own.
+    If the frozen parameters differ between layers, each layer needs its own graphs.
     """
     from torch._dynamo import config
 
     layers = sum(isinstance(module, EncoderLayer) for chunk in chunks for module in chunk.modules())
-    # One more each: torch makes a size dynamic after it has had two values.
+    # One graph more than these three per layer: torch makes a size dynamic after two values.
     config.recompile_limit = max(config.recompile_limit, 4 * layers)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * layers)
 

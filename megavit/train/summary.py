@@ -1,4 +1,4 @@
-"""Log lines before the first step: layout, data, batch, kernel, pace."""
+"""Describe a run in log lines before the first step: layout, data, batch, optimizer, kernel, schedule."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ from megavit.validation import AUTO
 
 _FP32_BYTES = 4
 
-# After this many times 1 / (1 - decay) steps 5 % of an average are still the weights it started from: e ** -3.
+# After this many times 1 / (1 - decay) steps, the initial weights still make up 5 % (e ** -3) of an average.
 _TIME_CONSTANTS = 3
 
 
@@ -42,10 +42,10 @@ def describe_run(
     """Yield the lines in order; every rank calls this.
 
     Args:
-        config: the run's.
+        config: the run's configuration.
         layout: this rank's place.
-        network: its part of the network.
-        sources: the data of `train` and, if any, of `val`.
+        network: this rank's part of the network.
+        sources: the data of `train` and, if it exists, of `val`.
         from_scratch: whether the weights are the random initial ones.
     """
     model = config.model
@@ -62,7 +62,7 @@ def describe_run(
     decoder = resolved.shape.decoder
     if decoder is not None:
         yield (
-            f"{config.visible_patches} of {config.num_patches} patches are seen; the decoder, {decoder.layers} "
+            f"{config.visible_patches} of {config.num_patches} patches are visible; the decoder, {decoder.layers} "
             f"layers of {decoder.hidden} on {decoder.tokens} tokens, costs as much as "
             f"{head_flops(resolved.shape) / layer_flops(resolved.shape):.1f} encoder layers"
             f"{describe_costly_decoder(resolved.shape)}"
@@ -75,7 +75,7 @@ def describe_run(
     }
     for setting, name in plugins.items():
         if name is not None and is_plugin(name):
-            yield f"{setting} is {name}, of {sys.modules[name.partition(':')[0]].__file__}"
+            yield f"{setting} is {name}, from {sys.modules[name.partition(':')[0]].__file__}"
     yield from idle_stages(config, resolved.shape)
     trained, every = count_weights(network.chunks, layout=layout)
     bf16 = config.train.precision is Precision.bf16_o2
@@ -84,7 +84,7 @@ def describe_run(
     if warning is not None:
         yield warning
     if from_scratch and ENCODER in config.frozen:
-        yield "warning: the encoder is frozen as it was drawn, at random; init_from=RUN names weights to start from"
+        yield "warning: the encoder is frozen with random initial weights; set init_from=RUN to load pretrained ones"
     yield f"precision {config.train.precision.value}; attention kernel {_kernel(config, layout, network)}"
     settings = untested(flatten(config), device=layout.device.type)
     if settings:
@@ -98,13 +98,13 @@ def describe_costly_decoder(shape: NetworkShape) -> str:
     if decoder <= encoder:
         return ""
     return (
-        f", {decoder / encoder:.1f} times its whole encoder: fewer task.decoder_num_layers or a smaller "
+        f", {decoder / encoder:.1f} times the full encoder: fewer task.decoder_num_layers or a smaller "
         f"task.decoder_hidden_size cost less"
     )
 
 
 def describe_data(config: ExperimentConfig, sources: Mapping[str, Source]) -> str:
-    """Count the images found, their classes, and how many train and validate."""
+    """Describe the number of images, of classes, and of training and validation images."""
     place = f" {config.data.path}" if config.data.path is not None else ""
     train, val = (len(sources[split]) if split in sources else 0 for split in ("train", "val"))
     classes = len(sources["train"].classes)
@@ -118,8 +118,8 @@ def describe_pace(config: ExperimentConfig, resolved: ResolvedRun) -> Iterator[s
     """Describe the values of `auto`, a shortened warm-up, and a moving average that is too slow.
 
     Args:
-        config: the run's.
-        resolved: its length and its pace.
+        config: the run's configuration.
+        resolved: the run's length and intervals.
     """
     pace, num_steps = resolved.pace, resolved.num_steps
     often = {"train.eval_every": (config.train.eval_every, pace.eval_every)}
@@ -132,7 +132,7 @@ def describe_pace(config: ExperimentConfig, resolved: ResolvedRun) -> Iterator[s
         yield f"by default optim.warmup_steps={pace.warmup_steps} of {num_steps} steps: 5 %, at most 5 epochs"
     elif warmup != pace.warmup_steps:
         falling = config.optim.decay_steps
-        beside = f" beside optim.decay_steps={falling}" if falling is not None else ""
+        beside = f" with optim.decay_steps={falling}" if falling is not None else ""
         yield (
             f"optim.warmup_steps={warmup} does not fit the run's {num_steps} steps{beside}: shortened to "
             f"{pace.warmup_steps}, at most 5 % of them"
@@ -167,18 +167,18 @@ def _kernel(config: ExperimentConfig, layout: ParallelLayout, network: ModelSetu
     heads, width = model.num_heads // layout.tp, model.hidden_size // model.num_heads
     dtype = network.mcore_config.params_dtype
     queries = torch.empty(1, heads, config.encoder_tokens, width, dtype=dtype, device=layout.device)
-    return f"sdpa, for which torch takes {sdpa_choice(queries)}"
+    return f"sdpa, for which torch chooses {sdpa_choice(queries)}"
 
 
 def describe_optimizer(config: OptimConfig, *, num_trained: int, num_weights: int, bf16: bool, dp: int) -> str:
-    """One line: the rule, its bytes by weight, how many weights it trains.
+    """Describe in one line the optimizer, its bytes per weight, and the number of trained weights.
 
     Args:
         config: the optim group.
-        num_trained: weights of the whole model that are not frozen.
-        num_weights: of the whole model.
-        bf16: whether the weights have fp32 copies that the optimizer works on.
-        dp: data-parallel ranks, which share Adam's state.
+        num_trained: number of weights of the full model that are not frozen.
+        num_weights: number of weights of the full model.
+        bf16: whether the optimizer updates fp32 copies of bf16 weights.
+        dp: number of data-parallel ranks, over which Adam's state is sharded.
     """
     parts = [f"{state_bytes(config)} bytes of state for each weight"]
     if bf16:
@@ -191,26 +191,26 @@ def describe_optimizer(config: OptimConfig, *, num_trained: int, num_weights: in
 
 
 def warn_of_optimizer(config: OptimConfig, *, from_scratch: bool) -> str | None:
-    """What the literature has against this choice, None where it has nothing.
+    """Return a warning of the literature against this optimizer; None if there is none.
 
     Args:
         config: the optim group.
-        from_scratch: whether the weights that are trained start as they were drawn.
+        from_scratch: whether the trained weights start from random initial values.
     """
     warning = find_spec(config).warning_from_scratch
     return f"warning: {warning}" if warning is not None and from_scratch else None
 
 
 def warn_of_average(config: OptimConfig, *, num_steps: int) -> str | None:
-    """That a run is too short for the moving average of its weights, None where it is not.
+    """Return a warning if a run is too short for the moving average of its weights, else None.
 
     Args:
         config: the optim group.
-        num_steps: of the whole run.
+        num_steps: number of steps of the full run.
     """
     if config.ema is None or num_steps * (1 - config.ema) >= _TIME_CONSTANTS:
         return None
-    # Rounded to a digit this still fits: 5 / steps loses a third at most.
+    # Rounding 5 / steps to one digit lowers it by a third at most, so the rounded value still fits.
     fitting = 1 - float(f"{5 / num_steps:.1g}")
     way_out = f"optim.ema={fitting:g}" if fitting > 0 else "optim.ema=null"
     return (

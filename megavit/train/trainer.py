@@ -1,4 +1,4 @@
-"""The training loop, the only one: its parts are built in the order in which data flows."""
+"""Train: build the parts of a run in the order of the data flow, then run the only training loop."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -46,12 +46,12 @@ from megavit.train.summary import describe_pace, describe_run
 
 
 class Trainer:
-    """One rank of a run.
+    """Train one rank of a run.
 
     Args:
-        config: checked against the world size.
-        stop: whether this process has been asked to stop.
-        on_step_end: called in this order at the end of each step, after its evaluation and save.
+        config: the run's configuration, checked for this world size.
+        stop: records a signal that requests this process to stop.
+        on_step_end: callbacks, called in order at the end of each step, after its evaluation and save.
         evaluates: whether the validation set is evaluated.
         saves: whether checkpoints are written.
     """
@@ -71,7 +71,7 @@ class Trainer:
         self.store = CheckpointManager(self.run_dir / "checkpoints")
         self.layout = layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)
 
-        # Where it goes on
+        # Resume point
         self.step, self.consumed_samples = 0, 0
         self.last_validation: dict[str, float] = {}
         broadcast_from_rank0(self.store.remove_partial)
@@ -123,7 +123,7 @@ class Trainer:
         self.bad_samples = {
             split: BadSampleTracker(of, split, run_dir=self.run_dir) for split, of in self.loaders.items()
         }
-        # Without validation images a task paints training images.
+        # Without validation images a task visualises training images.
         self.painted = "val" if self.val_loader is not None else "train"
         self.paint_loader = self.val_loader or loader(train_source, train=False)
         if self.task.baseline_samples:
@@ -174,7 +174,7 @@ class Trainer:
         """Train to the last step.
 
         Returns:
-            The exit code: finished, or stopped at `train.stop_at`.
+            The exit code: FINISHED, or STOPPED after `train.stop_at` or a signal.
         """
         config, layout = self.config, self.layout
         if layout.rank == 0:
@@ -232,7 +232,7 @@ class Trainer:
             if all_written:
                 self.checkpointer.finish(logger)
             if wants_stop:
-                logger.info(f"asked to stop by {self.stop.asked_by or 'a signal to another rank'}: saving")
+                logger.info(f"stop requested by {self.stop.asked_by or 'a signal to another rank'}: saving")
                 last = self.step
             window = {name: window[name] + value if window else value for name, value in sums.items()}
             if self.step % self.config.metrics.log_every == 0 or self.step == last:
@@ -246,20 +246,20 @@ class Trainer:
         self.checkpointer.close(logger)
 
     def _refuse_step(self, logger: MetricLogger, grad_norm: float, sums: dict[str, Tensor]) -> str:
-        """Stop before a step that would ruin the weights, or skip it and return why; every rank calls this."""
+        """Raise for a step with non-finite gradients, or skip it and return the reason; every rank calls this."""
         account = describe_nonfinite(list(self.chunks.values()), sums, self.layout)
         message = f"step {self.step + 1}: the gradient norm is {grad_norm:g}; {account}"
         if self.config.train.on_nonfinite is OnNonfinite.stop:
             self.checkpointer.close(logger)
             raise FloatingPointError(
-                f"{message}. The step was not taken and the last checkpoint is untouched. Lower optim.lr, raise "
-                f"optim.warmup_steps or lower optim.clip_grad; train.on_nonfinite=skip goes on without such steps"
+                f"{message}. The weights were not updated and the last checkpoint is unchanged. Lower optim.lr, raise "
+                f"optim.warmup_steps or lower optim.clip_grad; train.on_nonfinite=skip continues without such steps"
             )
         logger.info(f"{message}; the step is skipped")
         return message
 
     def _report(self, logger: MetricLogger, window: dict[str, Tensor], grad_norm: float) -> None:
-        """Log the steps since the last report: their mean loss and accuracy, the last step's rate and norm."""
+        """Log the mean metrics of the steps since the last report, and the last step's learning rate and norm."""
         totals = self.engine.totals(window)
         speed = self.throughput.report()
         logger.log(
@@ -277,7 +277,7 @@ class Trainer:
         )
 
     def _count_bad(self, logger: MetricLogger, split: str) -> dict[str, float]:
-        """Name the images that could not be read since the last time; too many end the run on every rank."""
+        """Log the images that could not be read since the last call; raise on every rank if there are too many."""
         bad = self.bad_samples[split]
         for line in bad.collect(self.step):
             logger.info(line)
@@ -336,7 +336,7 @@ class Trainer:
         return None if self.average is None else self.average.weights
 
     def evaluate(self) -> dict[str, float]:
-        """The task's metrics over the whole validation set, each image once, in any layout; `ema_…` of the average."""
+        """Return the task's metrics over the full validation set; `ema_…` are those of the moving average."""
         assert self.val_loader is not None
         values = self.engine.validate(self.val_loader)
         if self.average is not None:
@@ -346,8 +346,9 @@ class Trainer:
         return values
 
     def _restore(self) -> None:
-        """Go on from the checkpoint that was found, if one was: weights and optimizer; position; schedule. Dropout
-        and data need nothing: they are functions of step and position.
+        """Load weights, optimizer and schedule from the checkpoint, if the run resumes.
+
+        Dropout and data have no state: they are functions of step and position.
         """
         resume_point = self.resume_point
         if resume_point is None:
@@ -359,7 +360,7 @@ class Trainer:
         self.schedule.step(self.step)
 
     def _start_from(self, place: str) -> None:
-        """Begin with another network's weights: the optimizer's own copies and the average follow them."""
+        """Load pretrained weights, and copy them to the optimizer's master weights and the moving average."""
         classes = self.train_loader.source.classes
         self.warnings += load_pretrained(place, self.chunks, self.config, self.layout, classes=tuple(classes))
         self.optimizer.reload_model_params()
@@ -377,10 +378,10 @@ class Trainer:
         for line in (*self.preflight_ran, *self.warnings):
             logger.info(line)
         if self.resume_point is not None:
-            logger.info(f"goes on from {self.resume_point.path} at step {self.step} of {self.resolved.num_steps}")
-            self._tell_of_another_length(logger, self.resume_point)
+            logger.info(f"resumes from {self.resume_point.path} at step {self.step} of {self.resolved.num_steps}")
+            self._log_changed_length(logger, self.resume_point)
 
-    def _tell_of_another_length(self, logger: MetricLogger, resume_point: ResumePoint) -> None:
+    def _log_changed_length(self, logger: MetricLogger, resume_point: ResumePoint) -> None:
         num_samples, decay = self.resolved.num_samples, self.config.optim.schedule
         before = resume_point.num_steps(num_samples)
         if before == self.resolved.num_steps:
@@ -394,8 +395,8 @@ class Trainer:
             )
         if decay is not Schedule.constant:
             current = max(self.schedule.get_lr(group) for group in self.optimizer.param_groups)
-            rate = f": {decay.value} is that of the whole new length, so the learning rate goes on at {current:.2e}"
-        logger.info(f"the run was of {before} steps and is of {self.resolved.num_steps} now{images}{rate}")
+            rate = f": the {decay.value} schedule spans the new length, so the learning rate continues at {current:.2e}"
+        logger.info(f"the run had {before} steps and has {self.resolved.num_steps} now{images}{rate}")
 
     def _say_complete(self, logger: MetricLogger) -> None:
         length = "train.steps" if self.config.train.steps is not None else "train.epochs"

@@ -134,7 +134,7 @@ def test_a_resumed_run_falls_back_to_the_newest_whole_one_and_warns_once(saved, 
         log.count("step_00000003/__1_0.distcp has other content than was written (sha256); step_00000003 is left") == 1
     )
     assert log.count("latest is torn (it reads 'ste')") == 1
-    assert "goes on from " in log
+    assert "resumes from " in log
     assert "step_00000002 at step 2 of 5" in log
     # Written anew, it is whole, and the older ones too.
     assert all(find_fault(path) is None for path in CheckpointManager(run_dir / "checkpoints").all())

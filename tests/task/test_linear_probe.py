@@ -105,10 +105,10 @@ def test_a_batch_that_is_not_finite_does_not_stay_in_the_statistics():
 
 def test_a_run_does_not_go_on_with_other_weights_frozen_and_does_not_warn_once_it_goes_on(tmp_path):
     keys = [*SMALL, "train.steps=2", "optim.warmup_steps=1", "task=linear_probe", f"run.dir={tmp_path / 'probe'}"]
-    assert "frozen as it was drawn" in run_command("train", *keys, "train.stop_at=1")[1]
+    assert "frozen with random initial weights" in run_command("train", *keys, "train.stop_at=1")[1]
     code, output, err = run_command("train", *keys)
     assert code == 0, err
-    assert "frozen as it was drawn" not in output
+    assert "frozen with random initial weights" not in output
     other = [*SMALL, "train.steps=2", "optim.warmup_steps=1", f"run.dir={tmp_path / 'other'}"]
     assert run_command("train", *other, "train.stop_at=1")[0] == 75
     assert "optim.freeze null there, ['pos_embed'] here" in refusal("train", *other, "optim.freeze=[pos_embed]")
@@ -188,9 +188,9 @@ def test_a_probe_leaves_as_an_ordinary_classifier(probed, tmp_path):
     [
         (
             ["optim.freeze=[blocks.9.*]"],
-            "optim.freeze: blocks.9.* names no weight of this network; blocks.0.*, ",
+            "optim.freeze: blocks.9.* matches no weight of this network; examples: blocks.0.*, ",
         ),
-        (["optim.freeze=['*']"], "optim.freeze=['*'] leaves nothing to train"),
+        (["optim.freeze=['*']"], "optim.freeze=['*'] freezes all weights, so nothing trains"),
         ([*PROBE, "model.drop_path=0.1"], "model.drop_path=0.1 does not go with task.name=linear_probe"),
         pytest.param(
             [*PROBE, "model.head=tanh_mlp"],

@@ -212,7 +212,7 @@ def test_a_decoder_that_costs_more_than_its_encoder_is_reported():
     settings = ["recipe=null", "task=mae", "data=synthetic"]
     (said,) = run_ranks(costly_decoder, 1, [*settings, "model=vit_ti16"])
     # 4 layers on 197 tokens and the pixels against 12 layers on 50 and the patches: 878 MFLOP against 569.
-    assert said.startswith(", 1.5 times its whole encoder: fewer task.decoder_num_layers")
+    assert said.startswith(", 1.5 times the full encoder: fewer task.decoder_num_layers")
     assert run_ranks(costly_decoder, 1, [*settings, "model=vit_b16"]) == [""]
 
 

@@ -38,7 +38,7 @@ def test_the_weights_give_the_sizes_and_what_is_typed_stays(folder):
     model = compose(resolved).model
     assert (model.hidden_size, model.ffn_size, model.num_heads, model.num_layers) == (32, 64, 8, 2)
     assert (model.patch_size, model.drop_path, model.pool) == (2, 0.2, Pool.cls)
-    assert f"model=auto, of timm:{folder}: model.hidden_size=32 model.ffn_size=64 model.num_heads=8" in taken
+    assert f"model=auto, from timm:{folder}: model.hidden_size=32 model.ffn_size=64 model.num_heads=8" in taken
     assert resolve_auto(["model=vit_b16"]) == (["model=vit_b16"], None)
     assert compose(resolve_auto([*typed, "model.norm_eps=1e-5"])[0]).model.norm_eps == 1e-5
 
@@ -68,9 +68,9 @@ def test_a_run_holds_concrete_sizes_and_resumes_when_the_weights_are_gone(folder
     keys = [*RUN, "model=auto", f"init_from=timm:{own}", f"run.dir={tmp_path / 'run'}", "train.steps=4"]
     code, output, err = run_command("train", *keys, "train.stop_at=2")
     assert code in (0, 75), err
-    assert output.count("model=auto, of timm:") == 1
+    assert output.count("model=auto, from timm:") == 1
     # The classifier is of as many classes, and stays.
-    assert "drawn anew" not in output
+    assert "initialised from scratch" not in output
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (saved["model"]["num_heads"], saved["model"]["hidden_size"]) == (8, 32)
     shutil.rmtree(own)
@@ -98,7 +98,7 @@ def test_two_ranks_train_the_same_network(folder, tmp_path):
     keys = [*RUN, "model=auto", f"init_from=timm:{folder}", f"run.dir={tmp_path / 'run'}", "train.steps=4"]
     code, output, err = run_command("train", *keys, "run.ranks=2", "parallel.tp=2")
     assert code == 0, err
-    assert output.count("model=auto, of timm:") == 1
+    assert output.count("model=auto, from timm:") == 1
     assert (tmp_path / "run" / "checkpoints" / "step_00000004").is_dir()
 
 

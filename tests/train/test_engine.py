@@ -175,7 +175,7 @@ def test_interleaved_pipeline_resumes_as_tensor_parallel(tmp_path):
 @pytest.mark.parametrize(
     ("world", "layout"), [(1, []), (2, [*OVERLAP, *BUCKETS])], ids=["alone", "DP 2, overlapped, small buckets"]
 )
-def test_layer_compiles_as_one_graph_and_trains_alike(world, layout, tmp_path):
+def test_layer_compiles_as_one_graph_and_trains_equally(world, layout, tmp_path):
     got, want = train_both(world, ["train.compile=layer", *layout], tmp_path)
     loss, norm = largest_differences(got, want)
     assert loss <= 2e-6
@@ -226,7 +226,7 @@ def test_settings_that_cannot_work_are_refused(overrides, world, message):
 
 
 @pytest.mark.parametrize("attention", ["sdpa_flash", "flash_attn", "te"])
-def test_a_kernel_that_cannot_run_is_named_and_nothing_stands_in(attention):
+def test_a_kernel_that_cannot_run_is_an_error_and_never_replaced_by_another(attention):
     with pytest.raises(AssertionError, match=f"ConfigError: model.attention_backend={attention} runs on CUDA only"):
         run_ranks(ranks.train, 1, [*SMALL, *BF16, f"model.attention_backend={attention}"])
 

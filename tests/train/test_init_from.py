@@ -22,7 +22,7 @@ LARGER = ["data.source=synthetic", "data.num_classes=10", "data.num_samples=64",
 
 
 def begin(overrides: list[str]) -> dict:
-    """A run's whole weights by timm's names before its first step, on rank 0; what it says; its optimizer's copy."""
+    """Return a run's full weights by timm's names before its first step, its log lines, and the optimizer's copy."""
     from megavit.checkpoint.param_mapping import to_timm
     from megavit.checkpoint.shards import gather_full_state_dict
     from megavit.config.compose import compose
@@ -106,19 +106,19 @@ def test_the_optimizers_own_copy_follows(former, tmp_path):
     assert reinitialised["masters"] != pytest.approx(taken["masters"], rel=1e-4)
 
 
-def test_a_masked_autoencoders_fixed_positions_become_learned_ones_and_its_decoder_stays_behind(autoencoder, tmp_path):
+def test_a_masked_autoencoders_fixed_positions_become_learned_ones_and_its_decoder_is_dropped(autoencoder, tmp_path):
     got = start(tmp_path, f"init_from={autoencoder}", "model.pool=mean", "model.positions=learned")
     fixed = sincos_positions((4, 4), 32, class_tokens=1)
     assert torch.equal(got["weights"]["pos_embed"][0], fixed)
     assert got["said"][0].startswith(f"starts from the weights of {autoencoder}")
     assert got["said"][0].endswith(
-        "; head.fc_norm.bias, head.fc_norm.weight, head.out.bias, head.out.weight drawn anew"
+        "; head.fc_norm.bias, head.fc_norm.weight, head.out.bias, head.out.weight initialised from scratch"
     )
     other = start(tmp_path, "init_from=null", "model.pool=mean")
     assert not torch.equal(got["weights"]["blocks.1.mlp.fc1.weight"], other["weights"]["blocks.1.mlp.fc1.weight"])
 
 
-def test_the_moving_average_is_taken_where_it_is_asked_for(former, tmp_path):
+def test_the_prefix_ema_loads_the_moving_average(former, tmp_path):
     run, weights = former
     got = start(tmp_path, f"init_from=ema:{run}", "train.precision=bf16_o2")
     name = "blocks.0.attn.proj.weight"
@@ -138,7 +138,7 @@ def test_the_classifier_stays_only_where_its_classes_are_the_same(former, tmp_pa
     same = start(tmp_path / "same", f"init_from={run}")
     assert torch.equal(same["weights"]["head.weight"], weights["last"]["head.weight"])
     assert len(same["said"]) == 1
-    assert "drawn anew" not in same["said"][0]
+    assert "initialised from scratch" not in same["said"][0]
     fewer = start(tmp_path / "fewer", f"init_from={run}", "data.classes=['3','8']", "model.head_std=0")
     assert fewer["weights"]["head.weight"].tolist() == [[0.0] * 32] * 2
     # As many classes, in another order.
@@ -148,7 +148,7 @@ def test_the_classifier_stays_only_where_its_classes_are_the_same(former, tmp_pa
     # The same classes, on other features.
     pooled = start(tmp_path / "pooled", f"init_from={run}", "model.pool=mean")
     for said in (fewer, others, probe, pooled):
-        assert said["said"][0].endswith("head.out.bias, head.out.weight drawn anew")
+        assert said["said"][0].endswith("head.out.bias, head.out.weight initialised from scratch")
 
 
 def test_another_librarys_file_serves_as_it_is_in_any_layout(tmp_path):
@@ -162,7 +162,9 @@ def test_another_librarys_file_serves_as_it_is_in_any_layout(tmp_path):
     resized = resize_positions(table, class_tokens=1, grid=(12, 12), to_grid=(4, 4)).transpose(0, 1)
     for name, weight in {**wanted, "pos_embed": resized}.items():
         assert torch.equal(got["weights"][name], weight) is not name.startswith("head."), name
-    assert got["said"][0].endswith("resized from 12×12 to 4×4 patches; head.out.bias, head.out.weight drawn anew")
+    assert got["said"][0].endswith(
+        "resized from 12×12 to 4×4 patches; head.out.bias, head.out.weight initialised from scratch"
+    )
 
 
 def test_an_encoder_alone_of_a_masked_autoencoder_has_its_fixed_positions(autoencoder, tmp_path):
@@ -171,7 +173,7 @@ def test_an_encoder_alone_of_a_masked_autoencoder_has_its_fixed_positions(autoen
     alone = {name: weight for name, weight in full.items() if not name.startswith(("decoder", "mask_token"))}
     torch.save({"model": alone}, tmp_path / "encoder.pth")
     got = start(tmp_path, f"init_from=mae:{tmp_path / 'encoder.pth'}", "task=linear_probe", "model.positions=sincos")
-    assert got["said"][0].endswith("encoder.pth; head.out.bias, head.out.weight drawn anew")
+    assert got["said"][0].endswith("encoder.pth; head.out.bias, head.out.weight initialised from scratch")
     assert torch.equal(got["weights"]["blocks.1.mlp.fc2.weight"], full["blocks.1.mlp.fc2.weight"])
 
 
@@ -192,8 +194,8 @@ def test_nemos_weights_begin_its_fine_tuning_on_larger_images_with_a_head_of_zer
     name = "backbone.transformer.layers.1.mlp.dense_4h_to_h.weight"
     assert torch.equal(got["weights"]["blocks.1.mlp.fc2.weight"], weights[f"model.{name}"])
     assert not got["weights"]["head.weight"].any()
-    assert "resized from 3×3 to 5×5 patches; head.out.bias, head.out.weight drawn anew" in got["said"][0]
-    assert "does not tell its heads, and model.num_heads=4 is taken; usual are 1" in got["said"][1]
+    assert "resized from 3×3 to 5×5 patches; head.out.bias, head.out.weight initialised from scratch" in got["said"][0]
+    assert "does not state its heads; model.num_heads=4 is used, and 1 is usual" in got["said"][1]
 
 
 def test_a_file_with_a_part_that_ours_has_no_place_for_is_refused_by_its_name(tmp_path):
@@ -204,7 +206,7 @@ def test_a_file_with_a_part_that_ours_has_no_place_for_is_refused_by_its_name(tm
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     keys = [*SMALL, "model.num_layers=2", "model.patch_bias=false", f"run.dir={tmp_path / 'new'}"]
     output = refusal("train", *keys, f"init_from=timm:{tmp_path / 'model.safetensors'}")
-    assert "norm_pre.bias has no place in megavit's network (2 such weights)" in output
+    assert "megavit's network has no weight for norm_pre.bias (2 such weights)" in output
 
 
 def average(run_dir: str) -> torch.Tensor:
@@ -270,4 +272,4 @@ def test_an_autoencoder_goes_on_with_its_decoder_and_a_classifiers_encoder_gets_
     assert again["said"] == [f"starts from the weights of {first / 'checkpoints' / 'step_00000020'}"]
     run, _ = former
     other = start(tmp_path / "other", *MAE, "model.positions=learned", f"init_from={run}")
-    assert other["said"][0].endswith("step_00000020; mae_decoder.* drawn anew")
+    assert other["said"][0].endswith("step_00000020; mae_decoder.* initialised from scratch")

@@ -1,4 +1,4 @@
-"""A masked autoencoder stopped and started again: the same bits, the same masks, in any layout."""
+"""Test that a resumed masked autoencoder computes the same bits with the same masks, in any layout."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A gradient that is not finite on one rank alone: no rank steps, and all are told where it came from."""
+"""Test a gradient that is not finite on one rank: no rank updates its weights, and all ranks name its origin."""
 
 import random
 import re
@@ -78,4 +78,4 @@ def test_a_run_stops_on_all_ranks_before_a_bad_step(world, layout, tmp_path):
         assert rank["unchanged"] == [True]
         assert "step 4: the gradient norm is " in rank["error"]
         assert f"the gradient of {layer} is not finite on rank 0" in rank["error"]
-        assert "The step was not taken" in rank["error"]
+        assert "The weights were not updated" in rank["error"]

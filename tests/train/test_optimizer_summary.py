@@ -14,7 +14,7 @@ from tests.reference import SMALL
 @pytest.mark.parametrize(
     "rule", [["optim=adamw"], ["optim=sgd"], ["optim=sgd", "optim.momentum=0"], ["optim=lars"]], ids=" ".join
 )
-def test_the_bytes_told_are_those_that_the_state_takes(rule, tmp_path):
+def test_the_logged_bytes_are_those_of_the_optimizers_state(rule, tmp_path):
     keys = [*SMALL, *rule, "train.steps=2", "optim.warmup_steps=1", f"run.dir={tmp_path}"]
     found = run_ranks(ranks.train_and_keep, 1, keys)[0]
     weights = sum(weight.numel() for weight in found["weights"].values())
@@ -67,4 +67,4 @@ def test_a_run_says_it_at_its_start_with_its_warnings(tmp_path):
     assert f"optimizer sgd: 4 bytes of state for each weight; trains 330 of the {count:,} weights" in said
     assert "far worse from scratch" in said
     assert "warning: optim.ema=0.9999 averages over about 10,000 steps and the run has 1:" in said
-    assert "the encoder is frozen as it was drawn, at random; init_from=RUN" in said
+    assert "the encoder is frozen with random initial weights; set init_from=RUN" in said

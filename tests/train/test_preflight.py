@@ -53,7 +53,7 @@ def test_checkpoints_that_the_disk_cannot_hold_are_refused_with_the_arithmetic(t
     message = refused(tmp_path, "train.steps=1000000000", "checkpoint.save_every=1")
     assert "ConfigError" in message
     assert "has no room for 1000000000 checkpoints of about " in message
-    assert "raise checkpoint.save_every, set checkpoint.keep_last=3, make room, or choose another run.dir" in message
+    assert "raise checkpoint.save_every, set checkpoint.keep_last=3, free space, or choose another run.dir" in message
 
 
 def check_another_folder(run_dir: str) -> str:
@@ -78,7 +78,7 @@ def check_another_folder(run_dir: str) -> str:
     return ""
 
 
-def test_ranks_that_do_not_see_one_folder_are_told_apart(tmp_path):
+def test_ranks_that_do_not_share_a_folder_are_reported(tmp_path):
     first, second = run_ranks(check_another_folder, 2, str(tmp_path))
     assert first == second
     assert "rank 1 on " in first
@@ -86,7 +86,7 @@ def test_ranks_that_do_not_see_one_folder_are_told_apart(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_disk_that_fills_up_in_the_rehearsal_is_told_and_leaves_nothing(small_disk):
+def test_a_disk_that_fills_up_in_the_preflight_is_reported_and_nothing_is_left(small_disk):
     disk = small_disk("300k")
     # The arithmetic is content, as it may be where others fill the same disk.
     message = refused_without_arithmetic(disk)

@@ -191,7 +191,7 @@ def test_a_norm_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
     ]
     with pytest.raises(
         AssertionError,
-        match=r"the gradient norm is nan; .* The step was not taken and the last checkpoint is untouched",
+        match=r"the gradient norm is nan; .* The weights were not updated and the last checkpoint is unchanged",
     ):
         run_ranks(ranks.train_and_keep, 1, run)
     assert (tmp_path / "checkpoints" / "latest").exists()

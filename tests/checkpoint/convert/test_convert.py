@@ -380,7 +380,7 @@ def test_a_run_starts_from_converted_weights_and_then_goes_on_from_its_own(ranks
     assert got["step"] == 3
     resume_point = tmp_path / "run" / "checkpoints" / "step_00000000"
     assert got["said"] == [
-        f"starts from the weights of {resume_point}; head.out.bias, head.out.weight drawn anew",
+        f"starts from the weights of {resume_point}; head.out.bias, head.out.weight initialised from scratch",
         "note: no file of these weights states data.mean, which is [0.305] here and often [0.5]",
         "note: no file of these weights states data.std, which is [0.376] here and often [0.5]",
     ]
