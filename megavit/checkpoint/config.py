@@ -1,4 +1,4 @@
-"""When to save, and what to start from."""
+"""Define the settings of saving, resuming and keeping checkpoints."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ class CheckpointConfig:
     Attributes:
         save_every: steps between saves; null saves at the end only, auto once an epoch and at most 50 times a run.
         resume: `auto` resumes from the newest checkpoint of the run if there is one; `never` starts from scratch in a
-            run folder without checkpoints; a path resumes from that checkpoint or run. Once the run has a checkpoint of
-            its own, it resumes from that, so that a restarted job does not fall back.
+            run folder without checkpoints; a path resumes from that checkpoint or run. Once the run has saved its first
+            checkpoint, it resumes from its own newest one, so that a restarted job does not lose steps.
         keep_last: number of the newest periodic checkpoints to keep; null keeps all.
         keep_every: also keep checkpoints of steps that this divides; null for none.
         async_save: train while a checkpoint is written; training waits only for the copy in memory. It also waits

@@ -14,10 +14,10 @@ _AVERAGE = "ema:"
 
 @dataclass(frozen=True)
 class CheckpointRef:
-    """The weights that a user typed.
+    """A reference to the weights of a checkpoint.
 
     Attributes:
-        checkpoint: that holds them.
+        checkpoint: folder of the checkpoint.
         averaged: whether to take the moving average instead of the weights.
     """
 
@@ -32,8 +32,8 @@ def resolve_checkpoint(place: str, *, setting: str = "from") -> CheckpointRef:
     """Return the newest weights of a run, or those of a checkpoint; with the prefix `ema:` their moving average.
 
     Args:
-        place: as typed: what `find_checkpoint` takes, with an optional prefix `ema:`.
-        setting: that named it, for the error.
+        place: a path that `find_checkpoint` accepts, with an optional prefix `ema:`.
+        setting: name of the setting that holds `place`, for the error.
 
     Raises:
         ConfigError: if there is no checkpoint, or it is broken.
@@ -46,11 +46,11 @@ def find_checkpoint(path: Path, *, setting: str = "from") -> Path:
     """Return the newest checkpoint of a run's folder, the checkpoint itself, or the one that `latest` or `best` names.
 
     Args:
-        path: one of those.
-        setting: that named it, for the error.
+        path: a run's folder, a checkpoint's folder, or the file `latest` or `best`.
+        setting: name of the setting that holds `path`, for the error.
 
     Raises:
-        ConfigError: if there is none, or it is broken.
+        ConfigError: if there is no checkpoint, or it is broken.
     """
     if path.is_file() and path.name in ("latest", "best"):
         path = path.parent / path.read_text().strip()

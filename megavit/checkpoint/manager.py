@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written completely or not at all, verified before loading, pruned.
+"""Manage the checkpoints of a run: write them atomically, verify them before loading, delete old ones.
 
 `RUN/checkpoints/step_00001000/` holds Megatron-Core's shards, `run.yaml` (the resolved configuration), `state.json`
 (schema version, step, consumed samples) and `manifest.json` (size and sha256 of each other file). It is written under a
@@ -42,7 +42,7 @@ class CheckpointManager:
         Rank 0 calls this before anything else.
         """
         for aside in self.folder.glob(".step_*.old"):
-            # It was moved aside for another checkpoint of its step, which was not completed.
+            # This checkpoint was moved aside for another one of its step, which was not completed.
             final = self.folder / aside.name.removeprefix(".").removesuffix(".old")
             if not final.exists():
                 os.replace(aside, final)
@@ -58,12 +58,12 @@ class CheckpointManager:
         warnings = []
         latest = self.folder / "latest"
         if latest.exists() and not (named := latest.read_text(errors="replace").strip()).startswith("step_"):
-            warnings.append(f"{latest} is torn (it reads {named[:40]!r}); the checkpoints beside it are looked through")
+            warnings.append(f"{latest} is broken (it holds {named[:40]!r}); the newest valid checkpoint is used")
         for path in self.all():
             fault = find_fault(path)
             if fault is None:
                 return path, warnings
-            warnings.append(f"{fault}; {path.name} is left aside, an older one is taken")
+            warnings.append(f"{fault}; {path.name} is ignored, and an older checkpoint is used")
         return None, warnings
 
     def best(self) -> Path | None:
@@ -94,7 +94,7 @@ class CheckpointManager:
 
         Args:
             keep_last: number of the newest periodic checkpoints to keep; None keeps all.
-            keep_every: also keep those of steps that this divides.
+            keep_every: also keep checkpoints of steps that this divides.
             spare: a checkpoint to keep in any case; required unless the newest is known to be valid.
 
         Returns:
@@ -110,9 +110,12 @@ class CheckpointManager:
         return gone
 
     def find(self, resume: str) -> tuple[Path | None, list[str]]:
-        """Resolve `checkpoint.resume` to a valid checkpoint, or None to start from scratch; describe what is broken.
+        """Resolve `checkpoint.resume` to a valid checkpoint.
 
         One rank calls this.
+
+        Returns:
+            The checkpoint, or None to start from scratch; and a warning for each broken checkpoint.
 
         Raises:
             ConfigError: if a named checkpoint is missing or broken, if all are broken, or if `never` would mix two runs
@@ -129,7 +132,8 @@ class CheckpointManager:
         found, warnings = self.latest_valid()
         if found is None and self.all():
             raise ConfigError(
-                f"no checkpoint in {self.folder} is whole: {'; '.join(warnings)}. Move the folder away to start anew"
+                f"no checkpoint in {self.folder} is valid: {'; '.join(warnings)}. Move the folder away to start from "
+                f"scratch"
             )
         if found is not None or resume == "auto":
             return found, warnings
@@ -140,7 +144,7 @@ class CheckpointManager:
         fault = find_fault(named) if named is not None and named.is_dir() else None
         if named is None or not named.is_dir() or (fault is not None and fault.file.name == "metadata.json"):
             raise ConfigError(
-                f"checkpoint.resume={resume} is no checkpoint: give a run folder, one of its checkpoints/step_… "
+                f"checkpoint.resume={resume} is not a checkpoint: give a run folder, one of its checkpoints/step_… "
                 f"folders, auto or never"
             )
         if fault is not None:
@@ -163,7 +167,7 @@ class CheckpointManager:
 
         Args:
             chunks: this rank's stages by name, unwrapped.
-            optimizer: of these stages; None to save only the weights.
+            optimizer: the optimizer of these stages; None to save only the weights.
             state: the run's step and counters.
             run_yaml: the resolved configuration.
             averages: moving averages of the weights, by chunk and name; None for none.
@@ -209,7 +213,7 @@ def _is_due(checkpoint: Path) -> bool:
 
 
 def _remove(checkpoint: Path) -> None:
-    # Renamed first: a partly removed checkpoint would look like a broken one.
+    # Rename first: a partly removed checkpoint would look like a broken one.
     going = checkpoint.with_name(f".{checkpoint.name}.gone")
     shutil.rmtree(going, ignore_errors=True)
     os.replace(checkpoint, going)

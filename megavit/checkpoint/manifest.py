@@ -1,4 +1,4 @@
-"""`manifest.json` of a checkpoint: the size and sha256 of every file, so that no broken file is loaded.
+"""Write and verify `manifest.json` of a checkpoint: the size and sha256 of every file, so that no broken one is loaded.
 
 Megatron-Core loads a shard with a flipped byte without an error (0.16.1).
 """
@@ -21,7 +21,7 @@ Entry = dict[str, int | str]
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with one file of a checkpoint."""
+    """A fault of one file of a checkpoint."""
 
     file: Path
     reason: str
@@ -70,7 +70,7 @@ def find_faults(checkpoint: Path) -> Iterator[Fault]:
         content = json.loads(manifest.read_text())
         stated = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()}
         if content["sha256"] != _of_entries(content["files"]):
-            raise ValueError("its own sha256 does not fit")
+            raise ValueError("its own sha256 does not match")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         yield Fault(manifest, f"is broken: {error}")
         return
@@ -87,7 +87,7 @@ def _fault(path: Path, size: int, sha256: str) -> Fault | None:
         if there != size:
             return Fault(path, f"has {there:,} bytes and should have {size:,}")
         if _sha256(path) != sha256:
-            return Fault(path, "has other content than was written (sha256)")
+            return Fault(path, "has changed since it was written (sha256)")
     except FileNotFoundError:
         return Fault(path, "is missing")
     except OSError as error:

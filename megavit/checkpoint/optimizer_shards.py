@@ -1,9 +1,9 @@
-"""The distributed optimizer's state, by parameter; the data-parallel rank with the largest part writes each.
+"""Save and load the distributed optimizer's state per parameter, on the data-parallel rank with the largest part of it.
 
 To save the state, Megatron-Core 0.16.1 gathers all of it on every data-parallel rank, or on the first one over gloo; to
 load it, every rank reads all of it: several times 12 bytes per parameter in each rank's host memory. But a rank holds a
-range of complete parameters and a piece of one at either end, so only those pieces have to be sent. Keys and shapes are
-those of Megatron-Core's `fully_reshardable` format, and each implementation reads what the other writes.
+range of complete parameters and a piece of one at either end, so only those pieces have to be sent. Keys and shapes
+follow Megatron-Core's `fully_reshardable` format, and each implementation reads the other's files.
 """
 
 import sys
@@ -48,10 +48,10 @@ class _Piece:
 
 
 class _Share:
-    """Which ranks hold a parameter's state, and which one writes it.
+    """The ranks that hold a parameter's state, and the rank that writes it.
 
     Args:
-        pieces: in order; together they are the complete parameter.
+        pieces: the pieces in order; together they are the complete parameter.
         me: this data-parallel rank.
     """
 
@@ -100,7 +100,7 @@ def _sharded_state(
 def _count_updates(part: DistributedOptimizer) -> int:
     """Return Adam's count of updates, from the ranks that train weights; every rank calls this.
 
-    A checkpoint holds the first rank's parameter groups, and that rank does not count if its stages are frozen.
+    A checkpoint holds the first rank's parameter groups, and that rank counts no updates if its stages are frozen.
     """
     counts = {int(group["step"]) for group in part.optimizer.param_groups if group["params"]}
     extremes = torch.tensor([max(counts, default=0), max((-count for count in counts), default=-sys.maxsize)])
@@ -134,7 +134,7 @@ def _by_parameter(
 
 
 def _like(weight: ShardedTensor, name: str, state: Tensor, *, is_main: bool) -> ShardedTensor:
-    """Return the shard of a parameter's state, split as the parameter is."""
+    """Return the shard of a parameter's state, with the parameter's own split."""
     return replace(
         weight,
         key=f"{_PREFIX}.{name}.{weight.key}",

@@ -1,4 +1,4 @@
-"""megavit's parameter names and timm's (which published MAE checkpoints use), as one two-sided table.
+"""Map megavit's parameter names to timm's (which published MAE checkpoints use) and back, with one table.
 
 Shapes: H hidden, A heads, D head width, C channels, p patch side, V = C·p², K class tokens, N tokens.
 """
@@ -37,7 +37,7 @@ def _swap_first_two(weight: Tensor, dims: Dims) -> Tensor:
 
 
 def heads_to_parts(weight: Tensor, dims: Dims) -> Tensor:
-    """Reorder rows from head by head (query, key, value of each) to all queries, all keys, all values."""
+    """Reorder rows from (query, key, value) per head to all queries, all keys, all values."""
     rows = weight.unflatten(0, (dims.num_heads, 3, -1))
     return rows.transpose(0, 1).flatten(0, 2)
 

@@ -45,7 +45,7 @@ _ALLOWED = {
 
 
 def _member(kind: Any, name: Any) -> Enum:
-    """Return a member of an enum, which Python 3.11.0 to 3.11.3 pickle as getattr; nothing else can be reached here."""
+    """Return a member of an enum, which Python 3.11.0 to 3.11.3 pickle as getattr; reject every other attribute."""
     if not (isinstance(kind, type) and issubclass(kind, Enum) and type(name) is str and name in kind.__members__):
         raise pickle.UnpicklingError("it names builtins.getattr")
     return kind.__members__[name]
@@ -64,13 +64,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 def check_pickles(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    """Refuse a checkpoint whose files would run code when they are read.
+    """Check that reading a checkpoint's files would run no code.
 
     Returns:
-        The full shapes of the tensors that it declares, by key.
+        The full shapes of the tensors that the checkpoint declares, by key.
 
     Raises:
-        ConfigError: naming the file and what it would have called.
+        ConfigError: if a file would run code; names the file and the call.
     """
     metadata, common = checkpoint / ".metadata", checkpoint / "common.pt"
     try:
@@ -82,10 +82,10 @@ def check_pickles(checkpoint: Path) -> dict[str, tuple[int, ...]]:
         raise ConfigError(f"{metadata} cannot be read: {error.strerror}") from error
     except Exception as error:
         # Any exception: a malformed pickle can raise any type.
-        raise ConfigError(f"{metadata} is refused: {error}; a checkpoint of megavit does not do that") from error
+        raise ConfigError(f"{metadata} is rejected: {error}; megavit's checkpoints never contain that") from error
     if objects:
         raise ConfigError(
-            f"{metadata} is refused: it declares {objects[0]} an object, which could be code; ours are tensors"
+            f"{metadata} is rejected: it declares {objects[0]} an object, which could be code; megavit's are tensors"
         )
     try:
         torch.load(common, map_location="cpu", weights_only=True)
@@ -93,5 +93,5 @@ def check_pickles(checkpoint: Path) -> dict[str, tuple[int, ...]]:
         raise ConfigError(f"{common} cannot be read: {error.strerror}") from error
     except Exception as error:
         message = str(error).splitlines()[-1] if str(error) else type(error).__name__
-        raise ConfigError(f"{common} is refused: {message}") from error
+        raise ConfigError(f"{common} is rejected: {message}") from error
     return shapes

@@ -38,7 +38,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def point_to(checkpoint: Path, *, by: str) -> None:
-    """Write a checkpoint's name into a file beside it, atomically."""
+    """Write a checkpoint's name into a file next to it, atomically."""
     new = checkpoint.with_name(f".{by}.tmp")
     new.write_text(checkpoint.name)
     os.replace(new, checkpoint.with_name(by))
@@ -49,13 +49,13 @@ class PendingSave:
 
     Args:
         final: path of the completed checkpoint.
-        shards: of this rank.
+        shards: this rank's shards.
         state: the run's step and counters.
         run_yaml: the resolved configuration.
         copy_to_host: whether the tensors will change before `finish`.
 
     Raises:
-        ConfigError: on every rank, if it cannot be created.
+        ConfigError: on every rank, if the folder cannot be created.
     """
 
     def __init__(
@@ -122,7 +122,9 @@ class PendingSave:
             if self._speaks:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             beside = sorted(path.name for path in self.final.parent.glob("step_*") if is_checkpoint_name(path.name))
-            remedy = f"{beside[-1]} is valid, run again to continue from it" if beside else "none was there yet"
+            remedy = (
+                f"{beside[-1]} is valid, run again to continue from it" if beside else "there was no earlier checkpoint"
+            )
             raise ConfigError(f"the checkpoint {self.final} cannot be written: {error}; {remedy}") from error
 
 

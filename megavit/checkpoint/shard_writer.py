@@ -1,9 +1,9 @@
-"""Write a rank's shards: planned by Megatron-Core, copied to host memory, written by threads of this process.
+"""Write a rank's shards: Megatron-Core plans them, this module copies them to host memory and writes them in threads.
 
 Megatron-Core 0.16.1 forks a process per file. The fork copies one thread of a process that also runs threads of gloo,
 autograd and the loader: a lock held by another thread stays locked in the child, and the save hangs. It also starts a
-manager process, which takes 5 s, for a queue of results that never leaves this process. And if its first rank cannot
-write a file, the others wait for it in the next collective; here nothing is written between two collectives.
+manager process, which takes 5 s, for a queue of results that only this process uses. And if its first rank cannot
+write a file, the others wait for it in the next collective; this module writes nothing between two collectives.
 """
 
 import io
@@ -35,7 +35,7 @@ _COMMON = "common.pt"
 
 @dataclass(frozen=True)
 class Written:
-    """What one rank has written.
+    """The files and tensors that one rank has written.
 
     Attributes:
         tensors: location of each tensor, for the checkpoint's metadata.
@@ -47,19 +47,19 @@ class Written:
 
 
 class ShardWriter:
-    """This rank's part of one checkpoint.
+    """Write this rank's part of one checkpoint.
 
     All ranks construct it together; its content is then fixed, and writing waits for no other rank.
 
     Args:
-        state: from `shards.sharded_state`.
-        folder: target; exists and is empty.
+        state: this rank's state from `shards.sharded_state`.
+        folder: existing empty target folder.
         copy_to_host: copy tensors that training would change before they are written.
     """
 
     def __init__(self, state: dict[str, Any], folder: Path, *, copy_to_host: bool) -> None:
         self.folder = folder
-        # Otherwise a manager process would be started for it.
+        # Megatron-Core would otherwise start a manager process for its queue.
         filesystem_async._results_queue = queue.Queue()
         live = _memory(state) if copy_to_host else set()
         shards, common = save_preprocess(state)
@@ -71,7 +71,7 @@ class ShardWriter:
         ]
 
     def start(self) -> Future[Written]:
-        """Write in threads; the future raises a write error as OSError."""
+        """Start writing in threads; the future raises a write error as OSError."""
         return in_background(self._write)
 
     def write_metadata(self, everyone: list[Written]) -> None:
@@ -92,7 +92,7 @@ class ShardWriter:
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:
-    """Run a function in a thread of its own."""
+    """Run a function in a new thread."""
     thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     outcome = thread.submit(work)
     thread.shutdown(wait=False)
@@ -100,7 +100,7 @@ def in_background(work: Callable[[], T]) -> Future[T]:
 
 
 class _Planning(TorchDistSaveShardedStrategy):
-    """The part of Megatron-Core's save strategy that plans what each rank writes."""
+    """Plan what each rank writes, with Megatron-Core's save strategy."""
 
     def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, planned: tuple[Any, Any, Any]) -> Any:
         _, metadata, _ = planned

@@ -1,4 +1,4 @@
-"""Weights, optimizer state and moving averages as Megatron-Core's shards: written by every rank, read in any layout."""
+"""Save and load weights, optimizer state and moving averages as Megatron-Core's shards, in any layout."""
 
 from collections.abc import Container, Mapping
 from dataclasses import replace
@@ -19,7 +19,7 @@ from megavit.checkpoint.safe_pickle import check_pickles
 from megavit.errors import ConfigError
 from megavit.parallel.layout import ParallelLayout
 
-# The one of Megatron-Core's formats of the distributed optimizer's state that loads in every layout (0.16.1).
+# Megatron-Core's only format of the distributed optimizer's state that loads in every layout (0.16.1).
 _SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "singleton_local_shards": False,
@@ -30,7 +30,7 @@ _SHARDING = {
 # Prefix of the keys of the moving averages.
 _AVERAGES = "average."
 
-# By chunk and by the parameter's name within it.
+# Moving averages by chunk and by the parameter's name within it.
 Averages = Mapping[str, Mapping[str, Tensor]]
 
 # Entries of an optimizer's parameter group that come from the checkpoint, not from the configuration.
@@ -54,11 +54,11 @@ def load(
     Args:
         checkpoint: a valid checkpoint of the same model.
         chunks: this rank's stages by name, unwrapped.
-        optimizer: of these stages.
+        optimizer: the optimizer of these stages.
         averages: tensors for the moving averages, if the checkpoint holds them; None to load none.
 
     Raises:
-        ConfigError: if it would run code.
+        ConfigError: if the checkpoint's files would run code.
     """
     settings = [
         {key: value for key, value in group.items() if key not in _FROM_CHECKPOINT} for group in optimizer.param_groups
@@ -94,7 +94,7 @@ def load_weights(checkpoint: Path, chunks: Mapping[str, MegatronModule], *, aver
         averaged: load the moving averages instead.
 
     Raises:
-        ConfigError: if it would run code, or holds no average.
+        ConfigError: if the checkpoint's files would run code, or it holds no average.
     """
     there = check_pickles(checkpoint)
     state = {name: _as_saved(_sharded_weights(chunk), there, averaged=averaged) for name, chunk in chunks.items()}
@@ -106,7 +106,7 @@ def load_weights(checkpoint: Path, chunks: Mapping[str, MegatronModule], *, aver
 def _refuse_without_average(checkpoint: Path, there: Mapping[str, tuple[int, ...]]) -> None:
     if not any(key.startswith(_AVERAGES) for key in there):
         raise ConfigError(
-            f"{checkpoint} holds no moving average of its weights: its run had optim.ema=null; leave ema: away"
+            f"{checkpoint} holds no moving average of its weights: its run had optim.ema=null; remove ema:"
         )
 
 
@@ -138,7 +138,7 @@ def shapes_of(
         Both by the weight's name in the full model.
 
     Raises:
-        ConfigError: if it would run code, or holds no average.
+        ConfigError: if the checkpoint's files would run code, or it holds no average.
     """
     there = check_pickles(checkpoint)
     if averaged:
@@ -163,8 +163,8 @@ def load_some_weights(
     Args:
         checkpoint: a valid checkpoint.
         chunks: this rank's stages by name.
-        names: of the weights to load in place, in the full model; their shapes are the same in the checkpoint.
-        full: names and shapes of the weights to return as they are in the checkpoint.
+        names: full-model names of the weights to load in place; their shapes are the same in the checkpoint.
+        full: names and shapes of the weights to return unsplit.
         averaged: load the moving averages instead.
 
     Returns:
@@ -193,7 +193,7 @@ def sharded_state(
     *,
     is_loading: bool,
 ) -> dict[str, Any]:
-    """Return everything that a checkpoint holds of this rank, as Megatron-Core's shards."""
+    """Return this rank's part of a checkpoint, as Megatron-Core's shards."""
     state: dict[str, Any] = {name: _sharded_weights(chunk) for name, chunk in chunks.items()}
     if not is_loading:
         state = {name: _rotate_writers(shards) for name, shards in state.items()}
@@ -211,7 +211,7 @@ def sharded_state(
 
 
 def _sharded_weights(chunk: MegatronModule) -> dict[str, Any]:
-    """Return a chunk's tensors, without the objects that its linears add: empty without FP8, and read as pickles."""
+    """Return a chunk's tensors, without its linears' extra objects (empty without FP8, and stored as pickles)."""
     shards = chunk.sharded_state_dict(metadata=dict(_SHARDING))
     return {name: shard for name, shard in shards.items() if not name.endswith(_OBJECTS)}
 
@@ -232,7 +232,7 @@ def _fill(chunks: Mapping[str, MegatronModule], loaded: Mapping[str, Any]) -> No
 
 
 def _sharded_averages(chunk: MegatronModule, weights: Mapping[str, Tensor]) -> dict[str, ShardedTensor]:
-    """Return a chunk's moving averages, sharded as its weights are, under keys of their own."""
+    """Return a chunk's moving averages with the sharding of its weights, under separate keys."""
     shards = chunk.sharded_state_dict(prefix=_AVERAGES, metadata=dict(_SHARDING))
     return {
         name: replace(shards[f"{_AVERAGES}{name}"], data=weight, dtype=weight.dtype) for name, weight in weights.items()
@@ -245,7 +245,7 @@ def gather_full_state_dict(
     """Gather the full weights on the first rank, on the CPU; every rank calls this.
 
     Args:
-        parameters: of this stage, by their names in the full model.
+        parameters: this stage's parameters, by their names in the full model.
         layout: this rank's place.
 
     Returns:
@@ -258,7 +258,7 @@ def gather_full_state_dict(
             parts = [torch.empty_like(weight) for _ in range(layout.tp)]
             dist.all_gather(parts, weight.contiguous(), group=layout.groups.tp)
             weight = torch.cat(parts, dim=parameter.partition_dim)  # type: ignore[attr-defined]
-        # A copy: a view would be pickled with its whole storage, which for bf16 holds every weight of the stage.
+        # Clone: a view would be pickled with its full storage, which for bf16 holds every weight of the stage.
         stage[name] = weight.cpu().clone()
     if layout.tp_rank or layout.dp_rank:
         return None

@@ -1,4 +1,4 @@
-"""`state.json` of a checkpoint: the training state, in a versioned schema."""
+"""Read and write `state.json` of a checkpoint: the training state, in a versioned schema."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -16,14 +16,14 @@ _REMOVED = ("former_order",)
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The state of a run; with the configuration, all that data order, dropout and schedule depend on.
+    """The state of a run. Together with the configuration it determines data order, dropout and schedule.
 
     Attributes:
         step: optimizer steps done.
-        consumed_samples: images seen.
-        metrics: of the last evaluation, for `megavit inspect`.
+        consumed_samples: training images consumed.
+        metrics: metrics of the last evaluation, for `megavit inspect`.
         classes: names of a classifier's classes, in the order of its scores.
-        due: a periodic checkpoint; False for one saved only because its evaluation was the best so far.
+        due: True for a periodic checkpoint; False if it was saved only because its evaluation was the best so far.
         optimizer: whether the checkpoint holds the optimizer's state; False for converted weights.
         num_samples: training images of the source; 0 in converted checkpoints.
         assumed: settings that the files of converted weights did not state.
@@ -55,7 +55,7 @@ def read_state(checkpoint: Path) -> TrainingState:
     """Read a checkpoint's `state.json`.
 
     Raises:
-        ConfigError: if it cannot be read, or is of another schema version.
+        ConfigError: if the file cannot be read, or has another schema version.
     """
     version, fields = _read(checkpoint)
     if version != SCHEMA_VERSION:

@@ -1,4 +1,4 @@
-"""The best checkpoint is kept beside the latest."""
+"""Test that the best checkpoint is kept in addition to the latest."""
 
 import json
 
@@ -48,7 +48,7 @@ def train_with_results(overrides: list[str], results: dict[int, float]) -> float
 
 
 def checkpoints(run_dir) -> tuple[list[int], int, int]:
-    """Steps of those that are there, of the latest and of the best."""
+    """Return the steps of the existing checkpoints, of the latest and of the best."""
     folder = run_dir / "checkpoints"
     steps = sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
     latest, best = (int((folder / name).read_text().removeprefix("step_")) for name in ("latest", "best"))
@@ -59,7 +59,7 @@ def test_each_better_evaluation_saves_and_the_former_best_goes_unless_it_was_due
     overrides = [*SMALL, "train.eval_every=2", "checkpoint.save_every=4", "checkpoint.best=true", f"run.dir={tmp_path}"]
     stopped = [*overrides, "train.steps=12", "train.stop_at=6"]
     assert run_ranks(train_with_results, 1, stopped, TOP1_AT)[0] == 0.3
-    # 2 was saved as the best so far alone, and went; 4 was due, and 6 is where the run stopped.
+    # Step 2 was saved only as the best so far, and was removed; 4 is periodic, and 6 is the last step.
     assert checkpoints(tmp_path) == ([4, 6], 6, 4)
     assert run_ranks(train_with_results, 1, [*overrides, "train.steps=12"], TOP1_AT)[0] == 0.5
     assert checkpoints(tmp_path) == ([4, 6, 8, 12], 12, 8)
@@ -67,7 +67,7 @@ def test_each_better_evaluation_saves_and_the_former_best_goes_unless_it_was_due
     assert (state["metrics"]["top1"], state["due"]) == (0.5, True)
 
 
-def test_the_best_alone_stays_beside_the_last(tmp_path):
+def test_without_periodic_saves_only_the_best_and_the_last_stay(tmp_path):
     overrides = [*SMALL, "train.eval_every=2", "checkpoint.best=true", "train.steps=12", f"run.dir={tmp_path}"]
     run_ranks(train_with_results, 1, overrides, TOP1_AT)
     assert checkpoints(tmp_path) == ([8, 12], 12, 8)

@@ -1,4 +1,4 @@
-"""Nothing broken is loaded: every byte counts, the file is named, an older checkpoint stands in."""
+"""Test that a broken checkpoint is never loaded: a flipped byte is found, its file named, an older checkpoint used."""
 
 import json
 import random
@@ -21,7 +21,7 @@ RUN = [*SMALL, "train.steps=3", "checkpoint.save_every=1"]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A run with three checkpoints."""
+    """Train a run with three checkpoints."""
     run_dir = tmp_path_factory.mktemp("saved")
     run_ranks(ranks.train_and_keep, 2, [*RUN, "parallel.pp=2", f"run.dir={run_dir}"])
     return run_dir
@@ -36,7 +36,7 @@ def files(checkpoint: Path) -> list[Path]:
     return sorted(path for path in checkpoint.rglob("*") if path.is_file())
 
 
-def test_a_whole_checkpoint_is_whole_and_every_file_is_in_its_manifest(checkpoint):
+def test_a_complete_checkpoint_is_valid_and_every_file_is_in_its_manifest(checkpoint):
     assert find_fault(checkpoint) is None
     names = {path.name for path in files(checkpoint)}
     assert set(json.loads((checkpoint / FILE).read_text())["files"]) == names - {FILE}
@@ -68,7 +68,7 @@ def test_one_flipped_byte_at_two_hundred_places_is_found_and_its_file_named(chec
     assert find_fault(checkpoint) is None
 
 
-def test_truncated_empty_missing_and_foreign_files_are_found_and_named(checkpoint):
+def test_truncated_empty_missing_and_unlisted_files_are_found_and_named(checkpoint):
     draw = random.Random(1)
     for path in [*files(checkpoint), *draw.choices(files(checkpoint), k=20)]:
         full = path.read_bytes()
@@ -79,7 +79,7 @@ def test_truncated_empty_missing_and_foreign_files_are_found_and_named(checkpoin
                 path.write_bytes(content)
             fault = find_fault(checkpoint)
             assert fault is not None, path.name
-            # Without the one that Megatron-Core writes last nothing else is looked at.
+            # Without the file that Megatron-Core writes last, no other file is checked.
             assert fault.file == path or (path.name == "metadata.json" and content is not None)
             path.write_bytes(full)
     (checkpoint / "extra").write_text("from elsewhere")
@@ -104,7 +104,7 @@ def test_another_schema_version_is_refused(version, checkpoint):
         read_state(checkpoint)
 
 
-def test_a_state_with_a_field_that_is_read_no_longer_is_read(checkpoint):
+def test_a_state_with_a_removed_field_is_read(checkpoint):
     path, before = checkpoint / "state.json", read_state(checkpoint)
     path.write_text(json.dumps({**json.loads(path.read_text()), "former_order": False}))
     assert read_state(checkpoint) == before
@@ -121,7 +121,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_resumed_run_falls_back_to_the_newest_whole_one_and_warns_once(saved, tmp_path):
+def test_a_resumed_run_falls_back_to_the_newest_valid_one_and_warns_once(saved, tmp_path):
     run_dir = Path(shutil.copytree(saved, tmp_path / "run"))
     flip(run_dir / "checkpoints" / "step_00000003" / "__1_0.distcp")
     (run_dir / "checkpoints" / "latest").write_text("ste")
@@ -131,16 +131,16 @@ def test_a_resumed_run_falls_back_to_the_newest_whole_one_and_warns_once(saved, 
     assert sorted(got["losses"]) == [1, 2, 3, 4, 5]
     log = (run_dir / "train.log").read_text()
     assert (
-        log.count("step_00000003/__1_0.distcp has other content than was written (sha256); step_00000003 is left") == 1
+        log.count("step_00000003/__1_0.distcp has changed since it was written (sha256); step_00000003 is ignored") == 1
     )
-    assert log.count("latest is torn (it reads 'ste')") == 1
+    assert log.count("latest is broken (it holds 'ste')") == 1
     assert "resumes from " in log
     assert "step_00000002 at step 2 of 5" in log
-    # Written anew, it is whole, and the older ones too.
+    # After a new save the checkpoint is valid, and so are the older ones.
     assert all(find_fault(path) is None for path in CheckpointManager(run_dir / "checkpoints").all())
 
 
-def test_where_none_is_whole_nothing_starts_and_nothing_is_lost(saved, tmp_path):
+def test_without_a_valid_checkpoint_nothing_starts_and_nothing_is_deleted(saved, tmp_path):
     run_dir = Path(shutil.copytree(saved, tmp_path / "run"))
     for path in CheckpointManager(run_dir / "checkpoints").all():
         (path / "run.yaml").write_text("")
@@ -162,9 +162,9 @@ def test_a_broken_checkpoint_is_not_loaded_by_name_either(saved, tmp_path):
     ):
         code, output = run_ranks(main_here, 1, arguments)[0]
         assert code == 2
-        assert "step_00000003/.metadata has other content than was written" in output
+        assert "step_00000003/.metadata has changed since it was written" in output
         assert output.count("megavit: ") == 1
-    # Of the run as a whole the newest whole one is taken.
+    # For the run, the newest valid checkpoint is taken.
     code, output = run_ranks(main_here, 1, ["inspect", f"from={run_dir}"])[0]
     assert code == 0
     assert output.count("warning: ") == 1
@@ -181,7 +181,7 @@ def test_verify_says_of_each_checkpoint_what_is_broken(saved, tmp_path):
     assert "holds no checkpoint" in output
 
 
-def test_prune_keeps_the_newest_the_best_those_spared_and_the_last_whole_one(saved, tmp_path):
+def test_prune_keeps_the_newest_the_best_those_spared_and_the_last_valid_one(saved, tmp_path):
     run_dir = Path(shutil.copytree(saved, tmp_path / "run"))
     store = CheckpointManager(run_dir / "checkpoints")
 
@@ -194,13 +194,13 @@ def test_prune_keeps_the_newest_the_best_those_spared_and_the_last_whole_one(sav
     flip(run_dir / "checkpoints" / "step_00000003" / "common.pt")
     code, output = run_ranks(main_here, 1, ["prune", f"from={run_dir}", "keep_last=1"])[0]
     assert (code, output) == (0, "")
-    # The newest is broken, so the one before is the last whole one.
+    # The newest is broken, so the one before is the last valid one.
     assert steps() == [2, 3]
     for wrong in (["keep_last=0"], ["keep_last=some"], []):
         assert run_ranks(main_here, 1, ["prune", f"from={run_dir}", *wrong])[0][0] == 2
 
 
-def test_a_run_keeps_as_many_as_it_is_told(tmp_path):
+def test_a_run_keeps_as_many_as_keep_last(tmp_path):
     keys = [*SMALL, "train.steps=9", "checkpoint.save_every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=4"]
     run_ranks(ranks.train_and_keep, 1, [*keys, f"run.dir={tmp_path}"])
     assert sorted(path.name[-8:] for path in CheckpointManager(tmp_path / "checkpoints").all()) == [
@@ -211,10 +211,10 @@ def test_a_run_keeps_as_many_as_it_is_told(tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".step_*"))
 
 
-def test_what_a_killed_run_has_left_is_put_in_order_by_the_run_itself_alone(saved, tmp_path):
+def test_only_a_new_start_of_the_run_cleans_up_after_a_killed_one(saved, tmp_path):
     run_dir = Path(shutil.copytree(saved, tmp_path / "run"))
     folder = run_dir / "checkpoints"
-    # Moved aside for another of its step, which then was not completed.
+    # This checkpoint was moved aside for another one of its step, which was not completed.
     (folder / "step_00000003").rename(folder / ".step_00000003.old")
     shutil.copytree(folder / "step_00000001", folder / ".step_00000004.tmp")
     shutil.copytree(folder / "step_00000001", folder / ".step_00000000.gone")

@@ -116,9 +116,7 @@ def folder(root: Path, end: str, layout: str) -> Path:
 
 
 def load_each(checkpoints: list[str], settings: list[str]) -> list[float]:
-    """Load one checkpoint after another, save each again, and go one step on, also from what was saved here; the losses
-    of that step.
-    """
+    """Load each checkpoint and save it again; return the losses of the next step from both."""
     from megavit.checkpoint import shards
     from megavit.checkpoint.state import TrainingState
     from megavit.config.compose import compose
@@ -130,7 +128,7 @@ def load_each(checkpoints: list[str], settings: list[str]) -> list[float]:
     averages = trainer.average.weights
 
     def next_loss() -> float:
-        """Of a step that is not taken: the weights stay as they are."""
+        """Return the loss of the next step, without updating the weights."""
         for chunk in trainer.model:
             chunk.zero_grad_buffer()
         seed_step(trainer.layout, seed=config.run.seed, step=SAVED)
@@ -144,7 +142,7 @@ def load_each(checkpoints: list[str], settings: list[str]) -> list[float]:
         shards.load(Path(checkpoint), trainer.chunks, trainer.optimizer, averages=averages)
         state = TrainingState(number, 0, {})
         own = trainer.store.save(trainer.chunks, trainer.optimizer, state, run_yaml="", averages=averages)
-        # In bf16 two layouts round differently, but in one layout it is all the same which one has written.
+        # In bf16 two layouts round differently, but within one layout the writer's layout does not matter.
         losses.append(next_loss())
         shards.load(own, trainer.chunks, trainer.optimizer, averages=averages)
         assert next_loss() == losses[-1], f"{checkpoint} and this layout's own copy of it differ"
@@ -152,7 +150,7 @@ def load_each(checkpoints: list[str], settings: list[str]) -> list[float]:
 
 
 def full(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, gathered."""
+    """Return all tensors of a checkpoint, gathered."""
     state: dict[str, torch.Tensor] = {}
     _load_state_dict(
         state, storage_reader=FileSystemReader(checkpoint), planner=_EmptyStateDictLoadPlanner(), no_dist=True
@@ -161,7 +159,7 @@ def full(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_loads(setting, pairs: list[tuple[str, str]], root: Path) -> float:
-    """Take each (from, to) of the pairs; the largest relative difference of the next loss."""
+    """Resume each (from, to) pair of layouts; return the largest relative difference of the next loss."""
     root.mkdir()
     saved, losses = {}, {}
     for resume_point in dict.fromkeys(resume_point for resume_point, _ in pairs):
@@ -200,7 +198,7 @@ def sizes_of(layout: str) -> dict[str, int]:
 
 
 def factors(setting, resume_point: str, target: str) -> dict[str, str | int]:
-    """What is varied, by name: sizes on either end, and the setting."""
+    """Return the varied factors by name: the sizes on both ends, and the setting."""
     values: dict[str, str | int] = dict(zip(("precision", "task", "optimizer"), setting, strict=True))
     for end, layout in (("from", resume_point), ("to", target)):
         values.update({f"{end} {name}": size for name, size in sizes_of(layout).items()})
@@ -208,18 +206,18 @@ def factors(setting, resume_point: str, target: str) -> dict[str, str | int]:
 
 
 def value_pairs(runs) -> set:
-    """Each two values of different factors that some run brings together."""
+    """Return all pairs of values of different factors that occur together in a run."""
     return {pair for run in runs for pair in itertools.combinations(factors(*run).items(), 2)}
 
 
-def test_each_two_values_meet_in_some_run_of_the_cover():
+def test_the_cover_contains_every_pair_of_values():
     whole_matrix = itertools.product(itertools.product(PRECISION, TASK, OPTIMIZER), LAYOUTS, LAYOUTS)
     cover = [(setting, *pair) for setting, pairs in COVER.items() for pair in pairs]
     assert value_pairs(cover) == value_pairs(whole_matrix)
 
 
 @pytest.mark.parametrize("setting", [*COVER, *PROBE_COVER], ids=" ".join)
-def test_a_checkpoint_of_one_layout_goes_on_in_another(tmp_path, setting, figure):
+def test_a_checkpoint_of_one_layout_resumes_in_another(tmp_path, setting, figure):
     pairs = {**COVER, **PROBE_COVER}[setting]
     largest = assert_loads(setting, pairs, tmp_path / "cover")
     figure(f"{' '.join(setting)}: {len(pairs)} pairs of layouts: equal, relative |Δloss| ≤ {largest:.1e}")
@@ -252,7 +250,7 @@ def save_as_megatron_does(settings: list[str]) -> dict:
         shards.use_per_rank_shards = ours
 
 
-def test_what_megatron_core_gathers_and_what_we_share_out_is_the_same(tmp_path):
+def test_megatron_core_and_per_rank_shards_save_the_same_optimizer_state(tmp_path):
     setting = ("bf16", "ViT", "Adam")
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     for run_dir, train in ((theirs, save_as_megatron_does), (ours, ranks.train_and_keep)):

@@ -1,4 +1,4 @@
-"""A stranger's checkpoint, its manifest in order, is loaded without running what it brings along."""
+"""Test that loading an untrusted checkpoint with a correct manifest runs no code from it."""
 
 import builtins
 import functools
@@ -26,7 +26,7 @@ PROOF = "a_stranger_was_here"
 
 
 class Calls:
-    """Pickles to a call."""
+    """An object that is pickled as a call."""
 
     def __init__(self, function, *arguments) -> None:
         self.call = (function, arguments)
@@ -36,7 +36,7 @@ class Calls:
 
 
 class Raw:
-    """Pickles to `module.name` as it stands, whatever that is."""
+    """An object that is pickled as the name `module.name`."""
 
     def __init__(self, module: str, name: str) -> None:
         self.module, self.name = module, name
@@ -94,7 +94,7 @@ def run_dir(saved, tmp_path, monkeypatch):
 
 
 def tamper(run_dir: Path, name: str, content: bytes) -> Path:
-    """Put a file in place of one of the checkpoint's, and put the manifest in order."""
+    """Replace a file of the checkpoint, and correct the manifest."""
     checkpoint = run_dir / "checkpoints" / "step_00000002"
     (checkpoint / name).write_bytes(content)
     write_manifest(checkpoint, describe(checkpoint, [p.name for p in checkpoint.iterdir() if p.name != FILE]))
@@ -127,7 +127,7 @@ def test_a_checkpoint_that_python_3_11_2_wrote_is_let_through(run_dir, monkeypat
 def test_metadata_that_names_what_is_not_allowed_is_refused_by_that_name(attack, run_dir):
     content, named = METADATA[attack]
     checkpoint = tamper(run_dir, ".metadata", content)
-    with pytest.raises(ConfigError, match=r"\.metadata is refused: ") as refused:
+    with pytest.raises(ConfigError, match=r"\.metadata is rejected: ") as refused:
         check_pickles(checkpoint)
     assert named in str(refused.value)
     assert_nothing_ran(run_dir)
@@ -158,13 +158,13 @@ def test_a_common_file_that_would_run_code_is_refused(run_dir):
     file = io.BytesIO()
     torch.save({"optimizer": touch()}, file)
     checkpoint = tamper(run_dir, "common.pt", file.getvalue())
-    with pytest.raises(ConfigError, match=r"common\.pt is refused: "):
+    with pytest.raises(ConfigError, match=r"common\.pt is rejected: "):
         check_pickles(checkpoint)
     assert_nothing_ran(run_dir)
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
-def test_every_verb_that_loads_refuses_it_with_one_message(command, run_dir):
+def test_every_command_that_loads_rejects_it_with_one_message(command, run_dir):
     tamper(run_dir, ".metadata", METADATA["os.system"][0])
     arguments = {
         "train": [*SMALL, "train.steps=4", "optim.warmup_steps=1", f"run.dir={run_dir}"],
@@ -173,7 +173,7 @@ def test_every_verb_that_loads_refuses_it_with_one_message(command, run_dir):
     }[command]
     code, output = run_ranks(main_here, 1, [command, *arguments])[0]
     assert code == 2, output
-    assert "it names posix.system; a checkpoint of megavit does not do that" in output
+    assert "it names posix.system; megavit's checkpoints never contain that" in output
     assert output.count("megavit: ") == 1
     assert_nothing_ran(run_dir)
 

@@ -1,4 +1,4 @@
-"""A save in the background holds what one that is waited for holds; a disk that refuses costs no checkpoint."""
+"""Test that a background save equals a synchronous one, and that a write error destroys no checkpoint."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ EVERY_STEP = [*SMALL, "train.steps=6", "checkpoint.save_every=2", "optim.ema=0.9
 
 
 def train_with_a_slow_disk(overrides: list[str], write_s: float) -> tuple[dict, float]:
-    """Train; each of the files takes longer to write than the steps to the next save, beginning late."""
+    """Train with a disk so slow that each file takes longer to write than the steps to the next save."""
     from megavit.checkpoint import shard_writer as writer
 
     quick = writer._write_file
@@ -36,7 +36,7 @@ def train_with_a_slow_disk(overrides: list[str], write_s: float) -> tuple[dict, 
 
 
 def shards(run_dir: Path) -> dict[str, str]:
-    """The hash of every file of weights, averages and optimizer state, of all checkpoints."""
+    """Return the hash of every file of weights, averages and optimizer state, of all checkpoints."""
     return {
         f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(run_dir.glob("checkpoints/step_*/*"))
@@ -53,7 +53,7 @@ def shards(run_dir: Path) -> dict[str, str]:
     ],
     ids=" ".join,
 )
-def test_what_is_written_while_the_training_goes_on_is_what_was_there_at_the_save(tmp_path, layout):
+def test_a_background_save_writes_the_state_at_its_start(tmp_path, layout):
     waited, background = tmp_path / "waited", tmp_path / "background"
     run_ranks(ranks.train_and_keep, 2, [*EVERY_STEP, *layout, f"run.dir={waited}"])
     at_once = [*EVERY_STEP, *layout, "checkpoint.async_save=true", f"run.dir={background}"]
@@ -64,13 +64,13 @@ def test_what_is_written_while_the_training_goes_on_is_what_was_there_at_the_sav
         assert find_fault(checkpoint) is None
     rows = [json.loads(line) for line in (background / "metrics.jsonl").read_text().splitlines()]
     assert first["losses"] == {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
-    # A save is told when it is complete: the steps after it had been taken by then.
+    # A save is logged when it is complete, after the steps that follow it.
     output = [(row["split"], row["step"]) for row in rows if row["split"] in ("train", "save")]
     assert output.index(("save", 2)) > output.index(("train", 4))
 
 
 def save_until_it_fits(disk: str, room: int) -> list[str]:
-    """Save again and again on a disk that leaves a little more room each time; what each save was refused for."""
+    """Save repeatedly on a disk with a little more space each time; return each save's error."""
     import torch.distributed as dist
 
     from megavit.checkpoint.state import TrainingState

@@ -139,7 +139,7 @@ def stop_in_the_past(root: Path) -> list[str]:
     return train(root, "train.steps=9", "train.stop_at=2")
 
 
-def with_nothing_whole(root: Path) -> list[str]:
+def with_nothing_valid(root: Path) -> list[str]:
     (saved(root) / "checkpoints" / "step_00000003" / "common.pt").write_bytes(b"")
     return train(root, "train.steps=9")
 
@@ -262,10 +262,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "a checkpoint in the way": (never_again, "already holds checkpoints up to step_00000003"),
     "nothing to resume from": (
         lambda root: train(root, f"checkpoint.resume={root}"),
-        "is no checkpoint: give a run folder",
+        "is not a checkpoint: give a run folder",
     ),
     "a stop in the past": (stop_in_the_past, "train.stop_at=2 is not after step 3"),
-    "nothing whole to resume from": (with_nothing_whole, "is whole: "),
+    "nothing valid to resume from": (with_nothing_valid, "is valid: "),
     "nothing to predict from": (lambda root: ["predict", f"from={root}", "images=."], "holds no checkpoint"),
     "images that are not there": (
         predicting(lambda root: "nowhere"),

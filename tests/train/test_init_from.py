@@ -242,7 +242,7 @@ def test_hugging_faces_folder_serves_as_it_is(former, tmp_path):
         (["model.positions=sincos"], "model.positions is learned there and sincos here"),
         pytest.param(["model.layer_scale=0.1"], "model.layer_scale is null there and 0.1 here", marks=pytest.mark.slow),
         pytest.param(["model.class_tokens=8"], "model.class_tokens is 1 there and 8 here", marks=pytest.mark.slow),
-        (["init_from=hf:no/such-model-anywhere"], "init_from=hf:no/such-model-anywhere is no path here"),
+        (["init_from=hf:no/such-model-anywhere"], "init_from=hf:no/such-model-anywhere is not a path here"),
         (["init_from=timm:nowhere.safetensors"], "nowhere.safetensors is no file"),
         pytest.param(["init_from=nowhere"], "init_from=nowhere holds no checkpoint", marks=pytest.mark.slow),
     ],

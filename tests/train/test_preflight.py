@@ -92,7 +92,7 @@ def test_a_disk_that_fills_up_in_the_preflight_is_reported_and_nothing_is_left(s
     message = refused_without_arithmetic(disk)
     assert "ConfigError" in message
     assert ".preflight/step_00000000 cannot be written: No space left on device on " in message
-    assert "; none was there yet" in message
+    assert "; there was no earlier checkpoint" in message
     assert not list(disk.rglob("*.distcp"))
 
 

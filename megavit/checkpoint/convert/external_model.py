@@ -16,7 +16,7 @@ from megavit.model.config import ModelConfig, Pool, Positions
 from megavit.model.layers.pos_embed import sincos_positions
 from megavit.validation import format_value
 
-# (width, layers): heads. Weights do not show the number of heads; sizes that are not listed have heads of width 64.
+# (width, layers): heads. Weights do not show the number of heads; sizes not listed here have heads of width 64.
 _HEADS = {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16, (1152, 27): 16}
 
 # Weights of other libraries that the network does not use.
@@ -28,17 +28,17 @@ class ExternalModel:
     """A model of another library.
 
     Attributes:
-        model: its sizes, as a model group.
+        model: the model's sizes, as a model group.
         image_size: [height, width] in pixels.
-        channels: of an image.
-        classes: names, in the order of the scores; empty for a masked autoencoder or a model without a head.
-        files: that hold its weights.
-        mapping: of timm's names to the names in the files.
-        pixels: how it preprocesses images.
-        assumed: settings of the model group that its files do not state, each with a description of the assumption.
+        channels: channels of an image.
+        classes: class names, in the order of the scores; empty for a masked autoencoder or a model without a head.
+        files: files with the weights.
+        mapping: mapping from timm's names to the names in the files.
+        pixels: the model's preprocessing of images.
+        assumed: settings of the model group that the files do not state, each with a description of the assumption.
         notes: lines for the user.
-        other_pooling: description of its classifier's pooling, if megavit's head cannot pool like that; else None.
-        decoder: a masked autoencoder's decoder sizes, as settings of the task group.
+        other_pooling: description of the classifier's pooling if megavit's head does not support it; else None.
+        decoder: sizes of a masked autoencoder's decoder, as settings of the task group.
     """
 
     model: ModelConfig
@@ -54,10 +54,10 @@ class ExternalModel:
     decoder: dict[str, Any] = field(default_factory=dict)
 
     def assumptions(self, *, typed: Iterable[str] = ()) -> list[str]:
-        """Describe what its files do not state and was assumed: a line for the network and one for the pixels.
+        """Describe assumed settings that the files do not state: one line for the network and one for the pixels.
 
         Args:
-            typed: settings that the user types.
+            typed: settings given by the user.
         """
         lines, taken = [], set(typed)
         words = [word for key, word in self.assumed.items() if key not in taken]
@@ -65,7 +65,7 @@ class ExternalModel:
             lines.append(f"assumed: {', '.join(words)}")
         pixels = [key for key in self.pixels.assumed if key not in taken]
         if pixels:
-            lines.append(f"assumed: {', '.join(pixels)}; type others where they are wrong")
+            lines.append(f"assumed: {', '.join(pixels)}; set those that are wrong")
         return lines
 
     def weight(self, timm_name: str) -> Tensor:
@@ -77,10 +77,10 @@ class ExternalModel:
         try:
             return self.mapping.weight(timm_name)
         except KeyError as error:
-            raise ConfigError(f"the model has no weight {error}, which {timm_name} is made of") from error
+            raise ConfigError(f"the model has no weight {error}, which {timm_name} needs") from error
 
     def unread(self, wanted: Iterable[str]) -> list[str]:
-        """Return the names in the files that none of the wanted weights is made of."""
+        """Return the names in the files that no wanted weight is read from."""
         fixed = ["decoder_pos_embed"] if self.decoder else []
         if self.model.positions is Positions.sincos:
             fixed.append("pos_embed")
@@ -88,7 +88,7 @@ class ExternalModel:
         return sorted(name for name in self.files if name not in used and name not in _UNUSED)
 
     def unknown(self) -> list[str]:
-        """Return the names in the files that no megavit network has a parameter for, whatever its head."""
+        """Return the names in the files for which megavit's network has no parameter with any head."""
         layers, decoder = self.model.num_layers, self.decoder.get("decoder_num_layers", 0)
         known = []
         for row in TABLE:
@@ -118,7 +118,7 @@ def network_words(model: ModelConfig) -> dict[str, str]:
 
 
 def written(key: str, value: Any) -> str:
-    """Return a setting as it is typed."""
+    """Return a setting as on the command line."""
     text = str(format_value(value)).lower() if isinstance(value, bool) else str(format_value(value))
     return f"{key}={text}".replace(" ", "")
 
@@ -128,7 +128,7 @@ def are_sincos(positions_NH: Tensor, grid: tuple[int, int], *, class_tokens: int
     if positions_NH.shape[1] % 4:
         return False
     ours_NH = sincos_positions(grid, positions_NH.shape[1], class_tokens=class_tokens)
-    # They were computed in another precision and order.
+    # Other libraries compute them in another precision and order.
     return torch.allclose(positions_NH.float(), ours_NH, atol=1e-5)
 
 
@@ -138,6 +138,4 @@ def choose_positions(external: ExternalModel) -> None:
     if are_sincos(external.weight("pos_embed")[0], grid, class_tokens=tokens):
         external.model.positions = Positions.sincos
     if not are_sincos(external.weight("decoder_pos_embed")[0], grid, class_tokens=tokens):
-        raise ConfigError(
-            "the decoder's positions are no sine and cosine of the patches' places, which ours always are"
-        )
+        raise ConfigError("the decoder's positions are not the sine-cosine embedding that megavit's decoder always has")

@@ -1,4 +1,4 @@
-"""The files beside the weights in a Hugging Face folder, and the upload to the hub."""
+"""Write the JSON files of a Hugging Face folder, and upload the folder to the hub."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from megavit.model.config import Head, ModelConfig, Pool
 
 
 def check_hf_compatible(model: ModelConfig, data: DataConfig, *, is_mae: bool) -> None:
-    """Raise ConfigError, naming the setting, if Hugging Face's ViT or ViTMAE has no such part."""
+    """Raise ConfigError if Hugging Face's ViT or ViTMAE lacks a part of the model; name the setting."""
     reasons = {
         f"model.class_tokens={model.class_tokens}": model.class_tokens != 1,
         f"model.pool={model.pool.value}": model.pool is not Pool.cls and not is_mae,
@@ -25,12 +25,12 @@ def check_hf_compatible(model: ModelConfig, data: DataConfig, *, is_mae: bool) -
     for setting, differs in reasons.items():
         if differs:
             raise ConfigError(
-                f"{setting}: Hugging Face's {'ViTMAE' if is_mae else 'ViT'} has no such; to=timm: may have"
+                f"{setting}: Hugging Face's {'ViTMAE' if is_mae else 'ViT'} does not support it; try to=timm:"
             )
     if data.crop_pct is not None and len(set(data.image_size)) > 1:
         raise ConfigError(
             f"data.crop_pct={data.crop_pct} with data.image_size={data.image_size}: Hugging Face's "
-            f"processor crops squares alone; to=timm: can say it"
+            f"processor crops only squares; to=timm: supports it"
         )
 
 
@@ -75,7 +75,7 @@ def hf_config(
 
 
 def hf_preprocessor(data: DataConfig) -> dict[str, Any]:
-    """Return the content of `preprocessor_config.json`: images as the run evaluated them."""
+    """Return the content of `preprocessor_config.json`, with the preprocessing of the run's evaluation."""
     full = {"height": data.image_size[0], "width": data.image_size[1]}
     if data.crop_pct is None:
         view = {"size": full, "do_center_crop": False}
@@ -112,7 +112,7 @@ def push(folder: Path, repository: str) -> None:
     """Upload a folder to the hub; a new repository is private.
 
     Raises:
-        ConfigError: if the hub cannot be reached or refuses.
+        ConfigError: if the hub cannot be reached or rejects the upload.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -128,7 +128,7 @@ def push(folder: Path, repository: str) -> None:
             raise
         message = next((line for line in str(error).splitlines() if line), type(error).__name__)
         raise ConfigError(
-            f"push={repository}: the Hugging Face hub does not take it: {message}. {folder} is whole; `hf auth login` "
-            f"and `hf upload {repository} {folder}` do the rest"
+            f"push={repository}: the Hugging Face hub rejects it: {message}. {folder} is complete; `hf auth login` "
+            f"and `hf upload {repository} {folder}` upload it"
         ) from error
     print(f"https://huggingface.co/{repository}: a new repository is private until you publish it")

@@ -1,4 +1,4 @@
-"""Weight names of other libraries and timm's (see `param_mapping.py`), as one two-sided table per format.
+"""Map other libraries' weight names to timm's (see `param_mapping.py`) and back, with one table per format.
 
 facebookresearch/mae uses timm's names; Hugging Face stores queries, keys and values separately and has other names.
 """
@@ -20,7 +20,7 @@ Read = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class HfRow:
-    """One row: timm's name, and Hugging Face's names, whose weights are concatenated by rows.
+    """One row: timm's name, and Hugging Face's names, whose weights are concatenated along the rows.
 
     `#` is the layer's number.
     """
@@ -67,7 +67,7 @@ HF_TABLE = (
 )
 _HF_BY_PLAIN = {row.timm_name: row.theirs for row in HF_TABLE}
 
-# Other spellings of Hugging Face's: in memory in transformers 5, and of a decoder written by its save_pretrained.
+# Other spellings in Hugging Face's files: transformers 5's in memory, and its save_pretrained's of a decoder.
 _HF_SPELLINGS = (
     (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
     (r"^vit\.layers\.", "vit.encoder.layer."),
@@ -99,7 +99,7 @@ def hf_names(timm_name: str) -> tuple[str, ...]:
     layer = number.group(1) if number else ""
     theirs = _HF_BY_PLAIN.get(timm_name.replace(f".{layer}.", ".#.", 1) if number else timm_name)
     if theirs is None:
-        raise ConfigError(f"Hugging Face's ViT has no place for {timm_name}; to=timm: may have")
+        raise ConfigError(f"Hugging Face's ViT has no weight for {timm_name}; try to=timm:")
     return tuple(name.replace("#", layer) for name in theirs)
 
 
@@ -121,11 +121,11 @@ def join_prefix(read: Read, names: Iterable[str], *, num_patches: int) -> dict[s
 
     Args:
         read: returns a weight by timm's name.
-        names: of the weights in the files.
-        num_patches: per image.
+        names: names of the weights in the files.
+        num_patches: patches per image.
 
     Returns:
-        `cls_token` and `pos_embed`, those that the model has.
+        `cls_token` and `pos_embed`, if the model has them.
     """
     there = set(names)
     tokens = [read(name) for name in ("cls_token", "reg_token") if name in there]
@@ -144,7 +144,7 @@ def split_prefix(timm_weights: dict[str, Tensor], *, pools_class_token: bool, le
     """Invert `join_prefix`: the first token is the class token if it is pooled; the others are registers.
 
     Args:
-        timm_weights: by timm's names; only `cls_token` and `pos_embed` are read.
+        timm_weights: weights by timm's names; only `cls_token` and `pos_embed` are read.
         pools_class_token: whether the head reads the first token.
         learned: whether positions are learned.
     """
@@ -167,16 +167,16 @@ def split_prefix(timm_weights: dict[str, Tensor], *, pools_class_token: bool, le
 
 
 class NameMapping(Protocol):
-    """Maps timm's names to the weights in one library's files."""
+    """Map timm's names to the weights in one library's files."""
 
     def names(self, timm_name: str) -> tuple[str, ...]:
-        """Return the names in the files that a weight is made of; some may be missing."""
+        """Return the names in the files that a weight is read from; some may be missing."""
 
     def weight(self, timm_name: str) -> Tensor:
         """Return a weight by timm's name.
 
         Raises:
-            KeyError: naming the weight that is missing.
+            KeyError: if a weight is missing; names it.
         """
 
 
@@ -186,7 +186,7 @@ class TimmMapping:
     Args:
         read: returns a weight by its name in the files.
         there: the names in the files.
-        num_patches: per image.
+        num_patches: patches per image.
     """
 
     def __init__(self, read: Read, there: Iterable[str], *, num_patches: int) -> None:

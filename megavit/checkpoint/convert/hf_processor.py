@@ -1,4 +1,4 @@
-"""Hugging Face's image processors of ViT and DeiT, as settings of the data group.
+"""Read Hugging Face's image processors of ViT and DeiT as settings of the data group.
 
 Source: transformers 5.24, `image_processing_backends.py`: resize, centre crop, rescale, normalise, in this order.
 """
@@ -14,7 +14,7 @@ from megavit.errors import ConfigError
 
 _FILE, _OF_PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
-# Defaults by the first part of the class's name, for what its file does not state.
+# Defaults for settings that the file does not state, by the first part of the class's name.
 _VIT = {
     "resample": 2,
     "image_mean": 0.5,
@@ -42,13 +42,13 @@ _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 
 def read_processor(
     folder: Path, *, image_size: list[int], channels: int, typed: Collection[str]
 ) -> tuple[Pixels, list[str]]:
-    """Read how a folder's processor preprocesses images.
+    """Read the preprocessing of a model folder's processor.
 
     Args:
-        folder: of the model.
-        image_size: [height, width] in pixels that the model takes.
-        channels: of an image.
-        typed: data settings that the user types; they are not read from the files.
+        folder: the model's folder.
+        image_size: [height, width] in pixels of the model's input.
+        channels: channels of an image.
+        typed: data settings given by the user, which are not read from the files.
 
     Returns:
         The settings, and notes for the user.
@@ -73,7 +73,7 @@ def read_processor(
         return pixels, []
     pixels.crop_pct = processor.crop_pct(image_size)
     return pixels, [] if processor.get("do_resize") else [
-        f"{name}: do_resize=false takes images of {image_size} alone; here others are resized to it"
+        f"{name}: do_resize=false accepts only images of {image_size}; megavit resizes other images to it"
     ]
 
 
@@ -92,7 +92,7 @@ class _Processor:
     """One processor's settings, with its class's defaults for missing ones.
 
     Args:
-        file: of the settings, for errors.
+        file: file of the settings, for errors.
         settings: content of the file.
     """
 
@@ -133,14 +133,14 @@ class _Processor:
         if name not in {choice.value for choice in Interpolation}:
             raise ConfigError(
                 f"{self._name('resample')}={resample}{f' ({name})' if name else ''}: megavit resizes bilinear (2) or "
-                f"bicubic (3); type one: data.interpolation=bicubic, for example"
+                f"bicubic (3); set one: data.interpolation=bicubic, for example"
             )
         return Interpolation(name)
 
     def crop_pct(self, image_size: list[int]) -> float | None:
-        """Return the share kept by the centre crop of an image resized by its shorter side; None without a crop."""
+        """Return the fraction that the centre crop keeps after a resize of the shorter side; None without a crop."""
         if self._unknown is not None:
-            raise self._unknown_class("may have steps of its own")
+            raise self._unknown_class("may have further steps")
         for key in ("do_pad", "do_flip_channel_order"):
             if self.get(key):
                 raise ConfigError(f"{self._name(key)}=true: megavit's evaluation has no such step")
@@ -153,13 +153,13 @@ class _Processor:
         if set(size) == {"shortest_edge"} and crop is not None and crop[0] == crop[1]:
             shorter = positive(size["shortest_edge"], self._name("size"))
             if shorter < crop[0]:
-                raise self._refusal(f"resizes the shorter side to {shorter} and takes {crop[0]} of it")
+                raise self._refusal(f"resizes the shorter side to {shorter} and crops {crop[0]} pixels")
             self._require_size(crop, image_size)
             return crop_share(crop[0], shorter)
         if set(size) == {"height", "width"}:
             resized = height_width([size["height"], size["width"]], self._name("size"))
             if crop not in (None, resized):
-                raise self._refusal(f"resizes to {list(resized)}, whatever its proportions, and takes {list(crop)}")
+                raise self._refusal(f"resizes to {list(resized)} with any aspect ratio, and crops {list(crop)}")
             if "size" in self._stated or crop is not None:
                 self._require_size(resized, image_size)
             # transformers' default of 224 does not fit a model of another size.
@@ -185,20 +185,20 @@ class _Processor:
     def _require_size(self, made: tuple[int, int], image_size: list[int]) -> None:
         if list(made) != image_size:
             raise ConfigError(
-                f"{self._file} makes images of {list(made)}, and config.json's image_size is {image_size}; set one of "
-                f"them as the other"
+                f"{self._file} makes images of {list(made)}, and config.json's image_size is {image_size}; make them "
+                f"equal"
             )
 
     def _refusal(self, does: str) -> ConfigError:
         return ConfigError(
-            f"{self._file} {does}; megavit resizes the whole image, or the shorter side of it to take a square centre. "
-            f"Type which: data.crop_pct=null, or data.crop_pct=0.875 for example"
+            f"{self._file} {does}; megavit resizes the full image, or its shorter side with a square centre crop. "
+            f"Set one: data.crop_pct=null, or data.crop_pct=0.875 for example"
         )
 
     def _unknown_class(self, reason: str) -> ConfigError:
         return ConfigError(
-            f"{self._file}: image_processor_type={self._unknown} is not known, ViT's and DeiT's are, and {reason}; "
-            f"type what it does: {' '.join(f'{key}=…' for key in PIXEL_SETTINGS)}"
+            f"{self._file}: image_processor_type={self._unknown} is not supported (ViT's and DeiT's are) and {reason}; "
+            f"set its preprocessing: {' '.join(f'{key}=…' for key in PIXEL_SETTINGS)}"
         )
 
     def _name(self, key: str) -> str:

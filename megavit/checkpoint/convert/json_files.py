@@ -1,4 +1,4 @@
-"""Read JSON files beside weights, and check the types of their values."""
+"""Read the JSON files that accompany weights, and check the types of their values."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,14 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        ConfigError: if it cannot be read, or is not a JSON object.
+        ConfigError: if the file cannot be read, or holds no JSON object.
     """
     try:
         content = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is no valid JSON: {error}") from error
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no JSON object")
     return content
@@ -28,7 +28,7 @@ def positive(value: Any, name: str) -> int:
     """Check that a value is an integer of at least 1.
 
     Args:
-        value: from a JSON file.
+        value: value from a JSON file.
         name: file and key, for the error.
 
     Raises:
@@ -63,12 +63,12 @@ def numbers(value: Any, count: int, name: str) -> list[float]:
     """Return one number per channel; a single number is repeated.
 
     Args:
-        value: from a JSON file.
+        value: value from a JSON file.
         count: number of channels.
         name: file and key, for the error.
 
     Raises:
-        ConfigError: if they are not numbers, or not as many.
+        ConfigError: if they are not numbers, or their count is wrong.
     """
     values = list(value) if isinstance(value, list | tuple) else [value]
     if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in values):

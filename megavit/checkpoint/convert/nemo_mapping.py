@@ -1,4 +1,4 @@
-"""NVIDIA NeMo's parameter names and timm's (see `param_mapping.py`): its ViT with 8 class tokens, until NeMo 2.
+"""Map NVIDIA NeMo's parameter names to timm's (see `param_mapping.py`), for its ViT with 8 class tokens until NeMo 2.
 
 NeMo orders a patch's values row, column, channel, and queries, keys and values head by head, as megavit does.
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megavit.checkpoint.param_mapping import Dims, ParamMapping, find_row, heads_to_parts, parts_to_heads
 
-# Prefix of every name that is written; models trained with O2 have further ones.
+# Prefix of every name in a written file; models trained with O2 have further prefixes.
 PREFIX = "model."
 _PREFIXES = re.compile(r"^(?:model\.|module\.)*")
 
@@ -63,7 +63,7 @@ TABLE = (
     ),
 )
 
-# The head of pre-training, and that of fine-tuning.
+# The head of pre-training, and the head of fine-tuning.
 _TWO_MATRICES = (("head.dense_in", "pre_logits.0"), ("head.dense_out", "head"))
 _ONE_MATRIX = (("head", "head"),)
 

@@ -21,20 +21,20 @@ _SIGNS = (
 
 
 def refuse_other_architectures(place: str, files: TensorFiles) -> None:
-    """Raise ConfigError, naming the architecture, for weights that are not a plain ViT's.
+    """Raise ConfigError if the weights are not a plain ViT's; name the architecture.
 
     Args:
         place: path or id of the weights, for the error.
-        files: that hold the weights.
+        files: files with the weights.
     """
     for pattern, what in _SIGNS:
         found = next((name for name in files if re.fullmatch(pattern, name)), None)
         if found is not None:
-            raise ConfigError(f"{place} looks like {what} ({found}), and no plain ViT, which megavit's network is")
+            raise ConfigError(f"{place} looks like {what} ({found}); megavit's network is a plain ViT")
     if {"blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"} <= set(files):
         wide, narrow = files.shape("blocks.0.mlp.fc1.weight")[0], files.shape("blocks.0.mlp.fc2.weight")[1]
         if wide == 2 * narrow:
             raise ConfigError(
-                f"{place} looks like a ViT with a gated MLP (fc1 makes {wide} values, fc2 reads {narrow}), and no "
-                f"plain ViT, which megavit's network is"
+                f"{place} looks like a ViT with a gated MLP (fc1 makes {wide} values, fc2 reads {narrow}); megavit's "
+                f"network is a plain ViT"
             )

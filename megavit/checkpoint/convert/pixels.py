@@ -1,4 +1,4 @@
-"""How another library's model preprocesses images, as settings of the data group."""
+"""Describe another library's preprocessing of images as settings of the data group."""
 
 import math
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass
 class Pixels:
-    """Settings of the data group.
+    """Preprocessing of images, as settings of the data group.
 
     Attributes:
-        mean, std: per channel, of values in [0, 1].
-        crop_pct: share of the resized image that the centre crop keeps; None for no crop.
-        interpolation: of the resizing.
-        assumed: which of `PIXEL_SETTINGS` the files do not state.
+        mean, std: mean and standard deviation per channel, for values in [0, 1].
+        crop_pct: fraction of the resized image that the centre crop keeps; None for no crop.
+        interpolation: interpolation of the resizing.
+        assumed: those of `PIXEL_SETTINGS` that the files do not state.
     """
 
     mean: list[float]
@@ -28,7 +28,7 @@ class Pixels:
 
 
 def assumed_pixels(channels: int, *, crop_pct: float | None, interpolation: Interpolation) -> Pixels:
-    """Return pixels in [-1, 1], as most of timm's and Google's ViTs use."""
+    """Return the normalisation to [-1, 1], which most of timm's and Google's ViTs use."""
     return Pixels([0.5] * channels, [0.5] * channels, crop_pct, interpolation, PIXEL_SETTINGS)
 
 
@@ -44,7 +44,7 @@ def imagenet_pixels(channels: int, *, crop_pct: float | None) -> Pixels:
 def crop_share(side: int, shorter: int) -> float:
     """Return the `data.crop_pct` for a centre crop of `side` pixels from images with a shorter side of `shorter`.
 
-    Evaluation resizes to floor(side / crop_pct); of the shares that give `shorter`, one with the fewest decimals is
+    Evaluation resizes to floor(side / crop_pct). Several values give `shorter`; the one with the fewest decimals is
     returned: 0.875 for 224 of 256, 0.9 for 224 of 248.
     """
     for decimals in range(1, 16):

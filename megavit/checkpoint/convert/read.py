@@ -17,7 +17,7 @@ from megavit.data.config import Interpolation
 from megavit.errors import ConfigError
 from megavit.model.config import ModelConfig, Pool
 
-# The formats of other libraries, as a user types them before the colon.
+# The formats of other libraries; a user writes them before the colon.
 KINDS = ("hf", "timm", "mae", "nemo")
 _HUB_FILES = ["*.json", "*.safetensors"]
 
@@ -26,28 +26,28 @@ def read_external(kind: str, path: Path, *, num_heads: int | None, typed: Collec
     """Read a model of another library.
 
     Args:
-        kind: `timm` (a file of weights, or a folder with one, and perhaps timm's config.json beside it), `mae`
+        kind: `timm` (a file of weights, or a folder with one, optionally with timm's config.json), `mae`
             (facebookresearch/mae's .pth), `hf` (a folder with config.json) or `nemo` (one file with a state dict).
         path: the file or folder.
-        num_heads: used if the files do not state it; None for the usual number (see `usual_heads`).
-        typed: data settings that the user types; they are not read from the files.
+        num_heads: number of heads if the files do not state it; None for the usual number (see `usual_heads`).
+        typed: data settings given by the user, which are not read from the files.
 
     Raises:
-        ConfigError: if it cannot be read, or is not a ViT that megavit supports.
+        ConfigError: if the model cannot be read, or is not a ViT that megavit supports.
     """
     if kind == "hf":
         return read_hf(path, typed=typed)
     if kind == "timm" and path.is_dir():
         path = find_weights_file(path)
     if not path.is_file():
-        raise ConfigError(f"{path} is no file; weights of {kind} are one file, Hugging Face's folder is hf:FOLDER")
+        raise ConfigError(f"{path} is not a file; {kind}: needs one file, and a Hugging Face folder is hf:FOLDER")
     files = TensorFiles([path])
     if kind == "nemo":
         return read_nemo(path, files, num_heads=num_heads)
     stated = read_timm_config(path) if kind == "timm" else None
     external = _read_plain(path, files, num_heads=num_heads, stated=stated)
     if external.decoder or kind == "mae":
-        # As in facebookresearch/mae, util/datasets.py: larger images are not cropped.
+        # facebookresearch/mae, util/datasets.py, does not crop images larger than 224.
         crop = 0.875 if max(external.image_size) <= 224 else 1.0
         external.pixels = imagenet_pixels(external.channels, crop_pct=crop)
     elif stated is not None:
@@ -59,7 +59,7 @@ def _read_plain(path: Path, files: TensorFiles, *, num_heads: int | None, stated
     if stated is not None and stated.other_encoder is not None:
         raise ConfigError(
             f"{stated.file}: architecture={stated.architecture} has {stated.other_encoder}, which megavit's network "
-            f"cannot be"
+            f"does not support"
         )
     refuse_other_architectures(str(path), files)
     if stated is not None:
@@ -68,7 +68,7 @@ def _read_plain(path: Path, files: TensorFiles, *, num_heads: int | None, stated
         width, channels, patch, across = files.shape("patch_embed.proj.weight")
         ffn = files.shape("blocks.0.mlp.fc1.weight")[0]
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"{path} is no ViT of timm's names: {error} is missing") from error
+        raise ConfigError(f"{path} is not a ViT with timm's names: {error} is missing") from error
     if patch != across:
         raise ConfigError(f"{path} has patches of {patch} × {across}: megavit's are square")
     layers = 1 + max(int(name.split(".")[1]) for name in files if name.startswith("blocks."))
@@ -118,13 +118,13 @@ def _read_plain(path: Path, files: TensorFiles, *, num_heads: int | None, stated
 
 
 def _image_size(path: Path, positions: int, *, prefix: int, patch: int, stated: TimmConfig | None) -> list[int]:
-    """Return the image size of the positions: as stated, else of a square image, with or without class tokens."""
+    """Return the image size for the positions: the stated one, or a square with or without class tokens."""
     if stated is not None:
         height, width = stated.image_size
         patches = height // patch * (width // patch)
         if positions not in (patches, patches + prefix):
             raise ConfigError(
-                f"{stated.file} states images of {stated.image_size}, which are {patches} patches of {patch}, and "
+                f"{stated.file} states images of {stated.image_size}, which make {patches} patches of {patch}, and "
                 f"{path} has {positions} positions"
             )
         return stated.image_size
@@ -133,8 +133,8 @@ def _image_size(path: Path, positions: int, *, prefix: int, patch: int, stated: 
         if side * side == patches:
             return [side * patch] * 2
     raise ConfigError(
-        f"{path} has {positions} positions, less {prefix} class tokens no square: only square images are told from "
-        f"weights alone"
+        f"{path} has {positions} positions, which minus {prefix} class tokens are not a square: the image size follows "
+        f"from weights only for square images"
     )
 
 
@@ -166,12 +166,12 @@ def fetch(kind: str, place: str, *, setting: str) -> Path:
     """Return the file or folder of a model; an id is downloaded from the Hugging Face hub.
 
     Args:
-        kind: as `read_external` takes it.
+        kind: format of the files (see `read_external`).
         place: a path, or ORG/NAME.
-        setting: that named it, for the error.
+        setting: name of the setting that holds `place`, for the error.
 
     Raises:
-        ConfigError: if it is found in neither place.
+        ConfigError: if the model is neither a path nor on the hub.
     """
     path = Path(place)
     if path.exists() or kind in ("mae", "nemo") or place.count("/") != 1:
@@ -183,7 +183,7 @@ def fetch(kind: str, place: str, *, setting: str) -> Path:
         folder = Path(snapshot_download(place, allow_patterns=_HUB_FILES))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ConfigError(
-            f"{setting}={kind}:{place} is no path here, and the Hugging Face hub does not give it: "
+            f"{setting}={kind}:{place} is not a path here, and the Hugging Face hub does not provide it: "
             f"{str(error).splitlines()[0]}. Without a network, copy its files here and name the path"
         ) from error
     return folder

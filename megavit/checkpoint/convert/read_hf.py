@@ -12,7 +12,7 @@ from megavit.checkpoint.convert.tensor_files import TensorFiles
 from megavit.errors import ConfigError
 from megavit.model.config import ModelConfig
 
-# transformers' defaults, for what a config.json does not state.
+# transformers' defaults for settings that a config.json does not state.
 _DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -88,7 +88,7 @@ def read_hf(path: Path, *, typed: Collection[str]) -> ExternalModel:
 def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
     kind = config.get("model_type")
     if kind is None and "architecture" in config:
-        raise ConfigError(f"hf:{path} is a folder of timm's ({config['architecture']}); write timm:{path}")
+        raise ConfigError(f"hf:{path} is a timm folder ({config['architecture']}); use timm:{path}")
     if kind is None:
         raise ConfigError(f"hf:{path}: config.json states no model_type; vit and vit_mae can be converted")
     if kind not in ("vit", "vit_mae"):

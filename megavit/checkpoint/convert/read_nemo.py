@@ -1,4 +1,4 @@
-"""Read NVIDIA NeMo's state dict; the sizes follow from the shapes."""
+"""Read NVIDIA NeMo's state dict and compute the model's sizes from its shapes."""
 
 import math
 from pathlib import Path
@@ -22,14 +22,14 @@ def read_nemo(path: Path, files: TensorFiles, *, num_heads: int | None) -> Exter
         ffn = shapes["backbone.transformer.layers.0.mlp.dense_h_to_4h.weight"][0]
         positions = shapes["backbone.position_embeddings.weight"][0] - tokens
     except KeyError as error:
-        raise ConfigError(f"{path} is no ViT of NeMo's names: {error} is missing") from error
+        raise ConfigError(f"{path} is not a ViT with NeMo's names: {error} is missing") from error
     layers = 1 + max(int(name.split(".")[3]) for name in shapes if name.startswith("backbone.transformer.layers."))
     # NeMo's ViT takes three channels.
     side, patch = math.isqrt(positions), math.isqrt(values // 3)
     if side * side != positions or 3 * patch * patch != values:
         raise ConfigError(
-            f"{path} has {positions} positions and {values} values a patch: only square patches of square images in "
-            f"three channels are told from weights alone"
+            f"{path} has {positions} positions and {values} values a patch: sizes follow from weights only for square "
+            f"patches of square images with three channels"
         )
     two_matrices = "head.dense_in.weight" in shapes
     model = ModelConfig(

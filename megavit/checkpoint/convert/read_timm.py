@@ -1,7 +1,7 @@
 """Read timm's `config.json` by building its network with timm.
 
-The network is built on torch's meta device, without memory. It has the activation, norms, pooling and heads, whether
-they come from the architecture's defaults or from `model_args`.
+The network is built on torch's meta device, without memory. It shows the activation, norms, pooling and heads, from
+the architecture's defaults or from `model_args`.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from megavit.data.config import Interpolation
 from megavit.errors import ConfigError
 
 _FILE = "config.json"
-# timm's search order, and the names that training scripts write.
+# File names in timm's search order, followed by the names that training scripts write.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 # Positions and classifier may differ: resolution and number of classes do not make another network.
@@ -28,16 +28,16 @@ _MAY_DIFFER = ("pos_embed", "head.")
 
 @dataclass
 class TimmConfig:
-    """What a `config.json` states.
+    """The content of a `config.json`.
 
     Attributes:
-        file: the config.json.
+        file: path of the config.json.
         architecture: timm's name of the network.
-        num_heads, norm_eps, image_size: of the network.
-        other_encoder: how its encoder differs from megavit's; None if it does not.
-        other_pooling: how its classifier pools, if megavit's head cannot pool like that; else None.
-        shapes: of its weights by name, without positions and classifier.
-        classes: names, in the order of the scores; empty if the file has none.
+        num_heads, norm_eps, image_size: sizes of the network.
+        other_encoder: difference of the encoder from megavit's; None if there is none.
+        other_pooling: the classifier's pooling if megavit's head does not support it; else None.
+        shapes: shapes of the weights by name, without positions and classifier.
+        classes: class names, in the order of the scores; empty if the file has none.
         pretrained_cfg: the file's preprocessing settings.
     """
 
@@ -53,23 +53,23 @@ class TimmConfig:
     pretrained_cfg: dict[str, Any]
 
     def refuse_other_weights(self, files: TensorFiles) -> None:
-        """Raise ConfigError, naming the first difference, for weights that do not belong to this network."""
+        """Raise ConfigError if the weights do not belong to this network; name the first difference."""
         there = {name: files.shape(name) for name in files if not name.startswith(_MAY_DIFFER)}
         for name in sorted(there.keys() | self.shapes.keys()):
             stated, found = self.shapes.get(name), there.get(name)
             if stated != found:
                 words = [list(shape) if shape is not None else "missing" for shape in (stated, found)]
                 raise ConfigError(
-                    f"{self.file} is of another network than the weights beside it: {name} is {words[0]} in it and "
-                    f"{words[1]} there; mend it, or take it away, and what the weights do not tell is assumed"
+                    f"{self.file} describes another network than the weights next to it: {name} is {words[0]} in it "
+                    f"and {words[1]} in the weights; correct it, or remove it and let megavit assume what it states"
                 )
 
     def pixels(self, channels: int, *, typed: Collection[str]) -> Pixels:
-        """Return how the network's images are preprocessed, as `timm.data.create_transform` does it.
+        """Return the preprocessing of `timm.data.create_transform` for this network.
 
         Args:
-            channels: of an image.
-            typed: data settings that the user types; they are not read from the file.
+            channels: channels of an image.
+            typed: data settings given by the user, which are not read from the file.
 
         Raises:
             ConfigError: if megavit cannot produce the same pixels.
@@ -84,7 +84,7 @@ class TimmConfig:
             resizing = stated.get("interpolation", "bicubic")
             if resizing not in {choice.value for choice in Interpolation}:
                 raise ConfigError(
-                    f"{name}interpolation={resizing}: megavit resizes bilinear or bicubic; type one: "
+                    f"{name}interpolation={resizing}: megavit resizes bilinear or bicubic; set one: "
                     f"data.interpolation=bicubic, for example"
                 )
             pixels.interpolation = Interpolation(resizing)
@@ -95,14 +95,14 @@ class TimmConfig:
     def _eval_crop(self) -> float | None:
         share, mode = self.pretrained_cfg.get("crop_pct", 0.875), self.pretrained_cfg.get("crop_mode", "center")
         if not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ConfigError(f"{self.file}: crop_pct={share} must be above 0 and at most 1; type data.crop_pct=…")
+            raise ConfigError(f"{self.file}: crop_pct={share} must be above 0 and at most 1; set data.crop_pct=…")
         if mode == "center":
             return float(share)
         if mode == "squash" and share == 1:
             return None
         raise ConfigError(
-            f"{self.file}: crop_mode={mode} with crop_pct={share}: megavit resizes the whole image, or the shorter "
-            f"side of it to take the centre; type which: data.crop_pct=null, or data.crop_pct={share}"
+            f"{self.file}: crop_mode={mode} with crop_pct={share}: megavit resizes the full image, or its shorter side "
+            f"with a centre crop; set one: data.crop_pct=null, or data.crop_pct={share}"
         )
 
 
@@ -115,14 +115,14 @@ def find_weights_file(folder: Path) -> Path:
     for name in _WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    raise ConfigError(f"timm:{folder} is a folder without {' or '.join(_WEIGHTS)}; name the file of weights")
+    raise ConfigError(f"timm:{folder} is a folder without {' or '.join(_WEIGHTS)}; give the file of weights")
 
 
 def read_timm_config(weights: Path) -> TimmConfig | None:
-    """Read the `config.json` beside a file of weights; None if there is none, or it is not timm's.
+    """Read the `config.json` next to a file of weights; return None if there is none, or it is not timm's.
 
     Raises:
-        ConfigError: if it cannot be read, or timm cannot build its network.
+        ConfigError: if the file cannot be read, or timm cannot build its network.
     """
     file = weights.parent / _FILE
     if not file.is_file():
@@ -168,25 +168,25 @@ def _build(file: Path, architecture: str, arguments: dict[str, Any]) -> torch.nn
     name = architecture.partition(".")[0]
     if not timm.is_model(name):
         raise ConfigError(
-            f"{file}: timm {timm.__version__} knows no architecture={architecture}; upgrade timm, or take config.json "
-            f"away, and what the weights do not tell is assumed"
+            f"{file}: timm {timm.__version__} does not know architecture={architecture}; upgrade timm, or remove "
+            f"config.json and let megavit assume what it states"
         )
-    # Only arguments that define a network are taken, none that makes timm open another file.
+    # Accept only arguments that define a network, and none that makes timm open another file.
     known = inspect.signature(VisionTransformer).parameters
     unknown = sorted(set(arguments) - set(known))
     if unknown:
-        raise ConfigError(f"{file}: model_args holds {unknown[0]}, which timm's VisionTransformer does not take")
+        raise ConfigError(f"{file}: model_args holds {unknown[0]}, which timm's VisionTransformer does not accept")
     try:
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False, **arguments)
     except Exception as error:
         # timm's constructors raise various types for wrong arguments.
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ConfigError(f"{file}: timm builds no architecture={architecture} of it: {reason}") from error
+        raise ConfigError(f"{file}: timm cannot build architecture={architecture} from it: {reason}") from error
 
 
 def _other_encoder(network: Any) -> str | None:
-    """Describe the first difference of an encoder from megavit's, sizes aside; None if there is none."""
+    """Describe the first difference of an encoder from megavit's, except sizes; return None if there is none."""
     from timm.layers import Attention, Mlp, PatchEmbed
     from timm.models import VisionTransformer
     from timm.models.vision_transformer import Block
@@ -220,7 +220,7 @@ def _is_gelu(activation: Any) -> bool:
 
 
 def _other_pooling(network: Any) -> str | None:
-    """Describe a classifier's pooling if megavit's head cannot pool like that; else None."""
+    """Describe a classifier's pooling if megavit's head does not support it; else return None."""
     pool, norms_after = network.global_pool, not isinstance(network.fc_norm, torch.nn.Identity)
     settings = f"global_pool={pool}, fc_norm={str(norms_after).lower()}"
     if pool == "token" and network.has_class_token and not norms_after:

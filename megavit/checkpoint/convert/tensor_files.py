@@ -20,7 +20,7 @@ class TensorFiles:
         paths: the files.
 
     Raises:
-        ConfigError: if one cannot be read, or holds anything but tensors.
+        ConfigError: if a file cannot be read, or holds anything but tensors.
     """
 
     def __init__(self, paths: list[Path]) -> None:
@@ -41,7 +41,7 @@ class TensorFiles:
             file = self._open.enter_context(safe_open(path, framework="pt"))
             self._where |= dict.fromkeys(file.keys(), file)
             return
-        # facebookresearch/mae stores its arguments beside the weights, as an argparse.Namespace.
+        # facebookresearch/mae stores its arguments with the weights, as an argparse.Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         for key in ("model", "state_dict", "model_ema"):

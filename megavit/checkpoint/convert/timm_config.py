@@ -8,7 +8,7 @@ from torch import Tensor
 from megavit.data.config import DataConfig
 from megavit.model.config import ModelConfig
 
-# (width, layers, heads): timm's name, and its patch sizes. `vit_base_patch16_224` takes all other sizes as
+# (width, layers, heads): timm's name, and its patch sizes. For all other sizes, `vit_base_patch16_224` gets them as
 # arguments.
 _NAMES = {
     (192, 12, 3): ("tiny", (16,)),
@@ -26,13 +26,13 @@ TIMM_NORM_EPS = 1e-6
 def timm_config(
     model: ModelConfig, data: DataConfig, classes: tuple[str, ...], weights: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """Return the content of `config.json`: the network, and images as the run evaluated them.
+    """Return the content of `config.json`: the network, and the preprocessing of the run's evaluation.
 
     Args:
         model: the run's model group.
         data: the run's data group.
-        classes: names, in the order of the scores; empty for a model without a classifier.
-        weights: of the file, by timm's names.
+        classes: class names, in the order of the scores; empty for a model without a classifier.
+        weights: weights of the file, by timm's names.
     """
     size = data.image_size
     patches = size[0] // model.patch_size * (size[1] // model.patch_size)

@@ -33,14 +33,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def write_timm(
     path: Path, timm_weights: dict[str, Tensor], model: ModelConfig, data: DataConfig, classes: tuple[str, ...]
 ) -> None:
-    """Write one .safetensors file that `timm.create_model(…, checkpoint_path=…)` reads, and timm's config.json beside.
+    """Write a .safetensors file that `timm.create_model(…, checkpoint_path=…)` reads, and timm's config.json.
 
     Args:
         path: the file.
-        timm_weights: by timm's names, including `pos_embed` if it is fixed; removed from the mapping one by one.
+        timm_weights: weights by timm's names, including a fixed `pos_embed`; removed from the mapping one by one.
         model: the run's model group.
         data: the run's data group.
-        classes: names, in the order of the scores; empty for a model without a classifier.
+        classes: class names, in the order of the scores; empty for a model without a classifier.
     """
     split = split_prefix(
         timm_weights, pools_class_token=model.pool is Pool.cls, learned=model.positions is Positions.learned
@@ -58,11 +58,11 @@ def write_timm(
 
 
 def write_nemo(path: Path, timm_weights: dict[str, Tensor], dims: Dims) -> None:
-    """Write one file with a state dict of NeMo's names.
+    """Write one file with a state dict that has NeMo's names.
 
     Args:
         path: the file.
-        timm_weights: by timm's names; removed from the mapping one by one.
+        timm_weights: weights by timm's names; removed from the mapping one by one.
         dims: sizes of the model.
 
     Raises:
@@ -74,7 +74,7 @@ def write_nemo(path: Path, timm_weights: dict[str, Tensor], dims: Dims) -> None:
         try:
             row, spelled = nemo_row(name, two_matrices=two_matrices)
         except KeyError as error:
-            raise ConfigError(f"NeMo's ViT has no place for {name}; to=timm: may have") from error
+            raise ConfigError(f"NeMo's ViT has no weight for {name}; try to=timm:") from error
         theirs[f"{PREFIX}{spelled}"] = row.from_timm(timm_weights.pop(name), dims).contiguous().clone()
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": theirs}, path)
@@ -86,8 +86,8 @@ def write_hf(
     """Write a folder that `from_pretrained(folder)` reads.
 
     Args:
-        folder: target.
-        timm_weights: by timm's names; removed from the mapping one by one.
+        folder: target folder.
+        timm_weights: weights by timm's names; removed from the mapping one by one.
         settings: content of config.json.
         preprocessor: content of preprocessor_config.json.
 
@@ -97,7 +97,7 @@ def write_hf(
     folder.mkdir(parents=True, exist_ok=True)
     theirs: dict[str, Tensor] = {}
     for name in list(timm_weights):
-        # Removed one by one: both copies never exist in full.
+        # Remove each weight as it is converted, so that memory never holds two full copies.
         theirs |= to_hf(name, timm_weights.pop(name))
     write_tensors(folder / "model.safetensors", theirs, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Weights from and to timm, Hugging Face and MAE: every tensor comes back to the bit, the logits are theirs."""
+"""Test conversions from and to timm, Hugging Face and MAE: bit-equal round trips, and the library's logits."""
 
 import contextlib
 import json
@@ -53,7 +53,7 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
 
 
 def logits_at(run_dir: str, images: torch.Tensor) -> torch.Tensor | None:
-    """A converted run's scores of normalised images, in the layout of this world: tensor-parallel over its ranks."""
+    """Return a converted run's scores of normalised images, tensor-parallel over all ranks."""
     from dataclasses import replace
 
     from megavit.checkpoint.find import find_checkpoint
@@ -76,7 +76,7 @@ def logits_at(run_dir: str, images: torch.Tensor) -> torch.Tensor | None:
 
 
 def shake(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights that are none of those that models start with, zeros for one."""
+    """Add noise to all weights, so that none keeps an initial value such as zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -173,7 +173,7 @@ def mae_model() -> torch.nn.Module:
     from megavit.model.layers.pos_embed import sincos_positions
 
     with torch.no_grad():
-        # Their own start leaves both at zero (5.23).
+        # transformers 5.23 initialises both with zeros.
         model.vit.embeddings.position_embeddings[0] = sincos_positions((3, 3), 48, class_tokens=1)
         model.decoder.decoder_pos_embed[0] = sincos_positions((3, 3), 32, class_tokens=1)
     return shake(model)
@@ -204,7 +204,7 @@ def test_maes_own_file_comes_back_to_the_bit_and_its_encoder_goes_to_timm(tmp_pa
     }
     import argparse
 
-    # As its training leaves it, with the arguments beside the weights.
+    # Its training script saves the arguments with the weights.
     torch.save({"model": first, "args": argparse.Namespace(lr=1.0), "epoch": 3}, tmp_path / "trained.pth")
     megavit("convert", f"from=mae:{tmp_path / 'trained.pth'}", f"to={tmp_path / 'again'}", "num_heads=4")
     megavit("convert", f"from={tmp_path / 'again'}", f"to=mae:{tmp_path / 'back.pth'}")
@@ -248,7 +248,7 @@ def push_without_a_network(arguments: list[str]) -> tuple[int, str]:
         huggingface_hub.HfApi = real
 
 
-def test_what_is_pushed_goes_into_a_private_repository_or_stays_here_whole(tmp_path):
+def test_a_push_goes_to_a_private_repository_and_a_failed_one_leaves_the_folder_complete(tmp_path):
     save_file(timm.create_model("vit_tiny_patch16_224", **SIZES).state_dict(), tmp_path / "timm.safetensors")
     megavit("convert", f"from=timm:{tmp_path / 'timm.safetensors'}", f"to={tmp_path / 'run'}")
     out = ["convert", f"from={tmp_path / 'run'}", f"to=hf:{tmp_path / 'hf'}", "push=me/mine"]
@@ -263,13 +263,13 @@ def test_what_is_pushed_goes_into_a_private_repository_or_stays_here_whole(tmp_p
     out[2] = f"to=hf:{tmp_path / 'again'}"
     code, output = run_ranks(push_without_a_network, 1, out)[0]
     assert code == 2, output
-    assert output.count("megavit: push=me/mine: the Hugging Face hub does not take it: ") == 1
+    assert output.count("megavit: push=me/mine: the Hugging Face hub rejects it: ") == 1
     assert (tmp_path / "again" / "model.safetensors").exists()
     assert "push=mine takes ORG/NAME" in refused(*out[:3], "push=mine")
 
 
 def peak_memory(*arguments: str) -> int:
-    """The most memory of its own, in bytes, that a conversion has held; mapped files are the page cache's."""
+    """Return the peak of a conversion's anonymous memory in bytes; mapped files belong to the page cache."""
     command = [sys.executable, "-m", "megavit", "convert", *arguments]
     running = subprocess.Popen(command, env={**os.environ, "MEGAVIT_DEVICE": "cpu"}, stdout=subprocess.DEVNULL)
     peak = 0
@@ -297,7 +297,7 @@ def test_a_conversion_holds_less_than_half_more_than_the_model(tmp_path, figure)
         assert ratio < 1.5
 
 
-def test_half_precision_is_written_when_it_is_asked_for(tmp_path):
+def test_dtype_bf16_writes_half_precision(tmp_path):
     theirs = shake(timm.models.VisionTransformer(**SIZES))
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     megavit("convert", f"from=timm:{tmp_path / 'model.safetensors'}", f"to={tmp_path / 'run'}")
@@ -318,9 +318,9 @@ def test_what_does_not_fit_is_refused_with_the_first_weight_that_differs(tmp_pat
         {"blocks.1.mlp.fc2.weight": torch.ones(64, 9)}
     )
     assert "no weight 'blocks.1.norm1.bias'" in output({"blocks.1.norm1.bias": None})
-    assert "norm_pre.weight has no place in megavit's network" in output({"norm_pre.weight": torch.ones(64)})
+    assert "megavit's network has no weight for norm_pre.weight" in output({"norm_pre.weight": torch.ones(64)})
     assert "has no pos_embed" in output({"pos_embed": None})
-    assert "is no ViT of timm's names" in output({"patch_embed.proj.weight": None})
+    assert "is not a ViT with timm's names" in output({"patch_embed.proj.weight": None})
     assert "is not divisible by model.num_heads=7" in output({}, "num_heads=7")
     assert not (tmp_path / "never" / "checkpoints").exists()
 
@@ -333,7 +333,7 @@ def test_wrong_arguments_and_strange_files_are_refused_in_one_line(tmp_path):
     for arguments, message in (
         (["from=runs/a", "to=runs/b"], "takes one run and one of hf:PATH"),
         (["from=timm:a", "to=hf:b"], "takes one run and one of hf:PATH"),
-        ([f"from=timm:{tmp_path / 'nowhere.safetensors'}", run], "is no file"),
+        ([f"from=timm:{tmp_path / 'nowhere.safetensors'}", run], "is not a file"),
         ([f"from=timm:{tmp_path / 'torn.safetensors'}", run], "cannot be read as weights"),
         ([f"from=mae:{tmp_path / 'code.pth'}", run], "cannot be read as weights"),
         ([f"from=hf:{tmp_path}", run], "is a bert; vit and vit_mae can be converted"),
@@ -364,7 +364,7 @@ def load_pretrained(overrides: list[str]) -> dict:
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_run_starts_from_converted_weights_and_then_goes_on_from_its_own(ranks, tmp_path):
+def test_a_run_starts_from_converted_weights_and_then_resumes_from_its_own(ranks, tmp_path):
     theirs = shake(
         timm.models.VisionTransformer(**{**SIZES, "in_chans": 1, "img_size": 8, "patch_size": 2, "num_heads": 2})
     )
@@ -381,13 +381,13 @@ def test_a_run_starts_from_converted_weights_and_then_goes_on_from_its_own(ranks
     resume_point = tmp_path / "run" / "checkpoints" / "step_00000000"
     assert got["said"] == [
         f"starts from the weights of {resume_point}; head.out.bias, head.out.weight initialised from scratch",
-        "note: no file of these weights states data.mean, which is [0.305] here and often [0.5]",
-        "note: no file of these weights states data.std, which is [0.376] here and often [0.5]",
+        "note: no file of these weights states data.mean, which is [0.305] here and often [0.5] elsewhere",
+        "note: no file of these weights states data.std, which is [0.376] here and often [0.5] elsewhere",
     ]
     assert torch.equal(got["before"]["blocks.layers.1.norm2.bias"], theirs.blocks[1].norm2.bias.bfloat16())
     again = run_ranks(load_pretrained, ranks, [*keys, "train.steps=4"])[0]
     assert (again["step"], again["said"]) == (4, [])
-    assert "holds weights alone" in refused(
+    assert "holds converted weights and no optimizer state" in refused(
         "train", *keys, f"run.dir={tmp_path / 'run'}", "init_from=null", "run.ranks=1", "parallel.tp=1"
     )
     assert "does not fit this network: model.hidden_size is 64 there and 32 here;" in refused(

@@ -1,4 +1,4 @@
-"""Weights from and to NVIDIA NeMo: back to the bit, the logits those of its computation written down here."""
+"""Test conversions from and to NVIDIA NeMo: bit-equal round trips, and the logits of NeMo's computation."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.distributed import run_ranks
 
 
 def nemo_weights(*, two_matrices: bool) -> dict[str, torch.Tensor]:
-    """A small ViT as NeMo keeps it: 48 wide, 4 heads, 2 layers, 9 patches of 8×8×3, 8 class tokens, 5 classes."""
+    """Return NeMo's weights of a ViT: width 48, 4 heads, 2 layers, 9 patches of 8×8×3, 8 class tokens, 5 classes."""
     width, ffn, draw = 48, 80, torch.Generator().manual_seed(0)
     shapes = {"cls_token": (1, 8, width), "position_embeddings.weight": (17, width), "linear_encoder": (width, 192)}
     for layer in range(2):
@@ -33,7 +33,7 @@ def nemo_weights(*, two_matrices: bool) -> dict[str, torch.Tensor]:
 
 
 def nemo_scores(weights: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-    """What NeMo computes of them, written down from its source: no product of that library runs here."""
+    """Compute NeMo's logits with code that follows its source; NeMo itself does not run here."""
     names = {name.removeprefix("model.").removeprefix("backbone."): weight for name, weight in weights.items()}
 
     def linear(name, x):

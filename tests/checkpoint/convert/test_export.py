@@ -1,4 +1,4 @@
-"""What an export writes beside the weights: read back, the run sees the same images as it did."""
+"""Test the preprocessing settings of an export: read back, they give the network the same images."""
 
 import json
 import os
@@ -30,7 +30,7 @@ needs_data = pytest.mark.skipif(DATA is None, reason="MEGAVIT_TEST_DATA names no
 
 
 def convert(*arguments: object) -> str:
-    """What the command prints."""
+    """Return the command's output."""
     code, out, err = run_command("convert", *arguments)
     assert code == 0, err
     return out
@@ -38,7 +38,7 @@ def convert(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> tuple[Path, list[Path]]:
-    """A folder of the photographs in two classes by turns, and their paths."""
+    """Make a folder of photographs in two alternating classes; return it and their paths."""
     folder = tmp_path_factory.mktemp("photographs")
     paths = sorted(path for path in (Path(DATA) / "imagenet_sample").rglob("*") if path.is_file())
     links = [folder / "ab"[number % 2] / path.name for number, path in enumerate(paths)]
@@ -66,7 +66,7 @@ def trained_on(photographs: Path, run: Path, *overrides: str) -> Path:
 
 
 def read_back(run: Path, folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """What transformers and timm make of a run's exports."""
+    """Return the inputs that transformers and timm compute with a run's exports."""
     convert(f"from={run}", f"to=hf:{folder / 'hf'}")
     convert(f"from={run}", f"to=timm:{folder / 'timm' / 'model.safetensors'}")
     by_hf = transformers.AutoModelForImageClassification.from_pretrained(folder / "hf")
@@ -129,7 +129,7 @@ def test_a_run_with_default_settings_gives_photographs_the_same_probabilities_el
 
 
 def from_timm(folder: Path, **changes: object) -> tuple[torch.nn.Module, Path]:
-    """A model of timm's, and the run that it was converted to."""
+    """Convert a timm model to a run; return both."""
     theirs = shake(timm.models.VisionTransformer(**{**SIZES, **changes}))
     folder.mkdir()
     save_file(theirs.state_dict(), folder / "in.safetensors")
@@ -205,7 +205,7 @@ def test_hugging_faces_processor_crops_as_the_run_does_or_the_export_is_refused(
     squashed = hf_preprocessor(data_of("data.crop_pct=null", "data.image_size=[16,64]"))
     assert (squashed["size"], squashed["do_center_crop"]) == ({"height": 16, "width": 64}, False)
     check_hf_compatible(ModelConfig(), data_of("data.crop_pct=null", "data.image_size=[16,64]"), is_mae=False)
-    with pytest.raises(ConfigError, match=r"image_size=\[16, 64\]: .* crops squares alone; to=timm: can say it"):
+    with pytest.raises(ConfigError, match=r"image_size=\[16, 64\]: .* crops only squares; to=timm: supports it"):
         check_hf_compatible(ModelConfig(), data_of("data.image_size=[16,64]"), is_mae=False)
 
 

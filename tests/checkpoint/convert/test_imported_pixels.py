@@ -1,4 +1,4 @@
-"""Other libraries' models, imported: their logits on image files, whatever their files state of the pixels."""
+"""Test that imported models give their library's logits on image files, with any preprocessing that the files state."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ HF = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermedi
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> list[Path]:
-    """Pictures of the size of the frame that crops are taken of, so that nobody resizes or rounds."""
+    """Make pictures of the size before the crop, so that no library resizes or rounds."""
     folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for name in "ab":
         Image.fromarray(generator.integers(0, 255, (40, 40, 3), dtype="u1")).save(folder / f"{name}.png")
@@ -71,7 +71,7 @@ def test_hugging_faces_crop_numbers_and_pairs_give_its_logits(images, tmp_path):
     pixels = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")([Image.open(path) for path in images])
     with torch.no_grad():
         wanted = theirs(torch.stack(list(pixels["pixel_values"]))).logits
-    # LABEL_0, LABEL_1, … are nobody's names.
+    # LABEL_0, LABEL_1, … are transformers' placeholders.
     assert assert_scores(tmp_path / "run", images, wanted) == tuple("0123456")
 
 
@@ -82,7 +82,7 @@ def test_hugging_faces_crop_numbers_and_pairs_give_its_logits(images, tmp_path):
         ({"num_channels": 1}, {"size": 32, "image_mean": [0.5] * 3}, "has 3 values and the model takes images of 1"),
         ({}, {"size": 32, "image_std": 0.0}, "data.std=[0.0, 0.0, 0.0] must be positive"),
         ({"model_type": None}, {}, "config.json states no model_type; vit and vit_mae can be converted"),
-        ({"model_type": None, "architecture": "vit_x"}, {}, "is a folder of timm's (vit_x); write timm:"),
+        ({"model_type": None, "architecture": "vit_x"}, {}, "is a timm folder (vit_x); use timm:"),
         ({"num_attention_heads": 3}, {"size": 32}, "is not divisible by model.num_heads=3"),
         ({"hidden_size": "wide"}, {"size": 32}, "hidden_size='wide' must be a whole number"),
     ],
@@ -127,7 +127,7 @@ def test_maes_classifier_is_seen_as_mae_does_and_other_pixels_can_be_typed(image
     assert_scores(tmp_path / "typed", images, others)
 
 
-def test_wrong_pixel_settings_are_refused_by_every_verb_that_takes_them(images, tmp_path):
+def test_wrong_pixel_settings_are_refused_by_every_command_that_takes_them(images, tmp_path):
     torch.save(timm.models.VisionTransformer(**SIZES).state_dict(), tmp_path / "a.pth")
     into = ["convert", f"from=timm:{tmp_path / 'a.pth'}", f"to={tmp_path / 'run'}", "num_heads=4"]
     assert "data.mean=[0.5] has 1 values and data.channels=3" in refusal(*into, "data.mean=[0.5]")
@@ -155,7 +155,7 @@ def test_timms_folder_gives_its_logits_and_a_file_alone_says_what_is_assumed(ima
     output = convert(f"from=timm:{tmp_path / 'timm'}", f"to={tmp_path / 'alone'}")
     assert output.splitlines()[-2:] == [
         "assumed: 2 heads, GELU, eps 1e-6, class token",
-        "assumed: data.mean, data.std, data.crop_pct, data.interpolation; type others where they are wrong",
+        "assumed: data.mean, data.std, data.crop_pct, data.interpolation; set those that are wrong",
     ]
     state = json.loads((tmp_path / "alone" / "checkpoints" / "step_00000000" / "state.json").read_text())
     assert state["assumed"][:1] == ["model.num_heads"]

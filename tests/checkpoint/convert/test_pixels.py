@@ -1,4 +1,4 @@
-"""What Hugging Face's processors state, as data settings: the same pixels in every form that transformers accepts."""
+"""Test that Hugging Face's processors, read as data settings, give the same pixels in every accepted form."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def read(folder: Path, settings: dict, *, channels: int = 3, typed: tuple[str, .
 
 
 def seen(pixels: Pixels, image_CYX: torch.Tensor) -> torch.Tensor:
-    """What the network gets of one image in a run of these settings."""
+    """Return the network's input for one image in a run with these settings."""
     data = DataConfig(image_size=[32, 32], channels=3, crop_pct=pixels.crop_pct, interpolation=pixels.interpolation)
     view = ImageTransform(data, augment=False).crop(image_CYX, 0)
     return Normalize(pixels.mean, pixels.std)(view.unsqueeze(0))[0]
@@ -57,7 +57,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_an_import_sees_the_processors_pixels(form, tmp_path):
     pixels = read(tmp_path, FORMS[form])
-    # Twice the shorter side that the crops are taken of, so that nothing is rounded.
+    # Twice the shorter side before the crop, so that nothing is rounded.
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (3, 80, 120), dtype="u1"))
     stated = {key: value for key, value in FORMS[form].items() if key != "image_processor_type"}
     wanted = ViTImageProcessor(**stated)(image, return_tensors="pt")["pixel_values"][0].float()
@@ -68,7 +68,7 @@ def test_an_import_sees_the_processors_pixels(form, tmp_path):
 def test_deits_own_defaults_squash_and_then_crop_which_is_refused_unless_typed(tmp_path):
     assert DeiTImageProcessor.size == {"height": 256, "width": 256}
     stated = {"image_processor_type": "DeiTImageProcessor", "image_mean": [0.485, 0.456, 0.406], "crop_size": 32}
-    with pytest.raises(ConfigError, match=r"resizes to \[256, 256\], whatever its proportions, and takes \[32, 32\]"):
+    with pytest.raises(ConfigError, match=r"resizes to \[256, 256\] with any aspect ratio, and crops \[32, 32\]"):
         read(tmp_path, stated)
     pixels = read(tmp_path, stated, typed=("data.crop_pct",))
     assert (pixels.mean, pixels.std) == ([0.485, 0.456, 0.406], [0.5] * 3)
@@ -77,7 +77,7 @@ def test_deits_own_defaults_squash_and_then_crop_which_is_refused_unless_typed(t
 REFUSED = {
     r"resample=1 \(lanczos\): megavit resizes bilinear": {"size": 32, "resample": 1},
     r"makes images of \[24, 24\]": {**CROP, "crop_size": 24},
-    "resizes the shorter side to 24 and takes 32": {**CROP, "size": {"shortest_edge": 24}},
+    "resizes the shorter side to 24 and crops 32 pixels": {**CROP, "size": {"shortest_edge": 24}},
     "no centre crop": {"size": {"shortest_edge": 32}},
     "longest_edge": {"size": {"shortest_edge": 40, "longest_edge": 80}, "do_center_crop": True, "crop_size": 32},
     r"makes images of \[64, 64\], and config.json's image_size is \[32, 32\]": {"size": 64},
@@ -88,7 +88,10 @@ REFUSED = {
     "rescale_factor=0 must be above 0": {"size": 32, "rescale_factor": 0},
     "do_pad=true": {"size": 32, "do_pad": True},
     "size='big' must be a whole number": {"size": "big"},
-    "image_processor_type=BlipImageProcessor is not known": {"size": 32, "image_processor_type": "BlipImageProcessor"},
+    "image_processor_type=BlipImageProcessor is not supported": {
+        "size": 32,
+        "image_processor_type": "BlipImageProcessor",
+    },
 }
 
 
@@ -116,7 +119,7 @@ def test_a_torn_processor_is_refused_and_a_missing_one_assumed(tmp_path):
     pixels, _ = read_processor(tmp_path, image_size=[32, 32], channels=1, typed=())
     assert (pixels.mean, pixels.crop_pct, len(pixels.assumed)) == ([0.5], None, 4)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, ')
-    with pytest.raises(ConfigError, match=r"preprocessor_config.json is no valid JSON"):
+    with pytest.raises(ConfigError, match=r"preprocessor_config.json is not valid JSON"):
         read_processor(tmp_path, image_size=[32, 32], channels=3, typed=())
 
 
@@ -124,7 +127,7 @@ def test_images_that_are_not_resized_must_have_the_size_which_is_said(tmp_path):
     folder = write(tmp_path, {"do_resize": False})
     pixels, notes = read_processor(folder, image_size=[32, 32], channels=3, typed=())
     assert pixels.crop_pct is None
-    assert "do_resize=false takes images of [32, 32] alone" in notes[0]
+    assert "do_resize=false accepts only images of [32, 32]" in notes[0]
 
 
 def test_an_imported_crop_resizes_to_the_stated_side():

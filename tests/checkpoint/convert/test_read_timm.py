@@ -1,4 +1,4 @@
-"""timm's config.json beside its weights: what it states is read; what our network cannot be is refused by name."""
+"""Test reading timm's config.json: its settings are used, and an unsupported architecture is rejected by name."""
 
 import json
 from pathlib import Path
@@ -80,11 +80,11 @@ def test_an_earlier_form_with_all_keys_in_one_is_read(tmp_path):
 )
 def test_another_encoder_is_refused_by_its_name(changed, words, tmp_path):
     save(tmp_path, **changed)
-    with pytest.raises(ConfigError, match=f"has .*{words}.*, which megavit's network cannot be"):
+    with pytest.raises(ConfigError, match=f"has .*{words}.*, which megavit's network does not support"):
         read(tmp_path)
 
 
-def test_a_pooling_that_ours_is_not_is_told_where_the_weights_alone_would_not(tmp_path):
+def test_an_unsupported_pooling_is_found_in_the_config_and_not_in_the_weights(tmp_path):
     save(tmp_path, global_pool="avg", fc_norm=False)
     assert read(tmp_path).other_pooling == "global_pool=avg, fc_norm=false"
     (tmp_path / "config.json").unlink()
@@ -98,14 +98,16 @@ def test_a_config_of_another_network_is_refused_and_of_another_head_is_not(chang
     save(tmp_path)
     save_for_hf(timm.create_model("vit_tiny_patch16_224", **{**SIZES, **changed}), tmp_path / "other")
     (tmp_path / "other" / "config.json").replace(tmp_path / "config.json")
-    with pytest.raises(ConfigError, match=r"is of another network than the weights beside it: .* in it and .* there"):
+    with pytest.raises(
+        ConfigError, match=r"describes another network than the weights next to it: .* in it and .* in the weights"
+    ):
         read(tmp_path)
     save_for_hf(timm.create_model("vit_tiny_patch16_224", **{**SIZES, "num_classes": 3}), tmp_path / "other")
     (tmp_path / "other" / "config.json").replace(tmp_path / "config.json")
     assert read(tmp_path).classes == list("0123456")
 
 
-def test_other_than_square_images_are_told_by_the_config(tmp_path):
+def test_the_config_states_images_that_are_not_square(tmp_path):
     save(tmp_path, img_size=(32, 48), no_embed_class=True)
     external = read(tmp_path)
     assert external.image_size == [32, 48]
@@ -116,14 +118,14 @@ def test_other_than_square_images_are_told_by_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"architecture": "vit_of_next_year"}, "knows no architecture=vit_of_next_year"),
-        ({"architecture": "hf-hub:some/where"}, "knows no architecture=hf-hub:some/where"),
+        ({"architecture": "vit_of_next_year"}, "does not know architecture=vit_of_next_year"),
+        ({"architecture": "hf-hub:some/where"}, "does not know architecture=hf-hub:some/where"),
         ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "holds checkpoint_path, which timm's"),
-        ({"model_args": {"depth": "many"}}, "timm builds no architecture=vit_tiny_patch16_224 of it"),
+        ({"model_args": {"depth": "many"}}, "timm cannot build architecture=vit_tiny_patch16_224 from it"),
         ({"pretrained_cfg": {"crop_mode": "border"}}, "crop_mode=border with crop_pct=0.875"),
         ({"pretrained_cfg": {"interpolation": "lanczos"}}, "interpolation=lanczos: megavit resizes"),
         ({"pretrained_cfg": {"mean": [0.5, 0.5]}}, "has 2 values and the model takes images of 3 channels"),
-        ({"model_args": {**SIZES, "img_size": 64}}, "which are 64 patches of 8, and .* has 17 positions"),
+        ({"model_args": {**SIZES, "img_size": 64}}, "which make 64 patches of 8, and .* has 17 positions"),
     ],
     ids=lambda value: None if isinstance(value, str) else next(iter(value)),
 )
@@ -141,7 +143,7 @@ def test_a_config_that_is_not_timms_is_left_and_a_torn_one_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     assert "assumed" in read(tmp_path).assumptions()[0]
     (tmp_path / "config.json").write_text('{"architecture": ')
-    with pytest.raises(ConfigError, match=r"config\.json is no valid JSON"):
+    with pytest.raises(ConfigError, match=r"config\.json is not valid JSON"):
         read(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"is a folder without model\.safetensors or"):
