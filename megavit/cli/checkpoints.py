@@ -1,4 +1,4 @@
-"""`megavit verify` and `megavit prune`: check a run's checkpoints, remove its older ones."""
+"""Verify a run's checkpoints, or remove older ones (`megavit verify`, `megavit prune`)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ class PruneArgs:
     Attributes:
         from_: a run's folder.
         keep_last: number of newest checkpoints to keep.
-        keep_every: keep also those whose step is a multiple of this.
+        keep_every: also keep checkpoints whose step is a multiple of this.
     """
 
     from_: Path = argument(form="RUN")
@@ -37,13 +37,13 @@ class PruneArgs:
 
 
 def verify(args: VerifyArgs) -> int:
-    """Read every byte of a run's checkpoints, or of one, and print what is wrong.
+    """Read every byte of a run's checkpoints, or of one checkpoint, and print the faults.
 
     Returns:
-        The exit code: 3 if one of them is broken.
+        The exit code: 3 if a checkpoint is broken, else 0.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is no checkpoint.
     """
     path = args.from_
     checkpoints = CheckpointManager(path / "checkpoints").all() if (path / "checkpoints").is_dir() else [path]
@@ -58,27 +58,30 @@ def verify(args: VerifyArgs) -> int:
         if not faults:
             files = [file for file in checkpoint.rglob("*") if file.is_file()]
             size = sum(file.stat().st_size for file in files)
-            print(f"{checkpoint}: whole, {len(files)} files of {size:,} bytes")
+            print(f"{checkpoint}: valid, {len(files)} files of {size:,} bytes")
     return FINDINGS if broken else FINISHED
 
 
 def prune(args: PruneArgs) -> int:
     """Remove a run's older checkpoints; the newest valid one and the best one always stay.
 
+    Returns:
+        The exit code 0.
+
     Raises:
-        ConfigError: if no checkpoint is valid, or the run is under way.
+        ConfigError: if no checkpoint is valid, or the run is in progress.
     """
     run_dir = args.from_
     if not (run_dir / "checkpoints").is_dir():
-        raise ConfigError(f"from={run_dir} is no run's folder: it has no checkpoints/")
+        raise ConfigError(f"from={run_dir} is not a run's folder: it has no checkpoints/")
     store = CheckpointManager(run_dir / "checkpoints")
     with lock_folder(run_dir):
         newest, warnings = store.latest_valid()
         if newest is None:
             message = f": {'; '.join(warnings)}" if warnings else ""
-            raise ConfigError(f"from={run_dir} holds no whole checkpoint{message}; nothing is removed")
+            raise ConfigError(f"from={run_dir} holds no valid checkpoint{message}; nothing is removed")
         gone = store.prune(keep_last=args.keep_last, keep_every=args.keep_every, spare=newest)
     for path in gone:
         print(f"removed {path}")
-    print(f"{len(gone)} removed, {len(store.all())} stay; the newest whole one is {newest.name}")
+    print(f"{len(gone)} removed, {len(store.all())} stay; the newest valid one is {newest.name}")
     return FINISHED

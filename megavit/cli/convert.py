@@ -1,4 +1,4 @@
-"""`megavit convert from=… to=…`: weights of other libraries into a run, and a run's weights into theirs."""
+"""Convert weights between megavit's runs and other libraries' files (`megavit convert from=… to=…`)."""
 
 import ctypes
 from collections.abc import Callable
@@ -37,7 +37,7 @@ from megavit.task.config import MaeConfig, TaskConfig
 from megavit.train.setup import build_model
 from megavit.validation import format_value
 
-# Of glibc's malloc.h.
+# Constant of glibc's malloc.h.
 _M_MMAP_THRESHOLD = -3
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,8 +49,8 @@ class ConvertArgs:
     Attributes:
         from_: RUN or ema:RUN, or timm:FILE, hf:FOLDER_OR_ID, mae:FILE, nemo:FILE.
         to: timm:FILE, hf:FOLDER, mae:FILE, nemo:FILE, or RUN.
-        dtype: fp32, bf16 or fp16, of the weights written for another library; fp32 if not given.
-        num_heads: attention heads of the weights read, where their files do not state them.
+        dtype: fp32, bf16 or fp16: type of the weights written for another library; fp32 if not given.
+        num_heads: attention heads of another library's weights, if the files do not state them.
         push: with to=hf:FOLDER, the repository on the Hugging Face hub to upload to.
     """
 
@@ -63,14 +63,17 @@ class ConvertArgs:
 
 
 def convert(args: ConvertArgs, settings: list[str]) -> int:
-    """Convert in the direction that the arguments name.
+    """Convert weights in the direction that the arguments give.
 
     Args:
-        args: the command's own.
-        settings: of `PIXEL_SETTINGS`, where the files of another library do not state them.
+        args: the command's own arguments.
+        settings: `PIXEL_SETTINGS` that another library's files do not state, as `key=value`.
+
+    Returns:
+        The exit code 0.
 
     Raises:
-        ConfigError: if one of them cannot be read, or the other has no place for what it holds.
+        ConfigError: if the source cannot be read, or the target cannot hold its weights.
     """
     _return_freed_memory()
     places = {"from": args.from_, "to": args.to}
@@ -87,11 +90,11 @@ def convert(args: ConvertArgs, settings: list[str]) -> int:
         return _into_run(kinds["from"], place, Path(args.to), num_heads=args.num_heads, pixels=settings)
     repository = args.push
     if repository is not None and (kinds["to"] != "hf" or repository.count("/") != 1):
-        raise ConfigError(f"push={repository} takes ORG/NAME, where to=hf:FOLDER goes on the Hugging Face hub")
+        raise ConfigError(f"push={repository} must be ORG/NAME on the Hugging Face hub, and needs to=hf:FOLDER")
     if args.num_heads is not None:
-        raise ConfigError(f"num_heads={args.num_heads} would be ignored: a run knows its heads")
+        raise ConfigError(f"num_heads={args.num_heads} would be ignored: a run states its number of heads")
     if settings:
-        raise ConfigError(f"{settings[0]} would be ignored: a run knows how it sees an image")
+        raise ConfigError(f"{settings[0]} would be ignored: a run states its preprocessing of images")
     dtype = args.dtype or "fp32"
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype} is not known; known: {', '.join(_DTYPES)}")
@@ -103,7 +106,7 @@ def convert(args: ConvertArgs, settings: list[str]) -> int:
 
 
 def _return_freed_memory() -> None:
-    """Have glibc give a tensor's memory back when it is freed; those up to 32 MB it would keep, half a model's size."""
+    """Make glibc return freed tensors' memory; it would keep those up to 32 MB, which are half a model's size."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
@@ -117,11 +120,11 @@ def _into_run(kind: str, place: str, run_dir: Path, *, num_heads: int | None, pi
             raise ConfigError(f"num_heads={num_heads}, and {kind}:{place} states {external.model.num_heads}")
     if external.other_pooling is not None and external.classes:
         raise ConfigError(
-            f"from={kind}:{place} pools with {external.other_pooling}; megavit's classifiers read the normed class "
-            f"token, or norm the patches' mean (fc_norm). Its encoder can be trained on: init_from={kind}:{place}"
+            f"from={kind}:{place} pools with {external.other_pooling}; megavit's classifiers read the normalised class "
+            f"token, or normalise the patches' mean (fc_norm). Its encoder can be trained: init_from={kind}:{place}"
         )
     config = with_settings(_config_of(external, run_dir), pixels)
-    # Where the data are is nobody's business yet; everything else must fit before it is saved.
+    # The path of the data is not known yet; every other setting must be valid before the run is saved.
     validate(replace(config, data=replace(config.data, path=str(run_dir))), 1)
     store = CheckpointManager(run_dir / "checkpoints")
     with lock_folder(run_dir):
@@ -142,8 +145,8 @@ def _into_run(kind: str, place: str, run_dir: Path, *, num_heads: int | None, pi
 
 
 def _seen(config: ExperimentConfig) -> str:
-    """How the run sees an image, as it is typed."""
-    return "sees images with " + " ".join(
+    """Describe the run's preprocessing of images, as settings."""
+    return "preprocesses images with " + " ".join(
         written(key, getattr(config.data, key.removeprefix("data."))) for key in ("data.image_size", *PIXEL_SETTINGS)
     )
 
@@ -179,25 +182,25 @@ def _fill(chunk: Any, external: ExternalModel, config: ExperimentConfig) -> None
     """Read the weights one by one into a network.
 
     Raises:
-        ConfigError: naming the first that does not fit, is missing or is left over.
+        ConfigError: if a weight does not fit, is missing or is left over; names the first.
     """
     dims, wanted = _dims(config), []
     for name, parameter in parameter_names(chunk).items():
         theirs = to_timm_name(name)
         if not external.classes and not external.decoder and is_last_layer(name):
-            # A model without a classifier: ours keeps its first weights, under the one class that must be.
+            # The model has no classifier: megavit's head keeps its initial weights, with the one class it must have.
             continue
         wanted.append(theirs)
         weight = external.weight(theirs)
         shape = to_timm({name: parameter}, dims)[theirs].shape
         if weight.shape != shape:
             raise ConfigError(
-                f"{theirs} is {list(weight.shape)} there and {list(shape)} here: the sizes read from it do not fit it"
+                f"{theirs} is {list(weight.shape)} there and {list(shape)} here: it does not fit the model's sizes"
             )
         parameter.copy_(from_timm({theirs: weight}, dims)[name])
     left = external.unread(wanted)
     if left:
-        raise ConfigError(f"{left[0]} has no place in megavit's network ({len(left)} weights are left over)")
+        raise ConfigError(f"megavit's network has no weight for {left[0]} ({len(left)} weights are left over)")
 
 
 def _out_of_run(run: str, kind: str, target: Path, *, dtype: str) -> None:
@@ -206,10 +209,10 @@ def _out_of_run(run: str, kind: str, target: Path, *, dtype: str) -> None:
     decoder = config.task.decoder(config.model)
     is_mae = decoder is not None
     if kind == "mae" and not is_mae:
-        raise ConfigError(f"from={run} is a run of task.name={config.task.name}; to=mae: takes a masked autoencoder's")
+        raise ConfigError(f"from={run} is a run of task.name={config.task.name}; to=mae: needs a masked autoencoder's")
     _refuse_target(kind, target)
     state = read_state(weights.checkpoint)
-    # Converted from a model without a classifier, it has a head that nobody trained.
+    # A run converted from a model without a classifier has an untrained head.
     headless = not config.task.has_classes or not (state.classes or state.optimizer)
     classes = () if headless else read_classes(weights.checkpoint)
     if kind == "hf":
@@ -230,61 +233,61 @@ def _out_of_run(run: str, kind: str, target: Path, *, dtype: str) -> None:
         (target / "README.md").write_text(card)
     elif kind == "timm":
         if config.model.head is not Head.linear:
-            raise ConfigError(f"model.head={config.model.head.value}: timm's ViT has one matrix for a head")
+            raise ConfigError(f"model.head={config.model.head.value}: the head of timm's ViT is one matrix")
         write_timm(target, timm_weights, config.model, config.data, classes)
     elif kind == "nemo":
         write_nemo(target, timm_weights, _dims(config))
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"model": timm_weights}, target)
-    print(f"{target}: {kind}, {dtype}, of {weights}")
+    print(f"{target}: {kind}, {dtype}, from {weights}")
     for line in _unsaid(kind, config):
         print(line)
 
 
 def _refuse_target(kind: str, target: Path) -> None:
-    """Raise ConfigError where the output, or what is written beside it, is there already."""
+    """Raise ConfigError if the output file, or the config.json next to it, exists already."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"to={kind}:{target} is there already; choose another place")
+        raise ConfigError(f"to={kind}:{target} exists already; choose another place")
     if kind != "hf" and target.is_dir():
-        raise ConfigError(f"to={kind}:{target} is a folder; name the file in it: to={kind}:{target / 'weights'}")
+        raise ConfigError(f"to={kind}:{target} is a folder; give a file in it: to={kind}:{target / 'weights'}")
     beside = target.parent / "config.json"
     if kind == "timm" and beside.exists():
         raise ConfigError(
-            f"to=timm:{target} writes timm's config.json beside it, and {beside} is there already; choose another "
+            f"to=timm:{target} writes timm's config.json next to it, and {beside} exists already; choose another "
             f"folder: to=timm:FOLDER/{target.name}"
         )
 
 
 def _unsaid(kind: str, config: ExperimentConfig) -> list[str]:
-    """What the other library's files cannot say of the run, a line each."""
+    """Return a line for each property of the run that the other library's files cannot state."""
     model, data = config.model, config.data
     lines = []
     if kind in ("mae", "nemo"):
         values = {key: getattr(data, key) for key in ("mean", "std", "image_size", "crop_pct")}
         settings = " ".join(f"data.{key}={format_value(value)}".replace(" ", "") for key, value in values.items())
         lines.append(
-            f"{kind}: files carry no mean, std or crop; this run has {settings} "
+            f"{kind}: files state no mean, std or crop; this run has {settings} "
             f"data.interpolation={data.interpolation.value}"
         )
     if kind == "timm" and model.norm_eps != TIMM_NORM_EPS:
-        lines.append(f"timm: config.json cannot say model.norm_eps={model.norm_eps:g}; timm takes {TIMM_NORM_EPS:g}")
+        lines.append(f"timm: config.json cannot state model.norm_eps={model.norm_eps:g}; timm uses {TIMM_NORM_EPS:g}")
     if kind == "hf" and data.crop_pct is not None:
         lines.append(
-            "hf: its processors round the place of a centre crop down, timm, torchvision and megavit to the even "
-            "neighbour: of one image in four or fewer the crop lies a pixel further left or up; with "
-            "data.crop_pct=null none does"
+            "hf: its processors round the position of a centre crop down, while timm, torchvision and megavit round "
+            "to the even neighbour: in at most one image of four the crop is one pixel further left or up; with "
+            "data.crop_pct=null there is no difference"
         )
     if kind == "hf" and data.channels not in (1, 3):
         lines.append(
-            f"hf: data.channels={data.channels}: give Hugging Face's processor arrays of [channel, row, column] and "
+            f"hf: data.channels={data.channels}: pass Hugging Face's processor arrays of [channel, row, column] and "
             f"input_data_format='channels_first'"
         )
     return lines
 
 
 def hf_decoder(task: TaskConfig) -> dict[str, Any]:
-    """Return the settings of `config.json` that ViTMAE has and ViT has not."""
+    """Return the settings of `config.json` that only ViTMAE has, not ViT."""
     assert isinstance(task, MaeConfig)
     return {
         "decoder_hidden_size": task.decoder_hidden_size,
@@ -299,11 +302,10 @@ def hf_decoder(task: TaskConfig) -> dict[str, Any]:
 def _timm_weights(
     run: TrainedRun, config: ExperimentConfig, *, is_exported: Callable[[str], bool], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Every weight by its plain name, ours given up one by one; fixed positions too, which theirs keep as weights.
+    """Return the exported weights by timm's names, and free the run's weights one by one.
 
-    Parameters whose names `is_exported` refuses are left out.
-
-    What normalises a linear probe's features becomes part of its matrix, since theirs have no place for it.
+    Fixed positions are included, because other libraries store them as weights. A linear probe's feature normalisation
+    is folded into its matrix, because other libraries have no weight for it.
     """
     dims, chunk = _dims(config), run.network.chunks["model"]
     head = getattr(chunk, "head", None)

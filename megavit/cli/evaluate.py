@@ -1,4 +1,4 @@
-"""`megavit evaluate from=RUN`: check the configuration, then evaluate, in this process or on ranks.
+"""Check the configuration, then evaluate a run in this process or on several ranks (`megavit evaluate from=RUN`).
 
 Each rank runs `python -m megavit.cli.evaluate`. The network is imported only after warnings are silenced.
 """
@@ -26,10 +26,10 @@ class EvaluateArgs:
 
 
 def evaluate(args: EvaluateArgs, settings: list[str]) -> int:
-    """Check the run's configuration with the settings on top, then start the ranks.
+    """Check the run's configuration with the command line's settings, then start the ranks.
 
     Raises:
-        ConfigError: if there is no checkpoint, or a setting does not fit.
+        ConfigError: if there is no checkpoint, or a setting is wrong.
     """
     with gc_paused():
         from megavit.cli.run_config import prepare
@@ -45,7 +45,7 @@ def evaluate(args: EvaluateArgs, settings: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Evaluate as one of the ranks that a launcher has started."""
+    """Evaluate on one of the ranks that a launcher has started."""
     unblock()
     silence_import_warnings()
 
@@ -65,5 +65,5 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # As in megavit.train.
+    # Skip the interpreter's teardown (see megavit.train).
     os._exit(code)

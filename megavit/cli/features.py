@@ -1,4 +1,4 @@
-"""`megavit features from=RUN out=FOLDER`: write a feature vector for each image of a dataset, as safetensors."""
+"""Write a feature vector for each image of a dataset, as safetensors (`megavit features from=RUN out=FOLDER`)."""
 
 import json
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ class FeaturesArgs:
 
     Attributes:
         from_: a run's folder or one of its checkpoints; ema:RUN is the moving average of its weights.
-        out: folder of the results; a file that is there is not overwritten.
+        out: folder of the results; an existing file is not overwritten.
         splits: the splits to read.
-        pool: tokens that features are made of; without it those that the head reads.
+        pool: pooling of the tokens; without it the head's.
     """
 
     from_: str = argument(form="RUN")
@@ -40,16 +40,19 @@ class FeaturesArgs:
 def features(args: FeaturesArgs, settings: list[str]) -> int:
     """Write FOLDER/train.safetensors and FOLDER/val.safetensors.
 
-    In each `features`, fp32 [images, hidden], and of data with labels `labels`, int64 [images], with `data.multi_label`
-    bool [images, classes]; images in the dataset's order, each once and as an evaluation sees it. FOLDER/train.txt and
-    FOLDER/val.txt say which they are, a line an image: its file, or its row or place in an archive.
+    Each file holds `features`, fp32 [images, hidden]. For data with labels it also holds `labels`: int64 [images], or
+    bool [images, classes] with `data.multi_label`. Images are in the dataset's order, preprocessed as in an evaluation.
+    FOLDER/train.txt and FOLDER/val.txt name the images, one per line: the file, or the row or member of an archive.
 
     Args:
-        args: the command's own.
-        settings: as in `megavit evaluate`.
+        args: the command's own arguments.
+        settings: `key=value` of the data, as in `megavit evaluate`.
+
+    Returns:
+        The exit code 0.
 
     Raises:
-        ConfigError: if there is no checkpoint, an argument does not fit, or a file is there already.
+        ConfigError: if there is no checkpoint, an argument is wrong, or a file exists already.
     """
     config, weights = prepare_on_one_rank("megavit features", args.from_, settings)
     check_pool(args.pool, config.model)
@@ -59,12 +62,12 @@ def features(args: FeaturesArgs, settings: list[str]) -> int:
     for split, file in files.items():
         found = extractor.extract(sources[split], split)
         names = (name_of(sources[split], index) for index in range(len(sources[split])))
-        # First the names: where there are features there are names.
+        # Write the names first, so that features never exist without names.
         with complete_file(file.with_suffix(".txt")) as temporary:
             temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         _write(found, file, {**extractor.about, "split": split})
         count, width = found.features_IH.shape
-        print(f"{file}: {count:,} images × {width}, pool={extractor.pool.value}, by {weights}")
+        print(f"{file}: {count:,} images × {width}, pool={extractor.pool.value}, from {weights}")
     return 0
 
 
@@ -80,7 +83,7 @@ def _files(args: FeaturesArgs) -> dict[str, Path]:
     files = {split: args.out / f"{split}.safetensors" for split in splits}
     for file in files.values():
         if file.exists():
-            raise ConfigError(f"{file} is there already and stays as it is; give another out=, or remove it")
+            raise ConfigError(f"{file} exists already and is not overwritten; give another out=, or remove it")
     return files
 
 

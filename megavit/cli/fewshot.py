@@ -1,4 +1,4 @@
-"""`megavit fewshot from=RUN`: fit a linear classifier on the features of a few images of each class."""
+"""Fit a linear classifier on the features of a few images of each class (`megavit fewshot from=RUN`)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,10 @@ class FewshotArgs:
     Attributes:
         from_: a run's folder or one of its checkpoints; ema:RUN is the moving average of its weights.
         shots: numbers of training images of each class to fit on.
-        draws: random choices of those images for each number.
-        seed: of the random choices.
-        pool: tokens that features are made of; without it those that the head reads.
-        out: file for the results, beside what is printed.
+        draws: number of random choices of those images, for each number of shots.
+        seed: random seed of the choices.
+        pool: pooling of the tokens; without it the head's.
+        out: file for the results, in addition to the output.
     """
 
     from_: str = argument(form="RUN")
@@ -39,14 +39,17 @@ class FewshotArgs:
 
 
 def fewshot(args: FewshotArgs, settings: list[str]) -> int:
-    """Fit on a few random training images of each class, several times, and score on the whole validation set.
+    """Fit on a few random training images of each class, several times, and score on the full validation set.
 
     Args:
-        args: the command's own.
-        settings: as in `megavit evaluate`.
+        args: the command's own arguments.
+        settings: `key=value` of the data, as in `megavit evaluate`.
+
+    Returns:
+        The exit code 0.
 
     Raises:
-        ConfigError: if there is no checkpoint, an argument does not fit, or a class has too few images.
+        ConfigError: if there is no checkpoint, an argument is wrong, or a class has too few images.
     """
     config, weights = prepare_on_one_rank("megavit fewshot", args.from_, settings)
     check_pool(args.pool, config.model)
@@ -76,7 +79,7 @@ def fewshot(args: FewshotArgs, settings: list[str]) -> int:
 
 def _refuse_too_many(shots: int, labels: np.ndarray, classes: tuple[str, ...], *, source: str) -> None:
     if len(classes) < 2:
-        raise ConfigError(f"data.source={source} has one class, {classes[0]}: there is nothing to tell it from")
+        raise ConfigError(f"data.source={source} has one class, {classes[0]}: a classifier needs at least two")
     counts = np.bincount(labels, minlength=len(classes))
     fewest = int(counts.argmin())
     if counts[fewest] < shots:
@@ -84,5 +87,5 @@ def _refuse_too_many(shots: int, labels: np.ndarray, classes: tuple[str, ...], *
         raise ConfigError(
             f"shots={shots} is more than the {counts[fewest]} training images of class {classes[fewest]} ({short} of "
             f"{len(classes)} classes of data.source={source} have fewer than {shots}); "
-            + (f"give shots=… of at most {counts[fewest]}" if counts[fewest] else "leave it away: data.classes=[…]")
+            + (f"give shots=… of at most {counts[fewest]}" if counts[fewest] else "remove it: data.classes=[…]")
         )

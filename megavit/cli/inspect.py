@@ -1,4 +1,4 @@
-"""`megavit inspect from=PATH`: what a run or a checkpoint is, without opening its weights."""
+"""Print what a run or a checkpoint contains, without reading its weights (`megavit inspect from=PATH`)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ class InspectArgs:
 
 
 def inspect_run(args: InspectArgs) -> int:
-    """Print a run's model, step, samples, layout at saving, size on disk and last metrics."""
+    """Print a run's model, step, samples, layout at the save, size on disk and last metrics."""
     checkpoint = find_checkpoint(args.from_)
     config, state = from_yaml((checkpoint / "run.yaml").read_text()), read_state(checkpoint)
     model, files = config.model, [path for path in checkpoint.rglob("*") if path.is_file()]
@@ -52,7 +52,7 @@ def inspect_run(args: InspectArgs) -> int:
 def _best(checkpoint: Path) -> str:
     best = CheckpointManager(checkpoint.parent).best()
     if best is None:
-        return "none named"
+        return "none yet"
     return f"{best.name}  {_describe(read_state(best).metrics)}"
 
 

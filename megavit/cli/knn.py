@@ -1,4 +1,4 @@
-"""`megavit knn from=RUN`: classify validation images by their nearest training images in feature space."""
+"""Classify validation images by their nearest training images in feature space (`megavit knn from=RUN`)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,9 @@ class KnnArgs:
     Attributes:
         from_: a run's folder or one of its checkpoints; ema:RUN is the moving average of its weights.
         k: numbers of nearest training images that vote.
-        temperature: of the votes; the smaller, the more the nearest images decide.
-        pool: tokens that features are made of; without it those that the head reads.
-        out: file for the results, beside what is printed.
+        temperature: temperature of the votes; a smaller one gives the nearest images more weight.
+        pool: pooling of the tokens; without it the head's.
+        out: file for the results, in addition to the output.
     """
 
     from_: str = argument(form="RUN")
@@ -36,11 +36,14 @@ def knn(args: KnnArgs, settings: list[str]) -> int:
     """Classify every validation image by its nearest training images and print the accuracy.
 
     Args:
-        args: the command's own.
-        settings: as in `megavit evaluate`.
+        args: the command's own arguments.
+        settings: `key=value` of the data, as in `megavit evaluate`.
+
+    Returns:
+        The exit code 0.
 
     Raises:
-        ConfigError: if there is no checkpoint, an argument does not fit, or the data has not one label for each image.
+        ConfigError: if there is no checkpoint, an argument is wrong, or the data does not have one label per image.
     """
     config, weights = prepare_on_one_rank("megavit knn", args.from_, settings)
     check_pool(args.pool, config.model)

@@ -1,4 +1,4 @@
-"""`megavit predict from=RUN images=PATH`: class names and probabilities of images."""
+"""Predict class names and probabilities of images (`megavit predict from=RUN images=PATH`)."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ class PredictArgs:
         from_: a run's folder or one of its checkpoints; ema:RUN is the moving average of its weights.
         images: an image, or a folder of images.
         out: file for the results, CSV or JSON lines; without it they are printed.
-        top: number of classes given for each image.
+        top: number of most probable classes for each image.
     """
 
     SETTINGS: ClassVar = PIXEL_SETTINGS
@@ -40,14 +40,17 @@ class PredictArgs:
 
 
 def predict(args: PredictArgs, settings: list[str]) -> int:
-    """Classify images and write a row for each; one that cannot be read is named, and the others are classified.
+    """Classify images and write a row for each; report images that cannot be read, and classify the others.
 
     Args:
-        args: the command's own.
-        settings: of `PIXEL_SETTINGS`, where the run's do not fit the images.
+        args: the command's own arguments.
+        settings: `PIXEL_SETTINGS` that replace the run's, as `key=value`.
+
+    Returns:
+        The exit code 0.
 
     Raises:
-        ConfigError: if the run is no classifier's, or images cannot be read: then after all others have been written.
+        ConfigError: if the run is not a classifier, or images cannot be read (after the others have been written).
     """
     weights, config = read_run(args.from_, classifies=True, does="predicts")
     config = with_settings(config, settings)
@@ -75,7 +78,7 @@ def predict(args: PredictArgs, settings: list[str]) -> int:
             continue
         with torch.no_grad():
             logits = model(torch.cat(images).to(layout.device))
-        # Trained with binary cross-entropy, each class has a probability of its own.
+        # A model trained with binary cross-entropy gives each class an independent probability.
         assert isinstance(config.task, ClassificationConfig)
         chances = logits.sigmoid() if config.task.loss is Loss.bce else logits.softmax(dim=1)
         best = chances.topk(top, dim=1)

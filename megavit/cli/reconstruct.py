@@ -1,4 +1,4 @@
-"""`megavit reconstruct from=RUN images=PATH`: draw what a masked autoencoder reconstructs of a few images."""
+"""Draw a masked autoencoder's reconstruction of a few images (`megavit reconstruct from=RUN images=PATH`)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +33,17 @@ class ReconstructArgs:
 
 
 def reconstruct(args: ReconstructArgs, settings: list[str]) -> int:
-    """Mask, reconstruct and draw.
+    """Mask images, reconstruct them and draw the result.
 
     Args:
-        args: the command's own.
-        settings: of `PIXEL_SETTINGS`, where the run's do not fit the images.
+        args: the command's own arguments.
+        settings: `PIXEL_SETTINGS` that replace the run's, as `key=value`.
+
+    Returns:
+        The exit code 0.
 
     Raises:
-        ConfigError: if the run is no masked autoencoder's, or the images cannot be read.
+        ConfigError: if the run is not a masked autoencoder, or the images cannot be read.
     """
     weights, config = read_run(args.from_, classifies=False, does="reconstructs")
     config = with_settings(config, settings)
@@ -53,5 +56,5 @@ def reconstruct(args: ReconstructArgs, settings: list[str]) -> int:
     out = args.out or weights.checkpoint.parent.parent / "pictures" / "reconstruct.png"
     with complete_file(out) as temporary:
         plot_image_grid(image_grid, titles=trained.network.task.image_grid, path=temporary)
-    print(f"{out}: {len(chosen)} of {len(paths)} images of {args.images}, by {weights}")
+    print(f"{out}: {len(chosen)} of {len(paths)} images in {args.images}, from {weights}")
     return 0

@@ -1,4 +1,4 @@
-"""`megavit show-data key=value …`: the first training images as the network will see them, as a picture."""
+"""Draw the first training images as the network gets them, as a picture (`megavit show-data key=value …`)."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,17 +38,20 @@ class ShowDataArgs:
 
 
 def show_data(args: ShowDataArgs, settings: list[str]) -> int:
-    """Draw the first training images, in the order of training: what they are, and what the network gets.
+    """Draw the first training images in the order of training: the originals, and the network's inputs.
 
-    They come from the loader and the transforms that a run has; which samples they are, and what is drawn for them,
-    does not depend on the layout, so this one process shows what any number of ranks will see.
+    They come from a run's loader and transforms. The samples and their augmentations do not depend on the layout, so
+    this process shows the inputs of any number of ranks.
 
     Args:
-        args: the command's own.
-        settings: as in `megavit train`.
+        args: the command's own arguments.
+        settings: `key=value`, as in `megavit train`.
+
+    Returns:
+        The exit code 0.
 
     Raises:
-        ConfigError: if a setting does not fit, or the data cannot be read.
+        ConfigError: if a setting is wrong, or the data cannot be read.
     """
     config = compose(settings)
     for group in (config.model, config.task, config.data):
@@ -92,19 +95,19 @@ def show_data(args: ShowDataArgs, settings: list[str]) -> int:
 
 
 def _names(classes: tuple[str, ...], labels_B: Tensor) -> list[str]:
-    """Each image's class, or its classes, joined by commas."""
+    """Return each image's class, or its classes joined by commas."""
     if labels_B.ndim == 1:
         return [classes[label] for label in labels_B.tolist()]
     return [", ".join(classes[label] for label in row.nonzero().flatten().tolist()) or "none" for row in labels_B]
 
 
 def _shares(names: list[str], row: int, share: float) -> str:
-    """What a mixed image is of: `cat 0.70 + dog 0.30`, the second in a line of its own."""
+    """Return the classes of a mixed image and their fractions, on two lines: `cat 0.70` and `+ dog 0.30`."""
     return names[row] if share == 1 else f"{names[row]} {share:.2f}\n+ {names[row ^ 1]} {1 - share:.2f}"
 
 
 def _masked(images_BCYX: Tensor, batch: Batch, config: ExperimentConfig) -> Tensor:
-    """The images with the patches grey that the autoencoder does not see."""
+    """Return the images with the patches grey that are hidden from the encoder."""
     num_visible, side = config.task.num_visible_patches(config.num_patches), config.model.patch_size
     ids_B, epochs_B, occurrences_B = batch.key_columns()
     ids_keep_BK = random_keep(

@@ -204,7 +204,7 @@ def test_wrong_input_leaves_with_2_and_a_way_out(trained, tmp_path):
         (["out=x", "pol=cls"], "megavit features knows no pol=; did you mean pool=?"),
         (["out=x", "out=y"], "out=y: megavit features takes out= once, with a value"),
         ([f"out={tmp_path / 'file'}"], f"{tmp_path / 'file'} is a file; give a folder"),
-        ([f"out={held}"], f"{held / 'val.safetensors'} is there already and stays as it is; give another out="),
+        ([f"out={held}"], f"{held / 'val.safetensors'} exists already and is not overwritten; give another out="),
         (["out=x", "parallel.tp=2"], "parallel.tp=2: megavit features runs in one process"),
         (["out=x", "data.wokers=2"], "did you mean data.workers?"),
         (["out=x", "data.source=my_data:Mine"], "data.source=my_data:Mine"),

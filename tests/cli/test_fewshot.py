@@ -77,7 +77,7 @@ def test_wrong_input_leaves_with_2_and_a_way_out(trained, tmp_path):
             "shots=3 is more than the 2 training images of class bee (1 of 2 classes of data.source=folder have fewer "
             "than 3); give shots=… of at most 2",
         ),
-        (["data.classes=['3']"], "data.source=digits has one class, 3: there is nothing to tell it from"),
+        (["data.classes=['3']"], "data.source=digits has one class, 3: a classifier needs at least two"),
         (["shots=0"], "shots=0 must be a whole number of at least 1"),
         (["draws=0"], "draws=0 must be a whole number of at least 1"),
         (["seed=-1"], "seed=-1 must be a whole number of at least 0"),

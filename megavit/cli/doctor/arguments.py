@@ -1,4 +1,4 @@
-"""The arguments of `megavit doctor`."""
+"""Define the arguments of `megavit doctor`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from megavit.cli.arguments import argument
 from megavit.errors import ConfigError
 
-# The parent of all runs' folders, for a run that is not named.
+# The parent of all runs' folders, checked if no run is named.
 _RUNS = Path("runs")
 
 
@@ -15,11 +15,11 @@ class DoctorArgs:
     """The command's own arguments.
 
     Attributes:
-        ranks: processes to start; without it as many as training would.
+        ranks: number of processes to start; without it as many as training starts.
         dir: the run's folder, which must be writable.
         name: the run's name, instead of its folder.
         timeout_s: seconds that ranks may wait for each other.
-        out: file for the findings as JSON; - prints them instead of the table.
+        out: file for the findings as JSON; - prints JSON instead of the table.
     """
 
     ranks: int | None = argument(None, key="run.ranks", form="N")
@@ -30,19 +30,19 @@ class DoctorArgs:
 
     @property
     def run_dir(self) -> Path:
-        """The folder to write to."""
+        """Return the folder to write to."""
         return self.dir or (_RUNS / self.name if self.name is not None else _RUNS)
 
     def check(self) -> None:
-        """Raise ConfigError where arguments exclude each other."""
+        """Raise ConfigError if arguments exclude each other."""
         if self.dir is not None and self.name is not None:
-            raise ConfigError(f"run.name={self.name} would be ignored: run.dir={self.dir} says where; give one of them")
+            raise ConfigError(f"run.name={self.name} would be ignored: run.dir={self.dir} is given; give one of them")
         if self.name is not None and (self.name in (".", "..") or "/" in self.name):
             raise ConfigError(f"run.name={self.name!r} must be a word without a slash; run.dir takes a path")
 
     def check_under_launcher(self) -> None:
-        """Raise ConfigError where an argument would be ignored, since another launcher has started the ranks."""
+        """Raise ConfigError if an argument would be ignored because another launcher has started the ranks."""
         if self.ranks is not None:
             raise ConfigError(
-                f"run.ranks={self.ranks} would be ignored: another launcher has started the ranks; leave it away"
+                f"run.ranks={self.ranks} would be ignored: another launcher has started the ranks; remove it"
             )

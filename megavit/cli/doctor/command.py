@@ -1,6 +1,6 @@
-"""`megavit doctor`: check whether training can start on this machine; exit code 3 if it cannot.
+"""Check whether training can start on this machine; exit with 3 if it cannot (`megavit doctor`).
 
-Nothing here imports torch or Megatron-Core: that they are broken is why people call it.
+This process imports neither torch nor Megatron-Core, because the command must work when they are broken.
 """
 
 import itertools
@@ -25,7 +25,7 @@ def doctor(args: DoctorArgs) -> int:
     """Check this machine.
 
     Returns:
-        3 if something is broken, so that training could not start; else 0.
+        The exit code: 3 if something is broken, so that training cannot start; else 0.
 
     Raises:
         ConfigError: if `out` cannot be written.
@@ -34,11 +34,11 @@ def doctor(args: DoctorArgs) -> int:
 
 
 def examine(args: DoctorArgs, *, network: Network) -> int:
-    """Look at everything, show it, and leave it as JSON where that is asked for.
+    """Run all checks, print the findings, and write them as JSON if `out` is given.
 
     Args:
-        args: the arguments.
-        network: gives the network's findings, from those before it.
+        args: the command's arguments.
+        network: returns the network's findings, given all earlier findings.
 
     Returns:
         The exit code.
@@ -50,7 +50,7 @@ def examine(args: DoctorArgs, *, network: Network) -> int:
         report.add(list(findings))
     report.add(_guarded("disk", lambda: check_disk(args.run_dir)))
     report.add([*_guarded("settings", check_settings), *_guarded("launchers", check_tools)])
-    # Last: whoever has started ranks hands his signals on to them.
+    # The network comes last, because it starts ranks, and from then on this process forwards its signals to them.
     report.add(_guarded("network", lambda: network(report.findings)))
     report.close()
     if args.out == "-":
@@ -62,15 +62,15 @@ def examine(args: DoctorArgs, *, network: Network) -> int:
 
 
 def _guarded(section: str, check: Callable[[], list[Finding]]) -> list[Finding]:
-    """A check's findings; what it raises is one."""
+    """Return a check's findings; an exception becomes a finding."""
     try:
         return check()
     except Exception as error:
-        return [Finding(section, section, State.broken, f"could not be looked at: {in_a_line(error)}")]
+        return [Finding(section, section, State.broken, f"cannot be checked: {in_a_line(error)}")]
 
 
 def _open(out: str | None) -> Path | None:
-    """The file for JSON, seen to be writable before anything takes time."""
+    """Return the file for JSON, after checking that it can be written."""
     if out in (None, "-"):
         return None
     assert out is not None

@@ -1,4 +1,4 @@
-"""What training would compute on: the GPUs as torch and the driver tell, and this machine's processor."""
+"""Check the devices of training: the GPUs, as torch and the driver report them, and this machine's processor."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ _DRIVER_S = 20
 
 
 def check_gpus() -> list[Finding]:
-    """The device of training and, if it is CUDA, every GPU that is visible."""
+    """Report the device of training and, if it is CUDA, every visible GPU."""
     import torch
 
     from megavit.parallel.cpu_backend import run_on_cpu
@@ -25,7 +25,7 @@ def check_gpus() -> list[Finding]:
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     message = (
         f"cuda: {count} {'GPU' if count == 1 else 'GPUs'}, CUDA {torch.version.cuda}, NCCL {nccl}, driver "
-        f"{driver or 'not message'}"
+        f"{driver or 'unknown'}"
     )
     first = Finding("devices", "training on", State.ok, message, figures=figures | {"driver": driver, "nccl": nccl})
     return [first, *(_gpu(torch, index) for index in range(count))]
@@ -34,19 +34,21 @@ def check_gpus() -> list[Finding]:
 def _cpu_chosen(torch: Any) -> Finding:
     figures = {"device": "cpu", "count": 0}
     if torch.cuda.is_available():
-        message = f"the CPU, as MEGAVIT_DEVICE=cpu asks; {torch.cuda.device_count()} CUDA devices are there"
+        message = f"the CPU, set by MEGAVIT_DEVICE=cpu; {torch.cuda.device_count()} CUDA devices exist"
         return Finding("devices", "training on", State.ok, message, figures=figures)
     driver = _ask_driver("driver_version")
     if driver is None and not Path("/proc/driver/nvidia/version").exists():
-        return Finding("devices", "training on", State.ok, "the CPU: no NVIDIA driver is here", figures=figures)
+        return Finding(
+            "devices", "training on", State.ok, "the CPU: this machine has no NVIDIA driver", figures=figures
+        )
     if torch.version.cuda is None:
         message, advice = f"torch {torch.__version__} was built without CUDA", "install torch's build for CUDA"
     elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         message, advice = "CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES"
     else:
         message = f"torch's CUDA {torch.version.cuda} does not start with the driver {driver}"
-        advice = "nvidia-smi shows the newest CUDA the driver takes; install a torch built with that or an older one"
-    message = f"the CPU, although an NVIDIA driver is here: {message}"
+        advice = "nvidia-smi shows the newest CUDA version of the driver; install a torch built for it or an older one"
+    message = f"the CPU, although this machine has an NVIDIA driver: {message}"
     return Finding("devices", "training on", State.missing, message, advice, figures)
 
 
@@ -61,7 +63,7 @@ def _gpu(torch: Any, index: int) -> Finding:
         ones = torch.ones(8, 8, device=f"cuda:{index}")
         assert float(ones.mm(ones).sum()) == 512
     except Exception as error:
-        advice = "CUDA_VISIBLE_DEVICES leaves it out; nvidia-smi and dmesg tell more"
+        advice = "exclude it with CUDA_VISIBLE_DEVICES; nvidia-smi and dmesg show more"
         return Finding("devices", name, State.broken, f"does not compute: {in_a_line(error)}", advice)
     mig = "MIG" in about.name
     figures = {
@@ -70,7 +72,7 @@ def _gpu(torch: Any, index: int) -> Finding:
     }  # fmt: skip
     message = f"{about.name}, {gib(total)} ({gib(free)} free), compute capability {capability}"
     if mig:
-        message += ", a MIG instance: NCCL does not join two of one GPU"
+        message += ", a MIG instance: NCCL does not connect two instances of one GPU"
     if bf16:
         return Finding("devices", name, State.ok, f"{message}, bf16", figures=figures)
     advice = "train.precision=fp32: bf16_o2 needs compute capability 8.0"
@@ -87,7 +89,7 @@ def _ask_driver(what: str) -> str | None:
 
 
 def check_cpu() -> list[Finding]:
-    """This machine's processor and memory, and what of them this process may use."""
+    """Report this machine's processor and memory, and this process's limits."""
     import psutil
 
     threads, allowed = os.cpu_count() or 1, len(os.sched_getaffinity(0))
@@ -102,15 +104,15 @@ def check_cpu() -> list[Finding]:
         message += f", of which this process may use {allowed}"
     advice, state = "", State.ok
     if quota is not None and quota < allowed:
-        message += f", and a control group's quota of {quota:g}"
+        message += f", and a control group limits it to {quota:g}"
         state = State.missing
         advice = (
-            f"ranks on the CPU count {allowed} threads, not the quota: give the job its cores instead, as by "
+            f"ranks on the CPU use {allowed} threads and ignore the limit: bind the job to cores instead, with "
             f"docker's --cpuset-cpus or taskset -c"
         )
     of_memory = f"{gib(memory.total)}, {gib(memory.available)} available"
     if limit is not None and limit < memory.total:
-        of_memory += f"; a control group ends what takes more than {gib(limit)}"
+        of_memory += f"; a control group kills processes that use more than {gib(limit)}"
     return [
         Finding("devices", "processor", state, message, advice, figures),
         Finding("devices", "memory", State.ok, of_memory),

@@ -1,4 +1,4 @@
-"""Whether a run's folder can be written, and the room there."""
+"""Check whether a run's folder can be written, and the free space there."""
 
 import os
 import shutil
@@ -11,12 +11,12 @@ from megavit.cli.doctor.finding import Finding, State, gib
 from megavit.errors import ConfigError
 
 _LEAST_BYTES = 2**30
-# NCCL and the loader's workers hand each other data there; docker gives 64 MiB.
+# NCCL and the loader's workers exchange data there; docker's default is 64 MiB.
 _SHARED, _SHARED_BYTES = Path("/dev/shm"), 2**30
 
 
 def check_disk(run_dir: Path) -> list[Finding]:
-    """Write a file where the run would, and look at the room: there, and in the memory that processes share."""
+    """Write a file to the run's folder, and check the free space there and in shared memory."""
     return [_run_folder(run_dir), *_shared_memory()]
 
 
@@ -37,16 +37,16 @@ def _run_folder(run_dir: Path) -> Finding:
         )
     figures = {"folder": str(place), "free_bytes": free}
     if free < _LEAST_BYTES:
-        message = f"{place} has {gib(free)} free, less than the {gib(_LEAST_BYTES)} that a run should find"
+        message = f"{place} has {gib(free)} free, less than the {gib(_LEAST_BYTES)} that a run needs"
         return Finding(
-            "disk", "run folder", State.broken, message, "make room, or run.dir=FOLDER chooses another", figures
+            "disk", "run folder", State.broken, message, "free space, or run.dir=FOLDER chooses another", figures
         )
     return Finding("disk", "run folder", State.ok, f"{place} can be written, {gib(free)} free", figures=figures)
 
 
 @contextmanager
 def kept_as_it_was(folder: Path) -> Iterator[None]:
-    """Remove what is made for a folder, if it is left empty."""
+    """Remove the folders that were created, if they are empty at the end."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
@@ -57,7 +57,7 @@ def kept_as_it_was(folder: Path) -> Iterator[None]:
 
 
 def check_shared_folder(run_dir: Path, *, rank: int) -> Finding:
-    """Whether every rank writes into the same folder; every rank calls this, on several hosts."""
+    """Check on several hosts that every rank writes to the same folder; every rank calls this."""
     from megavit.train.preflight import check_folder
 
     name = "shared run folder"
@@ -66,7 +66,7 @@ def check_shared_folder(run_dir: Path, *, rank: int) -> Finding:
             check_folder(run_dir, rank=rank)
     except ConfigError as error:
         return Finding("disk", name, State.broken, str(error))
-    return Finding("disk", name, State.ok, "every rank writes to it and sees what rank 0 wrote")
+    return Finding("disk", name, State.ok, "every rank writes to it and reads what rank 0 wrote")
 
 
 def _shared_memory() -> list[Finding]:
@@ -75,6 +75,6 @@ def _shared_memory() -> list[Finding]:
     free = shutil.disk_usage(_SHARED).free
     if free >= _SHARED_BYTES:
         return [Finding("disk", str(_SHARED), State.ok, f"{gib(free)} free", figures={"free_bytes": free})]
-    message = f"{gib(free)} free: loading workers (data.workers) and NCCL may run out of it"
+    message = f"{gib(free)} free: loader workers (data.workers) and NCCL may need more"
     advice = "docker run --shm-size=8g; in Kubernetes an emptyDir of medium Memory at /dev/shm"
     return [Finding("disk", str(_SHARED), State.missing, message, advice, {"free_bytes": free})]

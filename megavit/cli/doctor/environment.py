@@ -1,4 +1,4 @@
-"""What the environment says to a run, and the launchers at hand; no variable that may hold a secret is read out."""
+"""Report environment variables that affect a run, and installed launchers; values that may be secret are not shown."""
 
 import os
 import re
@@ -15,7 +15,7 @@ _NAMES = (
 )  # fmt: skip
 _SECRET = re.compile(r"key|token|secret|passw|passphrase|credential|auth", re.IGNORECASE)
 
-# Whose environment a process is in, by a variable that only that launcher sets; the innermost first.
+# Launchers, each with a variable that only this launcher sets; the innermost first.
 _LAUNCHERS = {
     "torchrun": "TORCHELASTIC_RUN_ID",
     "Slurm": "SLURM_JOB_ID",
@@ -33,41 +33,41 @@ _VERSION_S = 10
 
 
 def check_settings(environment: Mapping[str, str] = os.environ) -> list[Finding]:
-    """Variables that torch, NCCL, gloo and megavit listen to, from a list of those that hold no secret."""
+    """Report variables that torch, NCCL, gloo and megavit read, from a list of variables without secrets."""
     named = {name: value for name, value in sorted(environment.items()) if name.startswith(_PREFIXES) or name in _NAMES}
     variables = {name: "set, not shown" if _SECRET.search(name) else value for name, value in named.items()}
     found = [launcher for launcher, name in _LAUNCHERS.items() if name in environment]
-    message = ", in ".join(found) or "none: this process was started by hand"
+    message = ", in ".join(found) or "none: this process was started from a shell"
     threads = environment.get("OMP_NUM_THREADS")
-    take = f"OMP_NUM_THREADS={threads} for each" if threads else "OMP_NUM_THREADS not set: they share the cores"
+    take = f"OMP_NUM_THREADS={threads} each" if threads else "OMP_NUM_THREADS is not set: ranks share the cores"
     findings = [
         Finding("settings", "launcher", State.ok, message, figures={"launchers": found}),
         Finding(
             "settings",
             "environment",
             State.ok,
-            " ".join(f"{k}={v}" for k, v in variables.items()) or "nothing is set",
+            " ".join(f"{k}={v}" for k, v in variables.items()) or "no such variable is set",
             figures=variables,
         ),
         Finding(
             "settings",
             "threads",
             State.ok,
-            f"of ranks on the CPU: {take}",
+            f"ranks on the CPU: {take}",
         ),
     ]
     return findings
 
 
 def check_tools() -> list[Finding]:
-    """The programs `megavit submit` may call, by where jobs go."""
+    """Report the programs that `megavit submit` may call, by kind of cluster."""
     findings = []
     for where, names in _TOOLS.items():
         found = {name: path for name in names if (path := shutil.which(name)) is not None}
         message = ", ".join(f"{name} {_version(name)}" if name == "sbatch" else name for name in found)
         absent = [name for name in names if name not in found]
-        text = "; ".join(part for part in (message, absent and f"{', '.join(absent)} not here") if part)
-        advice = "" if found else "needed by jobs for there alone, on the machine that hands them in"
+        text = "; ".join(part for part in (message, absent and f"{', '.join(absent)} not installed") if part)
+        advice = "" if found else "only needed on the machine that submits such jobs"
         findings.append(
             Finding("launchers", where, State.ok if found else State.missing, text, advice, {"found": found})
         )

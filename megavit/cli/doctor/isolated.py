@@ -1,6 +1,6 @@
-"""Checks in a process of their own: a package that crashes or hangs while it is imported ends that one, not the doctor.
+"""Run checks in a subprocess, so that a package that crashes or hangs during its import does not end the doctor.
 
-`python -m megavit.cli.doctor.isolated CHECK…` writes a line of JSON on standard output as each check begins and ends.
+`python -m megavit.cli.doctor.isolated CHECK…` writes a line of JSON to standard output after each check.
 """
 
 import json
@@ -24,7 +24,7 @@ from megavit.cli.doctor.packages import (
     check_transformer_engine,
 )
 
-# By the section and the name under which a failure is told; those of optional packages never end a run by themselves.
+# Checks by name: section, function, and the state of a failure, which for an optional package is only `missing`.
 CHECKS: dict[str, tuple[str, Callable[[], list[Finding]], State]] = {
     "torch": ("imports", check_torch, State.broken),
     "megavit.train.trainer": ("imports", check_training, State.broken),
@@ -41,7 +41,7 @@ _PATIENCE_S = 180.0
 
 
 def run_check(name: str) -> list[Finding]:
-    """One check in this process; what it raises is what it found."""
+    """Run one check in this process; an exception becomes a finding."""
     section, check, otherwise = CHECKS[name]
     try:
         return check()
@@ -50,11 +50,11 @@ def run_check(name: str) -> list[Finding]:
 
 
 def run_in_subprocess(names: list[str], *, patience_s: float = _PATIENCE_S) -> Iterator[Finding]:
-    """Checks in another process, which is started again for those that are left where one of them ended it.
+    """Run checks in a subprocess; start a new one for the remaining checks if a check ends it.
 
     Args:
-        names: of `CHECKS`.
-        patience_s: for each.
+        names: names of `CHECKS`.
+        patience_s: most seconds of a check.
     """
     left = list(names)
     while left:
@@ -67,7 +67,7 @@ def run_in_subprocess(names: list[str], *, patience_s: float = _PATIENCE_S) -> I
 
 
 def _answers(names: list[str], errors: IO[str], patience_s: float) -> Iterator[list[Finding]]:
-    """Each check's findings, until one ends the process."""
+    """Yield each check's findings, until a check ends the process."""
     command = [sys.executable, "-m", "megavit.cli.doctor.isolated", *names]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     assert process.stdout is not None
@@ -76,7 +76,7 @@ def _answers(names: list[str], errors: IO[str], patience_s: float) -> Iterator[l
             timer = threading.Timer(patience_s, process.kill)
             timer.start()
             line = process.stdout.readline()
-            # After that no `kill` can come for another check.
+            # After the join, this timer cannot kill the process during another check.
             late = not timer.is_alive()
             timer.cancel()
             timer.join()
@@ -95,7 +95,7 @@ def _answers(names: list[str], errors: IO[str], patience_s: float) -> Iterator[l
 def _ended(name: str, code: int, errors: str, *, late: bool, patience_s: float) -> Finding:
     section, _, state = CHECKS[name]
     if late:
-        message = f"no answer in {patience_s:g} s: its process was ended"
+        message = f"no answer in {patience_s:g} s: its process was killed"
     else:
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
         last = (errors.strip().splitlines() or [""])[-1]
@@ -104,8 +104,8 @@ def _ended(name: str, code: int, errors: str, *, late: bool, patience_s: float) 
 
 
 def main(names: list[str]) -> None:
-    """Check in this process and write what is found, a line for each check."""
-    # What packages print while they are imported is no answer.
+    """Run checks in this process and write their findings, one line per check."""
+    # Send the output of imported packages to standard error, so that standard output holds only findings.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for name in names:

@@ -1,4 +1,4 @@
-"""Which attention kernels run here, forward and backward, and which values of `model.attention_backend` that allows.
+"""Check which attention kernels run here, forward and backward, and which `model.attention_backend` they allow.
 
 Shapes: B images, A heads, N tokens, D head width.
 """
@@ -11,7 +11,7 @@ from typing import Any
 from megavit.cli.doctor.finding import Finding, State, in_a_line
 from megavit.cli.doctor.packages import check_flash_attn, check_transformer_engine
 
-# Heads of ViT-B and ViT-L are that wide.
+# One image, 2 heads, 16 tokens, and the head width of ViT-B and ViT-L.
 _SHAPE = (1, 2, 16, 64)
 _TORCHS = {
     "math": "MATH",
@@ -22,7 +22,7 @@ _TORCHS = {
 
 
 def check_kernels() -> list[Finding]:
-    """Try each of torch's kernels in fp32 and bf16 on the device of training, and the packages' ones."""
+    """Try torch's kernels in fp32 and bf16 on the device of training, and the kernels of optional packages."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -62,9 +62,9 @@ def _attend(dtype: Any, device: str) -> None:
 
 
 def _refusal(work: Callable[[], None]) -> str | None:
-    """Why it did not run; None if it did."""
+    """Return why `work` did not run; None if it ran."""
     with warnings.catch_warnings(record=True) as text:
-        # torch gives its reasons as warnings.
+        # torch reports its reasons as warnings.
         warnings.simplefilter("always")
         try:
             work()
@@ -72,7 +72,7 @@ def _refusal(work: Callable[[], None]) -> str | None:
             reasons = [str(warning.message).split(" (Triggered internally")[0] for warning in text]
             if reasons or "No viable backend" not in str(error):
                 return " ".join(reasons) or in_a_line(error)
-            return "torch has none for this device"
+            return "torch has no such kernel for this device"
     return None
 
 
@@ -92,7 +92,7 @@ def _sdpa(refusals: dict[str, str | None], device: str) -> Finding:
 
 def _sdpa_flash(refusal: str | None, device: str) -> Finding:
     if device == "cpu":
-        text = "megavit takes it on CUDA alone, and training is on the CPU; sdpa takes the same kernel there"
+        text = "megavit uses it only on CUDA, and training is on the CPU; there sdpa uses the same kernel"
     elif refusal is not None:
         text = f"does not run: {refusal}"
     else:
@@ -119,4 +119,4 @@ def _describe(refusals: dict[str, str | None]) -> str:
     for key, reason in refusals.items():
         if reason is not None:
             reasons.setdefault(reason, []).append(key)
-    return "; ".join(f"refused {' and '.join(keys)}: {reason}" for reason, keys in reasons.items())
+    return "; ".join(f"does not run in {' and '.join(keys)}: {reason}" for reason, keys in reasons.items())

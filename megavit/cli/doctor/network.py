@@ -1,4 +1,4 @@
-"""The all-reduce across the ranks: whether its sums are exact, how long a small one takes, what a large one carries."""
+"""Check an all-reduce across ranks: exact sums, latency of a small one, bandwidth of a large one."""
 
 import time
 from collections.abc import Callable
@@ -20,7 +20,7 @@ _REPEATS = {_SMALL_BYTES: 50, _LARGE_BYTES["cpu"]: 10, _LARGE_BYTES["cuda"]: 20}
 
 
 def about_this_rank(device: torch.device) -> dict[str, Any]:
-    """What is told of each rank, and should not differ between hosts."""
+    """Return this rank's host, device and versions; all but the host should be equal on all ranks."""
     source = provenance()
     return {
         "host": source["host"],
@@ -34,8 +34,8 @@ def measure_network(*, timeout_s: float, say: Callable[[str], None]) -> list[Fin
     """Join the other ranks and measure; every rank calls this.
 
     Args:
-        timeout_s: seconds after which a collective fails that waits for a lost rank.
-        say: is told what comes next, before it may hang.
+        timeout_s: seconds after which a collective that waits for a lost rank fails.
+        say: called with a description of the next action, before the action that may hang.
 
     Returns:
         The findings, on every rank.
@@ -45,11 +45,11 @@ def measure_network(*, timeout_s: float, say: Callable[[str], None]) -> list[Fin
     say("joining the other ranks")
     join_world(device, timeout_s=timeout_s)
     findings = []
-    # As training does: tensors by NCCL on CUDA, and what ranks agree on by gloo.
+    # Training sends tensors on CUDA with NCCL, and Python objects with gloo.
     for kind in dict.fromkeys([device, torch.device("cpu")]):
         backend = "nccl" if kind.type == "cuda" else "gloo"
         findings.append(_all_reduce(kind, backend, say=say))
-    say("telling each other what they are")
+    say("exchanging hosts and versions")
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, about_this_rank(device))
     return [*findings, *_hosts(ranks)]
@@ -60,35 +60,35 @@ def _all_reduce(device: torch.device, backend: str, *, say: Callable[[str], None
     large = _LARGE_BYTES[device.type]
     seconds = {}
     for size in (_SMALL_BYTES, large):
-        say(f"an all-reduce of {size} bytes by {backend}")
+        say(f"an all-reduce of {size} bytes with {backend}")
         wrong = _wrong_sums(size, device)
         if wrong:
             text = f"{wrong:,} of {size // 4 * ranks:,} sums are wrong over {ranks} ranks, {size} bytes"
-            advice = "no training is right there; NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 tell which way is at fault"
+            advice = "training would compute wrong results; find the link with NCCL_P2P_DISABLE=1, NCCL_IB_DISABLE=1"
             return Finding("network", name, State.broken, text, advice, {"wrong": wrong})
         seconds[size] = _seconds(size, device)
     rates = bandwidths(large, seconds[large], ranks=ranks)
     figures = {"ranks": ranks, "backend": backend, "bytes": large, "latency_s": seconds[_SMALL_BYTES], **rates}
     if ranks == 1:
-        return Finding("network", name, State.ok, "one rank: it starts, and nothing is sent", figures=figures)
+        return Finding("network", name, State.ok, "one rank: it starts and sends nothing", figures=figures)
     text = (
         f"{ranks} ranks, sums exact; {_SMALL_BYTES} bytes in {_time(seconds[_SMALL_BYTES])}, {large // 2**20} MiB in "
-        f"{_time(seconds[large])}: {rates['algorithm_bytes_per_s'] / 1e9:.3g} GB/s, on the bus "
+        f"{_time(seconds[large])}: {rates['algorithm_bytes_per_s'] / 1e9:.3g} GB/s, bus bandwidth "
         f"{rates['bus_bytes_per_s'] / 1e9:.3g} GB/s"
     )
     return Finding("network", name, State.ok, text, figures=figures)
 
 
 def bandwidths(size: int, seconds: float, *, ranks: int) -> dict[str, float]:
-    """The two rates of an all-reduce, in bytes per second.
+    """Return the algorithm bandwidth and the bus bandwidth of an all-reduce, in bytes per second.
 
-    Algorithm bandwidth is what is reduced over the time it takes; bus bandwidth multiplies that by 2(n − 1)/n, and so
-    can be held against the hardware's own whatever the number of ranks.
+    Algorithm bandwidth is the reduced bytes over the time. Bus bandwidth is 2(n − 1)/n times that, and can be compared
+    with the hardware's bandwidth for any number of ranks.
 
     Args:
-        size: bytes that each rank brings.
-        seconds: that the slowest rank took.
-        ranks: n.
+        size: bytes of each rank's tensor.
+        seconds: time of the slowest rank.
+        ranks: n, the number of ranks.
 
     Source: github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md.
     """
@@ -97,20 +97,20 @@ def bandwidths(size: int, seconds: float, *, ranks: int) -> dict[str, float]:
 
 
 def _wrong_sums(size: int, device: torch.device) -> int:
-    """Elements that are not what they must be, on all ranks; whole numbers this small have exact sums in fp32."""
+    """Count the wrong elements on all ranks; the numbers are integers so small that their fp32 sums are exact."""
     ranks = dist.get_world_size()
     numbers = torch.arange(size // 4, device=device) % 97
     sums = (numbers + dist.get_rank()).float()
     dist.all_reduce(sums)
     expected = (numbers * ranks + ranks * (ranks - 1) // 2).float()
-    # Handed on by another way than the one in doubt: that of Python objects, on the CPU.
+    # Exchange the counts as Python objects on the CPU, not by the all-reduce under test.
     counts: list[Any] = [None] * ranks
     dist.all_gather_object(counts, int((sums != expected).sum()))
     return sum(counts)
 
 
 def _seconds(size: int, device: torch.device) -> float:
-    """Median time of an all-reduce, of the rank where it is longest."""
+    """Return the median time of an all-reduce on the slowest rank, in seconds."""
     values, times = torch.zeros(size // 4, device=device), []
     for repeat in range(_WARM_UP + _REPEATS[size]):
         _wait(values)
@@ -145,7 +145,7 @@ def _hosts(ranks: list[dict[str, Any]]) -> list[Finding]:
     if differing:
         advice = "give every node the same environment and the same devices"
         return [
-            Finding("network", "hosts", State.missing, f"{text}; they differ: {'; '.join(differing)}", advice, figures)
+            Finding("network", "hosts", State.missing, f"{text}; differences: {'; '.join(differing)}", advice, figures)
         ]
     return [Finding("network", "hosts", State.ok, text, figures=figures)]
 

@@ -1,4 +1,4 @@
-"""Which packages are real and usable: each is imported, and on CUDA called."""
+"""Check that optional packages work: import each, and call it on CUDA."""
 
 import importlib
 import importlib.util
@@ -9,7 +9,7 @@ from megavit.cli.doctor.finding import Finding, State, in_a_line
 
 
 def check_torch() -> list[Finding]:
-    """Whether torch can be imported and can compute."""
+    """Check that torch can be imported and computes."""
     import torch
 
     assert float(torch.ones(2, 2).mm(torch.ones(2, 2)).sum()) == 8
@@ -20,30 +20,30 @@ def check_torch() -> list[Finding]:
 
 
 def check_training() -> list[Finding]:
-    """Whether all that training imports is there: Megatron-Core as megavit runs it, and megavit's own modules."""
+    """Check that training's modules can be imported: Megatron-Core as megavit patches it, and megavit's own."""
     importlib.import_module("megatron.core.parallel_state")
     importlib.import_module("megavit.train.trainer")
-    return [Finding("imports", "megavit.train.trainer", State.ok, "imported, and Megatron-Core with it")]
+    return [Finding("imports", "megavit.train.trainer", State.ok, "imported, with Megatron-Core")]
 
 
 def check_flash_attn() -> list[Finding]:
-    """Whether `flash_attn` computes."""
+    """Check that `flash_attn` computes."""
     return [
         _usable("flash-attn", "model.attention_backend=flash_attn", "pip install 'megavit[flash]'", _call_flash_attn)
     ]
 
 
 def check_transformer_engine() -> list[Finding]:
-    """Whether Transformer Engine computes."""
+    """Check that Transformer Engine computes."""
     for_what = "model.attention_backend=te, model.linear_backend=te and optim.implementation=te"
     return [_usable("transformer-engine", for_what, "pip install 'megavit[te]'", _call_transformer_engine)]
 
 
 def check_apex() -> list[Finding]:
-    """Whether `apex` is NVIDIA's: the one of the package index is another project, a toolkit for Pyramid."""
+    """Check that `apex` is NVIDIA's and computes: `apex` on PyPI is another project, a toolkit for Pyramid."""
     build = (
-        "needed by optim.implementation=apex alone: build github.com/NVIDIA/apex with its CUDA extensions, or take "
-        "NVIDIA's container; the apex of the package index is another project"
+        "only needed by optim.implementation=apex: build github.com/NVIDIA/apex with its CUDA extensions, or use "
+        "NVIDIA's container; apex on PyPI is another project"
     )
     installed = _version("apex")
     try:
@@ -59,7 +59,7 @@ def check_apex() -> list[Finding]:
     except ModuleNotFoundError as error:
         if error.name != "apex.optimizers":
             return [_apex(f"{installed} at {_place(apex)}, and {in_a_line(error)}", build, installed)]
-        message = f"{installed or 'a module'} at {_place(apex)} is another project of that name, not NVIDIA's"
+        message = f"{installed or 'a module'} at {_place(apex)} is another project with this name, not NVIDIA's"
         return [_apex(message, f"pip uninstall apex; {build}", installed)]
     try:
         importlib.import_module("amp_C")
@@ -77,9 +77,9 @@ def _place(module: ModuleType) -> str:
 
 
 def _usable(name: str, settings: str, install: str, call: object) -> Finding:
-    """A package that only some settings need: there, imported, and on CUDA called."""
+    """Check a package that only some settings need: import it, and call it on CUDA."""
     assert callable(call)
-    installed, advice = _version(name), f"needed by {settings} alone: {install}"
+    installed, advice = _version(name), f"only needed by {settings}: {install}"
     figures = {"version": installed, "settings": settings}
 
     def without(message: str, advice: str = advice) -> Finding:
@@ -92,7 +92,7 @@ def _usable(name: str, settings: str, install: str, call: object) -> Finding:
     except Exception as error:
         return without(f"{installed} is installed, and does not work: {in_a_line(error)}")
     if not ran:
-        return without(f"{installed} can be imported, not called: it runs on CUDA alone, and training is on the CPU")
+        return without(f"{installed} is imported and not called: it runs only on CUDA, and training is on the CPU")
     return Finding("imports", name, State.ok, f"{installed} computes: {settings}", figures=figures)
 
 
@@ -104,7 +104,7 @@ def _version(package: str) -> str | None:
 
 
 def _call_flash_attn() -> bool:
-    # As megavit.model.layers.attention_backends takes it.
+    # The function that megavit.model.layers.attention_backends imports.
     from flash_attn import flash_attn_func
 
     from megavit.parallel.cpu_backend import run_on_cpu

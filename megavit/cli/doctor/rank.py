@@ -1,9 +1,9 @@
-"""What every rank of `megavit doctor` runs.
+"""Run one rank of `megavit doctor`.
 
 Across nodes: `torchrun … -m megavit.cli.doctor.rank [run.dir=FOLDER out=FILE]`.
 
-A rank that hangs cannot speak for itself. Each says in the launcher's store what it does next, and rank 0, which waits
-no longer than `run.timeout_s`, tells from that how far each one got.
+A rank that hangs cannot report. Therefore each rank writes its next action to the launcher's store, and rank 0 waits
+at most `run.timeout_s` and reports from the store how far each rank got.
 """
 
 import contextlib
@@ -28,20 +28,20 @@ from megavit.runtime.exit_handler import run_rank, shared_store
 from megavit.runtime.signals import StopRequest
 from megavit.runtime.startup import silence_import_warnings
 
-# Where `megavit doctor` wants rank 0's findings, in the environment of the ranks that it starts.
+# Variable with the path of the file for rank 0's findings, set by `megavit doctor` for the ranks that it starts.
 FINDINGS = "MEGAVIT_DOCTOR_FINDINGS"
 
-# torch's own time-outs come later than ours: NCCL's would abort the process.
+# torch's own time-outs come later than this module's, because NCCL's would abort the process.
 _LATER_S = 30.0
-_ALL_REPORTED = "megavit/doctor/told"
-# By which the ranks' clocks may differ, that started with them.
+_ALL_REPORTED = "megavit/doctor/reported"
+# Ranks start at different times, so their time-outs may end this many seconds apart.
 _SKEW_S = 15.0
 _GRACE_S = 2.0
 _LOOK_EVERY_S = 0.2
 
 
 def main(arguments: list[str]) -> int:
-    """Measure as one of the ranks that a launcher has started; the first prints what was found."""
+    """Measure on one of the ranks that a launcher has started; rank 0 reports the findings."""
     stop = StopRequest()
     stop.listen()
     silence_import_warnings()
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
         if not findings:
             return 0
         if wanted is not None:
-            # All of it at once: whoever sees the file ends the ranks.
+            # Rename the complete file: the parent kills the ranks when the file exists.
             part = Path(f"{wanted}.{rank_from_environment()}")
             part.write_text(json.dumps([finding.to_json() for finding in findings]))
             part.replace(wanted)
@@ -75,11 +75,11 @@ def main(arguments: list[str]) -> int:
 
 
 class _Rank:
-    """This rank's measurement, and what it lets the others know of it.
+    """Measure on this rank, and publish the progress to the other ranks.
 
     Args:
-        stop: whether it has been asked to leave.
-        timeout_s: that it may take.
+        stop: records a signal that requests this rank to stop.
+        timeout_s: most seconds of the measurement.
     """
 
     def __init__(self, stop: StopRequest, timeout_s: float) -> None:
@@ -89,13 +89,13 @@ class _Rank:
         self._store: Any = None
 
     def measure(self, run_dir: Path | None) -> list[Finding]:
-        """The findings of the network, or how far each rank got; within the time-out, whatever hangs.
+        """Measure the network within the time-out; if a rank hangs, find how far each rank got.
 
         Args:
-            run_dir: that ranks on several hosts must share; None looks at none.
+            run_dir: folder that ranks on several hosts must share; None checks none.
 
         Returns:
-            What is to be told: by rank 0, or by this rank where nothing is heard of rank 0; else nothing.
+            The findings on rank 0, or on this rank if rank 0 does not answer; else an empty list.
         """
         start = time.monotonic()
         try:
@@ -104,19 +104,19 @@ class _Rank:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             text = f"rank {self._rank} on {socket.gethostname()} does not reach rank 0 at {address}: {in_a_line(error)}"
             return [_broken(text)]
-        # In a thread that may be left where it hangs: NCCL and gloo wait inside of C++, where no exception comes.
+        # Work in a thread that can be abandoned: NCCL and gloo wait in C++ code, which no exception interrupts.
         working = threading.Thread(target=self._work, args=(run_dir,), daemon=True)
         working.start()
         until = start + self._timeout_s
         while working.is_alive() and time.monotonic() < until:
             working.join(_LOOK_EVERY_S)
             if self._stop.asked_by is not None:
-                # A launcher does so as soon as another rank has ended: what that does to this one shows soon.
+                # The launcher sends a signal as soon as another rank has ended; this rank then fails soon.
                 until = min(until, time.monotonic() + _GRACE_S)
         findings = self._findings
         if working.is_alive():
             args = self._stop.asked_by
-            why = f"asked to leave by {args}" if args else f"no answer in {self._timeout_s:g} s"
+            why = f"stopped by {args}" if args else f"no answer in {self._timeout_s:g} s"
             findings = [_broken(f"{why}: rank {self._rank}: {self._stage}")]
         if self._store is None:
             return findings
@@ -124,12 +124,12 @@ class _Rank:
             findings = [self._with_others(finding) for finding in findings]
             self._store.set(_ALL_REPORTED, "1")
             return findings
-        # The launcher ends those that are left as soon as one has gone.
+        # Wait for rank 0, because the launcher ends the remaining ranks as soon as one has exited.
         try:
             self._store.wait([_ALL_REPORTED], timedelta(seconds=start + self._timeout_s + _SKEW_S - time.monotonic()))
         except Exception as error:
             why = in_a_line(error)
-            return [_broken(f"nothing was heard of rank 0 ({why}); rank {self._rank}: {self._stage}")]
+            return [_broken(f"rank 0 did not answer ({why}); rank {self._rank}: {self._stage}")]
         return []
 
     def _work(self, run_dir: Path | None) -> None:
@@ -158,14 +158,14 @@ class _Rank:
             return finding
         text, others = [finding.text], range(1, world_size_from_environment())
         with contextlib.suppress(RuntimeError):
-            # Some may still import when this one fails.
+            # Some ranks may still import when this one fails.
             self._store.wait([_key(rank) for rank in others], timedelta(seconds=_GRACE_S))
         for rank in others:
             if self._store.check([_key(rank)]):
                 host, stage = json.loads(self._store.get(_key(rank)))
                 text.append(f"rank {rank} on {host}: {stage}")
             else:
-                text.append(f"rank {rank} was never heard of")
+                text.append(f"rank {rank} never answered")
         return replace(finding, text="; ".join(text), figures={"asked_to_leave_by": self._stop.asked_by})
 
 
@@ -176,9 +176,9 @@ def _key(rank: int) -> str:
 def _broken(text: str) -> Finding:
     names = ", ".join(name for _, name in socket.if_nameindex())
     advice = (
-        f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface by which the nodes reach each other (here: "
-        f"{names}); NCCL_DEBUG=INFO says what NCCL tries, NCCL_IB_DISABLE=1 does without InfiniBand; a firewall must "
-        f"leave the nodes every port between them"
+        f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME set the network interface between the nodes (here: {names}); "
+        f"NCCL_DEBUG=INFO shows what NCCL tries, NCCL_IB_DISABLE=1 disables InfiniBand; a firewall must open all "
+        f"ports between the nodes"
     )
     return Finding("network", "all-reduce", State.broken, text, advice)
 

@@ -1,4 +1,4 @@
-"""Start the ranks whose network `megavit doctor` looks at, and take what they found, in a bounded time."""
+"""Start ranks that check the network for `megavit doctor`, and collect their findings within a time limit."""
 
 import contextlib
 import io
@@ -12,22 +12,22 @@ from pathlib import Path
 
 from megavit.cli.doctor.finding import Finding, State
 
-# What each rank runs, and the name of its variable; to import that would import torch.
+# The module that each rank runs, and the variable that it reads. Importing that module would import torch.
 _RANK = "megavit.cli.doctor.rank"
 _FINDINGS = "MEGAVIT_DOCTOR_FINDINGS"
 _ON_CPU = 2
-# For the ranks' own imports, and for leaving.
+# Seconds for the ranks' imports, and for their exit.
 _BESIDES_S = 90.0
 _LEAVING_S = 3.0
 _LOOK_EVERY_S = 0.2
 
 
 def check_network(asked_ranks: int | None, before: list[Finding], *, timeout_s: float) -> list[Finding]:
-    """The all-reduce across the ranks of this machine.
+    """Check an all-reduce across ranks on this machine.
 
     Args:
-        asked_ranks: to start; None for one per GPU, or on the CPU two.
-        before: what was found until now; of torch and of the device.
+        asked_ranks: number of ranks to start; None for one per GPU, or two on the CPU.
+        before: earlier findings, among them those on torch and the device.
         timeout_s: seconds that ranks may wait for each other.
     """
     bad = [finding.name for finding in before if finding.name == "torch" and finding.state is not State.ok]
@@ -38,11 +38,11 @@ def check_network(asked_ranks: int | None, before: list[Finding], *, timeout_s: 
     count = devices[0]["count"]
     ranks = asked_ranks or count or _ON_CPU
     if asked_ranks is not None:
-        message = "as run.ranks says"
+        message = "set by run.ranks"
     elif count:
-        message = "one per GPU, as megavit train would start"
+        message = "one per GPU, as in megavit train"
     else:
-        message = "for something to be sent; megavit train starts as many on a CPU as the layout needs"
+        message = "the fewest that send data; on a CPU megavit train starts as many as the layout needs"
     return [Finding("network", "ranks", State.ok, f"{ranks}, {message}"), *_across(ranks, timeout_s)]
 
 
@@ -61,19 +61,19 @@ def _across(ranks: int, timeout_s: float) -> list[Finding]:
     findings = [Finding.from_json(finding) for finding in found]
     said = launcher.getvalue().strip().removeprefix("megavit: ")
     if findings:
-        # Of a rank that was ended only the launcher knows; of one that hung it knows no more than that it ended it.
+        # Only the launcher knows that a rank was killed; for a rank that hung it adds only that it killed it.
         return [
             replace(finding, text=f"{said}; {finding.text}")
             if said and finding.figures.get("asked_to_leave_by")
             else finding
             for finding in findings
         ]
-    message = f"the ranks left with code {code} and without an answer within {until_s:g} s{': ' + said if said else ''}"
+    message = f"the ranks exited with code {code} without findings in {until_s:g} s{': ' + said if said else ''}"
     return [Finding("network", "all-reduce", State.broken, message)]
 
 
 def _kill_stragglers(file: Path, until_s: float, done: threading.Event) -> None:
-    """End the ranks that are still there when one has told its findings, or when nobody has in so many seconds."""
+    """Kill the ranks that are still alive after one has written its findings, or after `until_s` seconds."""
     import psutil
 
     from megavit.runtime.workers import running

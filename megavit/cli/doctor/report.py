@@ -1,4 +1,4 @@
-"""The findings as a table, section by section as they come, and as JSON."""
+"""Print the doctor's findings as a table, section by section, or as JSON."""
 
 import json
 from collections.abc import Callable
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _COLOURS = {State.ok: "green", State.missing: "yellow", State.broken: "bold red"}
-# The longest names there are.
+# Widths of the longest state and the longest name.
 _STATE_WIDTH, _NAME_WIDTH = 7, 18
 _ADVICE = "\n→ "
 
 
 class Report:
-    """What was found until now.
+    """Collect findings and print them as they come.
 
     Args:
-        show: prints a line of text or a table; None shows nothing.
+        show: prints a line of text or a table; None prints nothing.
     """
 
     def __init__(self, show: Callable[..., None] | None) -> None:
@@ -29,11 +29,11 @@ class Report:
 
     @property
     def code(self) -> int:
-        """The exit code: 3 where something is broken, so that training could not start."""
+        """Return the exit code: 3 if something is broken, so that training cannot start; else 0."""
         return FINDINGS if any(finding.state is State.broken for finding in self.findings) else FINISHED
 
     def add(self, findings: list[Finding]) -> None:
-        """Take and show findings, those of one section under its title."""
+        """Add findings and print them, one table per section."""
         self.findings += findings
         if self._show is None:
             return
@@ -43,12 +43,12 @@ class Report:
                 self._show(_table(section, of_section))
                 self._show("")
             except ImportError:
-                # rich is what is missing.
+                # rich is not installed.
                 for finding in of_section:
                     self._show(section, *_cells(finding), sep="  ")
 
     def close(self) -> None:
-        """Say what it comes to."""
+        """Print the conclusion."""
         if self._show is None:
             return
         broken = [finding.name for finding in self.findings if finding.state is State.broken]
@@ -58,11 +58,11 @@ class Report:
         else:
             message = "training can start"
             if missing:
-                message += f"; what is missing ({missing}) is needed by some settings alone"
+                message += f"; the missing parts ({missing}) are needed by some settings only"
         self._show(message)
 
     def to_json(self) -> str:
-        """All of it as one JSON object."""
+        """Return all findings as one JSON object."""
         found = [finding.to_json() for finding in self.findings]
         return json.dumps({"code": self.code, "findings": found}, indent=2)
 

@@ -1,4 +1,4 @@
-"""Python and the packages that megavit needs, as their metadata tells: nothing of them is imported."""
+"""Check the versions of Python and of the packages that megavit needs by their metadata, without importing them."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -6,18 +6,18 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from megavit.cli.doctor.finding import Finding, State
 from megavit.metrics.provenance import provenance
 
-# Told each by itself; the others in one line as long as they are good.
+# Packages with a finding each; the others share one finding if their versions are right.
 _SHOWN = ("torch", "torchvision", "megatron-core")
 
 
 def check_versions() -> list[Finding]:
-    """Hold what is installed against what megavit's own metadata asks for."""
+    """Compare the installed versions with the requirements in megavit's metadata."""
     source = provenance()
     try:
         required = requires("megavit") or []
     except PackageNotFoundError:
         python = Finding("versions", "python", State.ok, platform.python_version())
-        message = "megavit is not installed, so that what it needs is not known: no version was compared"
+        message = "megavit is not installed, so its requirements are not known: no version was compared"
         return [python, Finding("versions", "megavit", State.missing, message, "pip install -e . in megavit's clone")]
     commit = f", commit {source['commit'][:12]}{'+' * source['commit'].endswith('+')}" if source["commit"] else ""
     of_megavit = Finding("versions", "megavit", State.ok, f"{version('megavit')}{commit}", figures=source)
@@ -74,7 +74,7 @@ def _package(name: str, wanted: str, line: str) -> Finding:
 
 
 def _optional(required: list[str]) -> list[Finding]:
-    """Of the extras, those that are no kernels: whether they work is looked at by itself."""
+    """Check the versions of optional packages without kernels; packages with kernels are also called."""
     from packaging.requirements import Requirement
 
     findings = []
@@ -83,7 +83,7 @@ def _optional(required: list[str]) -> list[Finding]:
             continue
         found = _package(needed.name, str(needed.specifier), needed.name)
         if found.state is not State.ok:
-            advice = "needed by metrics.wandb=PROJECT alone: pip install 'megavit[wandb]'"
+            advice = "only needed by metrics.wandb=PROJECT: pip install 'megavit[wandb]'"
             found = Finding("versions", needed.name, State.missing, found.text, advice, found.figures)
         findings.append(found)
     return findings

@@ -183,8 +183,8 @@ def test_the_crop_of_the_evaluation_is_written_and_missing_biases_are_zeros(tmp_
     images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
     with torch.no_grad():
         assert float((opened(loaded.normalize(images)) - loaded(images)).abs().max()) <= 1e-5
-    assert "config.json is there already" in refused("convert", f"from={run}", f"to=timm:{tmp_path / 'timm' / 'b.bin'}")
-    assert "is a folder; name the file in it" in refused("convert", f"from={run}", f"to=nemo:{empty(tmp_path)}")
+    assert "config.json exists already" in refused("convert", f"from={run}", f"to=timm:{tmp_path / 'timm' / 'b.bin'}")
+    assert "is a folder; give a file in it" in refused("convert", f"from={run}", f"to=nemo:{empty(tmp_path)}")
 
 
 def empty(folder: Path) -> Path:
@@ -212,7 +212,7 @@ def test_hugging_faces_processor_crops_as_the_run_does_or_the_export_is_refused(
 def test_files_that_carry_no_normalisation_say_so_with_the_values(tmp_path):
     _, run = from_timm(tmp_path / "in")
     assert re.search(
-        r"nemo: files carry no mean, std or crop; this run has data\.mean=\[0\.5,0\.5,0\.5\] "
+        r"nemo: files state no mean, std or crop; this run has data\.mean=\[0\.5,0\.5,0\.5\] "
         r"data\.std=\[0\.5,0\.5,0\.5\] data\.image_size=\[32,32\] data\.crop_pct=\S+ data\.interpolation=bicubic\n",
         convert(f"from={run}", f"to=nemo:{tmp_path / 'nemo.pt'}"),
     )

@@ -136,7 +136,7 @@ def test_wrong_pixel_settings_are_refused_by_every_command_that_takes_them(image
     assert "data.std=[0.1, 0.2, 0.0] must be positive" in refusal(*predict, "data.std=[0.1,0.2,0]")
     assert "data.crop_pct=2.0 must be a finite number above 0" in refusal(*predict, "data.crop_pct=2")
     out = ["convert", f"from={tmp_path / 'run'}", f"to=timm:{tmp_path / 'out' / 'b.safetensors'}"]
-    assert "data.crop_pct=1 would be ignored: a run knows" in refusal(*out, "data.crop_pct=1")
+    assert "data.crop_pct=1 would be ignored: a run states" in refusal(*out, "data.crop_pct=1")
 
 
 def test_timms_folder_gives_its_logits_and_a_file_alone_says_what_is_assumed(images, tmp_path):

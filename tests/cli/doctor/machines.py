@@ -1,4 +1,4 @@
-"""Packages that are not what they seem, and findings of checks that were not run."""
+"""Make fake packages, and findings of checks that were not run."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from megavit.cli.doctor.finding import Finding, State
 
 
 def pretend(folder: Path, name: str, version: str, files: dict[str, str] | None = None) -> Path:
-    """A distribution in a folder that may stand on Python's path: its metadata, and its files by their path."""
+    """Write a distribution to a folder for Python's path: its metadata, and its files by path."""
     about = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     about.mkdir(parents=True)
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -18,11 +18,11 @@ def pretend(folder: Path, name: str, version: str, files: dict[str, str] | None 
 
 
 def on_cpu() -> list[Finding]:
-    """What is found of the device on a machine without a GPU."""
+    """Return the device's findings on a machine without a GPU."""
     return [Finding("devices", "training on", State.ok, "the CPU", figures={"device": "cpu", "count": 0})]
 
 
 def only(findings: list[Finding], name: str) -> Finding:
-    """The one finding of that name."""
+    """Return the only finding with this name."""
     (found,) = [finding for finding in findings if finding.name == name]
     return found

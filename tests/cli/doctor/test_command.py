@@ -1,4 +1,4 @@
-"""`megavit doctor`: exit codes, the table, its JSON."""
+"""Test `megavit doctor`: exit codes, the table, its JSON."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def states(findings: list[dict]) -> list[tuple[str, str]]:
     return [(found["state"], found["name"]) for found in findings]
 
 
-def test_a_healthy_machine_is_told_0_and_json_says_what_the_table_says_without_a_secret(tmp_path, figure):
+def test_a_healthy_machine_exits_with_0_and_json_holds_the_tables_findings_without_a_secret(tmp_path, figure):
     secret = "s3cr3t-value"
     out = tmp_path / "doctor.json"
     result = run(
@@ -51,12 +51,12 @@ def test_a_healthy_machine_is_told_0_and_json_says_what_the_table_says_without_a
         "versions", "imports", "devices", "kernels", "disk", "settings", "launchers", "network",
     }  # fmt: skip
     assert secret not in result.stdout + out.read_text()
-    assert "training can start; what is missing" in result.stdout
+    assert "training can start; the missing parts" in result.stdout
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_under_torchrun_the_first_rank_tells_it(tmp_path):
+def test_under_torchrun_rank_0_reports(tmp_path):
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megavit.cli.doctor.rank"]
     result = run(*launcher, f"run.dir={tmp_path}", "out=-")
     assert result.returncode == 0, result.stderr
@@ -64,13 +64,13 @@ def test_under_torchrun_the_first_rank_tells_it(tmp_path):
     assert ("ok", "all-reduce, gloo") in states(report["findings"])
     (launchers,) = [found for found in report["findings"] if found["name"] == "launcher"]
     assert launchers["text"].startswith("torchrun")
-    # It counts its own ranks.
+    # The report counts the ranks of torchrun.
     result = run(*launcher, "run.ranks=2")
     assert result.returncode == 1  # torchrun's own code
     assert result.stderr.count("megavit: run.ranks=2 would be ignored: another launcher has started the ranks") == 1
 
 
-def test_a_broken_torch_is_told_without_a_stack_and_everything_else_is_looked_at(tmp_path):
+def test_a_broken_torch_is_reported_without_a_traceback_and_everything_else_is_checked(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cuda.so: undefined symbol')")
     pretend(tmp_path, "megatron-core", "0.15.2")
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
@@ -97,14 +97,14 @@ def test_a_broken_torch_is_told_without_a_stack_and_everything_else_is_looked_at
         ("ranks", "'ranks' is no setting"),
     ],
 )
-def test_a_wrong_argument_is_refused_before_anything_is_looked_at(argument, message):
+def test_a_wrong_argument_is_rejected_before_any_check(argument, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         doctor([argument])
     with pytest.raises(ConfigError, match=r"run.name=a would be ignored: run.dir=b"):
         doctor(["run.name=a", "run.dir=b"])
 
 
-def test_the_verb_is_reached_without_torch():
+def test_the_command_starts_without_torch():
     reach = (
         "import sys; sys.argv = ['megavit', 'doctor', 'run.rank=2']; from megavit.cli.main import main; code = main();"
         "assert not {'torch', 'megatron'} & set(sys.modules); sys.exit(code)"
@@ -115,7 +115,7 @@ def test_the_verb_is_reached_without_torch():
 
 
 def quick(monkeypatch, *found: Finding) -> None:
-    """Only findings at hand, besides those of this machine that take no time."""
+    """Run only the fast checks of this machine, and add prepared findings."""
     monkeypatch.setattr(command, "run_in_subprocess", lambda names: iter([*found, *on_cpu()]))
     monkeypatch.setattr(command, "check_network", lambda *_, **__: [])
 
@@ -133,7 +133,7 @@ def test_an_unwritable_run_folder_or_another_megatron_core_leaves_with_3(tmp_pat
     assert "training cannot start: megatron-core" in output
 
 
-def test_a_check_that_fails_itself_is_told_as_one_that_found_something_broken(tmp_path, monkeypatch, capsys):
+def test_a_check_that_raises_is_reported_as_broken(tmp_path, monkeypatch, capsys):
     def fail():
         raise ModuleNotFoundError("No module named 'packaging'")
 
@@ -141,7 +141,7 @@ def test_a_check_that_fails_itself_is_told_as_one_that_found_something_broken(tm
     monkeypatch.setattr(command, "check_versions", fail)
     assert doctor([f"run.dir={tmp_path}", "out=-"]) == 3
     first = json.loads(capsys.readouterr().out)["findings"][0]
-    assert first["text"] == "could not be looked at: ModuleNotFoundError: No module named 'packaging'"
+    assert first["text"] == "cannot be checked: ModuleNotFoundError: No module named 'packaging'"
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -156,7 +156,7 @@ def test_the_table_fits_the_terminal_and_loses_no_bracket(width):
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= width
     assert any(line.rstrip().endswith("→ pip install 'megavit[te]'") for line in lines)
-    assert lines[-1] == "training can start; what is missing (1) is needed by some settings alone"
+    assert lines[-1] == "training can start; the missing parts (1) are needed by some settings only"
 
 
 def test_without_rich_the_findings_are_lines(monkeypatch, capsys):
@@ -167,7 +167,7 @@ def test_without_rich_the_findings_are_lines(monkeypatch, capsys):
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_told_and_nccl_reduces_across_all_of_them(tmp_path):
+def test_each_gpu_is_reported_and_nccl_reduces_across_all_of_them(tmp_path):
     result = run("megavit", "doctor", f"run.dir={tmp_path}", "out=-", MEGAVIT_DEVICE="cuda")
     report = json.loads(result.stdout)
     assert result.returncode == 0, report

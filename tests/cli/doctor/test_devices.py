@@ -1,4 +1,4 @@
-"""What the doctor says of GPUs, by a torch that only says what one with GPUs would."""
+"""Test the doctor's findings on GPUs, with a torch that imitates one with GPUs."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -26,14 +26,14 @@ def one_gpu(*, name: str = "NVIDIA H100", major: int = 9, fails: bool = False) -
     return devices._gpu(SimpleNamespace(cuda=cuda, ones=ones), 0)
 
 
-def test_a_gpu_is_told_with_its_memory_and_formats():
+def test_a_gpu_is_reported_with_its_memory_and_formats():
     found = one_gpu()
     assert (found.name, found.state) == ("GPU 0", State.ok)
     assert found.text == "NVIDIA H100, 80.0 GiB (70.0 GiB free), compute capability 9.0, bf16"
-    assert "NCCL does not join two of one GPU" in one_gpu(name="NVIDIA H100 MIG 1g.10gb").text
+    assert "NCCL does not connect two instances of one GPU" in one_gpu(name="NVIDIA H100 MIG 1g.10gb").text
 
 
-def test_a_gpu_without_bf16_is_told_with_what_to_set_and_one_that_does_not_compute_is_broken():
+def test_a_gpu_without_bf16_is_reported_with_the_setting_and_one_that_does_not_compute_is_broken():
     old = one_gpu(name="Tesla V100", major=7)
     assert old.state is State.missing
     assert old.text.endswith("no bf16")
@@ -46,13 +46,13 @@ def test_a_gpu_without_bf16_is_told_with_what_to_set_and_one_that_does_not_compu
 @pytest.mark.parametrize(
     ("driver", "cuda", "visible", "state", "output"),
     [
-        (None, "13.2", None, State.ok, "no NVIDIA driver is here"),
+        (None, "13.2", None, State.ok, "this machine has no NVIDIA driver"),
         ("580.1", None, None, State.missing, "was built without CUDA"),
         ("580.1", "13.2", "", State.missing, "CUDA_VISIBLE_DEVICES hides every GPU"),
         ("470.1", "13.2", "0", State.missing, "torch's CUDA 13.2 does not start with the driver 470.1"),
     ],
 )
-def test_why_training_is_on_the_cpu_is_told(driver, cuda, visible, state, output, monkeypatch):
+def test_the_reason_for_training_on_the_cpu_is_reported(driver, cuda, visible, state, output, monkeypatch):
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:

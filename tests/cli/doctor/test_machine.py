@@ -1,4 +1,4 @@
-"""What the doctor says of the machine: its folder, its limits, its environment."""
+"""Test the doctor's findings on the machine: the run's folder, limits, environment."""
 
 import shutil
 from pathlib import Path
@@ -82,15 +82,15 @@ def test_the_environment_is_shown_by_a_list_and_no_secret_with_it():
         "SLURM_JOB_ID": "7",
     }
     assert only(findings, "launcher").text == "torchrun, in Slurm"
-    assert only(check_settings({}), "environment").text == "nothing is set"
+    assert only(check_settings({}), "environment").text == "no such variable is set"
 
 
-def test_launchers_at_hand_are_told_by_where_jobs_go(tmp_path, monkeypatch):
+def test_installed_launchers_are_reported_by_kind_of_cluster(tmp_path, monkeypatch):
     for name, source in (("sbatch", "echo slurm 25.05.1"), ("srun", ""), ("docker", "")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{source}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     findings = check_tools()
-    assert only(findings, "Slurm").text == "sbatch slurm 25.05.1, srun; scontrol not here"
+    assert only(findings, "Slurm").text == "sbatch slurm 25.05.1, srun; scontrol not installed"
     assert only(findings, "Kubernetes").state is State.missing
-    assert only(findings, "containers").text == "docker; enroot, apptainer not here"
+    assert only(findings, "containers").text == "docker; enroot, apptainer not installed"

@@ -1,4 +1,4 @@
-"""The all-reduce that the doctor makes: right, wrong, hanging, and across hosts."""
+"""Test the doctor's all-reduce: right, wrong, hanging, and across hosts."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def measure(*, stages: list[str] | None = None) -> list[Finding]:
         dist.destroy_process_group()
 
 
-def test_two_ranks_reduce_exactly_and_tell_both_bandwidths():
+def test_two_ranks_reduce_exactly_and_report_both_bandwidths():
     first, second = run_ranks(measure, 2)
     assert first == second
     (found,) = first
@@ -56,7 +56,7 @@ def measure_wrongly() -> list[Finding]:
         return measure()
 
 
-def test_one_wrong_sum_on_one_rank_is_told_by_every_rank():
+def test_one_wrong_sum_on_one_rank_is_reported_by_every_rank():
     for findings in run_ranks(measure_wrongly, 2):
         (found,) = findings
         assert found.state is State.broken
@@ -80,7 +80,7 @@ def test_hosts_are_named_with_what_differs_and_must_share_the_run_folder(tmp_pat
     (findings, folder), _ = run_ranks(measure_on_two_hosts, 2, tmp_path / "run")
     hosts = only(findings, "hosts")
     assert hosts.state is State.missing
-    assert hosts.text == "node0: ranks 0; node1: ranks 1; they differ: torch 2.11, 2.12"
+    assert hosts.text == "node0: ranks 0; node1: ranks 1; differences: torch 2.11, 2.12"
     assert folder.state is State.ok
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
@@ -89,7 +89,7 @@ def test_hosts_are_named_with_what_differs_and_must_share_the_run_folder(tmp_pat
         assert "cannot be written by rank 0" in folder.text
 
 
-# In a process of its own, as the verb does it: with a signal for one of the ranks, once it is there.
+# Start the ranks in a new process, as the command does, and send a signal to one of them.
 START = """
 import json, signal, sys, threading, time
 import psutil
@@ -133,12 +133,12 @@ def test_two_ranks_are_started_on_a_cpu():
 @pytest.mark.parametrize(
     ("rank", "name", "output"),
     [
-        pytest.param("1", "SIGSTOP", "rank 1 was never heard of", marks=pytest.mark.slow),
+        pytest.param("1", "SIGSTOP", "rank 1 never answered", marks=pytest.mark.slow),
         ("1", "SIGKILL", "rank 1 was ended by SIGKILL"),
-        pytest.param("0", "SIGSTOP", "nothing was heard of rank 0", marks=pytest.mark.slow),
+        pytest.param("0", "SIGSTOP", "rank 0 did not answer", marks=pytest.mark.slow),
     ],
 )
-def test_a_rank_that_hangs_or_dies_is_told_in_a_bounded_time(rank, name, output, figure):
+def test_a_rank_that_hangs_or_dies_is_reported_within_the_time_limit(rank, name, output, figure):
     start = time.monotonic()
     found = only(started(rank, name, timeout_s=5), "all-reduce")
     figure(f"doctor, rank {rank} gets {name}: told in {time.monotonic() - start:.0f} s with a time-out of 5 s")
@@ -147,7 +147,7 @@ def test_a_rank_that_hangs_or_dies_is_told_in_a_bounded_time(rank, name, output,
     assert time.monotonic() - start < 100
 
 
-def test_an_interface_that_is_not_there_is_told_with_those_that_are(monkeypatch):
+def test_a_missing_interface_is_reported_with_the_existing_ones(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nobody0")
     found = only(started("", "", timeout_s=30), "all-reduce")
     assert found.state is State.broken

@@ -1,4 +1,4 @@
-"""What the doctor says of packages: by their metadata, and by importing them in a process of its own."""
+"""Test the doctor's findings on packages, from their metadata and from importing them in a subprocess."""
 
 import pytest
 
@@ -62,23 +62,23 @@ WITHOUT_CUDA = {"apex/__init__.py": "", "apex/optimizers/__init__.py": "class Fu
 @pytest.mark.parametrize(
     ("files", "output"),
     [
-        (PYRAMID, "another project of that name, not NVIDIA's"),
+        (PYRAMID, "another project with this name, not NVIDIA's"),
         (WITHOUT_CUDA, "NVIDIA's, without its CUDA extensions (amp_C)"),
-        ({**WITHOUT_CUDA, "amp_C.py": ""}, "can be imported, not called: it runs on CUDA alone"),
+        ({**WITHOUT_CUDA, "amp_C.py": ""}, "is imported and not called: it runs only on CUDA"),
         ({"apex/__init__.py": "import pyramid_of_nobody"}, "No module named 'pyramid_of_nobody'"),
     ],
 )
-def test_the_apex_of_the_package_index_is_told_from_nvidias(files, output, tmp_path, monkeypatch):
+def test_apex_on_pypi_is_distinguished_from_nvidias(files, output, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(pretend(tmp_path, "apex", "0.9.10", files)), prepend=":")
     monkeypatch.setenv("MEGAVIT_DEVICE", "cpu")
     (found,) = run_in_subprocess(["apex"])
     assert found.state is State.missing
     assert "0.9.10" in found.text
     assert output in found.text
-    assert "the apex of the package index is another project" in found.advice
+    assert "apex on PyPI is another project" in found.advice
 
 
-def test_a_package_that_crashes_or_hangs_in_its_import_is_told_and_the_others_are_looked_at(tmp_path, monkeypatch):
+def test_a_package_that_crashes_or_hangs_in_its_import_is_reported_and_the_others_are_checked(tmp_path, monkeypatch):
     crash = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
     folder = pretend(tmp_path, "flash-attn", "2.8.0", {"flash_attn/__init__.py": crash})
     pretend(tmp_path, "apex", "0.1", {"apex/__init__.py": "import time; print('noise'); time.sleep(60)"})
@@ -86,12 +86,12 @@ def test_a_package_that_crashes_or_hangs_in_its_import_is_told_and_the_others_ar
     monkeypatch.setenv("MEGAVIT_DEVICE", "cpu")
     findings = list(run_in_subprocess(["flash-attn", "apex", "processor"], patience_s=5))
     assert only(findings, "flash-attn").text.startswith("its process ended by SIGSEGV")
-    assert only(findings, "apex").text == "no answer in 5 s: its process was ended"
+    assert only(findings, "apex").text == "no answer in 5 s: its process was killed"
     assert {only(findings, name).state for name in ("flash-attn", "apex")} == {State.missing}
     assert only(findings, "processor").figures["threads"] >= 1
 
 
-def test_every_kernel_of_torch_is_told_and_sdpa_runs(monkeypatch):
+def test_every_kernel_of_torch_is_reported_and_sdpa_runs(monkeypatch):
     monkeypatch.setenv("MEGAVIT_DEVICE", "cpu")
     findings = list(run_in_subprocess(["torch", "attention"]))
     names = [finding.name for finding in findings]
