@@ -1,16 +1,16 @@
-# Everything from a bare machine: each target makes the environment first if it is missing.
+# Build, test and check megavit from a bare machine: each target creates the environment first if it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# As CUDA_VISIBLE_DEVICES leaves them.
+# The number of GPUs that CUDA_VISIBLE_DEVICES allows.
 GPUS = $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count())")
 
-# Two ranks share the model by tensor parallelism, on two GPUs or on the CPU; one GPU takes it alone.
+# Two ranks with tensor parallelism, on two GPUs or on the CPU; one rank on one GPU.
 LAYOUT = $(if $(filter 1,$(GPUS)),run.ranks=1,run.ranks=2 parallel.tp=2)
 ARGS ?=
 
-# What `make image` and `make image-cpu` build; BUILD_ARGS="--build-arg EXTRAS=wandb" adds to them.
+# Variables of `make image` and `make image-cpu`; BUILD_ARGS="--build-arg EXTRAS=wandb" adds an extra.
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' megavit/__init__.py)
 REVISION = $(shell git describe --always --abbrev=40 --exclude='*' --dirty 2>/dev/null || echo unknown)
 DOCKER ?= docker
@@ -25,8 +25,8 @@ train: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.step $(ARGS)
 
-# By file on two processes: each starts its own ranks, once. As they come: by the number of their tests, which xdist would
-# sort them by, files of few long ones were left for the end.
+# Distribute files over two processes, each of which starts its ranks once. Keep the order of the files: xdist's order by
+# number of tests would run files with few long tests last.
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(ARGS)
 
@@ -54,9 +54,9 @@ docs: $(INSTALLED)
 
 define build_image
 	@command -v $(DOCKER) > /dev/null || \
-		{ echo "make $@: $(DOCKER) is not installed; install it, or name another with DOCKER=podman" >&2; exit 2; }
+		{ echo "make $@: $(DOCKER) is not installed; install it, or choose another engine: DOCKER=podman" >&2; exit 2; }
 	@$(DOCKER) info > /dev/null 2>&1 || \
-		{ echo "make $@: $(DOCKER) is installed but its engine does not answer; '$(DOCKER) info' says why" >&2; exit 2; }
+		{ echo "make $@: $(DOCKER) is installed but its engine does not answer; '$(DOCKER) info' shows why" >&2; exit 2; }
 	$(DOCKER) build --file $(1) --tag $(2) --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(BUILD_ARGS) .
 endef
 
@@ -66,7 +66,7 @@ image:
 image-cpu:
 	$(call build_image,docker/Dockerfile.cpu,$(IMAGE)-cpu)
 
-# The clone by its path too: else a script beside it would import the clone's own folder, as an empty package.
+# Put the clone on Python's path: a script next to the clone would otherwise import its folder as an empty package.
 $(INSTALLED): setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip

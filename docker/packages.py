@@ -1,6 +1,6 @@
-"""Which packages an image gets: those that setup.py lists, beside those of its base that must stay.
+"""List the packages to install in an image, and those of its base image that pip must not replace.
 
-Run by the Dockerfiles; it imports nothing but what both bases have.
+The Dockerfiles run this script; it imports only modules that both base images have.
 """
 
 import re
@@ -8,26 +8,26 @@ import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
-# Built together, against the base's CUDA: a wheel from the package index in the place of one breaks the others.
+# The base image builds these together against its CUDA: a wheel from PyPI in place of one breaks the others.
 KEPT = re.compile(r"torch|torchvision|torchaudio|triton|pytorch-triton|numpy|apex|flash-attn.*|transformer-engine.*")
 TORCH = ("torch", "torchvision")
 
 
 def name_of(requirement: str) -> str:
-    """A requirement's or a distribution's name, as package indexes compare it."""
+    """Return the normalised name of a requirement or a distribution."""
     return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
 
 
 def write_requirements(folder: Path, extras: str) -> None:
-    """Write setup.py's requirements: torch.txt and others.txt, since torch is large and seldom changes.
+    """Write setup.py's requirements to torch.txt and others.txt; torch is large and rarely changes.
 
     Args:
-        folder: where the two files go.
+        folder: folder for the two files.
         extras: setup.py's extras to add, separated by commas.
     """
     import distutils.core
 
-    # setuptools provides distutils, which Python itself has no more.
+    # setuptools provides distutils, which Python 3.12 no longer contains.
     import setuptools  # noqa: F401
 
     package = distutils.core.run_setup("setup.py", stop_after="init")
@@ -46,27 +46,27 @@ def write_requirements(folder: Path, extras: str) -> None:
 
 
 def installed() -> dict[str, str]:
-    """Version of every installed package that must stay."""
+    """Return the version of every installed package that pip must not replace."""
     found = {name_of(package.metadata["Name"]): package.version for package in distributions()}
     return {name: found[name] for name in sorted(found) if KEPT.fullmatch(name)}
 
 
 def write_constraints(file: Path) -> None:
-    """Write what pip may not replace.
+    """Write pip's constraints for the packages that it must not replace.
 
-    Not from `pip freeze`: for packages built in the base it names wheels that are no longer there.
+    `pip freeze` does not serve: for packages built in the base image it names wheels that no longer exist.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(f"{name}=={version}\n" for name, version in installed().items()))
 
 
 def check(file: Path) -> None:
-    """Refuse an image in which pip replaced a package that must stay, or whose torch knows no CUDA."""
+    """Check that pip replaced no constrained package, and that torch is built with CUDA; exit with an error if not."""
     before = dict(line.split("==") for line in file.read_text().splitlines())
     after = installed()
     replaced = [f"{name} {before[name]} became {after.get(name)}" for name in before if after.get(name) != before[name]]
     if replaced:
-        raise SystemExit(f"pip replaced what must stay: {'; '.join(replaced)}")
+        raise SystemExit(f"pip replaced packages of the base image: {'; '.join(replaced)}")
     import torch
 
     if torch.version.cuda is None:

@@ -1,1 +1,1 @@
-"""Templates of jobs, filled in by `megavit.cluster`."""
+"""Hold the templates of jobs, which `megavit.cluster` fills in."""

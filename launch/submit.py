@@ -1,4 +1,4 @@
-"""`python launch/submit.py cluster=… key=value …`, from a clone; `megavit submit` is the same where it is installed."""
+"""Submit a job from a clone: `python launch/submit.py cluster=… key=value …`, the same as `megavit submit`."""
 
 import sys
 

@@ -155,7 +155,7 @@ def test_an_image_in_which_pip_replaced_torch_is_refused(tmp_path, monkeypatch):
     assert file.read_text() == "numpy==2.1.0\ntorch==2.13.0a0+8145d630e8.nv26.06\n"
     monkeypatch.setattr(packages, "installed", lambda: {**brought, "torch": "2.15.0"})
     with pytest.raises(
-        SystemExit, match=r"replaced what must stay: torch 2\.13\.0a0\+8145d630e8\.nv26\.06 became 2\.15\.0"
+        SystemExit, match=r"replaced packages of the base image: torch 2\.13\.0a0\+8145d630e8\.nv26\.06 became 2\.15\.0"
     ):
         packages.check(file)
 

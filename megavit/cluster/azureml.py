@@ -1,4 +1,4 @@
-"""`cluster=azureml`: a command job; Azure ML itself starts every rank."""
+"""Submit a command job to Azure ML, which starts every rank itself (`cluster=azureml`)."""
 
 import json
 import shlex
@@ -15,16 +15,16 @@ from megavit.cluster.paths import RUNS, local_init_from, own_data_path, with_set
 from megavit.cluster.render import render_yaml
 from megavit.errors import ConfigError
 
-# Seconds for a command of az: a job's creation uploads the build's folder first.
+# Time limit in seconds for a command of az: creating a job uploads the build's folder first.
 _PATIENCE_S = 600
-_REFUSED = "nothing was submitted, for Azure ML does not take the job"
-_STILL_THERE = "the job is still there, for Azure ML does not cancel it"
+_REFUSED = "nothing was submitted: Azure ML rejects the job"
+_STILL_THERE = "the job still exists: Azure ML does not cancel it"
 _DATA, _RUNS = "${{inputs.data}}", "${{outputs.runs}}"
 _DOCKERFILE = "docker/Dockerfile"
 
 
 class AzureML:
-    """A workspace of Azure Machine Learning."""
+    """The backend for a workspace of Azure Machine Learning."""
 
     config_class: ClassVar[type[ClusterConfig]] = AzureMLConfig
     file_name: ClassVar[str] = "job.yaml"
@@ -38,13 +38,13 @@ class AzureML:
         """Render the command job.
 
         Raises:
-            ConfigError: if the job cannot see its files, or Azure ML would replace a value.
+            ConfigError: if the job cannot access its files, or Azure ML would replace a value.
         """
         azure = self._azure
         typed = [*job.overrides, job.name, azure.python or "", *azure.env.values()]
         for text in [*typed, *azure.tags, *azure.tags.values()]:
             if "${{" in text:
-                raise ConfigError(f"{text!r} holds ${{{{, and Azure ML would put another value there; leave it away")
+                raise ConfigError(f"{text!r} contains ${{{{, which Azure ML would replace by another value; remove it")
         settings = with_settings(job, self._places(job))
         words = [azure.python or "python", "-m", "megavit.train", *settings]
         return render_yaml(
@@ -66,7 +66,7 @@ class AzureML:
                 "identity": azure.identity,
                 "env": {
                     "MEGAVIT_DEVICE": job.device,
-                    # Azure ML gives a rank its number on the node, but not the number of ranks on the node.
+                    # Azure ML sets a rank's number on its node, but not the number of ranks on the node.
                     "LOCAL_WORLD_SIZE": str(job.ranks_per_node),
                     **({"OMP_NUM_THREADS": "1"} if job.gpus_per_node else {}),
                     **azure.env,
@@ -81,7 +81,7 @@ class AzureML:
         here = Path.cwd()
         if not (here / _DOCKERFILE).is_file():
             raise ConfigError(
-                f"cluster.environment=null has {_DOCKERFILE} of this folder built, and {here} has none; run this in a "
+                f"cluster.environment=null builds {_DOCKERFILE} in this folder, and {here} has none; run this in a "
                 f"clone of megavit, or set cluster.environment to an image or to azureml:NAME:VERSION"
             )
         return {"build": {"path": str(here), "dockerfile_path": _DOCKERFILE}}
@@ -94,12 +94,12 @@ class AzureML:
             if self._azure.data is not None:
                 raise ConfigError(
                     f"cluster.data={self._azure.data} would be ignored: data.source={job.config.data.source} reads no "
-                    f"files of it; set data.path to a path in it, data.path=. for all of it, or leave cluster.data away"
+                    f"files from it; set data.path to a path in it, data.path=. for all of it, or remove cluster.data"
                 )
         elif self._azure.data is None or not _is_within(path):
             raise ConfigError(
-                f"data.path={path} is on no machine of Azure ML: set cluster.data to where the data are, as "
-                f"azureml://datastores/NAME/paths/FOLDER, and data.path to a path in there, data.path=. for all of it"
+                f"data.path={path} exists on no machine of Azure ML: set cluster.data to the data's place, such as "
+                f"azureml://datastores/NAME/paths/FOLDER, and data.path to a path in it, data.path=. for all of it"
             )
         else:
             changed["data.path"] = _DATA if PurePosixPath(path) == PurePosixPath(".") else f"{_DATA}/{path}"
@@ -108,7 +108,7 @@ class AzureML:
             inside = place.removeprefix(RUNS)
             if inside == place or not _is_within(inside):
                 raise ConfigError(
-                    f"init_from={before}{place} is on no machine of Azure ML: put it beneath cluster.runs="
+                    f"init_from={before}{place} exists on no machine of Azure ML: copy it into cluster.runs="
                     f"{self._azure.runs} and set init_from={before}{RUNS}NAME"
                 )
             changed["init_from"] = f"{before}{_RUNS}/{inside}"
@@ -118,12 +118,12 @@ class AzureML:
         """Check with Azure ML that the jobs' compute exists.
 
         Raises:
-            ConfigError: with its message; az checks a job's file only when it creates the job.
+            ConfigError: if not, with az's message; az checks a job's file only when it creates the job.
         """
         if shutil.which("az") is None:
             raise ConfigError(
-                "cluster=azureml: there is no az on this machine; install the Azure CLI and `az extension add --name "
-                "ml`, or set cluster.dry_run=true to see the job"
+                "cluster=azureml: az is not installed on this machine; install the Azure CLI and run `az extension add "
+                "--name ml`, or set cluster.dry_run=true to see the job"
             )
         if self._azure.compute is not None:
             self._ask("compute", "show", "--name", self._azure.compute)
@@ -136,7 +136,7 @@ class AzureML:
         """Create the job.
 
         Raises:
-            ConfigError: with the message of az.
+            ConfigError: if Azure ML rejects the job, with az's message.
         """
         created = json.loads(self._ask("job", "create", "--file", str(file)))
         name = str(created["name"])
@@ -173,11 +173,11 @@ class AzureML:
             )
         except subprocess.TimeoutExpired as error:
             raise ConfigError(
-                f"az did not answer in {_PATIENCE_S} s; `az account show` tells whether it can, `az ml job list` "
-                f"whether a job is there"
+                f"az did not answer in {_PATIENCE_S} s; `az account show` shows whether it works, `az ml job list` "
+                f"whether the job exists"
             ) from error
         if done.returncode:
-            said = " ".join(done.stderr.split()) or f"it left with {done.returncode}"
+            said = " ".join(done.stderr.split()) or f"az exited with {done.returncode}"
             raise ConfigError(f"{failed}: {said}{_way_out(said)}")
         return done.stdout
 

@@ -1,4 +1,4 @@
-"""Section `cluster` for Azure Machine Learning."""
+"""Define the settings of `cluster` for Azure Machine Learning."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from megavit.validation import require_number
 
 @dataclass
 class AzureMLConfig(ClusterConfig):
-    """A workspace of Azure Machine Learning; `launch/azureml.yaml.j2` is the command job.
+    """Settings of a workspace of Azure Machine Learning; `launch/azureml.yaml.j2` is the command job.
 
     `runs` is mounted for writing: `run.dir` becomes NAME in it, and init_from=runs/OTHER is found there. `data` is
     mounted for reading: data.path is a path in it, data.path=train for example, or data.path=. for all of it.
@@ -20,15 +20,15 @@ class AzureMLConfig(ClusterConfig):
         subscription: subscription that is billed.
         compute: name of the workspace's compute cluster; null takes serverless compute of `instance_type`.
         instance_type: size of a serverless node, Standard_ND96asr_v4 for example.
-        environment: an image, or azureml:NAME:VERSION, with megavit installed; null builds docker/Dockerfile of this
+        environment: an image, or azureml:NAME:VERSION, with megavit installed; null builds docker/Dockerfile in this
             folder.
-        data: azureml:// path or azureml:NAME:VERSION of the data; null if they come from elsewhere.
+        data: azureml:// path or azureml:NAME:VERSION of the data; null if the run reads no files.
         runs: azureml:// path of the folder that holds the runs; the default is in the workspace's default store.
         shm_size: size of /dev/shm, which the loader's workers and NCCL use.
         timeout_s: seconds after which Azure ends the job; null for no limit.
         experiment: experiment in which the workspace lists the job.
         tags: tags of the job.
-        identity: identity that opens `data` and `runs`, managed or user_identity; null takes the datastore's own.
+        identity: identity that opens `data` and `runs`, managed or user_identity; null takes the datastore's.
         python: the interpreter with megavit in the environment; null takes `python`.
     """
 
@@ -54,12 +54,12 @@ class AzureMLConfig(ClusterConfig):
         if (self.compute is None) == (self.instance_type is None):
             raise ConfigError(
                 f"cluster.compute={self.compute or 'null'} and cluster.instance_type={self.instance_type or 'null'}: "
-                f"name the workspace's compute cluster or, for serverless compute, the size of a node; only one of them"
+                f"set the workspace's compute cluster or, for serverless compute, the size of a node; only one of them"
             )
         require_form(self, _FORMS, taker="Azure ML")
         for name in self.env:
             if name in _AZURES or name.startswith("AZUREML_"):
-                raise ConfigError(f"cluster.env.{name} is set by Azure ML, which knows the nodes; leave it away")
+                raise ConfigError(f"cluster.env.{name} is set by Azure ML, which knows the nodes; remove it")
 
 
 _AZURES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -1,4 +1,4 @@
-"""The interface of a cluster: render a job, submit it."""
+"""Define the interface of a cluster: render a job, submit it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ class Submitted:
     Attributes:
         job_id: the cluster's name or number of the job.
         lines: text for the user by label: where the log is, how to follow it, how to stop it.
-        code: its exit code, if it has already ended.
+        code: exit code of a job that has already ended.
     """
 
     job_id: str
@@ -27,9 +27,9 @@ class Backend(Protocol):
     """A kind of cluster.
 
     Attributes:
-        config_class: dataclass of its settings.
+        config_class: dataclass of the cluster's settings.
         file_name: name of the rendered file, in RUN/launch/.
-        config: its settings, checked.
+        config: the cluster's checked settings.
     """
 
     config_class: ClassVar[type[ClusterConfig]]
@@ -47,10 +47,10 @@ class Backend(Protocol):
         ...
 
     def try_out(self, texts: list[str]) -> None:
-        """Ask the cluster, without submitting anything, whether it would accept every rendered job.
+        """Check with the cluster that it would accept every rendered job, without submitting anything.
 
         Raises:
-            ConfigError: if it would not, or cannot be reached.
+            ConfigError: if it rejects a job, or cannot be reached.
         """
         ...
 
@@ -58,7 +58,7 @@ class Backend(Protocol):
         """Submit one job.
 
         Raises:
-            ConfigError: if the cluster refuses it; nothing of it is left there.
+            ConfigError: if the cluster rejects the job; nothing of it is left there.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Settings of `cluster`: where a job runs. Each kind of cluster has its own keys."""
+"""Define the settings of `cluster`, which say where a job runs; each kind of cluster has its own keys."""
 
 import re
 from dataclasses import dataclass, field
@@ -31,13 +31,13 @@ class ClusterConfig:
 
     Attributes:
         kind: the kind of cluster.
-        dry_run: print what would be submitted, and do nothing else.
+        dry_run: print the job's file and do not submit it.
         nodes: number of machines.
-        gpus_per_node: GPUs that the job takes on each; 0 computes on the CPU; null, with kind=local alone, takes those
-            that are there.
-        ranks_per_node: processes on each; null: one per GPU, or without GPUs the fewest that the layout needs.
-        tp_across_nodes: whether a tensor-parallel group may span several nodes, as NVLink across nodes allows; it is
-            refused otherwise, because it is slow.
+        gpus_per_node: GPUs of the job on each machine; 0 computes on the CPU; null, only with kind=local, takes all
+            existing ones.
+        ranks_per_node: processes on each machine; null: one per GPU, or without GPUs the fewest that the layout needs.
+        tp_across_nodes: whether a tensor-parallel group may span several nodes, which is fast only with NVLink across
+            nodes.
         python: the interpreter with megavit; null takes this one, or `python` in a container.
         env: environment of the job, cluster.env.NCCL_SOCKET_IFNAME=eth0 for example; nothing secret.
     """
@@ -57,48 +57,51 @@ class ClusterConfig:
         require_number("cluster", self, "gpus_per_node", at_least=0)
         for name in self.env:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ConfigError(f"cluster.env: {name!r} is no name of an environment variable")
+                raise ConfigError(f"cluster.env: {name!r} is not a name of an environment variable")
         if self.gpus_per_node and self.ranks_per_node not in (None, self.gpus_per_node):
             raise ConfigError(
                 f"cluster.ranks_per_node={self.ranks_per_node} and cluster.gpus_per_node={self.gpus_per_node}: a GPU "
-                f"takes one rank; leave cluster.ranks_per_node away, or set cluster.gpus_per_node={self.ranks_per_node}"
+                f"runs one rank; remove cluster.ranks_per_node, or set cluster.gpus_per_node={self.ranks_per_node}"
             )
 
 
 def require_form(config: ClusterConfig, forms: dict[str, tuple[str, str]], *, taker: str) -> None:
-    """Refuse words that a cluster would not read as one value; null passes.
+    """Check that values have the form that a cluster accepts; accept null.
 
     Args:
         config: settings of the cluster.
-        forms: a regular expression by key, which each word of a list must match, and values that do, for the message.
+        forms: by key a regular expression for each word of the value, and matching examples for the message.
         taker: name of the cluster, for the message.
 
     Raises:
-        ConfigError: naming the setting, the word and an example.
+        ConfigError: if a word does not match; names the setting, the word and an example.
     """
     for key, (form, example) in forms.items():
         value = getattr(config, key)
         for word in value if isinstance(value, list) else [value]:
             if word is not None and not re.fullmatch(form, word):
-                raise ConfigError(f"cluster.{key}={word!r} is not what {taker} takes there; for example {example}")
+                raise ConfigError(f"cluster.{key}={word!r} is not a value that {taker} accepts; for example {example}")
 
 
 @dataclass
 class LocalConfig(ClusterConfig):
-    """This machine."""
+    """Settings of a job on this machine.
+
+    See `ClusterConfig`.
+    """
 
     def check(self) -> None:
         """Raise ConfigError if the settings contradict each other."""
         super().check()
         if self.nodes != 1:
             raise ConfigError(
-                f"cluster.nodes={self.nodes}: cluster=local is this machine; set cluster.nodes=1, or take cluster=slurm"
+                f"cluster.nodes={self.nodes}: cluster=local is this machine; set cluster.nodes=1, or use cluster=slurm"
             )
 
 
 @dataclass
 class SlurmConfig(ClusterConfig):
-    """A Slurm cluster; `launch/slurm.sh.j2` is the script.
+    """Settings of a Slurm cluster; `launch/slurm.sh.j2` is the script.
 
     Attributes:
         partition: the partition; null takes the cluster's default.
@@ -109,17 +112,17 @@ class SlurmConfig(ClusterConfig):
         nodelist: nodes that the job must get, node[1-4] for example; null for any.
         exclude: nodes that the job must not get; null for none.
         time: time limit in Slurm's form: minutes, HH:MM:SS or D-HH:MM:SS; null takes the partition's.
-        gpu_type: asks for --gpus-per-node=TYPE:N; null for any.
-        cpus_per_rank: cores, for the loader's workers too.
+        gpu_type: type of GPU, for --gpus-per-node=TYPE:N; null for any.
+        cpus_per_rank: cores of a rank, including its loader's workers.
         mem: memory of a node, 500G for example; 0 takes all of it; null takes the cluster's default.
         exclusive: whether the nodes are reserved for the job.
         options: other options of sbatch, cluster.options.mail-type=END for example; null for one without a value.
         modules: modules that `module load` loads before the start.
-        container: how `image` is run.
+        container: program that runs `image`.
         image: for pyxis a .sqsh file or REGISTRY#NAME:TAG, for Apptainer a .sif file or docker://NAME:TAG.
-        mounts: SOURCE:TARGET[:ro]; the folder of submission is mounted under its own name besides.
+        mounts: SOURCE:TARGET[:ro]; the folder of submission is always mounted, at the same path.
         grace_s: seconds before the time limit at which the job is signalled to save and stop.
-        requeue: whether a stopped job is queued again, and a crashed one too.
+        requeue: whether a stopped or crashed job is queued again.
         max_restarts: crashes in a row, without a new checkpoint between them, after which the job is not queued again.
         port: port of the rendezvous on the first node; null derives it from the job's number.
     """
@@ -151,29 +154,29 @@ class SlurmConfig(ClusterConfig):
         super().check()
         require_number("cluster", self, "cpus_per_rank", at_least=1)
         require_number("cluster", self, "grace_s", "max_restarts", at_least=0)
-        # Slurm counts it in 16 bits.
+        # Slurm stores it in 16 bits.
         require_number("cluster", self, "grace_s", at_least=0, below=65536)
         require_number("cluster", self, "port", at_least=1024, below=65536)
         # Slurm parses these words: a comma, a quote or a space would have a meaning.
         require_form(self, _SLURM_WORDS, taker="Slurm")
         for name, value in self.options.items():
             if not re.fullmatch(r"[a-z][a-z-]*", name):
-                raise ConfigError(f"cluster.options: {name!r} is no long option of sbatch's, as mail-type")
+                raise ConfigError(f"cluster.options: {name!r} is not a long option of sbatch, such as mail-type")
             if name in _OUR_OPTIONS:
-                raise ConfigError(f"cluster.options.{name}={value}: the script says that itself; {_OUR_OPTIONS[name]}")
+                raise ConfigError(f"cluster.options.{name}={value}: the script sets it itself; {_OUR_OPTIONS[name]}")
         for mount in self.mounts:
             if not re.fullmatch(r"[^:,\s]+:/[^:,\s]*(:ro)?", mount):
                 raise ConfigError(f"cluster.mounts: {mount!r} is not SOURCE:/TARGET or SOURCE:/TARGET:ro")
         if (self.container is Container.none) != (self.image is None):
             raise ConfigError(
-                f"cluster.container={self.container.value} and cluster.image={self.image or 'null'} do not go "
-                f"together: set both, cluster.container to pyxis or apptainer, or neither"
+                f"cluster.container={self.container.value} and cluster.image={self.image or 'null'} contradict each "
+                f"other: set both, cluster.container to pyxis or apptainer, or neither"
             )
         if self.mounts and self.container is Container.none:
             raise ConfigError("cluster.mounts would be ignored without a container; set cluster.container and image")
 
 
-# Options of sbatch that follow from other keys, and the keys.
+# Options of sbatch that other keys set, and these keys.
 _OUR_OPTIONS = {
     **{
         name: f"set cluster.{name}" for name in ("partition", "account", "qos", "constraint", "reservation", "nodelist")

@@ -1,4 +1,4 @@
-"""A run as a job: checked before submission, against the nodes that it asks for."""
+"""Plan a run as a job, and check it before submission against the requested nodes."""
 
 import itertools
 import re
@@ -20,11 +20,11 @@ class Job:
     """A run on a number of nodes.
 
     Attributes:
-        overrides: the run's settings, as typed, with the home directory written out: the job's may be another.
-        config: the configuration composed of them, checked.
+        overrides: the run's settings with `~` expanded, because the job's home directory may be another.
+        config: the checked configuration of these settings.
         nodes: number of machines.
-        gpus_per_node: GPUs of the job on each; 0 computes on the CPU.
-        ranks_per_node: processes on each.
+        gpus_per_node: GPUs of the job on each machine; 0 computes on the CPU.
+        ranks_per_node: processes on each machine.
     """
 
     overrides: list[str]
@@ -66,12 +66,12 @@ def plan_job(
     """Compose a run and check it for a cluster.
 
     Args:
-        overrides: the run's settings, as typed.
-        cluster: settings of the cluster, checked.
+        overrides: the run's settings of the command line.
+        cluster: checked settings of the cluster.
         resolve: replaces `model=auto` by the settings of the weights to start from.
 
     Raises:
-        ConfigError: if the run is impossible there.
+        ConfigError: if the run cannot start on the cluster.
     """
     for text in overrides:
         if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
@@ -82,13 +82,13 @@ def plan_job(
     layout = config.parallel
     if config.run.ranks is not None:
         raise ConfigError(
-            f"run.ranks={config.run.ranks} is megavit train's; a job's ranks are cluster.nodes × "
-            f"cluster.ranks_per_node (cluster.gpus_per_node, where there are GPUs)"
+            f"run.ranks={config.run.ranks} is a setting of megavit train; a job's ranks are cluster.nodes × "
+            f"cluster.ranks_per_node (with GPUs cluster.gpus_per_node)"
         )
     gpus = cluster.gpus_per_node
     if gpus is None:
         if cluster.kind is not Kind.local:
-            raise ConfigError("cluster.gpus_per_node=null: say how many GPUs a node has, 0 to compute on the CPU")
+            raise ConfigError("cluster.gpus_per_node=null: set the number of GPUs of a node, 0 to compute on the CPU")
         gpus = _count_gpus()
     ranks = cluster.ranks_per_node or gpus or max(1, -(-layout.tp * layout.pp // cluster.nodes))
     job = Job(overrides, config, cluster.nodes, gpus, ranks)
@@ -100,7 +100,7 @@ def plan_job(
     if ranks % layout.tp and job.nodes > 1 and not cluster.tp_across_nodes:
         raise ConfigError(
             f"parallel.tp={layout.tp} does not fit into nodes of {ranks} ranks: {ranks} mod {layout.tp} = "
-            f"{ranks % layout.tp}, and some tensor-parallel group would span two nodes, with two all-reduces per layer "
+            f"{ranks % layout.tp}, so a tensor-parallel group would span two nodes, with two all-reduces per layer "
             f"and direction over the network; set parallel.tp={_largest_divisor(ranks, layout.tp)}, or "
             f"cluster.tp_across_nodes=true where NVLink spans nodes"
         )
@@ -162,13 +162,13 @@ def _largest_divisor(ranks: int, at_most: int) -> int:
 
 
 def _check_data_path(path: str | None) -> None:
-    """Refuse a path that no machine could open; only the nodes can check whether it exists."""
+    """Check that a path could exist on some machine; only the nodes can check whether it exists."""
     if path is None:
         return
     if path != path.strip():
         raise ConfigError(f"data.path={path!r} begins or ends with a space")
     if path.startswith("~"):
-        raise ConfigError(f"data.path={path}: nobody opens up the tilde; write the folder out")
+        raise ConfigError(f"data.path={path}: ~ is not expanded here; give the full path")
     if not is_url(path):
         return
     from fsspec import available_protocols
@@ -176,7 +176,7 @@ def _check_data_path(path: str | None) -> None:
     scheme, _, rest = bare(path).partition("://")
     if scheme not in available_protocols():
         raise ConfigError(
-            f"data.path={path}: nobody reads {scheme}://; known: {', '.join(sorted(available_protocols()))}"
+            f"data.path={path}: {scheme}:// is not supported; known: {', '.join(sorted(available_protocols()))}"
         )
     if not rest:
         raise ConfigError(f"data.path={path} names nothing after {scheme}://")

@@ -1,4 +1,4 @@
-"""`cluster=kubernetes`: a manifest for Kubeflow, one pod for each node, torchrun in each."""
+"""Submit a job to Kubeflow, with one pod per node and torchrun in each (`cluster=kubernetes`)."""
 
 import hashlib
 import re
@@ -16,17 +16,17 @@ from megavit.cluster.paths import RUNS, local_init_from, own_data_path, with_set
 from megavit.cluster.render import render_yaml
 from megavit.errors import ConfigError
 
-# Seconds for a command of kubectl, which itself tries for longer if the API server does not answer.
+# Time limit in seconds for a command of kubectl, which itself retries longer if the API server does not answer.
 _PATIENCE_S = 60
-# A pod is called NAME-node-0-INDEX-xxxxx, and no label may be longer than 63.
+# A pod's name is NAME-node-0-INDEX-xxxxx, and a label may have at most 63 letters.
 _NAME_LENGTH = 40
-_REFUSED = "nothing was submitted, for Kubernetes does not take the job"
-_STILL_THERE = "the job is still there, for Kubernetes does not delete it"
+_REFUSED = "nothing was submitted: Kubernetes rejects the job"
+_STILL_THERE = "the job still exists: Kubernetes does not delete it"
 _RESOURCES = {Api.trainjob: "trainjob.trainer.kubeflow.org", Api.pytorchjob: "pytorchjob.kubeflow.org"}
 
 
 class Kubernetes:
-    """A Kubernetes cluster with Kubeflow Trainer, or with its Training Operator."""
+    """The backend for a Kubernetes cluster with Kubeflow Trainer, or with its Training Operator."""
 
     config_class: ClassVar[type[ClusterConfig]] = KubernetesConfig
     file_name: ClassVar[str] = "job.yaml"
@@ -40,7 +40,7 @@ class Kubernetes:
         """Render the manifest.
 
         Raises:
-            ConfigError: if the container cannot see the job's files.
+            ConfigError: if the container cannot access the job's files.
         """
         kubernetes = self._kubernetes
         words = [kubernetes.python or "python", "-m", "megavit.runtime.torchrun", "-m", "megavit.train"]
@@ -89,16 +89,16 @@ class Kubernetes:
     def _require_volume(self, key: str, path: str, *, setting: str, writable: bool = False) -> None:
         full = PurePosixPath(path)
         if not full.is_absolute() or ".." in full.parts:
-            raise ConfigError(f"{key}={path} names a folder of this machine; a pod takes an absolute path of its own")
+            raise ConfigError(f"{key}={path} is a path on this machine; give an absolute path in the pod")
         within = [mount for mount in self._kubernetes.volumes if full.is_relative_to(mount.split(":")[1])]
         if not within:
             raise ConfigError(
-                f"{key}={path} lies on no volume, and the pod would not find it, or lose it; add "
+                f"{key}={path} is on no volume, so the pod would not find it, or would lose it; add "
                 f"cluster.volumes=[CLAIM:{full.parent}], or change {setting}"
             )
         nearest = max(within, key=lambda mount: len(mount.split(":")[1]))
         if writable and nearest.endswith(":ro"):
-            raise ConfigError(f"{key}={path} lies on the volume {nearest}, which is read-only; change {setting}")
+            raise ConfigError(f"{key}={path} is on the volume {nearest}, which is read-only; change {setting}")
 
     def _environment(self, job: Job) -> list[dict[str, Any]]:
         kubernetes = self._kubernetes
@@ -107,7 +107,7 @@ class Kubernetes:
             "MEGAVIT_MAX_RESTARTS": str(kubernetes.max_restarts),
             # A rank with a GPU computes on it; the loader's workers are separate processes.
             "OMP_NUM_THREADS": "1" if job.gpus_per_node else str(kubernetes.cpus_per_rank),
-            # The user's number may have no name and no home in the image.
+            # The user's id may have no name and no home directory in the image.
             "HOME": "/tmp",
             "USER": "megavit",
             **kubernetes.env,
@@ -146,15 +146,15 @@ class Kubernetes:
         return {"volumes": volumes, "mounts": mounts}
 
     def try_out(self, texts: list[str]) -> None:
-        """Have the API server check every manifest.
+        """Check every manifest with the API server.
 
         Raises:
-            ConfigError: with its message.
+            ConfigError: if it rejects one, with its message.
         """
         if shutil.which("kubectl") is None:
             raise ConfigError(
-                "cluster=kubernetes: there is no kubectl on this machine; install it, or set cluster.dry_run=true to "
-                "see the manifest"
+                "cluster=kubernetes: kubectl is not installed on this machine; install it, or set cluster.dry_run=true "
+                "to see the manifest"
             )
         for text in texts:
             self._ask("create", "--dry-run=server", "--filename=-", stdin=text)
@@ -163,7 +163,7 @@ class Kubernetes:
         """Create the job.
 
         Raises:
-            ConfigError: with the message of kubectl.
+            ConfigError: if Kubernetes rejects the job, with kubectl's message.
         """
         self._ask("create", f"--filename={file}")
         name, resource = job_name(job.name), _RESOURCES[self._kubernetes.api]
@@ -176,7 +176,7 @@ class Kubernetes:
                 "job": name,
                 "runs": f"{self._kubernetes.runs.rstrip('/')}/{job.name}, in the pods",
                 "follow": f"{kubectl} get pods {pods}; {kubectl} logs --follow --prefix {pods}",
-                "stop": f"{kubectl} delete {resource} {name}; it saves first, and goes on when it is submitted again",
+                "stop": f"{kubectl} delete {resource} {name}; it saves first, and continues when submitted again",
             },
         )
 
@@ -195,24 +195,24 @@ class Kubernetes:
             done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=_PATIENCE_S)
         except subprocess.TimeoutExpired as error:
             raise ConfigError(
-                f"kubectl did not answer in {_PATIENCE_S} s; can this machine reach the cluster? `kubectl get "
-                f"{_RESOURCES[self._kubernetes.api]}` tells, and whether a job is there"
+                f"kubectl did not answer in {_PATIENCE_S} s; `kubectl get {_RESOURCES[self._kubernetes.api]}` shows "
+                f"whether this machine reaches the cluster, and whether the job exists"
             ) from error
         if done.returncode:
-            # kubectl prints what it tried line by line before the line with the reason.
+            # kubectl prints its attempts, one per line, before the line with the reason.
             lines = [line for line in done.stderr.splitlines() if line and not re.match(r"[EWI]\d{4} ", line)]
-            said = " ".join(lines) or f"it left with {done.returncode}"
+            said = " ".join(lines) or f"kubectl exited with {done.returncode}"
             raise ConfigError(f"{failed}: {said}{self._way_out(said)}")
         return done.stdout
 
     def _way_out(self, said: str) -> str:
         if "no matches for kind" in said:
             other = next(api.value for api in Api if api is not self._kubernetes.api)
-            return f" (it is not installed in this cluster; is cluster.api={other}?)"
+            return f" (it is not installed in this cluster; try cluster.api={other})"
         if "already exists" in said:
             return f" (delete it first: kubectl delete {_RESOURCES[self._kubernetes.api]} NAME; or choose a run.name)"
         if "refused" in said or "no such host" in said or "Unable to connect" in said:
-            return " (is this the cluster? `kubectl config current-context` tells; cluster.context chooses another)"
+            return " (`kubectl config current-context` shows the cluster in use; cluster.context chooses another)"
         return ""
 
 

@@ -1,4 +1,4 @@
-"""Settings of `cluster` for Kubernetes with Kubeflow."""
+"""Define the settings of `cluster` for Kubernetes with Kubeflow."""
 
 import re
 from dataclasses import dataclass, field
@@ -18,33 +18,34 @@ class Api(Enum):
 
 @dataclass
 class KubernetesConfig(ClusterConfig):
-    """A Kubernetes cluster; `launch/kubernetes.yaml.j2` is the manifest.
+    """Settings of a Kubernetes cluster; `launch/kubernetes.yaml.j2` is the manifest.
 
-    A node is a pod. Paths are the container's: `run.dir` becomes `runs`/NAME, init_from=runs/OTHER is found there.
+    A node is a pod. Paths are paths in the container: `run.dir` becomes `runs`/NAME, and init_from=runs/OTHER is found
+    there.
 
     Attributes:
         api: kind of job.
-        runtime: the ClusterTrainingRuntime of a TrainJob; launch/kubernetes_runtime.yaml is one that restarts a
-            job according to its exit codes.
+        runtime: the ClusterTrainingRuntime of a TrainJob; the one of launch/kubernetes_runtime.yaml restarts a job
+            according to its exit codes.
         image: container image with megavit installed.
         volumes: CLAIM:/PATH[:ro], persistent volume claims and their paths in the container.
         runs: folder in the container, on a volume, that holds the runs.
         context: context of kubectl; null takes the current one.
-        namespace: namespace of the job and of what it names; null takes that of the context.
+        namespace: namespace of the job, its volumes and secrets; null takes the context's.
         service_account: service account of the pods; null takes the namespace's default.
         secrets: SECRET/KEY by environment variable, cluster.secrets.HF_TOKEN=huggingface/token for example: the pods
-            get the value from the cluster's secret, and no file holds it.
+            get the value from the cluster's secret, and no file contains it.
         image_pull_secrets: secrets for pulling the image.
-        labels: labels of the job, as {kueue.x-k8s.io/queue-name: research}.
-        node_selector: labels of the nodes that it may run on.
-        tolerations: taints of nodes that it tolerates, as KEY[=VALUE][:EFFECT].
+        labels: labels of the job, such as {kueue.x-k8s.io/queue-name: research}.
+        node_selector: labels of the nodes that the job may run on.
+        tolerations: taints of nodes that the job tolerates, as KEY[=VALUE][:EFFECT].
         gpu_resource: resource name of a GPU.
-        cpus_per_rank: cores, for the loader's workers too.
+        cpus_per_rank: cores of a rank, including its loader's workers.
         memory: memory of a pod, 500Gi for example; null requests none.
         shm_size: size of /dev/shm, which the loader's workers and NCCL use; it counts as memory.
-        user: number of the user and group that the container runs as; the volumes are made writable for the group.
-        grace_s: seconds for saving, for a pod that is asked to stop.
-        max_restarts: crashes in a row, without a new checkpoint between them, after which the job is not started again.
+        user: user and group id of the container; the volumes are made writable for the group.
+        grace_s: seconds in which a pod can save after a request to stop.
+        max_restarts: crashes in a row, without a new checkpoint between them, after which the job is not restarted.
     """
 
     kind: Kind = Kind.kubernetes
@@ -75,7 +76,7 @@ class KubernetesConfig(ClusterConfig):
         require_number("cluster", self, "cpus_per_rank", "user", at_least=1)
         require_number("cluster", self, "grace_s", "max_restarts", at_least=0)
         if not self.image:
-            raise ConfigError("cluster.image=null: name the container's image, as REGISTRY/megavit:TAG")
+            raise ConfigError("cluster.image=null: set the container's image, REGISTRY/megavit:TAG for example")
         require_form(self, _FORMS, taker="Kubernetes")
         for name, place in self.secrets.items():
             if not re.fullmatch(r"[A-Za-z_]\w*", name) or not re.fullmatch(rf"{_NAME}/[\w.-]+", place):
@@ -83,12 +84,12 @@ class KubernetesConfig(ClusterConfig):
         for key in ("labels", "node_selector"):
             for name, value in getattr(self, key).items():
                 if not re.fullmatch(rf"({_NAME}/)?{_LABEL}", name) or not re.fullmatch(rf"({_LABEL})?", value):
-                    raise ConfigError(f"cluster.{key}: {name!r}: {value!r} is no label of Kubernetes")
+                    raise ConfigError(f"cluster.{key}: {name!r}: {value!r} is not a label of Kubernetes")
         for name in {*self.env, *self.secrets}:
             if name.startswith("PET_") or name in _OPERATORS:
-                raise ConfigError(f"cluster.env.{name} is set by Kubeflow, which knows the pods; leave it away")
+                raise ConfigError(f"cluster.env.{name} is set by Kubeflow, which knows the pods; remove it")
         if twice := sorted({*self.env} & {*self.secrets}):
-            raise ConfigError(f"cluster.env.{twice[0]} and cluster.secrets.{twice[0]} exclude each other; drop one")
+            raise ConfigError(f"cluster.env.{twice[0]} and cluster.secrets.{twice[0]} exclude each other; remove one")
         targets = [mount.split(":")[1] for mount in self.volumes]
         if len(set(targets)) < len(targets):
             raise ConfigError(f"cluster.volumes={self.volumes} names a path twice")

@@ -1,4 +1,4 @@
-"""`cluster=local`: torchrun on this machine, in the foreground."""
+"""Run a job on this machine with torchrun, in the foreground (`cluster=local`)."""
 
 import signal
 import subprocess
@@ -50,7 +50,7 @@ class Local:
 def _run(command: list[str]) -> int:
     """Run a command to its end and forward signals to it."""
     child = subprocess.Popen(command)
-    # The terminal sends Ctrl-C to the command itself.
+    # The terminal itself sends Ctrl-C to the command.
     earlier = {signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None)}
     for number in (signal.SIGTERM, signal.SIGUSR1):
         earlier[number] = signal.signal(number, lambda number, frame: child.send_signal(number))

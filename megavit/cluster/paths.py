@@ -1,4 +1,4 @@
-"""Paths of a run's folders inside a job that shares no file system with this machine."""
+"""Translate the paths of a run's folders for a job that shares no file system with this machine."""
 
 import re
 
@@ -7,10 +7,10 @@ from megavit.config.overrides import key_of, write_text
 from megavit.data.sources.registry import SOURCES
 from megavit.data.sources.remote import is_url
 
-# What stands before a place in init_from; after the second group it may be an id of a hub.
-_DONOR = re.compile(r"(ema:|mae:|nemo:)?(.*)", re.S)
+# Prefix and path of an init_from that names files.
+_INIT_FROM = re.compile(r"(ema:|mae:|nemo:)?(.*)", re.S)
 _FROM_A_HUB = ("hf:", "timm:")
-# Beneath it a run lies where none says otherwise, and init_from=runs/OTHER finds another.
+# Default parent folder of runs; init_from=runs/OTHER names another run.
 RUNS = "runs/"
 
 
@@ -19,7 +19,7 @@ def own_data_path(job: Job) -> str | None:
     data = job.config.data
     if data.path is None or is_url(data.path):
         return None
-    # A user's own source reads files.
+    # A user-defined source reads files.
     return data.path if data.source not in SOURCES or SOURCES[data.source].is_local else None
 
 
@@ -28,17 +28,17 @@ def local_init_from(job: Job) -> tuple[str, str] | None:
     weight_source = job.config.init_from
     if weight_source is None or weight_source.startswith(_FROM_A_HUB) or is_url(weight_source):
         return None
-    match = _DONOR.fullmatch(weight_source)
+    match = _INIT_FROM.fullmatch(weight_source)
     assert match is not None
     return match[1] or "", match[2]
 
 
 def with_settings(job: Job, changed: dict[str, str]) -> list[str]:
-    """Return the run's settings as typed, with some values replaced.
+    """Return the run's settings, with some values replaced.
 
     Args:
         job: the run.
-        changed: replacing values by setting.
+        changed: new values by setting.
     """
     remaining = [text for text in job.overrides if key_of(text) not in changed]
     return [*remaining, *(write_text(key, value) for key, value in changed.items())]

@@ -1,4 +1,4 @@
-"""`cluster=…` and `cluster.KEY=…` of a command line, apart from the run's settings."""
+"""Read `cluster=…` and `cluster.KEY=…` of a command line, separately from the run's settings."""
 
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ def split_cluster(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def get_backend(arguments: list[str]) -> Backend:
-    """Return the cluster that `cluster=…` names, with the settings typed beside it, checked.
+    """Return the cluster that `cluster=…` names, with the checked `cluster.KEY=…` of the command line.
 
     Args:
-        arguments: `cluster=NAME` of conf/cluster/, or `cluster=FILE.yaml`, and `cluster.KEY=VALUE`.
+        arguments: `cluster=NAME` from conf/cluster/, or `cluster=FILE.yaml`, and `cluster.KEY=VALUE`.
 
     Raises:
         ConfigError: for an unknown cluster or key, a value of a wrong type, or a contradiction.
@@ -85,7 +85,7 @@ def get_backend(arguments: list[str]) -> Backend:
 
 
 class _AsWritten(yaml.SafeLoader):
-    """A loader that reads every word but null as text: the setting's type says what is a number."""
+    """A YAML loader that reads every word except null as text; the setting's type decides what is a number."""
 
 
 _AsWritten.yaml_implicit_resolvers = {
@@ -106,14 +106,14 @@ def _read(name: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cluster={name} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cluster={name} is no YAML: {error}") from error
+        raise ConfigError(f"cluster={name} is not valid YAML: {error}") from error
     if not isinstance(read, dict):
         raise ConfigError(f"cluster={name} must hold keys and values, kind: slurm for example")
     return read
 
 
 def _refuse_control_characters(settings: dict[str, Any]) -> None:
-    """A line break would end a comment, or a directive, and begin a line of its own."""
+    """Raise ConfigError for a control character: a line break would start a new line of the rendered file."""
     for key, value in settings.items():
         words = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
         for word in words:

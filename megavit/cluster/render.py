@@ -1,4 +1,4 @@
-"""Fill in the templates of `launch/`; a value can never become a command or a key."""
+"""Fill in the templates of `launch/`, so that no value can become a command or a key."""
 
 import json
 import os
@@ -24,7 +24,7 @@ _SIGNED = re.compile(r"://[^/\s@]*:[^/\s@]*@|[?&](sig|signature|token|X-Amz-Sign
 
 
 def render_shell(template: str, values: Mapping[str, Any]) -> str:
-    """Fill in a shell script; each value becomes one quoted word, each item of a list another one.
+    """Fill in a shell script; each value, and each item of a list, becomes one quoted word.
 
     Args:
         template: name of the file in `launch/`.
@@ -44,43 +44,43 @@ def render_yaml(template: str, values: Mapping[str, Any]) -> str:
 
 
 def refuse_secrets(text: str, *, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse to write a secret of the user into a file.
+    """Check that a rendered job contains no secret of the user.
 
     Args:
-        text: rendered job, which is kept in the run's folder and submitted.
+        text: rendered job, which is stored in the run's folder and submitted.
         environment: environment whose secrets are searched for.
 
     Raises:
-        ConfigError: naming the variable or the form, never the secret.
+        ConfigError: if it does; names the variable or the kind of secret, never its value.
     """
     for name, value in environment.items():
-        # A variable such as GOOGLE_APPLICATION_CREDENTIALS names a file. Not pathlib's exists(), which raises on a
-        # token that is too long for a name, and shows it.
+        # A variable such as GOOGLE_APPLICATION_CREDENTIALS names a file. Do not use pathlib's exists(): for a token
+        # that is too long for a file name it raises an error that shows the token.
         is_file = os.path.isabs(value) and os.path.exists(value)
         if _SECRET.search(name) and len(value) >= _SECRET_LENGTH and value in text and not is_file:
             raise ConfigError(
-                f"the job would be written down with the value of ${name} in it, and everybody who reads the run's "
-                f"folder could read that; leave it away: launch/README.md says how a job gets it"
+                f"the job's file would contain the value of ${name}, readable for everybody who can read the run's "
+                f"folder; remove it: launch/README.md shows how a job gets secrets"
             )
     if signed := _SIGNED.search(text):
         what = "a password" if signed.group().startswith("://") else f"a signature ({signed.group().strip('?&=')}=)"
         raise ConfigError(
-            f"the job would be written down with {what} in a URL, for everybody to read; give the job access by its "
-            f"environment instead: launch/README.md says how"
+            f"the job's file would contain {what} in a URL, readable for everybody; give the job access by its "
+            f"environment instead: launch/README.md shows how"
         )
 
 
 def refuse_secret_names(environment: Mapping[str, str]) -> None:
-    """Refuse variables of `cluster.env` whose name is a secret's.
+    """Check that no name of `cluster.env` is one of a secret.
 
     Raises:
-        ConfigError: naming the variable.
+        ConfigError: if one is; names the variable.
     """
     for name in environment:
         if _SECRET.search(name):
             raise ConfigError(
-                f"cluster.env.{name} would be written into the job and the run's folder, for everybody to read; leave "
-                f"it away: launch/README.md says how a job gets it"
+                f"cluster.env.{name} would be written to the job's file in the run's folder, readable for everybody; "
+                f"remove it: launch/README.md shows how a job gets secrets"
             )
 
 

@@ -1,4 +1,4 @@
-"""`cluster=slurm`: sbatch, srun and torchrun on each node."""
+"""Submit a job to Slurm with sbatch; srun starts torchrun on each node (`cluster=slurm`)."""
 
 import re
 import shlex
@@ -15,13 +15,13 @@ from megavit.cluster.paths import local_init_from, own_data_path
 from megavit.cluster.render import render_shell
 from megavit.errors import ConfigError
 
-# Seconds for a command of Slurm, which itself tries for longer if the controller does not answer.
+# Time limit in seconds for a command of Slurm, which itself retries longer if the controller does not answer.
 _PATIENCE_S = 60
 _WORDS = ("partition", "account", "qos", "constraint", "reservation", "nodelist", "exclude", "time", "mem")
 
 
 class Slurm:
-    """A Slurm cluster."""
+    """The backend for a Slurm cluster."""
 
     config_class: ClassVar[type[ClusterConfig]] = SlurmConfig
     file_name: ClassVar[str] = "job.sbatch"
@@ -35,7 +35,7 @@ class Slurm:
         """Render the batch script.
 
         Raises:
-            ConfigError: if the container cannot see the job's files.
+            ConfigError: if the container cannot access the job's files.
         """
         slurm = self._slurm
         log = str(job.run_dir / "launch" / "slurm-%j.log")
@@ -53,7 +53,7 @@ class Slurm:
                 "cpus_per_node": job.ranks_per_node * slurm.cpus_per_rank,
                 "gpus": gpus if job.gpus_per_node else None,
                 "options": [f"--{name}={value}" if value else f"--{name}" for name, value in words.items()],
-                # A percent sign in the folder's name is not a pattern.
+                # Escape percent signs of the folder's name, which Slurm would read as patterns.
                 "log": log.replace("%", "%%").replace("%%j", "%j"),
                 "grace_s": slurm.grace_s,
                 "requeue": slurm.requeue,
@@ -73,12 +73,12 @@ class Slurm:
         )
 
     def _container(self, job: Job) -> list[str]:
-        """Return the words between srun and Python."""
+        """Return the words of the command between srun and Python."""
         slurm, workdir = self._slurm, str(Path.cwd())
         if slurm.container is Container.none:
             return []
         if set(workdir) & set(",:"):
-            raise ConfigError(f"the folder {workdir} cannot be mounted: , and : divide mounts; submit from another")
+            raise ConfigError(f"the folder {workdir} cannot be mounted: , and : separate mounts; submit from another")
         mounts = [f"{workdir}:{workdir}", *slurm.mounts]
         seen = [Path(mount.split(":")[1]) for mount in mounts]
         weight_source = local_init_from(job)
@@ -92,7 +92,7 @@ class Slurm:
             full = Path(path).absolute()
             if not any(full.is_relative_to(place) for place in seen):
                 raise ConfigError(
-                    f"{key}={path} is not in the container, which sees {', '.join(map(str, seen))}; add "
+                    f"{key}={path} is not in the container, which mounts {', '.join(map(str, seen))}; add "
                     f"cluster.mounts=[{full}:{full}]"
                 )
         assert slurm.image is not None
@@ -108,18 +108,18 @@ class Slurm:
         return ["apptainer", "exec", *gpus, *binds, "--pwd", workdir, slurm.image]
 
     def try_out(self, texts: list[str]) -> None:
-        """Have sbatch validate every script.
+        """Check every script with sbatch.
 
         Raises:
-            ConfigError: with the message of Slurm.
+            ConfigError: if Slurm rejects one, with its message.
         """
         if shutil.which("sbatch") is None:
             raise ConfigError(
-                "cluster=slurm: there is no sbatch on this machine; run this on a login node of the cluster, or set "
-                "cluster.dry_run=true to see the script"
+                "cluster=slurm: sbatch is not installed on this machine; run this on a login node of the cluster, or "
+                "set cluster.dry_run=true to see the script"
             )
-        # sbatch itself tries for many seconds.
-        _ask(["scontrol", "ping"], refused="Slurm's controller does not answer; ask those who run the cluster")
+        # Check the controller first, because sbatch retries for many seconds.
+        _ask(["scontrol", "ping"], refused="Slurm's controller does not answer; contact the cluster's administrators")
         for text in texts:
             _ask(["sbatch", "--test-only"], stdin=text)
 
@@ -127,7 +127,7 @@ class Slurm:
         """Submit the script with sbatch.
 
         Raises:
-            ConfigError: with the message of Slurm.
+            ConfigError: if Slurm rejects the job, with its message.
         """
         job_id = _ask(["sbatch", "--parsable", str(file)]).split(";")[0].strip()
         log = str(job.run_dir / "launch" / f"slurm-{job_id}.log")
@@ -137,7 +137,7 @@ class Slurm:
                 "job": job_id,
                 "log": log,
                 "follow": f"squeue -j {job_id}; tail -F {shlex.quote(log)}",
-                "stop": f"scancel {job_id}; with --signal=USR1 it saves, and is queued again",
+                "stop": f"scancel {job_id}; with --signal=USR1 the job saves and is queued again",
             },
         )
 
@@ -146,7 +146,7 @@ class Slurm:
         _ask(["scancel", submitted.job_id])
 
 
-def _ask(command: list[str], *, stdin: str | None = None, refused: str = "Slurm does not take the job") -> str:
+def _ask(command: list[str], *, stdin: str | None = None, refused: str = "Slurm rejects the job") -> str:
     """Run a command of Slurm and return its output."""
     try:
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=_PATIENCE_S)

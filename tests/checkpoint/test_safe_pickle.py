@@ -74,7 +74,7 @@ METADATA = {
     "getattr of an allowed class": (pickle.dumps(Calls(getattr, Metadata, "__init__")), "builtins.getattr"),
     "getattr of an enum": (pickle.dumps(Calls(getattr, WriteItemType, "mro")), "builtins.getattr"),
     "getattr of an enum's member": (pickle.dumps(Calls(getattr, WriteItemType.TENSOR, "name")), "builtins.getattr"),
-    "no pickle": (b"not a pickle", "is refused"),
+    "no pickle": (b"not a pickle", "is rejected"),
     "another object": (pickle.dumps({"state_dict_metadata": {}}), "has no attribute"),
     "a reference outside": (b"\x80\x04Pabc\n.", "outside"),
 }

@@ -146,7 +146,7 @@ def test_what_azure_would_replace_is_refused(key, digits_job):
     with pytest.raises(ConfigError):
         rendered(*BASE, typed(key, "${{inputs.x}}"))
     replaced = dataclasses.replace(digits_job, overrides=[typed(key, "${{inputs.x}}")])
-    with pytest.raises(ConfigError, match="Azure ML would put another value there"):
+    with pytest.raises(ConfigError, match="which Azure ML would replace by another value"):
         get_backend(BASE).render(replaced)
 
 
@@ -177,15 +177,15 @@ def test_a_setting_of_the_cluster_is_a_value_or_refused(key, digits_job, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data=folder", "data.path=/home/me/images"], "set cluster.data to where the data are"),
-        ([DATA, "data=folder", "data.path=/home/me/images"], "data.path to a path in there"),
-        ([DATA, "data=folder", "data.path=../images"], "data.path to a path in there"),
+        (["data=folder", "data.path=/home/me/images"], "set cluster.data to the data's place"),
+        ([DATA, "data=folder", "data.path=/home/me/images"], "data.path to a path in it"),
+        ([DATA, "data=folder", "data.path=../images"], "data.path to a path in it"),
         ([DATA], "would be ignored: data.source=digits"),
-        (["init_from=/home/me/runs/mae"], "put it beneath cluster.runs="),
-        (["init_from=runs/../../mae"], "put it beneath cluster.runs="),
+        (["init_from=/home/me/runs/mae"], "copy it into cluster.runs="),
+        (["init_from=runs/../../mae"], "copy it into cluster.runs="),
         (["cluster.instance_type=Standard_ND96asr_v4"], "only one of them"),
         (["cluster.env.RANK=0"], "is set by Azure ML"),
-        (['cluster.runs="azureml://datastores/a/paths/b?sig=abc"'], "is not what Azure ML takes there"),
+        (['cluster.runs="azureml://datastores/a/paths/b?sig=abc"'], "is not a value that Azure ML accepts"),
     ],
 )
 def test_what_azure_could_not_run_is_refused(arguments, message):

@@ -38,7 +38,7 @@ def test_a_job_is_checked_by_the_server_and_then_created(tmp_path, monkeypatch, 
 def test_a_job_that_the_server_refuses_leaves_nothing(tmp_path, monkeypatch, capsys):
     stub("kubectl", tmp_path, monkeypatch, 'sys.exit(\'error: no matches for kind "TrainJob" in version "v1alpha1"\')')
     assert main(["submit", *KUBERNETES]) == 2
-    assert "(it is not installed in this cluster; is cluster.api=pytorchjob?)" in capsys.readouterr().err
+    assert "(it is not installed in this cluster; try cluster.api=pytorchjob)" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
@@ -54,16 +54,16 @@ def test_of_a_sweep_all_jobs_are_taken_or_none(tmp_path, monkeypatch, capsys):
     assert "job run-a was taken back" in capsys.readouterr().err
 
 
-def test_without_kubectl_the_message_tells_the_way_out(tmp_path, monkeypatch, capsys):
+def test_without_kubectl_the_message_names_the_way_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["submit", *KUBERNETES]) == 2
     assert "cluster.dry_run=true" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl here")
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 @pytest.mark.parametrize("api", APIS)
 def test_a_cluster_that_cannot_be_reached_is_one_message(api, tmp_path, monkeypatch, capsys):
-    # Nobody listens on port 1.
+    # No server listens on port 1.
     (tmp_path / "config").write_text(
         "{apiVersion: v1, kind: Config, current-context: x, contexts: [{name: x, context: {cluster: x, user: x}}], "
         "clusters: [{name: x, cluster: {server: 'http://127.0.0.1:1'}}], users: [{name: x, user: {}}]}"
@@ -72,9 +72,7 @@ def test_a_cluster_that_cannot_be_reached_is_one_message(api, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert main(["submit", *KUBERNETES, f"cluster.api={api}"]) == 2
     error = capsys.readouterr().err
-    assert (
-        error.startswith("megavit: nothing was submitted, for Kubernetes does not take the job:") and "refused" in error
-    )
+    assert error.startswith("megavit: nothing was submitted: Kubernetes rejects the job:") and "refused" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 

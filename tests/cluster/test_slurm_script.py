@@ -67,7 +67,7 @@ def test_a_finished_run_is_not_queued_again(play):
     assert (played.code, requeues(played)) == (0, 0)
 
 
-def test_a_stopped_run_is_queued_again_though_torchrun_says_1(play):
+def test_a_stopped_run_is_queued_again_although_torchrun_exits_with_1(play):
     played = play(script(*CPU), flatten='{"code": 75, "error": null}', status=1)
     assert (played.code, requeues(played)) == (75, 1)
     assert played.of("scontrol")[-1] == ["requeue", "41"]
@@ -91,30 +91,30 @@ def test_a_wrong_setting_is_never_queued_again(play):
     assert (played.code, requeues(played)) == (2, 0)
 
 
-def test_a_run_that_could_not_have_its_folder_is_not_queued_again(play):
+def test_a_run_that_could_not_lock_its_folder_is_not_queued_again(play):
     played = play(script(*CPU), status=2)
     assert (played.code, requeues(played)) == (2, 0)
 
 
-def test_a_crashing_job_stops_after_its_restarts_and_says_why(play, tmp_path):
+def test_a_crashing_job_stops_after_its_restarts_with_the_reason(play, tmp_path):
     text = script(*CPU, "cluster.max_restarts=2")
     error = json.dumps({"code": 1, "error": 'Traceback …\n  File "x.py"\nRuntimeError: the "disk" is gone\n'})
     ends = [play(text, flatten=error, status=1) for _ in range(3)]
     assert [requeues(end) for end in ends] == [1, 1, 0]
     assert [end.code for end in ends] == [1, 1, 1]
-    assert "crashed 3 times in a row (cluster.max_restarts=2), not queued again: RuntimeError" in ends[2].output
-    # A checkpoint in between, and the count begins anew.
+    assert "crashed 3 times in a row (cluster.max_restarts=2); not queued again: RuntimeError" in ends[2].output
+    # After a new checkpoint the count starts from zero.
     (tmp_path / "runs/digits/checkpoints").mkdir()
     (tmp_path / "runs/digits/checkpoints/latest").write_text("step_00000010\n")
     assert requeues(play(text, flatten=error, status=1)) == 1
 
 
-def test_ranks_that_end_without_a_word_are_a_crash_whatever_the_last_start_left(play, tmp_path):
+def test_ranks_that_end_without_a_message_are_a_crash_with_any_earlier_exit_code(play, tmp_path):
     (tmp_path / "runs/digits").mkdir(parents=True)
     (tmp_path / "runs/digits/exit.json").write_text('{"code": 0, "error": null}\n')
     played = play(script(*CPU), status=137)
     assert (played.code, requeues(played)) == (1, 1)
-    assert "the ranks ended without a word, srun with code 137" in played.output
+    assert "the ranks ended without a message, srun with code 137" in played.output
     null = play(script(*CPU), flatten='{"code": null, "error": null}', status=1)
     assert (null.code, requeues(null)) == (1, 1)
 

@@ -35,7 +35,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """Played commands of Slurm's; what they do can be set."""
+    """Return fake commands of Slurm, whose effects can be set."""
     stage = Stage(tmp_path / "stage", "sbatch", "scontrol", "scancel", "sinfo")
     monkeypatch.setenv("PATH", stage.environment["PATH"])
     acts, calls = tmp_path / "stage/acts.json", tmp_path / "stage/calls.jsonl"
@@ -50,7 +50,7 @@ def slurm(tmp_path, monkeypatch):
     return played
 
 
-# What is typed, and what the one line says.
+# Command lines, and the one line of error.
 REFUSED = {
     "cluster=slurn": "cluster=slurn does not exist; did you mean cluster=slurm?",
     "cluster=slurm cluster.partiton=a": "did you mean cluster.partition?",
@@ -61,20 +61,20 @@ REFUSED = {
     "cluster=slurm cluster.nodes=2 parallel.tp=4 parallel.pp=8": "16 is not a multiple of",
     "cluster=slurm cluster.nodes=3 cluster.gpus_per_node=4 parallel.tp=6": "does not fit into nodes of 4 ranks",
     "cluster=slurm cluster.nodes=3 recipe=nemo_vit_b16 data.path=/d": "train.global_batch=4096 is not a multiple of",
-    "cluster=slurm cluster.ranks_per_node=4": "a GPU takes one rank",
-    "cluster=slurm cluster.gpus_per_node=null": "say how many GPUs a node has",
-    "cluster=slurm run.ranks=8": "run.ranks=8 is megavit train's",
-    "cluster=slurm cluster.image=a.sqsh": "cluster.container=none and cluster.image=a.sqsh do not go together",
+    "cluster=slurm cluster.ranks_per_node=4": "a GPU runs one rank",
+    "cluster=slurm cluster.gpus_per_node=null": "set the number of GPUs of a node",
+    "cluster=slurm run.ranks=8": "run.ranks=8 is a setting of megavit train",
+    "cluster=slurm cluster.image=a.sqsh": "cluster.container=none and cluster.image=a.sqsh contradict each other",
     "cluster=slurm cluster.mounts=[/a:/b]": "cluster.mounts would be ignored without a container",
-    "cluster=slurm cluster.time=tomorrow": "cluster.time='tomorrow' is not what Slurm takes there; for example "
+    "cluster=slurm cluster.time=tomorrow": "cluster.time='tomorrow' is not a value that Slurm accepts; for example "
     "90 (minutes), 12:00:00 (hours), 2-12:00:00 (days-hours)",
-    "cluster=slurm cluster.options.signal=USR2@10": "the script says that itself; set cluster.grace_s",
+    "cluster=slurm cluster.options.signal=USR2@10": "the script sets it itself; set cluster.grace_s",
     "cluster=slurm cluster.options.array=1-4": "--multirun submits several jobs",
     "cluster=slurm cluster.nodes=1,2": "gives several values; --multirun sweeps the run's settings",
     "cluster=local cluster.nodes=2": "cluster=local is this machine",
     "cluster=slurm recipe=nemo_vit_b16": "data.source=folder needs data.path=FOLDER",
-    'cluster=slurm data.path="~/in1k" train.steps=1': "nobody opens up the tilde",
-    "cluster=slurm data=tar data.path=s4://bucket/in1k train.steps=1": "nobody reads s4://",
+    'cluster=slurm data.path="~/in1k" train.steps=1': "~ is not expanded here",
+    "cluster=slurm data=tar data.path=s4://bucket/in1k train.steps=1": "s4:// is not supported",
     "cluster=slurm optim.lr=1e-3,2e-3": "gives several values, and a run takes one",
     "--multirun cluster=slurm": "--multirun needs a setting with several values",
     "--multirun cluster=slurm optim.lr=1e-3,2e-3 run.dir=x": "run.dir=x would be the folder of every job",
@@ -142,7 +142,7 @@ def test_a_partition_that_is_not_there_is_told_with_those_that_are(slurm, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_controller_that_is_gone_is_told_before_anything_is_written(slurm, tmp_path):
+def test_a_controller_that_does_not_answer_is_reported_before_any_file_is_written(slurm, tmp_path):
     slurm(scontrol="echo 'Slurmctld(primary) at vm is DOWN'; exit 1")
     with pytest.raises(ConfigError, match=r"controller does not answer.*is DOWN.*nothing was submitted"):
         submit(CPU)
@@ -151,7 +151,7 @@ def test_a_controller_that_is_gone_is_told_before_anything_is_written(slurm, tmp
 
 def test_without_sbatch_the_way_out_is_a_dry_run(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"no sbatch on this machine.*cluster\.dry_run=true"):
+    with pytest.raises(ConfigError, match=r"sbatch is not installed on this machine.*cluster\.dry_run=true"):
         submit(CPU)
 
 

@@ -162,7 +162,7 @@ def test_a_config_that_is_not_timms_is_left_and_a_torn_one_refused(tmp_path):
 def test_weights_of_near_relatives_are_called_by_their_name(architecture, sizes, words, tmp_path):
     weights = timm.create_model(architecture, **sizes).state_dict()
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match=f"looks like {words}.* no plain ViT"):
+    with pytest.raises(ConfigError, match=f"looks like {words}.* megavit's network is a plain ViT"):
         read(tmp_path)
 
 
