@@ -37,7 +37,8 @@ def measure(overrides: list[str], folder: str, rounds: int) -> dict[str, Any]:
         from megavit.checkpoint import shards
         from megavit.checkpoint.manifest import find_fault
         from megavit.checkpoint.state import TrainingState
-        from megavit.config.compose import compose, to_yaml
+        from megavit.config.compose import compose
+        from megavit.config.saved import to_yaml
         from megavit.train.trainer import Trainer
 
         config = compose([*SETTINGS, *overrides, f"run.dir={folder}/run"])

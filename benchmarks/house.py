@@ -18,7 +18,7 @@ from pathlib import Path
 import tomllib
 import yaml
 
-from megavit.config.compose import RENAMED
+from megavit.config.settings import RENAMED
 
 # Names given up, each with the field's word for it. A word with an ordinary meaning too is listed only in the form that
 # was ours: `class X`, `def X`, `self.X` (an attribute of one's own) or `X: T` (an argument of that type).

@@ -2,14 +2,16 @@
 
 import pytest
 
-from megavit.config import compose as composing
-from megavit.config.compose import compose, from_yaml, to_yaml
+from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.resolved import resolve_micro_batch, resolve_num_steps
+from megavit.config.saved import from_yaml, merge, to_yaml
+from megavit.config.search_path import choices, groups
+from megavit.config.settings import CALLED_ELSEWHERE, run_types
 from megavit.config.validate import validate
 from megavit.errors import ConfigError
 
-CHOICES = [(group, choice) for group in composing.groups() for choice in composing.choices(group)]
+CHOICES = [(group, choice) for group in groups() for choice in choices(group)]
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{g}={c}" for g, c in CHOICES])
@@ -47,22 +49,22 @@ def test_other_data_leave_the_digits_recipe_away_unless_it_is_typed():
 
 def test_every_group_is_a_folder_and_a_field():
     fields = set(ExperimentConfig.__dataclass_fields__)
-    assert set(composing.groups()) - {"recipe"} == fields - {"run", "train", "init_from"}
+    assert set(groups()) - {"recipe"} == fields - {"run", "train", "init_from"}
 
 
 @pytest.mark.parametrize(
     ("overrides", "world", "message"),
     [
-        (["model.hiden_size=3"], 1, r"model\.hiden_size does not exist; did you mean model\.hidden_size\?"),
-        (["lr=1"], 1, r"the setting lr does not exist; did you mean optim\.lr\?"),
-        (["optim.learning_rate=1"], 1, r"optim\.learning_rate does not exist; did you mean optim\.lr\?"),
-        (["data.batch_size=8"], 1, r"data\.batch_size does not exist; did you mean train\.global_batch\?"),
-        (["optim.max_steps=8"], 1, r"optim\.max_steps does not exist; did you mean train\.steps\?"),
-        (["num_workers=8"], 1, r"num_workers does not exist; did you mean data\.workers\?"),
-        (["model.img_size=8"], 1, r"model\.img_size does not exist; did you mean data\.image_size\?"),
-        (["evaluation.every=8"], 1, r"evaluation\.every does not exist; did you mean train\.eval_every\?"),
-        (["+trainer.steps=1"], 1, r"trainer\.steps does not exist; did you mean train\.steps\?"),
-        (["model=vit_b61"], 1, r"model=vit_b61 does not exist; did you mean model=vit_b16\?"),
+        (["model.hiden_size=3"], 1, r"model\.hiden_size does not exist; did you mean model\.hidden_size"),
+        (["lr=1"], 1, r"the setting lr does not exist; did you mean optim\.lr"),
+        (["optim.learning_rate=1"], 1, r"optim\.learning_rate does not exist; did you mean optim\.lr"),
+        (["data.batch_size=8"], 1, r"data\.batch_size does not exist; did you mean train\.global_batch"),
+        (["optim.max_steps=8"], 1, r"optim\.max_steps does not exist; did you mean train\.steps"),
+        (["num_workers=8"], 1, r"num_workers does not exist; did you mean data\.workers"),
+        (["model.img_size=8"], 1, r"model\.img_size does not exist; did you mean data\.image_size"),
+        (["evaluation.every=8"], 1, r"evaluation\.every does not exist; did you mean train\.eval_every"),
+        (["+trainer.steps=1"], 1, r"trainer\.steps does not exist; did you mean train\.steps"),
+        (["model=vit_b61"], 1, r"model=vit_b61 does not exist; did you mean model=vit_b16"),
         (["recipe=mnist"], 1, "recipe=mnist does not exist; (known|did you mean)"),
         (
             ["model.num_layers=many"],
@@ -72,7 +74,7 @@ def test_every_group_is_a_folder_and_a_field():
         (["model.pool=max"], 1, r"model.pool: Invalid value 'max', expected one of \[cls, mean\]"),
         (["train.steps"], 1, "write key=value"),
         (["data.mean=[0.5"], 1, r"'data.mean=\[0.5' cannot be read: "),
-        (["train={steps: 1}"], 1, "sets a whole section; set its keys: train.steps"),
+        (["train={steps: 1}"], 1, "train is a group of 11 settings; set one of them: train.steps"),
         (
             ["parallel.tp=4", "parallel.pp=3"],
             8,
@@ -131,13 +133,13 @@ def test_wrong_settings_are_refused_with_the_way_out(overrides, world, message):
 
 
 def test_what_other_trainers_call_a_setting_leads_to_one_that_exists():
-    assert set(composing._CALLED_ELSEWHERE.values()) <= set(composing.run_types())
-    assert not set(composing._CALLED_ELSEWHERE) & {key.rpartition(".")[2] for key in composing.run_types()}
+    assert set(CALLED_ELSEWHERE.values()) <= set(run_types())
+    assert not set(CALLED_ELSEWHERE) & {key.rpartition(".")[2] for key in run_types()}
 
 
 def test_one_number_is_both_sides_of_an_image():
     assert compose(["data.image_size=16"]).data.image_size == [16, 16]
-    assert composing.merge(ExperimentConfig(), ["data.image_size=224"]).data.image_size == [224, 224]
+    assert merge(ExperimentConfig(), ["data.image_size=224"]).data.image_size == [224, 224]
 
 
 def test_typing_epochs_clears_steps():

@@ -14,7 +14,9 @@ import pytest
 
 from megavit.cluster import azureml_config, kubernetes_config
 from megavit.cluster import config as cluster_config
-from megavit.config.compose import choices, compose, flatten
+from megavit.config.compose import compose
+from megavit.config.search_path import choices
+from megavit.config.settings import flatten
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "launch/README.md", "docker/README.md"]

@@ -20,9 +20,10 @@ from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.param_mapping import Dims, from_timm, to_timm, to_timm_name
 from megavit.checkpoint.state import TrainingState, read_state
 from megavit.cli.arguments import argument
-from megavit.config.compose import compose, to_yaml
+from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.resolved import resolve_step
+from megavit.config.saved import to_yaml
 from megavit.config.validate import validate
 from megavit.data.config import PIXEL_SETTINGS
 from megavit.errors import ConfigError

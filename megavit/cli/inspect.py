@@ -7,7 +7,7 @@ from megavit.checkpoint.find import find_checkpoint
 from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.state import read_state
 from megavit.cli.arguments import argument
-from megavit.config.compose import from_yaml
+from megavit.config.saved import from_yaml
 from megavit.parallel.config import ParallelConfig
 
 

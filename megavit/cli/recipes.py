@@ -1,6 +1,6 @@
 """`megavit recipes`: the complete experiments of `conf/recipe/`, with a line on each."""
 
-from megavit.config.compose import choices, config_dir
+from megavit.config.search_path import choices, config_dir
 
 
 def list_recipes() -> int:

@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megavit.checkpoint.find import CheckpointRef, resolve_checkpoint
-from megavit.config.compose import from_yaml, merge
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.saved import from_yaml, merge
 from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from megavit.inference.trained_run import read_config, refuse_another_network

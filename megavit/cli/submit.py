@@ -9,7 +9,8 @@ from megavit.cluster.backend import Backend, Submitted
 from megavit.cluster.job import Job, plan_job, split_sweep
 from megavit.cluster.registry import get_backend, split_cluster
 from megavit.cluster.render import refuse_secret_names, refuse_secrets
-from megavit.config.compose import AUTO_MODEL, flatten
+from megavit.config.compose import AUTO_MODEL
+from megavit.config.settings import flatten
 from megavit.errors import ConfigError
 
 _FOLDER = "launch"

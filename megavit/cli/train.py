@@ -29,7 +29,8 @@ def train(args: TrainArgs, settings: list[str]) -> int:
     # Held back until the run listens: a stop requested during the long imports is not lost.
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
 
-    from megavit.config.compose import AUTO_MODEL, compose, to_yaml
+    from megavit.config.compose import AUTO_MODEL, compose
+    from megavit.config.saved import to_yaml
     from megavit.config.validate import validate
     from megavit.runtime.workers import num_ranks, start_ranks
 

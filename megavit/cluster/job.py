@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavit.cluster.config import ClusterConfig, Kind
-from megavit.config.compose import AUTO_MODEL, compose, run_types
+from megavit.config.compose import AUTO_MODEL, compose
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.overrides import key_of, sweep, write_home_out, write_text
+from megavit.config.settings import run_types
 from megavit.config.validate import validate
 from megavit.data.sources.remote import bare, is_url
 from megavit.errors import ConfigError

@@ -13,8 +13,9 @@ from megavit.cluster.config import ClusterConfig, Kind
 from megavit.cluster.kubernetes import Kubernetes
 from megavit.cluster.local import Local
 from megavit.cluster.slurm import Slurm
-from megavit.config.compose import choices, config_dir, flatten
 from megavit.config.overrides import key_of, read_setting, read_text, types_of
+from megavit.config.search_path import SearchPath
+from megavit.config.settings import flatten
 from megavit.errors import ConfigError
 from megavit.validation import suggest
 
@@ -32,11 +33,12 @@ def split_cluster(arguments: list[str]) -> tuple[list[str], list[str]]:
     return cluster_args, [text for text in arguments if text not in cluster_args]
 
 
-def get_backend(arguments: list[str]) -> Backend:
+def get_backend(arguments: list[str], *, search: SearchPath | None = None) -> Backend:
     """Return the cluster that `cluster=…` names, with the checked `cluster.KEY=…` of the command line.
 
     Args:
         arguments: `cluster=NAME` from conf/cluster/, or `cluster=FILE.yaml`, and `cluster.KEY=VALUE`.
+        search: the user's folders, whose clusters exist too.
 
     Raises:
         ConfigError: for an unknown cluster or key, a value of a wrong type, or a contradiction.
@@ -45,7 +47,7 @@ def get_backend(arguments: list[str]) -> Backend:
     if len(named) > 1:
         raise ConfigError(f"{' and '.join(named)}: a job goes to one cluster")
     name = read_text(named[0].removeprefix("cluster=")) if named else "local"
-    settings = _read(name)
+    settings = _read(name, search or SearchPath())
     kind = settings.get("kind")
     if kind not in [known.value for known in Kind]:
         raise ConfigError(f"cluster={name}: kind={kind} does not exist; known: {', '.join(k.value for k in Kind)}")
@@ -94,13 +96,15 @@ _AsWritten.yaml_implicit_resolvers = {
 }
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str, search: SearchPath) -> dict[str, Any]:
     own_file = name.endswith((".yaml", ".yml"))
-    if not own_file and name not in choices("cluster"):
-        near = suggest(name, choices("cluster"), cutoff=0.5)
-        hint = f"did you mean cluster={near}?" if near else f"known: {', '.join(choices('cluster'))}, or FILE.yaml"
+    known = search.choices("cluster")
+    if not own_file and name not in known:
+        near = suggest(name, known, cutoff=0.5)
+        hint = f"did you mean cluster={near}?" if near else f"known: {', '.join(known)}, or FILE.yaml"
         raise ConfigError(f"cluster={name} does not exist; {hint}")
-    path = Path(name) if own_file else config_dir() / "cluster" / f"{name}.yaml"
+    path = Path(name) if own_file else search.file_of(f"cluster/{name}")
+    assert path is not None
     try:
         read = yaml.load(path.read_text(), Loader=_AsWritten)
     except OSError as error:

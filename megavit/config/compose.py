@@ -1,139 +1,158 @@
-"""Compose an ExperimentConfig from the command line with Hydra, and report errors in one line."""
+"""Compose the configuration of a run from YAML files and the command line with Hydra."""
 
-import re
-from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from megavit.config.error_text import check_task_name, explain
 from megavit.config.experiment import ExperimentConfig
-from megavit.config.overrides import Setting, key_of, read_setting, read_text, types_of
-from megavit.errors import ConfigError
+from megavit.config.file_errors import explain_in_files
+from megavit.config.overrides import Setting
+from megavit.config.parse import AUTO_MODEL, parse_overrides
+from megavit.config.search_path import SearchPath, config_dir, group_of, groups, split_search_path
+from megavit.config.settings import run_types
+from megavit.config.user_files import register_sources
+from megavit.errors import ConfigError, printable
 from megavit.optim.registry import rule_settings
 from megavit.plugins import is_plugin
-from megavit.task.config import ClassificationConfig, TaskConfig
-from megavit.task.registry import TASKS, TaskRow, config_class, tasks_with
-from megavit.validation import suggest
-
-# Names that other trainers use for a setting, by the last word of the path.
-_CALLED_ELSEWHERE = {
-    "learning_rate": "optim.lr",
-    "max_lr": "optim.lr",
-    "blr": "optim.base_lr",
-    "wd": "optim.weight_decay",
-    "warmup": "optim.warmup_steps",
-    "warmup_iters": "optim.warmup_steps",
-    "grad_clip": "optim.clip_grad",
-    "max_grad_norm": "optim.clip_grad",
-    "ema_decay": "optim.ema",
-    "optimizer": "optim.name",
-    "opt": "optim.name",
-    "batch_size": "train.global_batch",
-    "global_batch_size": "train.global_batch",
-    "micro_batch_size": "train.micro_batch",
-    "num_epochs": "train.epochs",
-    "max_epochs": "train.epochs",
-    "max_steps": "train.steps",
-    "num_steps": "train.steps",
-    "train_iters": "train.steps",
-    "iterations": "train.steps",
-    "amp": "train.precision",
-    "dtype": "train.precision",
-    "num_workers": "data.workers",
-    "img_size": "data.image_size",
-    "input_size": "data.image_size",
-    "resolution": "data.image_size",
-    "num_channels": "data.channels",
-    "in_chans": "data.channels",
-    "dataset": "data.path",
-    "data_path": "data.path",
-    "data_dir": "data.path",
-    "depth": "model.num_layers",
-    "embed_dim": "model.hidden_size",
-    "mlp_dim": "model.ffn_size",
-    "heads": "model.num_heads",
-    "dropout": "model.hidden_dropout",
-    "drop_path_rate": "model.drop_path",
-    "smoothing": "task.label_smoothing",
-    "tensor_parallel": "parallel.tp",
-    "tensor_model_parallel_size": "parallel.tp",
-    "pipeline_parallel": "parallel.pp",
-    "pipeline_model_parallel_size": "parallel.pp",
-    "output_dir": "run.dir",
-    "save_dir": "run.dir",
-    "num_gpus": "run.ranks",
-    "nproc_per_node": "run.ranks",
-    "save_interval": "checkpoint.save_every",
-    "log_interval": "metrics.log_every",
-    "wandb_project": "metrics.wandb",
-    "pretrained": "init_from",
-}
-
-# Old and new names of settings; saved configurations are read with both.
-RENAMED = {
-    "optim.decay": "optim.schedule",
-    "optim.clip": "optim.clip_grad",
-    "checkpoint.every": "checkpoint.save_every",
-    "metrics.every": "metrics.log_every",
-    "data.eval_crop": "data.crop_pct",
-    "data.erase": "data.random_erasing",
-    "data.shift": "data.random_shift",
-    "data.mix_prob": "data.mixup_prob",
-    "data.mix_switch": "data.mixup_switch_prob",
-    "model.linears": "model.linear_backend",
-    "model.attention": "model.attention_backend",
-    "task.norm_pix": "task.norm_pix_loss",
-}
-
-# Settings that no longer exist, and why; saved configurations may hold them.
-_REMOVED = {
-    "experimental": "a run on a GPU names the settings that have not been verified there, and goes on",
-    "parallel.cp": "context parallelism does not exist",
-}
+from megavit.task.config import TaskConfig
+from megavit.task.registry import TASKS, TaskRow
 
 # One of each pair is null; to override one clears the other.
 _EITHER_OR = (("train.steps", "train.epochs"), ("optim.lr", "optim.base_lr"))
 
-# Replaced by `megavit.train.auto_model` before a configuration is composed.
-AUTO_MODEL = "model=auto"
 
+@dataclass(frozen=True)
+class Composition:
+    """A composed configuration and where it comes from.
 
-def config_dir() -> Path:
-    """Return the folder of YAML files, in the repository or in the installed package."""
-    return Path(str(files("megavit.conf").joinpath("train.yaml"))).parent
+    Attributes:
+        config: the configuration, resolved.
+        node: the same as Hydra composed it, interpolations included, with the node `hydra`.
+        search: the user's folders and files that took part.
+        notes: what a user should know of his files, a line each.
+    """
 
-
-def choices(group: str) -> list[str]:
-    """Return the choices of a group, such as `model` or `recipe`."""
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
-
-
-def groups() -> list[str]:
-    """Return the Hydra groups, without `cluster`, which only megavit submit reads."""
-    folders = (path for path in config_dir().iterdir() if path.is_dir() and any(path.glob("*.yaml")))
-    return sorted(path.name for path in folders if path.name != "cluster")
+    config: ExperimentConfig
+    node: DictConfig
+    search: SearchPath
+    notes: tuple[str, ...]
 
 
 def compose(overrides: list[str]) -> ExperimentConfig:
     """Compose the configuration of a run.
 
     Args:
-        overrides: `key=value`, as typed (see `overrides.py`).
+        overrides: `key=value` as typed (see `overrides.py`), and `--config-dir=DIR`, `--config-name=NAME`.
 
     Raises:
-        ConfigError: for an unknown key or choice (the nearest one is named), or a value of a wrong type.
+        ConfigError: for an unknown key or choice (the nearest ones are named), or a value of a wrong type; with file
+            and line where it is in a file of the user's.
     """
-    settings = _read(overrides)
+    return compose_with_sources(overrides).config
+
+
+def compose_with_sources(overrides: list[str]) -> Composition:
+    """Compose the configuration of a run, and tell where it comes from.
+
+    Args:
+        overrides: as for `compose`.
+
+    Raises:
+        ConfigError: as `compose` does.
+    """
+    search, rest = split_search_path(overrides)
+    search, rest = _name_files(search, rest)
+    settings = parse_overrides(rest, search=search)
+    typed = _typed_overrides(settings)
+    with hydra_initialized(search):
+        try:
+            node = hydra_compose(search.config_name, overrides=typed, return_hydra_config=True)
+            config = _to_config(node, search)
+        except (HydraException, OmegaConfBaseException, RecursionError) as error:
+            in_file = explain_in_files(error, search=search, overrides=typed, settings=settings)
+            raise in_file or ConfigError(_with_paths(explain(error, settings), search)) from error
+    check_task_name(config)
+    config.task = config.task.with_sizes(config.model)
+    return Composition(config, node, search, tuple(_notes(search, node)))
+
+
+def fix_start_time(overrides: list[str]) -> list[str]:
+    """Add the time that ${now:…} stands for, where it is used, so that every process of a run reads the same.
+
+    Args:
+        overrides: as for `compose`.
+    """
+    search, _ = split_search_path(overrides)
+    if search.start_time is not None or not (search.is_users or any("${now:" in text for text in overrides)):
+        return overrides
+    return [*overrides, f"--start-time={datetime.now().isoformat()}"]
+
+
+@contextmanager
+def hydra_initialized(search: SearchPath) -> Iterator[None]:
+    """Prepare Hydra for a search path.
+
+    Args:
+        search: the user's folders and files.
+    """
+    register_sources()
+    _register(tuple(TASKS.items()))
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        OmegaConf.register_new_resolver("now", _clock(search.start_time), use_cache=True, replace=True)
+        loader = GlobalHydra.instance().config_loader()
+        path = loader.get_search_path()
+        for provider, source in search.sources_before():
+            path.prepend(provider, source, anchor="main")
+        for provider, source in search.sources_after():
+            path.prepend(provider, source, anchor="schema")
+        loader.repository.initialize_sources(path)
+        yield
+
+
+def _clock(start_time: str | None) -> Any:
+    def now(pattern: str) -> str:
+        if start_time is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"${{now:{pattern}}} differs between ranks that torchrun starts; type --start-time=$(date -Is), or "
+                f"start with megavit train"
+            )
+        try:
+            time = datetime.now() if start_time is None else datetime.fromisoformat(start_time)
+        except ValueError:
+            raise ValueError(f"--start-time={start_time} must be a time such as 2026-01-31T12:00:00") from None
+        return time.strftime(pattern)
+
+    return now
+
+
+def _name_files(search: SearchPath, overrides: list[str]) -> tuple[SearchPath, list[str]]:
+    """Replace the files in choices such as recipe=FILE.yaml by their names in the search path."""
+    named = []
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        group = group_of(text)
+        if group is not None and sign and (".yaml" in value or ".yml" in value):
+            search, value = search.with_files(group, value)
+        named.append(f"{key}{sign}{value}")
+    return search, named
+
+
+def _typed_overrides(settings: Sequence[Setting]) -> list[str]:
+    """Return the overrides for Hydra: as typed, and what follows from them."""
     typed = {setting.key for setting in settings}
     cleared = [
         f"{loser}=null"
@@ -145,26 +164,47 @@ def compose(overrides: list[str]) -> ExperimentConfig:
         # What the chosen group and recipe set is for an optimizer of megavit's.
         cleared += [f"optim.{key}=null" for key in sorted(rule_settings()) if f"optim.{key}" not in typed]
     # Hydra deletes a group's choice with a tilde; users type null.
-    typed_overrides = ["~recipe" if setting.hydra == "recipe=null" else setting.hydra for setting in settings]
+    overrides = ["~recipe" if setting.hydra == "recipe=null" else setting.hydra for setting in settings]
     if "recipe" not in typed and any(_is_other_data(setting) for setting in settings):
-        typed_overrides.append("~recipe")
+        overrides.append("~recipe")
         if "data" not in typed:
             # Otherwise the channel, mean and std of the digits would remain.
-            typed_overrides.append("data=folder")
+            overrides.append("data=folder")
     if "optim.warmup_steps" in typed and "optim.shorten_warmup" not in typed:
-        typed_overrides.append("optim.shorten_warmup=false")
-    _register(tuple(TASKS.items()))
-    try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = hydra_compose("train", overrides=[*typed_overrides, *cleared])
-        OmegaConf.resolve(composed)
-        config = OmegaConf.to_object(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, settings)) from error
-    assert isinstance(config, ExperimentConfig)
-    _check_task_name(config)
-    config.task = config.task.with_sizes(config.model)
+        overrides.append("optim.shorten_warmup=false")
+    return [*overrides, *cleared]
+
+
+def _is_other_data(setting: Setting) -> bool:
+    """Return whether a setting chooses other data than the default recipe, the digits."""
+    return setting.key in ("data", "data.path") and setting.value not in ("digits", None)
+
+
+def _to_config(node: DictConfig, search: SearchPath) -> ExperimentConfig:
+    resolved = copy.deepcopy(node)
+    with open_dict(resolved):
+        del resolved["hydra"]
+    _resolve(resolved)
+    config = OmegaConf.to_object(resolved)
+    if not isinstance(config, ExperimentConfig):
+        raise ConfigError(
+            f"--config-name={search.config_name}: its defaults list must begin with train, which has all settings"
+        )
     return config
+
+
+def _resolve(node: DictConfig) -> None:
+    """Replace interpolations by their values; an error names the setting, which OmegaConf's does not."""
+    try:
+        OmegaConf.resolve(node)
+    except OmegaConfBaseException as error:
+        for key in run_types():
+            try:
+                OmegaConf.select(node, key)
+            except OmegaConfBaseException as of_key:
+                of_key.full_key = key
+                raise of_key from error
+        raise
 
 
 @cache
@@ -176,199 +216,32 @@ def _register(tasks: tuple[tuple[str, TaskRow], ...]) -> None:
         store.store(group="task", name=f"{name}_settings", node=row.config)
 
 
-def to_yaml(config: ExperimentConfig) -> str:
-    """Return the resolved configuration as YAML, as saved in the run folder."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+def _with_paths(message: str, search: SearchPath) -> str:
+    """Write the paths of files that are chosen by them in place of their names in the search path."""
+    for file in search.files:
+        message = message.replace(f"{file.group}/{file.name}", printable(str(file.path)))
+    return message
 
 
-def from_yaml(text: str) -> ExperimentConfig:
-    """Read a configuration that `to_yaml` wrote.
-
-    Raises:
-        ConfigError: if it does not fit this version's settings.
-    """
-    if "${" in text:
-        raise ConfigError(
-            "a run's configuration holds ${…}, which is resolved before it is written; it was tampered with"
-        )
-    try:
-        saved = OmegaConf.create(text)
-        if isinstance(saved, DictConfig):
-            for old, new in RENAMED.items():
-                group, _, name = old.partition(".")
-                if isinstance(saved.get(group), DictConfig) and name in saved[group]:
-                    saved[group][new.partition(".")[2]] = saved[group].pop(name)
-            for removed in _REMOVED:
-                group, _, name = removed.rpartition(".")
-                of = saved.get(group) if group else saved
-                if isinstance(of, DictConfig):
-                    of.pop(name, None)
-        default = ExperimentConfig(task=_read_task(saved))
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(default), saved))
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
-        raise ConfigError(f"a run's configuration cannot be read: {_explain(error)}") from error
-    assert isinstance(config, ExperimentConfig)
-    return config
+def _notes(search: SearchPath, node: DictConfig) -> Iterator[str]:
+    """Say which conf/ was found, and which of two files with the name of a choice is used."""
+    if search.found is not None:
+        theirs = {group: [path.stem for path in sorted((search.found / group).glob("*.yaml"))] for group in groups()}
+        words = [f"{group}={'|'.join(names)}" for group, names in theirs.items() if names]
+        if words:
+            yield f"choices found in {printable(str(search.found))}: {', '.join(words)}"
+    for group, choice in node.hydra.runtime.choices.items():
+        for name in [choice] if isinstance(choice, str) else list(choice or []):
+            yield from _shadowed(search, f"{group}/{name}", f"{group}={name}")
+    yield from _shadowed(search, search.config_name, search.config_name)
 
 
-def _read_task(saved: Any) -> TaskConfig:
-    """Return the default settings of the task that a saved configuration names.
-
-    Earlier runs have the settings of all tasks, null where they are another task's; here these are removed.
-    """
-    task = saved.get("task") if isinstance(saved, DictConfig) else None
-    if not isinstance(task, DictConfig):
-        return ClassificationConfig()
-    default = config_class(task.get("name", ClassificationConfig.name))()
-    for setting in [setting for setting in task if task[setting] is None]:
-        del task[setting]
-    return default
+def _shadowed(search: SearchPath, config_path: str, typed: str) -> Iterator[str]:
+    candidates = [folder / f"{config_path}.yaml" for folder in search.folders()]
+    found = [path for path in candidates if path.is_file()]
+    if len(found) > 1:
+        used, *others = [printable(str(path)) for path in found]
+        yield f"{typed} is {used}; {', '.join(others)} is not used"
 
 
-def _check_task_name(config: ExperimentConfig) -> None:
-    """Refuse `task.name=mae` for a group that was chosen by `task=classify`."""
-    name = config.task.name
-    if config_class(name) is not type(config.task):
-        raise ConfigError(f"task.name={name}: choose the task with its settings, by task={name}")
-
-
-def merge(config: ExperimentConfig, overrides: list[str]) -> ExperimentConfig:
-    """Override settings of a saved configuration.
-
-    Args:
-        config: the saved configuration.
-        overrides: `key=value`, as typed; the choice of a group cannot change.
-
-    Raises:
-        ConfigError: for an unknown key, or a value of a wrong type.
-    """
-    settings = _read(overrides)
-    for setting in settings:
-        if setting.key in groups():
-            hint = f", data.source={setting.value} for example" if setting.key == "data" else ""
-            raise ConfigError(f"{setting.typed}: a run's groups are as they were; set single keys of them{hint}")
-    try:
-        typed = OmegaConf.create({})
-        for setting in settings:
-            OmegaConf.update(typed, setting.key, setting.value)
-        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), typed))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, settings)) from error
-    assert isinstance(merged, ExperimentConfig)
-    _check_task_name(merged)
-    return merged
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return every setting by its dotted path."""
-    found: dict[str, Any] = {}
-    for part in fields(config):
-        value = getattr(config, part.name)
-        path = f"{prefix}{part.name}"
-        found |= flatten(value, f"{path}.") if is_dataclass(value) else {path: value}
-    return found
-
-
-def run_types() -> dict[str, Any]:
-    """Return the type of every setting of a run by its dotted path, the settings of all tasks included."""
-    return _types_with(tuple(row.config for row in TASKS.values()))
-
-
-@cache
-def _types_with(tasks: tuple[type[TaskConfig], ...]) -> dict[str, Any]:
-    found = types_of(ExperimentConfig)
-    for task in tasks:
-        found |= types_of(task, "task.")
-    return found
-
-
-def _read(overrides: list[str]) -> list[Setting]:
-    settings = []
-    for text in overrides:
-        if "=" not in text and not text.startswith("~"):
-            raise ConfigError(f"'{text}' is no setting: write key=value, for example train.steps=100")
-        _check_key(text)
-        settings.append(read_setting(text, run_types()))
-        if settings[-1].override.is_sweep_override():
-            raise ConfigError(f"'{text}' gives several values, and a run takes one; a list goes in brackets: key=[a,b]")
-    return settings
-
-
-def _is_other_data(setting: Setting) -> bool:
-    """Return whether a setting chooses other data than the default recipe, the digits."""
-    return setting.key in ("data", "data.path") and setting.value not in ("digits", None)
-
-
-def _check_key(typed: str) -> None:
-    """Raise for an unknown key or an unknown choice of a group."""
-    key, value = key_of(typed), typed.partition("=")[2]
-    if key in groups():
-        if typed == AUTO_MODEL:
-            raise ConfigError(
-                f"{AUTO_MODEL} is for megavit train and megavit submit, which read init_from's weights; choose one of "
-                f"{', '.join(choices(key))}"
-            )
-        if typed not in ("recipe=null", "~recipe") and read_text(value) not in choices(key):
-            raise ConfigError(_unknown(f"{key}={value}", value, choices(key), form=f"{key}={{}}"))
-        return
-    known = list(run_types())
-    if key in known:
-        return
-    if key in RENAMED:
-        raise ConfigError(f"{key} is renamed to {RENAMED[key]}: write {RENAMED[key]}={value}")
-    if key in _REMOVED:
-        raise ConfigError(f"{key} is no longer needed: {_REMOVED[key]}; leave it away")
-    if key.partition(".")[0] == "cluster":
-        raise ConfigError(f"{typed} says where a job runs, which is read by megavit submit alone")
-    if keys := [path for path in known if path.startswith(f"{key}.")]:
-        raise ConfigError(f"{typed} sets a whole section; set its keys: {', '.join(keys)}")
-    raise ConfigError(_unknown(f"the setting {key}", key, [*known, *groups()], form="{}"))
-
-
-def _unknown(what: str, typed: str, known: list[str], *, form: str) -> str:
-    last = typed.rpartition(".")[2].lower()
-    # `lr` or `trainer.lr` for `optim.lr`; of several candidates, the one with the nearest path.
-    same = [path for path in known if path.rpartition(".")[2] == last]
-    elsewhere = next((path for path in known if path == _CALLED_ELSEWHERE.get(last)), None)
-    near = suggest(typed, same, cutoff=0) or elsewhere or suggest(typed, known, cutoff=0.5)
-    hint = f"did you mean {form.format(near)}?" if near else f"known: {', '.join(known)}"
-    return f"{what} does not exist; {hint}"
-
-
-def _explain(error: Exception, settings: Iterable[Setting] = ()) -> str:
-    """Extract setting, value and expected type from a message of Hydra or OmegaConf."""
-    # OmegaConf's message, at the bottom of the chain, names value and type; Hydra's only names the file.
-    cause: BaseException = error
-    while cause.__cause__ is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
-    text = str(cause)
-    other_task = _explain_other_task(text, settings)
-    if other_task is not None:
-        return other_task
-    found = re.search(r"full_key: (\S+)", text) or re.search(r"full_key: (\S+)", str(error))
-    key, first = found.group(1) if found else getattr(cause, "full_key", None), text.splitlines()[0]
-    typed = next((setting.typed for setting in settings if setting.key == key), "")
-    # OmegaConf prints 1e3 as 1000.0.
-    as_typed = f" ({typed})" if typed and typed.partition("=")[2] not in first else ""
-    return f"{key}: {first}{as_typed}" if key else first
-
-
-def _explain_other_task(text: str, settings: Iterable[Setting]) -> str | None:
-    """Describe a setting that the chosen task does not have and another one has; None for another error.
-
-    Args:
-        text: OmegaConf's message.
-        settings: as typed.
-    """
-    found = re.search(r"full_key: task\.(\w+)\s+(?:reference_type=\w+\s+)?object_type=(\w+)", text)
-    if not found or "not in" not in text:
-        return None
-    owners, chosen = tasks_with(found[1]), [name for name, row in TASKS.items() if row.config.__name__ == found[2]]
-    if not owners or not chosen:
-        return None
-    key = f"task.{found[1]}"
-    typed = next((setting.typed for setting in settings if setting.key == key), key)
-    return (
-        f"{typed} would be ignored by task.name={chosen[0]}: it is a setting of task={' and task='.join(owners)}; "
-        f"leave it away"
-    )
+__all__ = ["AUTO_MODEL", "Composition", "compose", "compose_with_sources", "fix_start_time", "hydra_initialized"]

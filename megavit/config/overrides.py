@@ -13,8 +13,10 @@ Items of a list, [a,b c,"d,e"], are separated by commas; blanks around them are 
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import PurePath
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
@@ -149,6 +151,43 @@ def sweep(typed: str, types: Mapping[str, Any]) -> list[str]:
     if "" in values:
         raise ConfigError(f"'{typed}' gives an empty value between two commas; an empty text goes in quotes")
     return [f"{key}={each}" for each in values]
+
+
+def list_items(value: str) -> list[str]:
+    """Return the texts of a list as typed: [a,"b c"].
+
+    Raises:
+        ConfigError: if it is no list.
+    """
+    return list(_items(value, value))
+
+
+def write_setting(key: str, value: Any) -> str:
+    """Return the argument that sets a setting to a value.
+
+    Args:
+        key: dotted path.
+        value: None, a bool, a number, a text, a member of an Enum, or a list or dictionary of these.
+    """
+    return (
+        write_text(key, value) if isinstance(value, str) and not isinstance(value, Enum) else f"{key}={_write(value)}"
+    )
+
+
+def _write(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, str | PurePath):
+        return _quote(str(value))
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{_write(each)}" for name, each in value.items()) + "}"
+    if isinstance(value, Sequence):
+        return f"[{','.join(map(_write, value))}]"
+    return repr(value)
 
 
 def _type_of(key: str, types: Mapping[str, Any]) -> Any:

@@ -9,9 +9,9 @@ from torch import Tensor
 from megavit.checkpoint.find import CheckpointRef, resolve_checkpoint
 from megavit.checkpoint.shards import load_weights
 from megavit.checkpoint.state import read_state
-from megavit.config.compose import from_yaml, merge
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.resolved import resolve_step
+from megavit.config.saved import from_yaml, merge
 from megavit.config.train import Compile, GradReduce
 from megavit.data.class_names import go_by_number, some
 from megavit.data.config import PIXEL_SETTINGS, DataConfig

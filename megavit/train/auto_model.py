@@ -10,8 +10,9 @@ from megavit.checkpoint.convert.external_model import written
 from megavit.checkpoint.convert.read import KINDS
 from megavit.checkpoint.find import resolve_checkpoint
 from megavit.checkpoint.manager import CheckpointManager
-from megavit.config.compose import AUTO_MODEL, compose, from_yaml
+from megavit.config.compose import AUTO_MODEL, compose
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.saved import from_yaml
 from megavit.errors import ConfigError
 from megavit.model.config import ModelConfig, Pool, Positions
 from megavit.train.pretrained import open_external

@@ -14,8 +14,8 @@ from megavit.checkpoint.save import PendingSave
 from megavit.checkpoint.shard_writer import in_background
 from megavit.checkpoint.shards import Averages
 from megavit.checkpoint.state import TrainingState
-from megavit.config.compose import to_yaml
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.saved import to_yaml
 from megavit.metrics.logger import MetricLogger
 from megavit.model.vit import EncoderStage
 

@@ -12,7 +12,7 @@ from megavit.checkpoint.convert.read import KINDS, fetch, read_external
 from megavit.checkpoint.find import CheckpointRef, resolve_checkpoint
 from megavit.checkpoint.param_mapping import Dims, from_timm, to_timm_name
 from megavit.checkpoint.state import read_state
-from megavit.config.compose import from_yaml
+from megavit.config.saved import from_yaml
 from megavit.data.class_names import are_numbers
 from megavit.data.config import PIXEL_SETTINGS
 from megavit.errors import ConfigError

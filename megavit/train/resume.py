@@ -5,9 +5,9 @@ from pathlib import Path
 
 from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.state import TrainingState, read_state
-from megavit.config.compose import from_yaml
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.resolved import resolve_num_steps
+from megavit.config.saved import from_yaml
 from megavit.data.class_names import describe_change
 from megavit.errors import ConfigError
 from megavit.train.resume_rules import Rule, changes

@@ -3,8 +3,8 @@
 from enum import Enum
 from typing import Any
 
-from megavit.config.compose import flatten
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.settings import flatten
 from megavit.validation import format_value
 
 

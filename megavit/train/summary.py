@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from megavit.config.compose import flatten
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.resolved import ResolvedRun
+from megavit.config.settings import flatten
 from megavit.config.train import Precision
 from megavit.config.untested import untested
 from megavit.data.sources.base import Source

@@ -11,9 +11,10 @@ from megavit.checkpoint import shards
 from megavit.checkpoint.manager import CheckpointManager
 from megavit.checkpoint.shards import Averages
 from megavit.checkpoint.state import TrainingState
-from megavit.config.compose import flatten, to_yaml
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.resolved import resolve_num_images, resolve_run
+from megavit.config.saved import to_yaml
+from megavit.config.settings import flatten
 from megavit.config.train import OnNonfinite
 from megavit.data.bad_samples import BadSampleTracker
 from megavit.data.loader import Loader

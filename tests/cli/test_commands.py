@@ -252,7 +252,7 @@ def call(arguments: list[str], monkeypatch, capsys) -> tuple[int, str, str]:
 
 
 def test_every_recipe_opens_with_its_command_and_a_sentence():
-    from megavit.config.compose import choices
+    from megavit.config.search_path import choices
 
     for name in choices("recipe"):
         command, about = recipe_header(name)

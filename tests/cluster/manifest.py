@@ -7,7 +7,8 @@ import yaml
 from megavit.cluster.backend import Backend
 from megavit.cluster.job import Job, plan_job
 from megavit.cluster.registry import get_backend, split_cluster
-from megavit.config.compose import choices, compose
+from megavit.config.compose import compose
+from megavit.config.search_path import choices
 
 # Everything that a shell, YAML or Kubernetes would take for more than a letter, but for line breaks.
 EVIL = "a; touch X $(touch X) `touch X` 'q' \"r\" \\ $HOME $(HOME) $$(HOME) {{ x }} #: & | > X * ~ é"

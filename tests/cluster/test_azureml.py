@@ -10,8 +10,8 @@ import pytest
 
 from megavit.cluster.azureml_config import AzureMLConfig
 from megavit.cluster.registry import get_backend
-from megavit.config.compose import flatten
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.settings import flatten
 from megavit.errors import ConfigError
 from tests.cluster.manifest import (
     EVIL,

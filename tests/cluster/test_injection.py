@@ -14,8 +14,8 @@ from megavit.cluster.config import ClusterConfig, LocalConfig, SlurmConfig
 from megavit.cluster.job import plan_job
 from megavit.cluster.registry import get_backend
 from megavit.cluster.render import refuse_secrets
-from megavit.config.compose import flatten
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.settings import flatten
 from megavit.errors import ConfigError
 from tests.cluster.stage import Stage
 

@@ -15,7 +15,7 @@ from megavit.cluster.config import SlurmConfig
 from megavit.cluster.job import plan_job, split_sweep
 from megavit.cluster.kubernetes_config import KubernetesConfig
 from megavit.cluster.registry import get_backend
-from megavit.config.compose import choices
+from megavit.config.search_path import choices
 from megavit.errors import ConfigError
 from tests.cluster.stage import Stage
 from tests.reference import SMALL

@@ -7,8 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megavit.config.compose import choices, compose, flatten, from_yaml, groups, to_yaml
+from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.saved import from_yaml, to_yaml
+from megavit.config.search_path import choices, groups
+from megavit.config.settings import flatten
 from megavit.config.validate import validate
 from megavit.errors import ConfigError
 

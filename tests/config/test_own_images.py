@@ -3,9 +3,10 @@
 import pytest
 from PIL import Image
 
-from megavit.config.compose import compose, from_yaml, to_yaml
+from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.resolved import resolve_num_steps, resolve_pace
+from megavit.config.saved import from_yaml, to_yaml
 from megavit.config.validate import validate
 from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError

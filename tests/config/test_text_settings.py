@@ -19,9 +19,11 @@ from megavit.cluster.config import LocalConfig, SlurmConfig
 from megavit.cluster.job import plan_job, split_sweep
 from megavit.cluster.kubernetes_config import KubernetesConfig
 from megavit.cluster.registry import get_backend
-from megavit.config.compose import compose, flatten, from_yaml, merge, run_types, to_yaml
+from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.overrides import read_setting, read_text, types_of, write_text
+from megavit.config.saved import from_yaml, merge, to_yaml
+from megavit.config.settings import flatten, run_types
 from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
 from megavit.runtime.workers import literal

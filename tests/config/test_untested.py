@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megavit.config.compose import compose, flatten, from_yaml, run_types, to_yaml
+from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.resolved import resolve_step
+from megavit.config.saved import from_yaml, to_yaml
+from megavit.config.settings import flatten, run_types
 from megavit.config.untested import UNTESTED, list_untested, untested
 from megavit.config.validate import validate
 from megavit.errors import ConfigError
@@ -88,7 +90,7 @@ def test_experimental_is_answered_in_a_line(typed, tmp_path):
     output = refusal("train", *SMALL, typed, f"run.dir={tmp_path / 'run'}")
     assert output == (
         "megavit: experimental is no longer needed: a run on a GPU names the settings that have not been verified "
-        "there, and goes on; leave it away\n"
+        "there, and continues; remove it\n"
     )
     assert not (tmp_path / "run").exists()
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from megavit.config.compose import compose, from_yaml, to_yaml
+from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.saved import from_yaml, to_yaml
 from megavit.config.validate import validate
 from megavit.errors import ConfigError
 from megavit.inference.trained_run import read_config

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from megavit.config.compose import compose, from_yaml, to_yaml
+from megavit.config.compose import compose
 from megavit.config.resolved import resolve_step
+from megavit.config.saved import from_yaml, to_yaml
 from megavit.config.validate import validate
 from megavit.data.sources.digits import Digits
 from megavit.errors import ConfigError

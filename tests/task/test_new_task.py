@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from megavit.config import compose
-from megavit.config.compose import config_dir
+from megavit.config.search_path import config_dir
 from megavit.errors import ConfigError
 from megavit.task.registry import TASKS
 from tests.distributed import run_ranks

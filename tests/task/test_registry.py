@@ -5,8 +5,10 @@ from importlib import import_module
 
 import pytest
 
-from megavit.config.compose import compose, from_yaml, run_types, to_yaml
+from megavit.config.compose import compose
 from megavit.config.overrides import types_of
+from megavit.config.saved import from_yaml, to_yaml
+from megavit.config.settings import run_types
 from megavit.errors import ConfigError
 from megavit.task.base import Task
 from megavit.task.config import ClassificationConfig, LinearProbeConfig, MaeConfig

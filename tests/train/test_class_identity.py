@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megavit.config.compose import run_types
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.resolved import resolve_num_steps
+from megavit.config.settings import run_types
 from megavit.train.resume_rules import RULES
 from tests.trained import refusal, run_command, train
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megavit.config.compose import compose, to_yaml
+from megavit.config.compose import compose
+from megavit.config.saved import to_yaml
 from megavit.config.validate import validate
 from megavit.data.config import DataConfig
 from megavit.data.loader import Batch, Loader
