@@ -22,8 +22,10 @@ from megavit.cli.arguments import arguments_of, usage
 from megavit.cli.main import COMMANDS, LoadedCommand
 from megavit.cluster.config import ClusterConfig
 from megavit.cluster.registry import BACKENDS
-from megavit.config.compose import choices, compose, config_dir, flatten
+from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.search_path import choices, config_dir
+from megavit.config.settings import flatten
 from megavit.task.config import TaskConfig
 from megavit.task.registry import TASKS, config_class
 from megavit.validation import format_value
