@@ -113,7 +113,7 @@ def test_every_group_is_a_folder_and_a_field():
         (["parallel.tp=0"], 1, "parallel.tp=0 must be a finite number at least 1"),
         (["data.source=imagenet"], 1, "did you mean images?"),
         (["data.source=nothing"], 1, "known: digits"),
-        (["data.num_samples=5"], 1, "every other knows its own"),
+        (["data.num_samples=5"], 1, "all others need null"),
         (["optim.lr=nan"], 1, "optim.lr=nan must be a finite number"),
         (["train.epochs=inf"], 1, "train.epochs=inf must be a finite number"),
         (["run.ranks=0"], 1, "run.ranks=0 must be a finite number at least 1"),

@@ -54,7 +54,7 @@ def broken(image):
 
 
 class Wide(ClassificationTask):
-    """Counts beside what its parent counts."""
+    """Also count the calls that its parent counts."""
 
     def metrics(self, totals):
         return {**super().metrics(totals), "seen": totals["count"]}
@@ -184,7 +184,7 @@ def test_a_transforms_draws_are_functions_of_the_sample_and_torchvisions_objects
     assert all(torch.equal(a, b) for a, b in zip(first, see("my_parts:randomly", keys[::-1])[::-1], strict=True))
     assert len({int(image[0, 0, 0]) for image in first}) > 1
     assert torch.equal(see("my_parts:flipped", keys)[0][0, 0], torch.arange(56, 64, dtype=torch.uint8))
-    with pytest.raises(ConfigError, match=r"my_parts:broken made torch.float32 \[1, 8, 8\] of an image of torch.uint8"):
+    with pytest.raises(ConfigError, match=r"my_parts:broken returned torch.float32 \[1, 8, 8\] for an image"):
         see("my_parts:broken", keys)
     with pytest.raises(ConfigError, match="my_parts:number is a int; a function is needed"):
         see("my_parts:number", keys)
@@ -234,5 +234,5 @@ def test_a_source_is_added_by_a_file_and_a_row(mine, monkeypatch):
         ConfigError, match=r"data\.path=s3://here is a URL, and data\.source=scans reads this machine's"
     ):
         compose([*OWN, "data.source=scans", "data.path=s3://here"]).data.check()
-    with pytest.raises(ConfigError, match=r"data\.source of csv, parquet, arrow, hub, or one of your own; stripes has"):
+    with pytest.raises(ConfigError, match=r"data\.source of csv, parquet, arrow, hub, or your own; stripes has"):
         compose([*OWN, "data.source=stripes", "data.multi_label=true", "task.loss=bce"]).data.check()

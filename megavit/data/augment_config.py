@@ -1,4 +1,4 @@
-"""Settings of the random augmentation of training images, part of the group `data`."""
+"""Settings of random augmentation of training images, part of the group `data`."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -8,7 +8,7 @@ from megavit.validation import require_number
 
 
 class AutoAugment(Enum):
-    """Which random operations from a list are applied to training images.
+    """The policy that chooses random operations for training images.
 
     `autoaugment`: one of 25 learned pairs of operations, those of ImageNet (arXiv 1805.09501).
     `randaugment`: `randaugment_ops` of 14 operations at one magnitude (arXiv 1909.13719).
@@ -28,19 +28,19 @@ class AugmentConfig:
 
     Attributes:
         auto_augment: operations applied to training images after crop and flip; null for none.
-        randaugment_ops: operations that RandAugment draws per image.
+        randaugment_ops: number of operations that RandAugment samples per image.
         randaugment_magnitude: mean magnitude, from 0 to 10 (the 9 of timm's rand-m9-mstd0.5).
         randaugment_magnitude_std: standard deviation of each operation's magnitude (the 0.5 of rand-m9-mstd0.5).
-        randaugment_prob: probability that a drawn operation is applied; timm uses 0.5.
-        color_jitter: largest relative change of [brightness, contrast, saturation] and largest shift of the hue as a
-            share of the circle, at most 0.5; applied to training images after auto_augment; null for none.
-        random_erasing: share of the training images in which a box of 0.02 to 1/3 of the area becomes normal noise.
-        mixup: alpha of Beta(alpha, alpha), from which the share is drawn in which training images and their labels are
-            blended with their neighbour in the batch; null for no mixup.
-        cutmix: alpha of Beta(alpha, alpha), from which the share of the area is drawn in which a box of the neighbour
-            is pasted; null for no cutmix.
-        mixup_prob: share of the images that are mixed, if mixup or cutmix is set.
-        mixup_switch_prob: share of the mixed images that get cutmix, if both are set.
+        randaugment_prob: probability that a sampled operation is applied; timm uses 0.5.
+        color_jitter: largest relative change of [brightness, contrast, saturation], and largest shift of the hue as a
+            fraction of the colour circle, at most 0.5; applied to training images after auto_augment; null for none.
+        random_erasing: probability that a box of 0.02 to 1/3 of a training image's area is replaced by normal noise.
+        mixup: alpha of Beta(alpha, alpha), which gives the weight with which a training image and its label are blended
+            with its neighbour in the batch; null for no mixup.
+        cutmix: alpha of Beta(alpha, alpha), which gives the area of the box that is pasted from the neighbour; null for
+            no cutmix.
+        mixup_prob: probability that an image is mixed, if mixup or cutmix is set.
+        mixup_switch_prob: probability that a mixed image gets cutmix, if both are set.
     """
 
     auto_augment: AutoAugment | None = None
@@ -57,7 +57,7 @@ class AugmentConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether training images are mixed with each other."""
+        """Return whether training images are mixed with each other."""
         return self.mixup is not None or self.cutmix is not None
 
     def check_augmentation(self, channels: int) -> None:
@@ -79,13 +79,13 @@ class AugmentConfig:
         ):
             raise ConfigError(
                 f"data.color_jitter={jitter} must be [brightness, contrast, saturation, hue], none negative, one above "
-                f"0, the hue at most 0.5; null is none"
+                f"0, the hue at most 0.5; set it to null for none"
             )
         for setting in (f"auto_augment={name}" if name else None, f"color_jitter={jitter}" if jitter else None):
             if setting and channels not in (1, 3):
                 raise ConfigError(
-                    f"data.{setting} is made for grey and colour, and data.channels={channels}; set it to null, "
-                    f"or name a function of your own, data.transform=package.module:name"
+                    f"data.{setting} is defined for 1 and 3 channels, and data.channels={channels}; set it to null, "
+                    f"or use your own function, data.transform=package.module:name"
                 )
         if channels == 1 and jitter is not None and any(jitter[2:]):
             raise ConfigError(
@@ -94,7 +94,7 @@ class AugmentConfig:
             )
         if channels == 1 and self.auto_augment is AutoAugment.three_augment:
             raise ConfigError(
-                "data.auto_augment=three_augment takes the colour of a third of the images, and data.channels=1 has "
+                "data.auto_augment=three_augment removes the colour of a third of the images, and data.channels=1 has "
                 "none; choose randaugment or trivialaugment"
             )
 

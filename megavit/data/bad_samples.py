@@ -16,7 +16,7 @@ class BadSampleTracker:
     """The replaced images of one split since the start of the process; the same on every rank.
 
     Args:
-        loader: that replaces the images.
+        loader: the loader, which replaces the images.
         split: `train` or `val`.
         run_dir: folder of `bad_samples.jsonl`, which lists all of them.
     """
@@ -55,14 +55,14 @@ class BadSampleTracker:
 
     @property
     def too_many(self) -> str | None:
-        """Return why the run must stop; None if it may go on."""
+        """Return why the run must stop; None if it may continue."""
         bad, total, limit = len(self._known), len(self._loader.source), self._loader.config.max_bad_fraction
         if limit is None or bad <= limit * total:
             return None
         return (
             f"{bad} of {total} {self._split} images are bad, {bad / total:.2%}, and data.max_bad_fraction={limit} "
-            f"allows {int(limit * total)}; {self._file} lists them. Mend them or raise the limit; the last "
-            f"checkpoint is whole"
+            f"allows {int(limit * total)}; {self._file} lists them. Repair them or raise the limit, and resume from "
+            f"the last checkpoint"
         )
 
     def _list(self, new: list[BadSample], step: int) -> None:

@@ -25,8 +25,8 @@ def find_places(classes: Sequence[str], trained: Sequence[str]) -> list[int] | N
 def go_by_number(classes: Sequence[str], trained: Sequence[str]) -> bool:
     """Return whether the data's classes, in order, can be those of a classifier whose classes are only numbered.
 
-    There must be as many. Names that are numbers themselves, such as 007, must increase: folders are sorted as text
-    (0, 1, 10, 2).
+    Both must have the same number of classes. Names that are numbers, such as 007, must increase: folders are sorted as
+    text (0, 1, 10, 2).
     """
     numbers = [int(name) for name in classes if name.isdecimal()]
     return len(classes) == len(trained) and not set(classes) & set(trained) and numbers == sorted(numbers)

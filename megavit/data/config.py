@@ -1,4 +1,4 @@
-"""Settings of the data: source, split, preprocessing, loading."""
+"""Settings of the data: source, splits, preprocessing and loading."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -18,7 +18,7 @@ class Interpolation(Enum):
 
 
 class OnBadSample(Enum):
-    """For an image that cannot be read: stop the run, or use another image of its class."""
+    """The action for an image that cannot be read: stop the run, or use another image of its class."""
 
     stop = "stop"
     skip = "skip"
@@ -34,44 +34,44 @@ class DataConfig(AugmentConfig):
 
     Attributes:
         source: digits; synthetic; folder, a folder per class; csv, lines of path and label; images, without labels;
-            tar, WebDataset shards; parquet; arrow, a folder left by datasets' save_to_disk; hub, an id of the Hugging
-            Face hub; or package.module:name, a user's source (see docs/extending.md).
+            tar, WebDataset shards; parquet; arrow, a folder written by datasets' save_to_disk; hub, an id of the
+            Hugging Face hub; or package.module:name, a user's source (see docs/extending.md).
         path: the folder, file or id; for csv and tar also a URL, http://… or s3://… for example; null for digits and
             synthetic.
-        val_fraction: share of each class to validate on, if the path holds one set of images; 0 trains on all and
-            does not validate. Else null.
-        image_size: [height, width] in pixels, as the network sees it.
-        channels: of an image; images are converted to 1 (grey) or 3 (colour); any other number must be that of the
-            files.
-        mean: per channel, of values in [0, 1].
-        std: per channel, of values in [0, 1].
+        val_fraction: fraction of each class to validate on, if the path has one set of images; 0 trains on all and does
+            not validate. Else null.
+        image_size: [height, width] of the network's input, in pixels.
+        channels: channels of an image; images are converted to 1 (grey) or 3 (colour); with any other number the files
+            must have as many.
+        mean: mean of each channel, of values in [0, 1].
+        std: standard deviation of each channel, of values in [0, 1].
         classes: names of the classes to keep, in the order of their labels; null keeps all.
-        samples_per_class: training images to keep of each class; null keeps all.
-        fraction: share of each class's training images to keep; null keeps all.
+        samples_per_class: number of training images to keep of each class; null keeps all.
+        fraction: fraction of each class's training images to keep; null keeps all.
         repeats: consecutive views of a training image, each with its own augmentation (repeated augmentation); the
             number of images per epoch does not change.
-        multi_label: an image may have several labels, or none: in a CSV joined by |, in tables a column of lists. For
-            task.loss=bce.
-        class_balanced: in training, repeat images so that each class comes as often as the largest.
-        on_bad_sample: what to do about an image that cannot be read.
-        max_bad_fraction: with skip, share of the source's images that may be bad before the run stops; else null.
-        num_classes: of the synthetic source; null for others.
-        num_samples: of the synthetic source's training split; null for others.
-        crop_scale: [smallest, largest] share of the area of random crops of training images, which are then resized;
-            null for no random crop.
+        multi_label: whether an image may have several labels, or none: in a CSV joined by |, in tables a column of
+            lists. For task.loss=bce.
+        class_balanced: whether training repeats images so that all classes are equally frequent.
+        on_bad_sample: action for an image that cannot be read.
+        max_bad_fraction: with skip, fraction of the source's images that may be bad before the run stops; else null.
+        num_classes: number of classes of the synthetic source; null for others.
+        num_samples: number of training samples of the synthetic source; null for others.
+        crop_scale: [smallest, largest] fraction of the image's area in random crops of training images, which are then
+            resized; null for no random crop.
         reduced_decode: decode a JPEG at a half, a quarter or an eighth of its scale if the random crop is at least four
             times as high and wide as image_size; false decodes it in full, as evaluation always does.
         flip: mirror training images horizontally with probability 0.5.
-        interpolation: of every resizing, with antialiasing.
+        interpolation: interpolation of every resizing, with antialiasing.
         crop_pct: resize images to cover a frame larger than image_size by 1 / crop_pct, and take its centre, both in
             timm's rounding; null resizes the full image, ignoring its proportions. Also for training without
             crop_scale.
         transform: package.module:name of a user's function or torchvision transform, applied to training images after
             crop, flip, auto_augment and color_jitter, uint8 to uint8 of the same shape; null for none.
         random_shift: shift training images by up to this many pixels vertically and horizontally; padding is black.
-        workers: loader processes; 0 loads in the training process.
-        timeout_s: seconds to wait for a micro batch from the loader processes; the error names the image at which one
-            hangs.
+        workers: number of loader processes; 0 loads in the training process.
+        timeout_s: seconds to wait for a micro batch from the loader processes; the error names the images that they
+            were reading.
     """
 
     source: str = "digits"
@@ -126,7 +126,7 @@ class DataConfig(AugmentConfig):
             len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
         ):
             raise ConfigError(
-                f"data.crop_scale={self.crop_scale} must be [smallest, largest] share of the area, in (0, 1]"
+                f"data.crop_scale={self.crop_scale} must be [smallest, largest] fraction of the area, in (0, 1]"
             )
         self.check_pixels()
         if not 0 <= self.random_shift < min(self.image_size):
@@ -136,8 +136,8 @@ class DataConfig(AugmentConfig):
         for key in ("num_classes", "num_samples"):
             if not is_plugin(self.source) and (getattr(self, key) is None) == SOURCES[self.source].takes_size:
                 raise ConfigError(
-                    f"data.{key}={getattr(self, key)} with data.source={self.source}: the synthetic source needs it, "
-                    f"every other knows its own"
+                    f"data.{key}={getattr(self, key)} with data.source={self.source}: the synthetic source needs a "
+                    f"number, all others need null"
                 )
 
     def check_pixels(self) -> None:
@@ -164,7 +164,7 @@ class DataConfig(AugmentConfig):
         if spec.takes_path and "://" in str(self.path) and not spec.reads_urls:
             raise ConfigError(
                 f"data.path={self.path} is a URL, and data.source={self.source} reads this machine's files; copy them "
-                f"here, or pack them as tar shards: data=tar reads those from afar"
+                f"here, or pack them as tar shards: data=tar reads remote ones"
             )
         for key in ("path", "val_fraction"):
             if not spec.takes_path and getattr(self, key) is not None:
@@ -189,7 +189,7 @@ class DataConfig(AugmentConfig):
         skips = self.on_bad_sample is OnBadSample.skip
         if skips and self.max_bad_fraction is None:
             raise ConfigError(
-                "data.on_bad_sample=skip needs data.max_bad_fraction, the share of the images that may be bad before "
+                "data.on_bad_sample=skip needs data.max_bad_fraction, the fraction of images that may be bad before "
                 "the run stops: 0.01 for example"
             )
         if not skips and self.max_bad_fraction is not None:
@@ -204,18 +204,18 @@ class DataConfig(AugmentConfig):
         if not is_plugin(self.source) and not SOURCES[self.source].multi_label:
             several = [name for name, spec in SOURCES.items() if spec.multi_label]
             raise ConfigError(
-                f"data.multi_label=true needs a data.source of {', '.join(several)}, or one of your own; "
+                f"data.multi_label=true needs a data.source of {', '.join(several)}, or your own; "
                 f"{self.source} has one label for each image"
             )
         parts = {"classes": None, "samples_per_class": None, "fraction": None, "class_balanced": False}
         for key, off in parts.items():
             if getattr(self, key) != off:
                 raise ConfigError(
-                    f"data.{key}={getattr(self, key)} goes by the one class of an image, and with "
-                    f"data.multi_label=true there is none; set it to {format_value(off)}"
+                    f"data.{key}={getattr(self, key)} needs one class per image, and with data.multi_label=true an "
+                    f"image may have several; set it to {format_value(off)}"
                 )
         if self.on_bad_sample is OnBadSample.skip:
             raise ConfigError(
-                "data.on_bad_sample=skip puts another image of the same class in place, and with data.multi_label=true "
-                "none has the same labels; set it to stop"
+                "data.on_bad_sample=skip replaces an image by another of its class, and with data.multi_label=true an "
+                "image may have several; set it to stop"
             )

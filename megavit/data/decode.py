@@ -39,7 +39,7 @@ _TURNS = {
     7: (True, (0, 1)),
     8: (True, (0,)),
 }
-# libjpeg's reductions, the largest first; and the least number of decoded pixels per resized pixel and side.
+# libjpeg's reductions, the largest first; and the smallest number of decoded pixels per resized pixel and side.
 _REDUCTIONS, _REDUCED_PER_PIXEL = (8, 4, 2), 2
 
 
@@ -57,8 +57,8 @@ class Jpeg:
     """A JPEG whose header has been read: its size is known before it is decoded.
 
     Attributes:
-        height: of the upright image.
-        width: of the upright image.
+        height: height of the upright image, in pixels.
+        width: width of the upright image, in pixels.
     """
 
     def __init__(self, content: bytes, header: Image.Image, *, channels: int, name: str) -> None:
@@ -77,8 +77,8 @@ class Jpeg:
             try:
                 pixels = decode_jpeg(torch.frombuffer(bytearray(self._content), dtype=torch.uint8), self._read_mode)
             except RuntimeError:
-                # Of 160,000 JPEGs broken at random it refused 120 that Pillow 13 takes; and it took one that Pillow
-                # refuses, as it cannot write the EXIF back. So Pillow judges, and words the error.
+                # Of 160,000 randomly corrupted JPEGs torchvision refused 120 that Pillow 13 accepts, and accepted one
+                # that Pillow refuses because it cannot write the EXIF back. So Pillow decides, and words the error.
                 with _opened(io.BytesIO(self._content)) as opened:
                     return _planes(_pixels(opened, self._channels))
             return _planes(self._upright(pixels.permute(1, 2, 0)))
@@ -135,21 +135,23 @@ class Jpeg:
 def decode_image(encoded: Path | bytes, *, channels: int, name: str) -> Tensor:
     """Decode one image to image_CYX, uint8, upright.
 
-    Images are converted to grey (1 channel) or colour (3); for any other number they must have as many channels. The
-    EXIF orientation is applied; 16-bit grey is scaled to 8 bits, which Pillow would saturate; floats, signed and
-    32-bit integers are refused, since their black and white are not defined; alpha is dropped, CMYK and palettes are
-    converted to RGB, and the first frame of an animation is taken. NumPy's .npy files hold [row, column, channel] or
-    [row, column] of uint8 or uint16. The memory format is channels last: torchvision resizes such images in half the
-    time.
+    Images are converted to grey (1 channel) or colour (3); with any other number they must have as many channels. The
+    EXIF orientation is applied. 16-bit grey is scaled to 8 bits, which Pillow would saturate. Floats, signed and
+    32-bit integers are refused, because their black and white are not defined. Alpha is dropped, CMYK and palettes are
+    converted to RGB, and the first frame of an animation is used. NumPy's .npy files contain [row, column, channel] or
+    [row, column] of uint8 or uint16. The memory format is channels last, which torchvision resizes in half the time.
 
     Args:
         encoded: a file, or a file's content.
-        channels: 1 for grey, 3 for colour, or what the images have.
-        name: of the image, for the error.
+        channels: 1 for grey, 3 for colour, or the number of channels of the images.
+        name: name of the image, for the error.
+
+    Returns:
+        image_CYX, uint8, in its original size.
 
     Raises:
-        ConfigError: if it cannot be read, is too large to be decoded safely, has pixels of another type, or another
-            number of channels.
+        ConfigError: if the image cannot be read, is too large to be decoded safely, or has pixels of another type or
+            another number of channels.
     """
     image = open_image(encoded, channels=channels, name=name)
     return image.decode() if isinstance(image, Jpeg) else image
@@ -160,11 +162,14 @@ def open_image(encoded: Path | bytes, *, channels: int, name: str) -> Tensor | J
 
     Args:
         encoded: a file, or a file's content.
-        channels: 1 for grey, 3 for colour, or what the images have.
-        name: of the image, for the error.
+        channels: 1 for grey, 3 for colour, or the number of channels of the images.
+        name: name of the image, for the error.
+
+    Returns:
+        image_CYX, uint8; a `Jpeg` for a JPEG that need not be converted.
 
     Raises:
-        ConfigError: as `decode_image` does.
+        ConfigError: for the reasons of `decode_image`.
     """
     with _refused_by(name), encoded.open("rb") if isinstance(encoded, Path) else io.BytesIO(encoded) as file:
         magic = file.read(len(_NUMPY_MAGIC))
@@ -184,7 +189,7 @@ def open_image(encoded: Path | bytes, *, channels: int, name: str) -> Tensor | J
         has = f"{pixels.shape[2]} channels" if pixels.ndim == 3 else f"the shape {list(pixels.shape)}"
         raise ConfigError(
             f"{name} has {has}, and data.channels={channels}; set data.channels, data.mean and data.std to "
-            f"fit, or take it away"
+            f"fit, or remove it"
         )
     return _planes(pixels)
 
@@ -197,8 +202,8 @@ def _refused_by(name: str) -> Iterator[None]:
     except Exception as error:
         # Any exception: for one of 60,000 randomly corrupted images Pillow 13 raised a TypeError.
         # Pillow's message names an object in memory.
-        message = "it is in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-        raise ConfigError(f"{name} cannot be read as an image: {message}; mend it or take it away") from error
+        message = "Pillow does not know its format" if isinstance(error, UnidentifiedImageError) else error
+        raise ConfigError(f"{name} cannot be read as an image: {message}; repair or remove it") from error
 
 
 def _opened(file: IO[bytes]) -> Image.Image:
@@ -208,15 +213,15 @@ def _opened(file: IO[bytes]) -> Image.Image:
         opened = Image.open(file)
     if opened.width * opened.height > _MAX_PIXELS:
         raise ValueError(
-            f"it has {opened.width:,} × {opened.height:,} pixels, and {_MAX_PIXELS:,} are decoded at most; make it "
-            f"smaller once"
+            f"it has {opened.width:,} × {opened.height:,} pixels, and {_MAX_PIXELS:,} are decoded at most; resize it "
+            f"beforehand"
         )
     return opened
 
 
 def _pixels(opened: Image.Image, channels: int) -> np.ndarray:
     _refuse_unscaled(opened)
-    # Pillow does so only for 8 bits.
+    # Pillow inverts such images only if they have 8 bits.
     inverts = opened.mode in _SIXTEEN_BIT and _tiff_tag(opened, PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO
     image = ImageOps.exif_transpose(opened)
     if image.mode in (*_SIXTEEN_BIT, "I"):
@@ -227,14 +232,12 @@ def _pixels(opened: Image.Image, channels: int) -> np.ndarray:
 
 
 def _refuse_unscaled(opened: Image.Image) -> None:
-    """Raise ConfigError for pixels that Pillow would clamp or wrap: only unsigned 8- and 16-bit integers have a known
-    black and white.
-    """
+    """Raise ValueError for pixels that Pillow would clamp or wrap: floats, signed and 32-bit integers."""
     is_wide = opened.mode == "F" or (opened.mode == "I" and opened.format not in _SIXTEEN_IN_32)
     if is_wide or _tiff_tag(opened, SAMPLEFORMAT) not in (None, _UNSIGNED):
         raise ValueError(
-            f"its pixels are floats or signed or 32-bit integers (Pillow's mode {opened.mode}), of which nobody knows "
-            f"what is black and what is white; save it as uint8 or uint16"
+            f"its pixels are floats or signed or 32-bit integers (Pillow's mode {opened.mode}), whose black and white "
+            f"are not defined; save it as uint8 or uint16"
         )
 
 
@@ -251,7 +254,7 @@ def _array(file: IO[bytes]) -> np.ndarray:
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
         pixels = _to_8_bit(pixels)
     if pixels.dtype != np.uint8 or pixels.size == 0:
-        raise ValueError(f"an array of {pixels.dtype} {list(pixels.shape)} is no image; uint8 or uint16 is")
+        raise ValueError(f"an array of {pixels.dtype} {list(pixels.shape)} is no image; save it as uint8 or uint16")
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 

@@ -1,4 +1,4 @@
-"""The loader: every rank knows which samples are due, one rank of each tensor-parallel group reads them.
+"""Load micro batches: one rank of each tensor-parallel group reads the samples and broadcasts them to its peers.
 
 Shapes: B images of a micro batch, C channels, Y rows, X columns.
 """
@@ -23,13 +23,13 @@ class Batch:
     """One micro batch, on the device, with the fields that this rank's stage needs.
 
     Attributes:
-        images_BCYX: uint8; None where the stage needs no images.
-        targets: by name, those that the stage needs. `labels` is int64 labels_B; with `data.multi_label` uint8
-            labels_BK, 1 for each of an image's labels. A dense target is target_BYX, in the source's type, in the
-            images' size.
+        images_BCYX: uint8; None if the stage needs no images.
+        targets: the targets that the stage needs, by name. `labels` is int64 labels_B; with `data.multi_label` it is
+            uint8 labels_BK, 1 for each of an image's labels. A dense target is target_BYX, in the source's type and in
+            the images' size.
         counted_B: bool, False for the padding at the end of an evaluation.
-        keys: which samples these are, known on every rank.
-        augmented: whether they are to train on, so that the device erases and mixes them.
+        keys: keys of the samples, known on every rank.
+        augmented: whether the batch is for training, so that the device erases and mixes its images.
     """
 
     images_BCYX: Tensor | None
@@ -39,7 +39,7 @@ class Batch:
     augmented: bool = False
 
     def key_columns(self) -> tuple[Tensor, ...]:
-        """The keys as int64 tensors on the CPU: sample_ids_B, epochs_B, occurrences_B."""
+        """Return the keys as int64 tensors on the CPU: sample_ids_B, epochs_B, occurrences_B."""
         return torch.tensor([(key.sample_id, key.epoch, key.occurrence) for key in self.keys]).unbind(dim=1)
 
 
@@ -49,12 +49,12 @@ class Loader:
     Args:
         source: the samples.
         config: the data group.
-        layout: this rank's place; a data-parallel rank takes every dp-th micro batch.
-        fields: what this rank's stage reads.
+        layout: this rank's place; a data-parallel rank reads every dp-th micro batch.
+        fields: fields that this rank's stage reads.
         micro_batch: images per micro batch.
         seed: `run.seed`.
-        train: in the order of training and augmented, or once in the source's own order.
-        indices: without training, these samples alone.
+        train: True for augmented samples in training order, False for each sample once in the source's order.
+        indices: the samples to evaluate; None for all.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class Loader:
         self._reads = layout.tp_rank == 0 and (fields.images or bool(fields.targets))
 
     def train_batches(self, consumed_samples: int, *, num_steps: int, global_batch: int) -> Iterator[Batch]:
-        """This rank's micro batches of the next steps, without an end of epoch.
+        """Yield this rank's micro batches of the next steps, across the ends of epochs.
 
-        Micro batch k of a step holds positions k·B to (k+1)·B of the step and belongs to data-parallel rank k mod dp.
+        Micro batch k of a step has positions k·B to (k+1)·B of the step and belongs to data-parallel rank k mod dp.
 
         Args:
             consumed_samples: position to start from.
-            num_steps: steps to yield.
+            num_steps: number of steps.
             global_batch: images per step over all ranks.
         """
         assert self.order is not None
@@ -101,14 +101,14 @@ class Loader:
         yield from self._load(rows(), lambda row: everything)
 
     def evaluation_batches(self) -> Iterator[Batch]:
-        """This rank's share of the whole source, once: padded to whole micro batches, the padding not counted."""
+        """Yield this rank's part of the source once, padded to full micro batches; `counted_B` excludes the padding."""
         size, ids, device = self.micro_batch, self._evaluated, self.layout.device
         total = len(ids)
 
         def rows() -> Iterator[list[SampleKey]]:
             for index in range(self.num_evaluation_batches):
                 first = (index * self.layout.dp + self.layout.dp_rank) * size
-                # Padding repeats the last sample; its epoch −1 marks it.
+                # Padding repeats the last sample, with epoch −1 as its mark.
                 places = range(first, first + size)
                 yield [SampleKey(ids[i], 0) if i < total else SampleKey(ids[-1], -1) for i in places]
 
@@ -116,9 +116,9 @@ class Loader:
 
     @property
     def num_evaluation_batches(self) -> int:
-        """Micro batches per data-parallel rank that cover the source; the same on every rank.
+        """Return the number of micro batches per data-parallel rank that cover the source; the same on every rank.
 
-        An interleaved pipeline takes them in multiples of its ranks; the last may be padding alone.
+        An interleaved pipeline needs a multiple of its number of ranks; the last micro batches may be padding only.
         """
         covering = -(-len(self._evaluated) // (self.micro_batch * self.layout.dp))
         group = self.layout.pp if self.layout.vpp > 1 else 1
@@ -146,12 +146,12 @@ class Loader:
             yield Batch(images, targets, counted(row), row, self._samples.augment)
 
     def pop_bad_samples(self) -> list[BadSample]:
-        """What was replaced on this rank since the last call."""
+        """Return the samples that were replaced on this rank since the last call."""
         bad, self._bad = self._bad, []
         return bad
 
     def _share(self, read: MicroBatch | None) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Move a micro batch to the device and, from tensor-parallel rank 0, to its peers, where it is None."""
+        """Move a micro batch to the device, and broadcast it from tensor-parallel rank 0; its peers pass None."""
         images = None
         if self.fields.images:
             shape = (self.micro_batch, self.config.channels, *self.config.image_size)
@@ -193,7 +193,7 @@ def _training_order(source: Source, config: DataConfig, *, seed: int) -> Determi
 
 
 def _copy_ahead(reads: Iterator[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
-    """Copy micro batches to a GPU, each while the one before it is computed."""
+    """Copy each micro batch to the GPU while the one before it is computed."""
     stream = torch.cuda.Stream(device)
     ahead: tuple[MicroBatch, torch.cuda.Event] | None = None
     for read in reads:
@@ -210,6 +210,6 @@ def _arrived(read: MicroBatch, copied: torch.cuda.Event) -> MicroBatch:
     computing = torch.cuda.current_stream()
     computing.wait_event(copied)
     for tensor in read.tensors:
-        # Its memory is the copying stream's, and must not be reused before this one is done with it.
+        # The memory belongs to the copying stream, which must not reuse it before the computing stream is done with it.
         tensor.record_stream(computing)
     return read

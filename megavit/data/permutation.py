@@ -1,4 +1,4 @@
-"""Shuffle without a list: a permutation computed for each number on its own.
+"""Shuffle without a list: compute a permutation for each number separately.
 
 Shapes: N numbers.
 """
@@ -9,11 +9,11 @@ from megavit.parallel.rng import SPLITMIX64
 
 _INCREMENT, _MIX_1, _MIX_2 = map(np.uint64, SPLITMIX64)
 
-# Four rounds make a random permutation of a large domain. Even, so that halves of unequal width are in place again.
+# Four rounds make a random permutation of a large domain. An even number puts halves of unequal width back in place.
 _ROUNDS = 6
 
-# Up to this size a list is shuffled: in a domain of 3 bits some orders came ten times too often, and in a larger domain
-# cycle walking takes too many steps.
+# Up to this size a list is shuffled: in a domain of 3 bits some orders were ten times too frequent, and in a domain
+# that is much larger than the size cycle walking takes too many steps.
 _LISTED = 4096
 
 
@@ -22,7 +22,7 @@ class FeistelPermutation:
 
     Args:
         size: n, at least 1.
-        key: chooses the permutation.
+        key: numbers that select the permutation.
 
     Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002.
     """

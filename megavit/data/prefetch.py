@@ -1,4 +1,4 @@
-"""Sample keys to images as the network sees them, here or in worker processes."""
+"""Read and transform the samples of micro batches, in this process or in worker processes."""
 
 import signal
 import time
@@ -23,15 +23,15 @@ from megavit.errors import ConfigError
 from megavit.parallel.rng import RandomStream, hash_int64
 from megavit.validation import format_value
 
-# A class of which so many in a row cannot be read has more wrong with it than an image.
+# Number of replacement images that are tried: if none can be read, the problem is larger than single images.
 _TRIES = 20
 
-# How often a wait for the workers looks whether they live, and what torch 2.15 says of those that do not.
+# Seconds between checks that the workers are alive, and the messages of torch 2.15 if they are not.
 _LOOK_S = 5.0
 _TIMED_OUT, _DIED = "DataLoader timed out", "DataLoader worker (pid"
 
 
-# The target that a source gives by `label` or `labels`.
+# Name of the target that a source's `label` or `labels` returns.
 LABELS = "labels"
 
 
@@ -41,7 +41,7 @@ class RequiredFields:
 
     Attributes:
         images: whether it reads images.
-        targets: names of the targets that it reads: `labels`, or those of the source's dense targets.
+        targets: names of the targets that it reads: `labels`, or the source's dense targets.
     """
 
     images: bool
@@ -50,12 +50,12 @@ class RequiredFields:
 
 @dataclass(frozen=True)
 class BadSample:
-    """An image that could not be read, and the one in its place.
+    """An image that could not be read, and its replacement.
 
     Attributes:
-        sample_id: its index in the source.
-        reason: its name and what is wrong with it.
-        replaced_by: the other's index.
+        sample_id: the image's index in the source.
+        reason: the image's name and the error.
+        replaced_by: the replacement's index.
     """
 
     sample_id: int
@@ -65,12 +65,12 @@ class BadSample:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro batch as it was read.
+    """A micro batch after reading, on the CPU.
 
     Attributes:
-        images: uint8 images_BCYX; None where they are not read.
-        targets: by name: `labels`, int64 labels_B or uint8 labels_BK; a dense target, target_BYX.
-        bad: samples that were replaced in it.
+        images: uint8 images_BCYX; None if they are not read.
+        targets: targets by name: `labels`, int64 labels_B or uint8 labels_BK; a dense target, target_BYX.
+        bad: samples that were replaced.
     """
 
     images: Tensor | None
@@ -78,29 +78,29 @@ class MicroBatch:
     bad: list[BadSample]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        """Return it with each tensor changed."""
+        """Return the micro batch with `change` applied to each tensor."""
         images = None if self.images is None else change(self.images)
         return replace(self, images=images, targets={name: change(target) for name, target in self.targets.items()})
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Its tensors."""
+        """Return the images, if any, and the targets."""
         return [*([] if self.images is None else [self.images]), *self.targets.values()]
 
     def pin_memory(self) -> "MicroBatch":
-        """The same in memory that a GPU copies from by itself; DataLoader asks for it."""
+        """Return the micro batch in pinned memory; DataLoader calls this."""
         return self.map(Tensor.pin_memory)
 
 
 class SampleDataset(Dataset[MicroBatch]):
-    """What DataLoader asks for micro batches.
+    """The dataset from which DataLoader reads micro batches.
 
     Args:
         source: the samples.
         config: the data group.
-        fields: what this rank's stage reads.
+        fields: fields that this rank's stage reads.
         seed: `run.seed`.
-        augment: look at them at random, or alike always.
+        augment: whether images are augmented, as in training.
     """
 
     def __init__(self, source: Source, config: DataConfig, fields: RequiredFields, *, seed: int, augment: bool) -> None:
@@ -115,13 +115,13 @@ class SampleDataset(Dataset[MicroBatch]):
         self._dense = [name for name in fields.targets if name != LABELS]
         _check_dense(self._dense, source, config)
         self._labels: np.ndarray | None = None
-        # Which sample each worker is at, for whoever asks after its end; −1 for none.
+        # The sample that each worker is reading, for the error if the worker dies; −1 for none.
         self.at = torch.full((max(1, config.workers),), -1, dtype=torch.int64).share_memory_()
 
     def __getitems__(self, keys: list[SampleKey]) -> MicroBatch | ConfigError:
-        """Read a micro batch, called by DataLoader.
+        """Read a micro batch; DataLoader calls this.
 
-        A user's error comes back as a value: raised in a worker, DataLoader would bury its message in a traceback.
+        A ConfigError is returned, not raised: DataLoader would bury its message in a worker's traceback.
         """
         try:
             return self._read(keys)
@@ -130,7 +130,7 @@ class SampleDataset(Dataset[MicroBatch]):
 
     def _read(self, keys: list[SampleKey]) -> MicroBatch:
         names = self.fields.targets
-        # Draws are made for all of the micro batch at once.
+        # Compute the seeds of the micro batch at once.
         draws = self.view.sample_seeds(keys, seed=self.seed) if self.fields.images or self._dense else []
         targets = {
             name: self._dense_target(name, keys, draws) if name in self._dense else self._labels_of(keys)
@@ -139,11 +139,11 @@ class SampleDataset(Dataset[MicroBatch]):
         if not self.fields.images:
             return MicroBatch(None, targets, [])
         bad: list[BadSample] = []
-        # Images are read one by one: as they were taken, the memory may not hold them together.
+        # Read images one by one: in their original sizes they may not fit into memory together.
         with self.view.drawing():
             images = [self.view.augment(self._cut(key, draw, bad)) for key, draw in zip(keys, draws, strict=True)]
         images = self._shift(images, keys)
-        # Not torch.stack: in a worker this writes into memory that is shared, which else is one more copy.
+        # Not torch.stack: in a worker default_collate writes into shared memory and so saves a copy.
         return MicroBatch(default_collate(images), targets, bad)
 
     def _shift(self, images: list[Tensor], keys: list[SampleKey]) -> list[Tensor]:
@@ -153,7 +153,7 @@ class SampleDataset(Dataset[MicroBatch]):
         return [shift_image(image, *shift) for image, shift in zip(images, shifts, strict=True)]
 
     def _dense_target(self, name: str, keys: list[SampleKey], draws: list[int]) -> Tensor:
-        """Return target_BYX, cropped, flipped and shifted as the images are; what enters by a shift is 0."""
+        """Return target_BYX, cropped, flipped and shifted as the images are; a shift pads with 0."""
         with self.view.drawing():
             cut = [
                 self.view.crop_target(self._read_target(name, key.sample_id), draw).unsqueeze(0)
@@ -171,7 +171,7 @@ class SampleDataset(Dataset[MicroBatch]):
         return target
 
     def _labels_of(self, keys: list[SampleKey]) -> Tensor:
-        """int64 labels_B; or uint8 labels_BK, 1 for each of an image's labels, where it may have several."""
+        """Return int64 labels_B, or with `data.multi_label` uint8 labels_BK, 1 for each of an image's labels."""
         if not self.config.multi_label:
             return torch.tensor([self.source.label(key.sample_id) for key in keys])
         labels_BK = torch.zeros(len(keys), len(self.source.classes), dtype=torch.uint8)
@@ -180,7 +180,7 @@ class SampleDataset(Dataset[MicroBatch]):
         return labels_BK
 
     def _cut(self, key: SampleKey, draw: int, bad: list[BadSample]) -> Tensor:
-        """What the view cuts from the sample's image; where that cannot be read and the user wants it so, another's."""
+        """Read and crop the sample's image, or a replacement if it cannot be read and on_bad_sample is skip."""
         tried: list[tuple[int, str]] = []
         for sample_id in self._candidates(key):
             try:
@@ -197,18 +197,16 @@ class SampleDataset(Dataset[MicroBatch]):
             if cut is None:
                 assert isinstance(image, Tensor)
                 raise ConfigError(
-                    f"sample {sample_id} of data.source={self.config.source} is {image.dtype} {list(image.shape)}, "
-                    f"and uint8 [{self.config.channels}, rows, columns] is due (data.channels={self.config.channels})"
+                    f"sample {sample_id} of data.source={self.config.source} is {image.dtype} {list(image.shape)}, and "
+                    f"uint8 [{self.config.channels}, rows, columns] is needed (data.channels={self.config.channels})"
                 )
             return cut
-        raise ConfigError(
-            f"{tried[0][1]}; nor can {len(tried) - 1} others of its class be read that were to take its place"
-        )
+        raise ConfigError(f"{tried[0][1]}; {len(tried) - 1} replacements of its class cannot be read either")
 
     def _candidates(self, key: SampleKey) -> Iterator[int]:
-        """The sample, and what takes its place: a function of its key, like it in class.
+        """Yield the sample and its replacements, a function of its key; all are of its class.
 
-        The last pipeline stage reads labels alone, and would have to be told of another label.
+        The last pipeline stage reads only labels, so a replacement with another label would need communication.
         """
         yield key.sample_id
         alike = self._of_class(self.source.label(key.sample_id))
@@ -218,7 +216,7 @@ class SampleDataset(Dataset[MicroBatch]):
             yield int(alike[draw % len(alike)])
 
     def _of_class(self, label: int) -> np.ndarray:
-        # Only where an image is bad: a million labels take a second to ask for.
+        # Read only if an image is bad: a million labels take a second.
         if self._labels is None:
             self._labels = all_labels(self.source)
         return np.flatnonzero(self._labels == label)
@@ -242,34 +240,34 @@ class SampleDataset(Dataset[MicroBatch]):
 
 
 def _check_dense(names: list[str], source: Source, config: DataConfig) -> None:
-    """Refuse dense targets that the source lacks, and settings that change an image and not its target."""
+    """Raise ConfigError for dense targets that the source lacks, and for settings that change only the image."""
     for name in names:
         if name not in dense_targets(source):
             known = ", ".join(dense_targets(source)) or "none"
             raise ConfigError(
-                f"the task needs the target {name} for each pixel, and data.source={config.source} has {known}; choose "
-                f"data with it, or another task"
+                f"the task needs the dense target {name}, and data.source={config.source} has {known}; choose data "
+                f"with it, or another task"
             )
     for key in ("auto_augment", "transform") if names else ():
         value = getattr(config, key)
         if value is not None:
             raise ConfigError(
-                f"data.{key}={format_value(value)} would move an image and leave its target {names[0]}; set it to null"
+                f"data.{key}={format_value(value)} would change an image but not its target {names[0]}; set it to null"
             )
     if names and config.on_bad_sample is OnBadSample.skip:
         raise ConfigError(
-            f"data.on_bad_sample=skip puts another image of the same class in place of a bad one, and the target "
-            f"{names[0]} is the image's own; set it to stop"
+            f"data.on_bad_sample=skip replaces a bad image by another of its class, which has another target "
+            f"{names[0]}; set it to stop"
         )
 
 
 def prefetch(samples: SampleDataset, batches: Iterator[list[SampleKey]], *, pins: bool) -> Iterator[MicroBatch]:
-    """Read micro batches in order, in `data.workers` processes beside this one.
+    """Read micro batches in order, in `data.workers` processes, or in this process if there are none.
 
     Args:
-        samples: what is read.
-        batches: the keys of each.
-        pins: leave them in memory that a GPU copies from by itself.
+        samples: the dataset.
+        batches: the keys of each micro batch.
+        pins: whether to put them into pinned memory.
 
     Raises:
         ConfigError: if an image cannot be read.
@@ -284,13 +282,13 @@ def prefetch(samples: SampleDataset, batches: Iterator[list[SampleKey]], *, pins
             num_workers=workers,
             timeout=min(_LOOK_S, samples.config.timeout_s) if workers else 0,
             pin_memory=pins,
-            # DataLoader draws a seed for its workers when it starts; from the default generator that would move the
-            # dropout of the step in which it happens to start, and a resumed run would not be bit-equal.
+            # DataLoader samples a seed for its workers when it starts. From the default generator this would change
+            # the dropout of the step in which it starts, and a resumed run would not be bit-equal.
             generator=torch.Generator(),
             collate_fn=_as_it_is,  # type: ignore[arg-type]
         )
     )
-    # torch's own handler raises wherever this process happens to be when a worker ends, even where it cleans up.
+    # torch's own handler raises an error anywhere in this process when a worker ends, even during cleanup.
     signal.signal(signal.SIGCHLD, before)
     while True:
         try:
@@ -303,7 +301,7 @@ def prefetch(samples: SampleDataset, batches: Iterator[list[SampleKey]], *, pins
 
 
 def _next(reads: Iterator[MicroBatch | ConfigError], samples: SampleDataset) -> MicroBatch | ConfigError:
-    """Wait for the next micro batch, looking now and then whether all workers live."""
+    """Wait for the next micro batch, and check every few seconds that all workers are alive."""
     started = time.monotonic()
     while True:
         try:
@@ -318,16 +316,16 @@ def _next(reads: Iterator[MicroBatch | ConfigError], samples: SampleDataset) -> 
             names = [name_of(samples.source, at) for at in samples.at.tolist() if at >= 0]
             what = f"no micro batch came for {waited_s:.0f} s" if hangs else "a loading process died"
             raise RuntimeError(
-                f"{what}; being read: {', '.join(names) or 'nothing'}. Look at these images; where memory has run out "
-                f"lower data.workers, where reading is slow raise data.timeout_s={samples.config.timeout_s:g}"
+                f"{what}; being read: {', '.join(names) or 'nothing'}. Check these images; if memory has run out "
+                f"lower data.workers, if reading is slow raise data.timeout_s={samples.config.timeout_s:g}"
             ) from error
 
 
 def _tells_of_a_dead_worker(error: Exception, samples: SampleDataset) -> bool:
     if _DIED in str(error):
         return True
-    # What it had read before lies in its memory, and cannot be fetched any more. An error of the source in a worker
-    # says where it was caught.
+    # A micro batch in a dead worker's memory cannot be fetched any more, which raises other errors. An error of the
+    # source in a worker contains "Caught".
     return samples.config.workers > 0 and not isinstance(error, RuntimeError) and "Caught " not in str(error)
 
 

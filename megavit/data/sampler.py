@@ -1,4 +1,4 @@
-"""The order of training samples, as a pure function of (seed, position)."""
+"""Compute the order of training samples, a pure function of (seed, position)."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,13 @@ import torch
 from megavit.data.permutation import FeistelPermutation
 from megavit.parallel.rng import hash_int64
 
-# Positions that are computed at once.
+# Number of positions that are computed at once.
 _BLOCK = 4096
 
 
 @dataclass(frozen=True)
 class SampleKey:
-    """What identifies one view of one sample; augmentation draws from it and from nothing else.
+    """The identity of one view of a sample; with the seed it determines the view's augmentation.
 
     Attributes:
         sample_id: the sample's index in the source.
@@ -28,20 +28,20 @@ class SampleKey:
 
 
 class DeterministicSampler:
-    """The endless sequence of training samples: one permutation per epoch, end to end.
+    """The endless sequence of training samples: one permutation per epoch, one after the other.
 
-    Position q is the (q mod n)-th of epoch q div n, whatever the batch size, the number of ranks or of workers; so
-    a batch may straddle two epochs, and a run that resumes at its count of consumed samples repeats and skips none. The
-    permutation is not stored: a billion samples take as much memory as a thousand.
+    Position q is the (q mod n)-th sample of epoch q div n, for every batch size and number of ranks or workers. A batch
+    may span two epochs, and a run that resumes at its count of consumed samples repeats and skips none. The permutation
+    is not stored: a billion samples take as much memory as a thousand.
 
-    With repeats, an epoch is `repeats` times longer, and the views of two samples alternate. With labels, every class
-    comes as often as the largest one; each of its samples comes at least once.
+    With repeats, an epoch is `repeats` times longer, and the views of two samples alternate. With labels, all classes
+    are as frequent as the largest; each sample occurs at least once per epoch.
 
     Args:
-        num_samples: in the source.
+        num_samples: number of samples in the source.
         seed: `run.seed`.
-        repeats: views of a sample in succession.
-        labels: of all samples, to balance the classes; None for no balancing.
+        repeats: number of consecutive views of a sample.
+        labels: labels of all samples, to balance the classes; None for no balancing.
 
     Source: repeated views, arXiv 1901.09335.
     """
@@ -62,7 +62,7 @@ class DeterministicSampler:
 
     @property
     def epoch_length(self) -> int:
-        """Positions per epoch: all views of each sample, including those that balance the classes."""
+        """Return the number of positions per epoch: all views, including those that balance the classes."""
         return self._num_chosen * self.repeats
 
     def at(self, position: int) -> SampleKey:
@@ -95,11 +95,11 @@ class DeterministicSampler:
         return np.where(alone, 2 * pair, 2 * pair + turn % 2), np.where(alone, turn, turn // 2)
 
     def _balance(self, chosen: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return sample ids, and how often balancing has repeated each before in this epoch."""
+        """Return sample ids, and the number of earlier repeats of each in this epoch, made by balancing."""
         if self._labels is None:
             return chosen, np.zeros_like(chosen)
         turns, classes = np.divmod(chosen, len(self._labels))
         sizes = self._counts[classes]
-        # In each epoch other samples are repeated once more.
+        # Each epoch starts at other samples, so that the extra repeats change.
         begins = hash_int64(self.seed, epoch, torch.from_numpy(classes)).numpy() % sizes
         return self._members[self._starts[classes] + (begins + turns) % sizes], turns // sizes

@@ -177,7 +177,7 @@ def no_picture(root: Path) -> str:
 
 
 MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
-    "absent path": (lambda root: train_own(root, root / "nowhere"), "nowhere is no folder"),
+    "absent path": (lambda root: train_own(root, root / "nowhere"), "nowhere is not a folder"),
     "no path": (lambda root: ["train", *OWN, f"run.dir={root / 'run'}"], "data.source=folder needs data.path"),
     "no class folders": (lambda root: train_own(root, draw(root / "x" / "1.png").parent), "has no class folders"),
     "empty class": (with_empty_class, "cat holds no image"),
@@ -187,10 +187,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "no share to validate on": (
         lambda root: train_own(root, folder(root), "data.val_fraction=null"),
-        "say which share of each class validates, data.val_fraction=0.1",
+        "set the fraction of each class for validation, data.val_fraction=0.1",
     ),
     "corrupt image": (with_corrupt_image, ".png cannot be read as an image: "),
-    "text named .png, in a worker": (with_text_named_image, ".png cannot be read as an image: it is in no format"),
+    "text named .png, in a worker": (with_text_named_image, ".png cannot be read as an image: Pillow does not know"),
     "wrong channels": (with_wrong_channels, ".npy has 5 channels, and data.channels=3"),
     "labels out of range": (with_labels_out_of_range, "labels go from 0 to 7, and there are 2 classes"),
     "broken parquet": (with_broken_parquet, "all.parquet cannot be read as parquet"),

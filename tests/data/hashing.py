@@ -1,4 +1,4 @@
-"""A classifier that leaves a hash of every training image as the network gets it, mixed and erased."""
+"""A classifier that records a hash of every training image in the network's input, mixed and erased."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from megavit.task.classification import ClassificationTask
 
 
 class Hashing(ClassificationTask):
-    """Appends a line for each image: which it is, and its hash, to a file of this process in the folder HASHES."""
+    """Append a line with key and hash of each image to a file of this process in the folder HASHES."""
 
     def __init__(self, *arguments, **named) -> None:
         super().__init__(*arguments, **named)
@@ -26,7 +26,7 @@ class Hashing(ClassificationTask):
                         f"{key.epoch} {key.sample_id} {key.occurrence} {text}\n"
                         for key, text in zip(batch.keys, hashes, strict=True)
                     ]
-                    # In one write, so that a killed process leaves no half line.
+                    # One write, so that a killed process leaves no partial line.
                     with (folder / str(os.getpid())).open("ab", buffering=0) as file:
                         file.write("".join(rows).encode())
                 return images
@@ -35,7 +35,7 @@ class Hashing(ClassificationTask):
 
 
 def train_and_hash(settings: list[str], folder: Path) -> dict:
-    """Train as one rank, the hashes left in a folder."""
+    """Train as one rank and record the hashes in a folder."""
     from tests import ranks
 
     os.environ["HASHES"] = str(folder)

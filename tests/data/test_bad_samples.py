@@ -1,4 +1,4 @@
-"""Images that cannot be read, and workers that die over them."""
+"""Images that cannot be read, and workers that die while reading."""
 
 import json
 import os
@@ -26,7 +26,7 @@ SKIP = {"on_bad_sample": OnBadSample.skip, "max_bad_fraction": 0.5}
 
 
 class Broken(Digits):
-    """Digits of which some cannot be read."""
+    """Digits, some of which cannot be read."""
 
     def __init__(self, bad: set[int]) -> None:
         super().__init__("train")
@@ -51,7 +51,7 @@ def make_loader(source, *, dp=1, dp_rank=0, micro_batch=8, fields=None, **settin
 
 
 def read(loaders, num_steps=4):
-    """Images and labels by key, and what was replaced by what."""
+    """Return images and labels by key, and the replaced samples."""
     seen, replaced = {}, {}
     for loader in loaders:
         for batch in loader.train_batches(consumed_samples=0, num_steps=num_steps, global_batch=16):
@@ -67,7 +67,7 @@ def due(count: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("dp", "micro_batch", "workers"), [(2, 8, 0), (4, 4, 0), (1, 16, 2)])
-def test_the_same_image_takes_a_bad_ones_place_in_any_division(dp, micro_batch, workers):
+def test_a_bad_image_has_the_same_replacement_in_any_division(dp, micro_batch, workers):
     source = Broken(set(due(64)[::7]))
     want, replaced = read([make_loader(source, **SKIP)])
     assert replaced.keys() == source.bad
@@ -81,7 +81,7 @@ def test_the_same_image_takes_a_bad_ones_place_in_any_division(dp, micro_batch, 
     assert all(torch.equal(image, got[key][0]) and label == got[key][1] for key, (image, label) in want.items())
 
 
-def test_a_stage_that_reads_labels_alone_has_those_of_the_images_in_place():
+def test_a_stage_that_reads_only_labels_has_those_of_the_replacements():
     source = Broken(set(due(64)[::7]))
     full, _ = read([make_loader(source, **SKIP)])
     labels, replaced = read([make_loader(source, fields=RequiredFields(images=False, targets=("labels",)), **SKIP)])
@@ -89,15 +89,15 @@ def test_a_stage_that_reads_labels_alone_has_those_of_the_images_in_place():
     assert replaced == {}
 
 
-def test_what_takes_the_place_may_be_bad_too():
+def test_a_replacement_may_be_bad_too():
     zeros = {index for index in range(1437) if Digits("train").label(index) == 0}
-    # Of 143 zeros all but 40: one in about four is readable.
+    # All but 40 of 143 zeros are broken: about one in four can be read.
     source = Broken(set(sorted(zeros)[40:]))
     seen, replaced = read([make_loader(source, **SKIP)])
     assert len(seen) == 64
     assert replaced
     assert set(replaced.values()) <= zeros - source.bad
-    with pytest.raises(ConfigError, match=r"^digit \d+ is broken; nor can 20 others of its class be read"):
+    with pytest.raises(ConfigError, match=r"^digit \d+ is broken; 20 replacements of its class cannot be read"):
         read([make_loader(Broken(zeros), **SKIP)])
 
 
@@ -150,7 +150,7 @@ def looks_often(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "output"), [(Deadly, "a loading process died"), (Slow, r"no micro batch came for \d+ s")]
 )
-def test_of_a_worker_that_dies_or_hangs_the_image_is_named(kind, output, looks_often):
+def test_the_image_of_a_worker_that_dies_or_hangs_is_named(kind, output, looks_often):
     bad = due(64)[37]
     loader = make_loader(kind({bad}), workers=2, timeout_s=5.0)
     with pytest.raises(RuntimeError, match=rf"{output}; being read: .*digit {bad}") as raised:
@@ -173,7 +173,7 @@ def test_a_fault_in_a_source_keeps_its_own_stack():
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """Two classes of twelve and a validation image each that can be read; one of each kind cannot."""
+    """Write two classes of twelve training images and a validation image; one image of each split cannot be read."""
     root = tmp_path_factory.mktemp("photographs")
     for label in "ab":
         for part, count in (("train", 12), ("val", 4)):
@@ -193,7 +193,7 @@ def run_settings(photographs: Path, run_dir: Path, *more: str) -> list[str]:
     return [*SMALL, f"data.path={photographs}", *own, *SMALL[:4], *size, *skips, f"run.dir={run_dir}", *more]
 
 
-def test_in_every_layout_the_run_goes_on_names_and_counts_them(photographs, tmp_path, figure):
+def test_in_every_layout_the_run_continues_and_names_and_counts_them(photographs, tmp_path, figure):
     losses = {}
     for name, (count, layout) in {
         "one": (1, []), "PP 2": (2, ["parallel.pp=2"]), "TP 2 × DP 2": (4, ["parallel.tp=2"]),
@@ -206,7 +206,7 @@ def test_in_every_layout_the_run_goes_on_names_and_counts_them(photographs, tmp_
         # 64 images are more than two epochs of 24.
         assert [row["bad_samples"] for row in rows if row["split"] == "train"][-1] == 1
         log = (run_dir / "train.log").read_text()
-        assert log.count("a/3.png cannot be read as an image: it is in no format that Pillow knows") == 1
+        assert log.count("a/3.png cannot be read as an image: Pillow does not know its format") == 1
         assert log.count("b/1.png cannot be read") == 1
         listed = [json.loads(line) for line in (run_dir / "bad_samples.jsonl").read_text().splitlines()]
         assert [row["split"] for row in listed] == ["train", "val"]
@@ -227,7 +227,7 @@ def test_too_many_stop_the_run_on_every_rank(photographs, tmp_path):
 
 
 class Towers(Broken):
-    """Digits of which some are a pixel wide and far too high."""
+    """Digits, some of which are one pixel wide and far too high."""
 
     def image(self, index):
         return torch.zeros(1, 300, 1, dtype=torch.uint8) if index in self.bad else Digits.image(self, index)
@@ -243,7 +243,7 @@ def no_memory_for_towers(image, size, *_, **__):
     ("patched", "reason"),
     [
         ((resize.functional, "resize", no_memory_for_towers), "DefaultCPUAllocator: can't allocate memory"),
-        ((resize, "_MAX_PIXELS", 1000), "of its 1 × 300 pixels 8 × 300 would be made"),
+        ((resize, "_MAX_PIXELS", 1000), "resizing its 1 × 300 pixels to 8 × 8 needs an intermediate image of 8 × 300"),
     ],
 )
 def test_an_image_that_is_too_large_to_be_resized_is_named_and_can_be_skipped(patched, reason, monkeypatch):

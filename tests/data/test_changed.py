@@ -1,4 +1,4 @@
-"""A dataset that is another when its run goes on."""
+"""A dataset that changes before its run is resumed."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 
-def test_a_run_that_goes_on_with_fewer_images_says_what_that_does_to_their_order(tmp_path):
+def test_a_run_resumed_with_fewer_images_warns_about_their_order(tmp_path):
     for label in "ab":
         for number in range(20):
             path = tmp_path / "images" / label / f"{number}.png"
@@ -30,7 +30,7 @@ def test_a_run_that_goes_on_with_fewer_images_says_what_that_does_to_their_order
     run_ranks(ranks.train_and_keep, 1, [*settings, "train.stop_at=3"])
     run_ranks(ranks.train_and_keep, 1, [*settings, "train.stop_at=4"])
     assert "training images" not in log()
-    # The listing that the second start took, and that no longer holds for the third.
+    # The listing that the second start used, which is no longer valid at the third.
     assert (tmp_path / "run" / "index" / "all.index").is_file()
     for path in (tmp_path / "images" / "a").glob("1*.png"):
         path.unlink()

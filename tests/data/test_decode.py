@@ -1,4 +1,4 @@
-"""JPEGs: the quick decoder makes what Pillow makes, refuses what Pillow refuses, and need not decode at full scale."""
+"""JPEGs: torchvision's decoder gives and refuses the same as Pillow, and reduced decoding is close to full decoding."""
 
 import io
 import os
@@ -44,7 +44,7 @@ def by_pillow(encoded: bytes, channels: int) -> torch.Tensor:
 
 
 def drawing(width: int = 96, height: int = 80) -> Image.Image:
-    """A smooth picture in which every corner looks different."""
+    """Return a smooth image whose corners all differ."""
     down, across = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1)
     waves = np.sin(across * 9 + down * 4)
     return Image.fromarray((np.stack([across, down, waves * 0.5 + 0.5], axis=2) * 255).astype(np.uint8))
@@ -103,7 +103,7 @@ def outcome(read, encoded: bytes) -> torch.Tensor | str:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_jpeg_is_refused_in_pillows_words_or_decodes_to_pillows_very_pixels(kind, monkeypatch):
-    # What a broken header may claim is decoded too: not too much of it.
+    # A broken header may claim a huge image: lower the limit, so that decoding stays fast.
     monkeypatch.setattr(decode, "_MAX_PIXELS", 1_000_000)
     draw, complete, refused = random.Random(0), KINDS[kind](), 0
     for number in range(60):
@@ -117,15 +117,15 @@ def test_a_broken_jpeg_is_refused_in_pillows_words_or_decodes_to_pillows_very_pi
             del broken[first : first + draw.randrange(1, 40)]
         theirs, mine = (outcome(read, bytes(broken)) for read in (by_pillow_with_care, decode_image_3))
         if isinstance(theirs, torch.Tensor):
-            # torchvision 0.26 and Pillow bring different libjpegs, which fill the gaps of a broken file differently.
+            # torchvision 0.26 and Pillow contain different libjpegs, which fill the gaps of a broken file differently.
             if kind == "progressive" and version.parse(torchvision.__version__) < version.parse("0.27"):
                 assert mine.shape == theirs.shape
             else:
                 assert torch.equal(mine, theirs)
             continue
         refused += 1
-        # Without the object's place in memory that Pillow tells.
-        assert theirs.split(" <")[0] in mine or "in no format that Pillow knows" in mine
+        # Without the object's address in Pillow's message.
+        assert theirs.split(" <")[0] in mine or "Pillow does not know its format" in mine
     assert refused
 
 
@@ -144,7 +144,7 @@ def test_the_cameras_rotation_is_applied_in_full_and_reduced(orientation):
     assert complete.shape == (3, jpeg.height, jpeg.width)
     box = Box(top=31, left=77, height=201, width=253)
     reduced = jpeg.resized(box, [24, 30], resample=Image.Resampling.BICUBIC)
-    # A turn or mirroring too many would differ by tens. Measured: 0.22 to 0.27.
+    # A wrong rotation or mirroring would differ by tens. Measured: 0.22 to 0.27.
     assert difference(complete, box, [24, 30], reduced).mean() < 0.5
 
 
@@ -163,7 +163,7 @@ def test_reduced_photographs_are_those_in_full_within_about_a_level_of_256(reduc
         jpeg = open_image(encoded, channels=3, name="x")
         height, width = (draw.randint(side // 2, side) for side in (jpeg.height, jpeg.width))
         box = Box(draw.randint(0, jpeg.height - height), draw.randint(0, jpeg.width - width), height, width)
-        # The smallest size at which this reduction is taken, and so the one that shows most.
+        # The smallest size that uses this reduction, which therefore differs most.
         size = [int(side / (2 * reduction)) for side in (height, width)]
         if min(size) < 8:
             continue
@@ -197,7 +197,7 @@ def test_a_reduced_view_shows_the_same_part_as_one_in_full():
         for reduced in (True, False)
     ]
     off = [float((one.int() - other.int()).abs().float().mean()) for one, other in zip(*views, strict=True)]
-    # Another part, or its mirror image, would be off by tens. Measured: 0.76 in the worst view.
+    # Another part, or its mirror image, would differ by tens. Measured: 0.76 in the worst view.
     assert max(off) < 2
     assert sum(one > 0 for one in off) > len(off) / 2
 
@@ -228,7 +228,7 @@ def test_a_broken_jpeg_is_named_also_when_it_is_decoded_reduced():
 
 
 class Counted:
-    """Ten images as a user's source gives them; `most` were alive at once."""
+    """Ten images of a user's source; `most` counts those that were alive at once."""
 
     classes, image_shape, alive, most = (), None, 0, 0
 
@@ -256,7 +256,7 @@ def load(source, micro_batch: int, **changes) -> Loader:
     return Loader(source, data, layout=layout, fields=fields, micro_batch=micro_batch, seed=0, train=True)
 
 
-def test_a_micro_batch_is_never_in_memory_as_it_was_taken():
+def test_a_micro_batch_is_never_in_memory_in_its_original_size():
     source = Counted()
     list(load(source, 10).train_batches(0, num_steps=2, global_batch=10))
     assert source.most == 1
@@ -279,7 +279,7 @@ def test_reduced_views_are_the_same_in_any_division(workers, micro_batch, tmp_pa
 
 
 def tiff(pixels: np.ndarray, *, order: str, sample_format: int, white: int = 1) -> bytes:
-    """An uncompressed grey TIFF; Pillow cannot write signed ones, nor those in which 0 is white."""
+    """Return an uncompressed grey TIFF; Pillow can write neither signed ones nor those in which 0 is white."""
     content = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
     height, width = pixels.shape
     tags = {256: width, 257: height, 258: 8 * pixels.itemsize, 259: 1, 262: white, 273: 8, 277: 1, 278: height}

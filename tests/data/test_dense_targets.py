@@ -1,4 +1,4 @@
-"""Dense targets: cropped, flipped and shifted with the draws of their images, on every rank that reads them."""
+"""Dense targets: cropped, flipped and shifted as their images, on every rank that reads them."""
 
 from dataclasses import replace
 from types import MappingProxyType, SimpleNamespace
@@ -73,7 +73,7 @@ def test_a_target_is_cropped_flipped_and_shifted_as_its_image(change, train, fig
     assert (target.dtype, target.shape) == (torch.uint8, (24, SIZE, SIZE))
     largest = (batch.images_BCYX[:, 0].int() - target.int()).abs().max()
     figure(f"{change}, train={train}: largest difference {largest} of 200")
-    # Measured 3: the nearest pixel against an antialiased mean. Of another flip or crop the difference is 100 and more.
+    # Measured 3: the nearest pixel against an antialiased mean; with another flip or crop 100 and more.
     assert largest <= 6
 
 
@@ -85,7 +85,7 @@ def test_a_rank_without_images_reads_the_same_targets():
         assert torch.equal(target, alone.targets[name])
 
 
-def test_targets_leave_the_images_as_they_are_without_them():
+def test_targets_do_not_change_the_images():
     config = replace(CONFIG, crop_scale=[0.3, 1.0], flip=True, random_shift=2)
     layout = SimpleNamespace(tp_rank=0, tp=1, dp=1, dp_rank=0, pp=1, vpp=1, device=torch.device("cpu"))
     fields = RequiredFields(images=True, targets=("labels",))
@@ -104,12 +104,12 @@ def test_targets_of_a_subset_and_of_new_labels_are_those_of_the_source():
 @pytest.mark.parametrize(
     ("source", "change", "message"),
     [
-        (Digits("train"), {}, "the task needs the target brightness for each pixel, and data.source=ramps has none"),
-        (Ramps(), {"transform": "my:own"}, "data.transform=my:own would move an image and leave its target brightness"),
-        (Ramps(), {"on_bad_sample": OnBadSample.skip}, "data.on_bad_sample=skip puts another image"),
+        (Digits("train"), {}, "the task needs the dense target brightness, and data.source=ramps has none"),
+        (Ramps(), {"transform": "my:own"}, "data.transform=my:own would change an image but not its target brightness"),
+        (Ramps(), {"on_bad_sample": OnBadSample.skip}, "data.on_bad_sample=skip replaces a bad image"),
     ],
 )
-def test_what_would_part_an_image_from_its_target_is_refused(source, change, message):
+def test_settings_that_change_only_the_image_are_refused(source, change, message):
     with pytest.raises(ConfigError) as error:
         read(source, replace(CONFIG, **change), train=False)
     assert str(error.value).startswith(message)

@@ -1,4 +1,4 @@
-"""Every sample once an epoch, and to the network always the same, however often the cluster changes."""
+"""Each sample occurs once per epoch with the same pixels, however often the number of ranks changes."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""The loader: who gets which sample does not depend on who asks."""
+"""The loader: a rank's samples do not depend on workers, micro batch or number of ranks."""
 
 from types import SimpleNamespace
 
@@ -47,7 +47,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize(("dp", "micro_batch", "workers"), [(2, 4, 0), (4, 2, 0), (1, 16, 0), (2, 4, 2)])
 def test_a_step_holds_the_same_augmented_samples_in_any_division(dp, micro_batch, workers):
-    # 1437 samples: steps 88 to 91 of 16 straddle the end of the first epoch.
+    # 1437 samples: steps 88 to 91 of 16 span the end of the first epoch.
     position = dict(consumed_samples=88 * 16, num_steps=3, global_batch=16)
     want = by_sample([make_loader(micro_batch=16)], **position)
     divided = [make_loader(dp=dp, dp_rank=r, micro_batch=micro_batch, workers=workers) for r in range(dp)]
@@ -56,7 +56,7 @@ def test_a_step_holds_the_same_augmented_samples_in_any_division(dp, micro_batch
     assert_same(by_sample(divided, **position), want)
 
 
-def test_going_on_from_a_position_repeats_and_skips_nothing():
+def test_continuing_from_a_position_repeats_and_skips_nothing():
     complete = by_sample([make_loader()], consumed_samples=0, num_steps=4, global_batch=16)
     first = by_sample([make_loader()], consumed_samples=0, num_steps=1, global_batch=16)
     rest = by_sample([make_loader()], consumed_samples=16, num_steps=3, global_batch=16)
@@ -80,7 +80,7 @@ def test_evaluation_covers_every_sample_once(dp):
     assert sorted(counted) == list(range(1437))
 
 
-def test_a_stage_that_needs_labels_alone_decodes_no_image():
+def test_a_stage_that_needs_only_labels_decodes_no_image():
     loader = make_loader(fields=RequiredFields(images=False, targets=("labels",)))
     loader.source.image = None  # a call would fail
     batch = next(loader.train_batches(consumed_samples=0, num_steps=1, global_batch=4))
@@ -131,5 +131,5 @@ def test_digits_are_split_once_and_for_all():
     assert train.image(0).dtype == torch.uint8
     assert sorted({val.label(i) for i in range(len(val))}) == list(range(10))
     together = {bytes(s.image(i).numpy().tobytes()) for s in (train, val) for i in range(len(s))}
-    # A digit written twice in the data set is in it twice; nearly all are different.
+    # A few digits occur twice in the data set; nearly all are different.
     assert len(together) > 1780

@@ -1,4 +1,4 @@
-"""Images of several labels, or none: read, learned and counted alike in every layout."""
+"""Images with several labels or none: read, learned and counted the same in every layout."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ SETS = [["ant"], ["ant", "bee"], [], ["cat"], ["bee", "cat"], ["ant", "bee", "ca
 
 @pytest.fixture
 def insects(tmp_path):
-    """Thirty-two images, each class a colour."""
+    """Write thirty-two images; each class is a colour."""
     lines = ["path,label"]
     for number in range(32):
         names = SETS[number % len(SETS)]
@@ -43,7 +43,7 @@ def labels_of(source) -> list[list[str]]:
     return [[source.classes[label] for label in source.labels(index)] for index in range(len(source))]
 
 
-def test_a_csv_joins_labels_by_a_bar_and_may_leave_them_away(insects):
+def test_a_csv_joins_labels_by_a_bar_and_may_have_none(insects):
     source = open_source(config(insects, "csv"), "train")
     assert source.classes == ("ant", "bee", "cat")
     assert labels_of(source) == [SETS[number % len(SETS)] for number in range(32)]
@@ -68,7 +68,7 @@ def test_a_table_has_a_column_of_lists(insects, tmp_path, monkeypatch):
     rest = open_source(config(tmp_path / "all.parquet", "parquet", val_fraction=0.25), "val")
     assert sorted(labels_of(source) + labels_of(rest)) == [[], [], ["0", "2"], ["1"]]
     pq.write_table(rows.set_column(1, "label", pa.array([0, 1, 2, 0])), tmp_path / "all.parquet")
-    with pytest.raises(ConfigError, match="must have one column of lists of labels"):
+    with pytest.raises(ConfigError, match="must have one column of lists of integer labels"):
         open_source(config(tmp_path / "all.parquet", "parquet", val_fraction=0.25), "train")
 
 
@@ -76,17 +76,17 @@ def test_a_table_has_a_column_of_lists(insects, tmp_path, monkeypatch):
     ("changes", "named"),
     [
         ({"source": "folder"}, "folder has one label for each image"),
-        ({"class_balanced": True}, "data.class_balanced=True goes by the one class"),
-        ({"samples_per_class": 3}, "data.samples_per_class=3 goes by the one class"),
-        ({"on_bad_sample": OnBadSample.skip, "max_bad_fraction": 0.1}, "none has the same labels"),
+        ({"class_balanced": True}, "data.class_balanced=True needs one class per image"),
+        ({"samples_per_class": 3}, "data.samples_per_class=3 needs one class per image"),
+        ({"on_bad_sample": OnBadSample.skip, "max_bad_fraction": 0.1}, "an image may have several"),
     ],
 )
-def test_what_goes_by_one_class_is_refused(insects, changes, named):
+def test_settings_that_need_one_class_per_image_are_refused(insects, changes, named):
     with pytest.raises(ConfigError, match=named):
         replace(config(insects, "csv"), **changes).check()
 
 
-def test_it_needs_the_loss_that_judges_each_class_by_itself(insects):
+def test_multi_label_needs_binary_cross_entropy(insects):
     settings = ["data=csv", f"data.path={insects}", "data.multi_label=true", "model=vit_ti16", "train.steps=10"]
     with pytest.raises(ConfigError, match=r"needs task\.loss=bce"):
         check_task(compose(settings))
@@ -114,7 +114,7 @@ def test_losses_and_counts_are_the_same_in_every_layout_and_the_colours_are_lear
         run_ranks(evaluate_run, count, [*settings, *layout, f"run.dir={tmp_path / str(number)}"])[0]
         for number, (count, layout) in enumerate(layouts.values())
     ]
-    # The one image without a label has no right guess.
+    # No prediction is correct for the one image without a label.
     assert scores[0]["hit1"] == 7
     assert scores[0]["count"] == 8
     for other in scores[1:]:
@@ -127,7 +127,7 @@ def test_losses_and_counts_are_the_same_in_every_layout_and_the_colours_are_lear
     assert largest < 1e-5
 
 
-def test_the_loss_of_several_labels_is_the_mean_of_each_classs_own():
+def test_the_loss_of_several_labels_is_the_mean_over_classes():
     from types import SimpleNamespace
 
     from megavit.task.classification import ClassificationTask

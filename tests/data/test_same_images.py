@@ -1,4 +1,4 @@
-"""The same images are the same run, whatever they lie in."""
+"""The same images give the same run, whatever their source."""
 
 import json
 import os
@@ -21,7 +21,7 @@ RUN = [
 
 
 def export(folder: Path, counts: dict[str, int]) -> None:
-    """The first rows of each part as parquet files and, numbered by row, as a folder of classes and as tar shards."""
+    """Write the first rows of each split as parquet files and, numbered by row, as class folders and as tar shards."""
     import datasets
 
     for split, count in counts.items():
@@ -34,7 +34,7 @@ def export(folder: Path, counts: dict[str, int]) -> None:
             path = folder / "files" / part / names[row["label"]] / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(row["image"]["bytes"])
-            # Dealt out, as a writer of shards with several processes would.
+            # Distribute the samples over shards, as a writer with several processes does.
             shards[number % len(shards)] |= {
                 f"{number}.jpg": row["image"]["bytes"],
                 f"{number}.cls": str(row["label"]).encode(),
@@ -81,6 +81,6 @@ def test_parquet_and_its_exported_folder_and_tars_give_identical_losses(tmp_path
 @needs_data
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_whole_of_cifar10_in_parquet_as_a_folder_and_as_tars_gives_identical_losses(tmp_path, figure):
+def test_all_of_cifar10_in_parquet_as_a_folder_and_as_tars_gives_identical_losses(tmp_path, figure):
     export(tmp_path, {"train": 50_000, "test": 10_000})
     compare(tmp_path, 400, figure)

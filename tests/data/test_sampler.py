@@ -1,4 +1,4 @@
-"""The order of training: every sample as often as it should come, and no list of them."""
+"""The order of training: each sample has its frequency, and no list is stored."""
 
 import itertools
 import tracemalloc
@@ -11,7 +11,7 @@ from megavit.data.permutation import FeistelPermutation
 from megavit.data.sampler import DeterministicSampler
 
 
-def test_every_epoch_is_a_permutation_and_no_two_are_alike():
+def test_every_epoch_is_a_permutation_and_no_two_are_equal():
     order = DeterministicSampler(97, seed=5)
     epochs = [[order.at(epoch * 97 + i) for i in range(97)] for epoch in range(3)]
     for number, keys in enumerate(epochs):
@@ -44,7 +44,7 @@ def test_ten_to_the_ninth_samples_take_no_memory_and_none_comes_twice():
     assert all(0 <= sample_id < 10**9 for sample_id in ids)
     # Two blocks of keys; a permutation would take 8 GB.
     assert peak < 10e6
-    # Even over the range: 30,000 in ten parts, standard deviation 52.
+    # Uniform over the range: 30,000 in ten parts, standard deviation 52.
     assert np.abs(np.histogram(ids, bins=10, range=(0, 10**9))[0] - 3000).max() < 230
 
 
@@ -55,26 +55,26 @@ def test_neighbours_and_fixed_points_are_as_rare_as_in_a_random_permutation():
         places = FeistelPermutation(size, key=(1, trial))(np.arange(size))
         neighbours += int((np.abs(np.diff(places)) == 1).sum())
         fixed += int((places == np.arange(size)).sum())
-    # Poisson, 2 and 1 expected a trial: standard deviations of the means 0.1 and 0.07.
+    # Poisson, 2 and 1 expected per trial: standard deviations of the means 0.1 and 0.07.
     assert abs(neighbours / trials - 2) < 0.45
     assert abs(fixed / trials - 1) < 0.32
 
 
 @pytest.mark.parametrize("num_samples", [10, 11])
-def test_repeats_show_each_sample_so_often_and_no_view_beside_its_like(num_samples):
+def test_repeats_show_each_sample_that_often_and_separate_its_views(num_samples):
     order = DeterministicSampler(num_samples, seed=0, repeats=3)
     assert order.epoch_length == 3 * num_samples
     keys = [order.at(position) for position in range(3 * num_samples)]
     assert sorted((key.sample_id, key.occurrence) for key in keys) == [
         (sample_id, view) for sample_id in range(num_samples) for view in range(3)
     ]
-    # An odd one out has no other to take turns with.
+    # With an odd number the last sample has no partner to alternate with.
     alike = [one.sample_id == next_one.sample_id for one, next_one in itertools.pairwise(keys)]
     assert sum(alike) == (0 if num_samples % 2 == 0 else 2)
     assert order.at(3 * num_samples).epoch == 1
 
 
-def test_balanced_classes_come_alike_often_and_every_sample_at_least_once():
+def test_balanced_classes_are_equally_frequent_and_every_sample_occurs():
     labels = np.array([0] * 7 + [2] * 20 + [5] * 3)
     order = DeterministicSampler(30, seed=0, labels=labels)
     assert order.epoch_length == 60
@@ -90,7 +90,7 @@ def test_balanced_classes_come_alike_often_and_every_sample_at_least_once():
         assert {views[sample_id] for sample_id in range(27, 30)} == {6, 7}
 
 
-def test_balance_and_repeats_together_keep_every_view_apart():
+def test_balance_and_repeats_together_give_every_view_another_occurrence():
     labels = np.array([0] * 3 + [1] * 8)
     order = DeterministicSampler(11, seed=4, repeats=2, labels=labels)
     keys = [order.at(position) for position in range(order.epoch_length)]

@@ -1,4 +1,4 @@
-"""Images listed in a local or remote CSV file, one line each with path and label."""
+"""Read images from a local or remote CSV file with the path and label of one image per line."""
 
 import csv
 import io
@@ -17,11 +17,11 @@ _COLUMNS = ("path", "label")
 
 
 def open_csv(config: DataConfig, split: str) -> ImageFileSource:
-    """Open one split of a list: PATH/train.csv and PATH/val.csv, or the file PATH with a share to validate on.
+    """Open one split of a list: PATH/train.csv and PATH/val.csv, or the file PATH with a fraction for validation.
 
-    The first line names the columns; `path` is relative to the CSV's folder, or a URL; `label` is a class's name, with
-    `data.multi_label` several joined by |, or nothing; blanks around a name are removed.
-    Classes are sorted by name, or as numbers where all of them are. PATH may be a URL.
+    The first line names the columns. `path` is relative to the CSV's folder, or a URL. `label` is a class name; with
+    `data.multi_label` it is several names joined by |, or empty. Blanks around a name are removed.
+    Classes are sorted by name, or as numbers if all are numbers. PATH may be a URL.
 
     Args:
         config: the data group.
@@ -45,11 +45,11 @@ def open_csv(config: DataConfig, split: str) -> ImageFileSource:
     places = {name: place for place, name in enumerate(classes)}
     unknown = sorted({label for _, labels in rows for label in labels} - set(classes))
     if unknown:
-        raise ConfigError(f"{halves['val']} has labels that {halves['train']} has not: {', '.join(unknown[:5])}")
+        raise ConfigError(f"{halves['val']} has labels that {halves['train']} lacks: {', '.join(unknown[:5])}")
     if not classes:
         raise ConfigError(f"{path} has no label in any line; without labels images are data=images")
     label_sets = [[places[label] for label in labels] for _, labels in rows]
-    # With several labels per image a share of each class is not defined: all images are of one class here.
+    # With several labels per image a fraction of each class is not defined: treat all images as one class.
     labels = np.zeros(len(rows), dtype=int) if several else np.array([label for (label,) in label_sets])
     return ImageFileSource(
         as_bytes([name for name, _ in rows]),
@@ -82,15 +82,15 @@ def _read(path: str, *, several: bool) -> list[tuple[str, list[str]]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path} cannot be read as CSV in UTF-8: {error}") from error
     if not rows:
-        raise ConfigError(f"{path} lists no image; each takes a line below the first")
+        raise ConfigError(f"{path} lists no image; list one per line below the first")
     # The first line names the columns.
     for line, (name, label) in enumerate(rows, start=2):
         if not name or not (label or several):
             raise ConfigError(f"{path}, line {line}: path or label is empty; every image needs both")
         if name.startswith("/") and remote.is_url(path):
             raise ConfigError(
-                f"{path}, line {line}: {name} is a path of one machine; a list that lies elsewhere "
-                f"names URLs, or paths relative to it"
+                f"{path}, line {line}: {name} is a path on one machine; in a remote list use URLs, or paths relative "
+                f"to it"
             )
     named = [
         (
@@ -101,7 +101,7 @@ def _read(path: str, *, several: bool) -> list[tuple[str, list[str]]]:
     ]
     first = named[0][0]
     if not (remote.exists(first) if remote.is_url(first) else os.path.isfile(first)):
-        raise ConfigError(f"{path}, line 2: {first} is not there; paths are relative to the CSV's folder")
+        raise ConfigError(f"{path}, line 2: {first} does not exist; paths are relative to the CSV's folder")
     return named
 
 

@@ -1,7 +1,7 @@
-"""1,797 handwritten digits of 8×8 pixels, part of the package: the data of the first run.
+"""Read the digits that the package contains for first runs: 1,797 handwritten ones of 8×8 pixels.
 
-They are scikit-learn's `load_digits`, scaled to 0 to 255 and split by its `train_test_split`, stored as a file:
-importing scikit-learn took 1.3 s of every start.
+They are scikit-learn's `load_digits`, scaled to 0 to 255 and split by its `train_test_split`. They are stored as a
+file, because importing scikit-learn took 1.3 s of every start.
 
 Source: the test set of UCI's "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak (CC BY 4.0).
 """

@@ -1,5 +1,6 @@
-"""Images in table rows, memory-mapped by Hugging Face `datasets`: parquet files, a folder written by `save_to_disk`, or
-a dataset of the hub.
+"""Read images from tables that Hugging Face `datasets` memory-maps.
+
+The tables are parquet files, a folder written by `save_to_disk`, or a dataset of the hub.
 """
 
 import os
@@ -21,7 +22,7 @@ class HfDatasetSource:
     """One split of tables with a column of images and, if the images are labelled, one of labels.
 
     Args:
-        tables: `train` and `val`, or `all` with a share to validate on.
+        tables: `train` and `val`, or `all` with a fraction for validation.
         config: the data group.
         split: `train` or `val`.
 
@@ -82,7 +83,7 @@ class HfDatasetSource:
         if cell.get("bytes") is not None:
             return open_image(cell["bytes"], channels=self._channels, name=name)
         if cell.get("path") is None:
-            raise ConfigError(f"{name} holds no image; take it away")
+            raise ConfigError(f"{name} has no image; remove it")
         return open_image(Path(cell["path"]), channels=self._channels, name=f"{name}, {cell['path']}")
 
     def label(self, index: int) -> int:
@@ -106,7 +107,7 @@ class HfDatasetSource:
 
 
 def open_parquet(config: DataConfig, split: str) -> HfDatasetSource:
-    """Open one split of parquet files: a folder with splits by file name, or one file with a share to validate on.
+    """Open one split of parquet files: a folder with splits by file name, or one file with a fraction for validation.
 
     Raises:
         ConfigError: if there is no file, or one cannot be read.
@@ -129,7 +130,7 @@ def open_arrow(config: DataConfig, split: str) -> HfDatasetSource:
         loaded = datasets.load_from_disk(config.path)
     except (OSError, ValueError, pyarrow.ArrowInvalid) as error:
         raise ConfigError(
-            f"data.path={config.path} cannot be read as a folder left by datasets' save_to_disk: {error}"
+            f"data.path={config.path} cannot be read as a folder written by datasets' save_to_disk: {error}"
         ) from error
     return HfDatasetSource(_by_part(loaded, str(config.path)), config, split)
 
@@ -150,8 +151,8 @@ def open_hub(config: DataConfig, split: str) -> HfDatasetSource:
         _refuse_cache(error)
         first = str(error).splitlines()[0]
         raise ConfigError(
-            f"data.path={config.path} cannot be had from the Hugging Face hub: {first}. data=hub takes an id "
-            f"such as ORG/NAME; files on this machine are data=parquet or arrow"
+            f"data.path={config.path} cannot be loaded from the Hugging Face hub: {first}. data=hub takes an id "
+            f"such as ORG/NAME; for files on this machine use data=parquet or arrow"
         ) from error
     return HfDatasetSource(_by_part(loaded, str(config.path)), config, split)
 
@@ -180,7 +181,7 @@ def _files_by_split(path: Path) -> dict[str, list[str]]:
         return parts
     raise ConfigError(
         f"{path} needs parquet files with the word train in their names and others with val or test; it has "
-        f"{', '.join(Path(name).name for name in every) or 'none'}. One file alone is given as data.path=FILE with "
+        f"{', '.join(Path(name).name for name in every) or 'none'}. For a single file set data.path=FILE and "
         f"data.val_fraction"
     )
 
@@ -197,18 +198,18 @@ def _read_parquet(files: list[str]) -> Any:
         if not isinstance(cause, (pyarrow.ArrowInvalid, OSError)):
             raise
         _refuse_cache(error, reads=files)
-        raise ConfigError(f"{', '.join(files)} cannot be read as parquet: {cause}; is every file whole?") from error
+        raise ConfigError(f"{', '.join(files)} cannot be read as parquet: {cause}; is every file complete?") from error
 
 
 def _refuse_cache(error: Exception, *, reads: Sequence[str] = ()) -> None:
-    """Report an error of datasets' cache, to which it copies what it reads, as such.
+    """Raise ConfigError if an error of datasets came from writing its cache, to which it copies all that it reads.
 
     Args:
-        error: of datasets; its cause names the file.
-        reads: files that were to be read.
+        error: error of datasets; its cause names the file.
+        reads: files that datasets read.
 
     Raises:
-        ConfigError: if something could not be written.
+        ConfigError: if the cache could not be written.
     """
     import datasets
 
@@ -222,8 +223,8 @@ def _refuse_cache(error: Exception, *, reads: Sequence[str] = ()) -> None:
         cache = str(datasets.config.HF_DATASETS_CACHE)
         raise ConfigError(
             f"the images are copied into a cache once, and {place or cache} cannot be written: "
-            f"{cause.strerror or cause}; make room there, or set HF_DATASETS_CACHE, now {cache}, to a folder that has "
-            f"some"
+            f"{cause.strerror or cause}; make room there, or set HF_DATASETS_CACHE, now {cache}, to a folder with "
+            f"free space"
         ) from error
 
 
@@ -244,14 +245,14 @@ def _columns(rows: Any, where: str, *, several: bool) -> tuple[str, str | None]:
     full = [name for name, feature in single.items() if getattr(feature, "dtype", "").startswith(("int", "uint"))]
     if several and len(named or full) != 1:
         raise ConfigError(
-            f"{where} must have one column of lists of labels, whole numbers, for data.multi_label=true, not "
+            f"{where} must have one column of lists of integer labels for data.multi_label=true, not "
             f"{named or full} of {', '.join(features)}"
         )
     # A label column that holds text is an error, not a table without labels.
     labels = named or full or [name for name in features if name in ("label", "labels")]
     if len(images) != 1 or len(labels) > 1 or not set(labels) <= {*named, *full}:
         raise ConfigError(
-            f"{where} must have one column of images and one of labels as whole numbers, or none of labels, not "
+            f"{where} must have one column of images, and one of integer labels or none, not "
             f"{images} and {labels} of {', '.join(features)}"
         )
     return images[0], labels[0] if labels else None
@@ -262,8 +263,8 @@ def _labels(rows: Any, label: str, where: str) -> np.ndarray:
     column = rows.data.column(label)
     if column.null_count or not len(column):
         raise ConfigError(
-            f"{where}: {column.null_count} of {len(column)} rows have no {label}; each image needs one, and there must "
-            f"be some"
+            f"{where}: {column.null_count} of {len(column)} rows have no {label}; every image needs one, and at least "
+            f"one image is needed"
         )
     return column.to_numpy().astype(np.int64)
 

@@ -1,4 +1,4 @@
-"""Images in files of their own; the base of all sources that list files."""
+"""Read images from individual files; the base of all sources that list files."""
 
 import os
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ class ImageFileSource:
         names: paths relative to the folder, absolute paths, or URLs; as bytes of a fixed width (see `as_bytes`).
         labels: one per name, in [0, number of classes); all 0 without classes.
         classes: names, in label order; empty without labels.
-        channels: of the decoded images.
-        folder: that relative names are in.
+        channels: channels of the decoded images.
+        folder: base of relative names.
         part: positions of the files to use; None for all. A memory-mapped index is not copied.
         label_sets: all labels of each file, with data.multi_label; `labels` is ignored then.
     """
@@ -85,10 +85,10 @@ class ImageFileSource:
 
 
 def as_bytes(names: Sequence[str]) -> np.ndarray:
-    """Return names as one array of bytes, as wide as the longest.
+    """Return names as one array of bytes, as wide as the longest name.
 
-    A list would be copied into every worker, and ImageNet has more than a million names. A text array takes four bytes
-    a letter, and cannot hold every file name.
+    Every worker would copy a list, and ImageNet has more than a million names. A text array takes four bytes per
+    letter, and cannot hold every file name.
     """
     return np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
 
@@ -98,7 +98,7 @@ def find_images(path: Path, *, setting: str = "images") -> list[Path]:
 
     Args:
         path: a folder or an image.
-        setting: that gave the path, for the error.
+        setting: name of the setting with the path, for the error.
 
     Raises:
         ConfigError: if there is no image.

@@ -1,4 +1,4 @@
-"""Images in folders: one folder per class, or without labels."""
+"""Read images from folders: one folder per class, or images without labels."""
 
 import os
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _THREADS = 16
 
 
 def open_folder(config: DataConfig, split: str, index: Path | None = None) -> ImageFileSource:
-    """Open one split: PATH/train/CLASS/… and PATH/val/CLASS/…, or PATH/CLASS/… with a share to validate on.
+    """Open one split: PATH/train/CLASS/… and PATH/val/CLASS/…, or PATH/CLASS/… with a fraction for validation.
 
     The split folders may have similar names, Training and Validation for example. A class's folder may have subfolders.
     A class may have no validation images. Class names that are not UTF-8 are escaped.
@@ -29,10 +29,10 @@ def open_folder(config: DataConfig, split: str, index: Path | None = None) -> Im
     Args:
         config: the data group.
         split: `train` or `val`.
-        index: folder that keeps the listing for the next start; None to keep none.
+        index: folder in which the listing is cached for the next start; None to cache nothing.
 
     Raises:
-        ConfigError: if the folders are not there, or one is empty.
+        ConfigError: if the folders do not exist, or one is empty.
     """
     root, halves = _halves(config)
     classes = _class_names(halves.get("train", root))
@@ -41,18 +41,18 @@ def open_folder(config: DataConfig, split: str, index: Path | None = None) -> Im
     if unknown:
         listed = ", ".join(map(printable, unknown[:5]))
         raise ConfigError(
-            f"{printable(str(folder))} has classes that {printable(str(halves['train']))} has not: {listed}"
+            f"{printable(str(folder))} has classes that {printable(str(halves['train']))} lacks: {listed}"
         )
     return _open(folder, classes, config, split if halves else None, split=split, index=index)
 
 
 def open_images(config: DataConfig, split: str, index: Path | None = None) -> ImageFileSource:
-    """Open one split of images without labels: those in PATH/train and PATH/val, or a share of those in PATH.
+    """Open one split of images without labels: those in PATH/train and PATH/val, or a fraction of those in PATH.
 
     Args:
         config: the data group.
         split: `train` or `val`.
-        index: folder that keeps the listing for the next start; None to keep none.
+        index: folder in which the listing is cached for the next start; None to cache nothing.
 
     Raises:
         ConfigError: if there is no image.
@@ -64,7 +64,7 @@ def open_images(config: DataConfig, split: str, index: Path | None = None) -> Im
 def _open(
     folder: Path, classes: tuple[str, ...], config: DataConfig, half: str | None, *, split: str, index: Path | None
 ) -> ImageFileSource:
-    """Open a folder's images; if one set serves both splits, this split's share."""
+    """Open a folder's images; if both splits share one set, only the images of this split."""
     about = {"source": config.source, "folder": os.path.abspath(folder), "classes": list(classes)}
     listing = load_or_build(
         index,
@@ -142,12 +142,12 @@ def _halves(config: DataConfig) -> tuple[Path, dict[str, Path]]:
     assert config.path is not None
     root = Path(config.path)
     if not root.is_dir():
-        raise ConfigError(f"data.path={root} is no folder; data.source={config.source} needs a folder of images")
+        raise ConfigError(f"data.path={root} is not a folder; data.source={config.source} needs a folder of images")
     folders = _folder_names(root)
     names = find_splits(folders)
     lone = [name for name in folders if name.lower() in ("train", "val")]
     if names is None and lone:
-        has = f"{lone[0]}/ alone" if len(lone) == 1 else " and ".join(f"{name}/" for name in lone)
+        has = f"only {lone[0]}/" if len(lone) == 1 else " and ".join(f"{name}/" for name in lone)
         raise ConfigError(f"{root} has {has}; both train/ and val/ are needed, each once, or neither")
     if names is not None and config.val_fraction is not None:
         raise ConfigError(
@@ -165,13 +165,13 @@ def _class_names(root: Path) -> tuple[str, ...]:
     names = _folder_names(root)
     if names and all(name.lower() in SPLIT_WORDS for name in names):
         raise ConfigError(
-            f"{root} has {', '.join(f'{name}/' for name in names)}, words for splits and not for classes; name the two "
-            f"folders train/ and val/, or give the one with the class folders as data.path"
+            f"{root} has {', '.join(f'{name}/' for name in names)}, which are names of splits and not of classes; name "
+            f"the two folders train/ and val/, or set data.path to the one with the class folders"
         )
     if len(set(map(printable, names))) < len(names):
         raise ConfigError(f"{root} has two folders whose names are printed as the same; rename one")
     if not names:
         raise ConfigError(
-            f"{root} has no class folders; images belong into {root}/CLASS/. Without labels they are data=images"
+            f"{root} has no class folders; put images into {root}/CLASS/, or use data=images if they have no labels"
         )
     return tuple(names)

@@ -45,10 +45,10 @@ def load_or_build(
     A broken or incomplete file is treated as missing.
 
     Args:
-        folder: of the files; None to build without caching.
-        name: of the list.
-        fits: whether `about` of a cached list is still valid.
-        build: builds the list.
+        folder: folder of the files; None to build without caching.
+        name: name of the list.
+        fits: function that returns whether `about` of a cached list is still valid.
+        build: function that builds the list.
 
     Raises:
         ConfigError: if the file cannot be written.
@@ -95,7 +95,7 @@ def _write(file: Path, index: Index) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"{file} cannot be written: {error.strerror}; it keeps the list of the images. Make room, or choose "
+            f"{file} cannot be written: {error.strerror}; it caches the list of the images. Make room, or choose "
             f"another run.dir"
         ) from error
 

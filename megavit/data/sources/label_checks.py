@@ -32,7 +32,7 @@ def describe_oddities(sources: Mapping[str, Source]) -> Iterator[str]:
     unmeasured = [name for name in empty.get("val", []) if name not in set(empty["train"])]
     if unmeasured:
         yield (
-            f"warning: {_some(unmeasured, names)} no validation images: nothing is measured of them, and labels are "
+            f"warning: {_some(unmeasured, names)} no validation images: validation does not measure them; labels are "
             f"those of training"
         )
 
@@ -49,7 +49,7 @@ def _describe_likenesses(names: Sequence[str]) -> Iterator[str]:
     groups = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
     if groups:
         yield (
-            f"warning: classes whose names differ in blanks, case or leading zeros alone: {_list(groups)}; give them "
+            f"warning: classes whose names differ only in blanks, case or leading zeros: {_list(groups)}; give them "
             f"one name if they are one class"
         )
 

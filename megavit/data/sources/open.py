@@ -18,10 +18,10 @@ def open_source(config: DataConfig, split: str, *, index: Path | None = None) ->
     Args:
         config: the data group, checked.
         split: `train` or `val`.
-        index: folder in which folders, images and tars keep their listing for the next start; None to keep none.
+        index: folder in which folders, images and tars cache their listing for the next start; None to cache nothing.
 
     Raises:
-        ConfigError: if it is not there, or its images are not of the channels that the configuration states.
+        ConfigError: if the data do not exist, or their images have another shape than the configuration states.
     """
     source = _open_plugin(config, split) if is_plugin(config.source) else _open_row(config, split, index)
     if source.image_shape is not None:
@@ -30,7 +30,7 @@ def open_source(config: DataConfig, split: str, *, index: Path | None = None) ->
 
 
 def open_splits(config: DataConfig, *, index: Path | None = None) -> tuple[Source, Source | None]:
-    """Open what a run trains on and what it validates on; None for the second where `data.val_fraction` is 0.
+    """Open the training and the validation split; the second is None if `data.val_fraction` is 0.
 
     Args:
         config: the data group, checked.
@@ -41,15 +41,19 @@ def open_splits(config: DataConfig, *, index: Path | None = None) -> tuple[Sourc
 
 
 def splits(config: DataConfig) -> tuple[str, ...]:
-    """The splits that the data have."""
+    """Return the splits of the data."""
     return ("train",) if config.val_fraction == 0 else ("train", "val")
 
 
 def prepare_index(config: DataConfig, index: Path) -> None:
-    """List the samples of both splits, if that takes long, and keep the listing; one rank calls this before all open.
+    """Cache the list of samples of both splits if the source caches it; one rank calls this before all ranks open.
+
+    Args:
+        config: the data group, checked.
+        index: folder of the cache.
 
     Raises:
-        ConfigError: if the data are not there, or the listing cannot be kept.
+        ConfigError: if the data do not exist, or the cache cannot be written.
     """
     if config.source in SOURCES and SOURCES[config.source].caches_index:
         for split in splits(config):
@@ -57,7 +61,7 @@ def prepare_index(config: DataConfig, index: Path) -> None:
 
 
 def _open_row(config: DataConfig, split: str, index: Path | None) -> Source:
-    """Open a source of the table; its module is imported here."""
+    """Import and open a source of the table."""
     spec = SOURCES[config.source]
     arguments = (config, split, index) if spec.caches_index else (config, split)
     source: Source = resolve_name(spec.opener)(*arguments)
@@ -79,13 +83,13 @@ def _open_plugin(config: DataConfig, split: str) -> Source:
 
 
 def _check_declared(source_class: Any, config: DataConfig) -> None:
-    """Check the settings against what a user's class says of itself; what it does not say is not checked."""
+    """Check the settings against the class attributes that a user's source declares."""
     takes_path = getattr(source_class, "takes_path", None)
     if takes_path is not None and takes_path == (config.path is None):
         reason = "needs data.path" if takes_path else f"ignores data.path={config.path}; set it to null"
         raise ConfigError(f"data.source={config.source} {reason}")
     if getattr(source_class, "reads_urls", None) is False and "://" in str(config.path):
-        raise ConfigError(f"data.path={config.path} is a URL, and data.source={config.source} reads files alone")
+        raise ConfigError(f"data.path={config.path} is a URL, and data.source={config.source} reads only files")
     if getattr(source_class, "multi_label", None) is False and config.multi_label:
         raise ConfigError(f"data.source={config.source} has one label for each image; set data.multi_label=false")
 

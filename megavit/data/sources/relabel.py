@@ -1,4 +1,4 @@
-"""Give a source the labels of other classes: those of a trained classifier, or of the training images."""
+"""Map a source's labels to other classes: those of a trained classifier, or of the training images."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ class Relabelled:
 
     Args:
         source: the samples.
-        places: new label of each of the source's labels.
+        places: the new label of each of the source's labels.
         classes: names, in the order of the new labels.
     """
 
@@ -36,7 +36,7 @@ class Relabelled:
         return open_sample(self._source, index)
 
     def dense_target(self, index: int, name: str) -> Tensor:
-        """The source's own."""
+        """Return the source's dense target, target_YX."""
         return dense_target(self._source, index, name)
 
     def label(self, index: int) -> int:
@@ -53,13 +53,13 @@ class Relabelled:
 
 
 def relabel(source: Source, classes: Sequence[str], *, data: str, trained: str) -> Source:
-    """Give a source the labels of other classes, by the classes' names.
+    """Map a source's labels to other classes, by the classes' names.
 
     Args:
-        source: with some or all of the classes, in any order.
+        source: source with some or all of the classes, in any order.
         classes: names, in the order of the new labels.
-        data: describes the source, for the error.
-        trained: describes what has the classes, for the error.
+        data: description of the source, for the error.
+        trained: description of the model or data with these classes, for the error.
 
     Raises:
         ConfigError: if the source has no labels, or a class that is not among `classes`.

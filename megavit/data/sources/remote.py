@@ -62,8 +62,8 @@ def read_range(url: str, offset: int, size: int) -> bytes:
     got = _patiently(url, lambda: system.cat_file(path, start=offset, end=offset + size))
     if len(got) != size:
         raise ConfigError(
-            f"{url}: {size} bytes from {offset} on were asked for, and {len(got)} came; the file was cut, or its "
-            f"server does not serve parts of files (HTTP ranges)"
+            f"{url}: {size} bytes from {offset} on were requested, and {len(got)} received; the file is truncated, or "
+            f"its server does not serve parts of files (HTTP ranges)"
         )
     return got
 
@@ -127,9 +127,9 @@ def _system(url: str) -> tuple[Any, str]:
         system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = _PACKAGES.get(url.partition("://")[0])
-        way_out = f"pip install {package}" if package else "install what it names"
+        way_out = f"pip install {package}" if package else "install it"
         raise ConfigError(
-            f"{url} needs a package that is not here ({error}); {way_out}, or copy the data here"
+            f"{url} needs a package that is not installed ({error}); {way_out}, or copy the data here"
         ) from error
     except Exception as error:
         # Each store raises its own errors, for credentials, regions and names.
@@ -151,4 +151,4 @@ def _patiently(url: str, ask: Callable[[], T]) -> T:
 
 def _describe(error: Exception) -> str:
     first = str(error).partition("\n")[0]
-    return "it is not there" if isinstance(error, FileNotFoundError) else f"{type(error).__name__} {first}".strip()
+    return "it does not exist" if isinstance(error, FileNotFoundError) else f"{type(error).__name__} {first}".strip()

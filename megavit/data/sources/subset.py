@@ -19,8 +19,8 @@ class Subset:
 
     Args:
         source: the full source.
-        indices: of the chosen samples.
-        labels: of the chosen samples, among `classes`.
+        indices: indices of the chosen samples in the source.
+        labels: labels of the chosen samples, among `classes`.
         classes: names, in label order.
     """
 
@@ -41,7 +41,7 @@ class Subset:
         return open_sample(self._source, int(self._indices[index]))
 
     def dense_target(self, index: int, name: str) -> Tensor:
-        """The source's own."""
+        """Return the full source's dense target, target_YX."""
         return dense_target(self._source, int(self._indices[index]), name)
 
     def label(self, index: int) -> int:
@@ -58,10 +58,10 @@ class Subset:
 
 
 def choose(source: Source, config: DataConfig, split: str) -> Source:
-    """Select what `data.classes`, `data.samples_per_class` and `data.fraction` name.
+    """Select the samples that `data.classes`, `data.samples_per_class` and `data.fraction` name.
 
-    Classes are removed from both splits, samples from training only. The samples are drawn with a fixed seed, so that a
-    larger share contains every smaller one.
+    Classes are removed from both splits, samples from training only. The samples are chosen with a fixed seed, so that
+    a larger fraction contains every smaller one.
 
     Args:
         source: one full split.

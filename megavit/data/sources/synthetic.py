@@ -1,4 +1,4 @@
-"""Noise images with labels, of any size and number, to try layouts and time steps without data."""
+"""Generate noise images with labels, of any size and number, to test layouts and time steps without data."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,11 @@ from megavit.data.config import DataConfig
 
 
 class Synthetic:
-    """Images of uniform noise, a function of their index.
+    """Images of uniform noise; each is a function of its index.
 
     Args:
         config: the data group, with shape, number of classes and number of samples.
-        split: `train`, or `val` with a hundredth of the samples.
+        split: `train`, or `val`, which has a hundredth of the samples.
     """
 
     def __init__(self, config: DataConfig, split: str) -> None:

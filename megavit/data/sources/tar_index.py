@@ -25,9 +25,9 @@ class Placed:
 
     Attributes:
         name: path of the member, without a leading ./
-        offset: of the first byte in the tar.
-        size: in bytes.
-        label: None for no label.
+        offset: position of the first byte in the tar.
+        size: size in bytes.
+        label: the label; None for no label.
     """
 
     name: str
@@ -67,7 +67,7 @@ def read_headers(file: IO[bytes], shard: str) -> list[Placed]:
         raise ConfigError(f"{shard} cannot be read: {error.strerror or error}") from error
     except Exception as error:
         # Any exception: tarfile takes numbers, text and recursion depth from the file.
-        raise ConfigError(f"{shard} cannot be read as a tar: {error}; is it whole, and not compressed?") from error
+        raise ConfigError(f"{shard} cannot be read as a tar: {error}; is it complete, and not compressed?") from error
     placed = []
     for key, sample in samples.items():
         if sample.image is not None:
@@ -75,7 +75,7 @@ def read_headers(file: IO[bytes], shard: str) -> list[Placed]:
         elif any(ending in ("cls", "json") or ending.endswith(_ENDINGS) for ending in sample.endings):
             has = ", ".join(f".{ending}" for ending in sorted(sample.endings))
             raise ConfigError(
-                f"{shard}: the sample {printable(key)} has no image, but {printable(has)}; a name counts up to its "
+                f"{shard}: the sample {printable(key)} has no image, but {printable(has)}; a sample's name ends at the "
                 f"first dot, and an image ends in one of {', '.join(SUFFIXES)}"
             )
     return placed
@@ -87,7 +87,7 @@ def _members(file: IO[bytes], shard: str) -> Iterator[tarfile.TarInfo]:
     file.seek(0)
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
         while (member := tar.next()) is not None:
-            # tarfile would keep all members, a kilobyte each.
+            # tarfile would store all members, a kilobyte each.
             tar.members = []  # type: ignore[attr-defined]
             _refuse_unsafe(member, shard)
             if not 0 <= member.size <= size - member.offset_data:
@@ -101,18 +101,16 @@ def _members(file: IO[bytes], shard: str) -> Iterator[tarfile.TarInfo]:
     file.seek(end)
     trailer = file.read(_TRAILER_BYTES)
     if len(trailer) < tarfile.BLOCKSIZE:
-        raise ConfigError(
-            f"{shard} ends at {size:,} bytes without tar's mark of the end: part is missing; copy it again"
-        )
+        raise ConfigError(f"{shard} ends at {size:,} bytes without tar's end marker: part is missing; copy it again")
     if trailer.strip(b"\0"):
-        raise ConfigError(f"{shard} has no readable header at byte {end:,}, and more behind it; copy or pack it again")
+        raise ConfigError(f"{shard} has an unreadable header at byte {end:,}, before its end; copy or pack it again")
 
 
 def _refuse_unsafe(member: tarfile.TarInfo, shard: str) -> None:
     name = member.name
     if name.startswith("/") or ".." in name.split("/"):
         raise ConfigError(
-            f"{shard}: the member {printable(name)} lies outside the tar; pack it again with paths within a folder"
+            f"{shard}: the member {printable(name)} is outside the tar; pack it again with paths within a folder"
         )
     if member.issparse() or not (member.type in tarfile.REGULAR_TYPES or member.isdir()):
         kinds = {
@@ -124,7 +122,7 @@ def _refuse_unsafe(member: tarfile.TarInfo, shard: str) -> None:
         }
         kind = "a sparse file" if member.issparse() else kinds.get(member.type, f"of type {member.type!r}")
         raise ConfigError(
-            f"{shard}: the member {printable(name)} is {kind}; a shard holds files alone, pack it again without "
+            f"{shard}: the member {printable(name)} is {kind}; a shard may contain only files, pack it again without "
             f"(tar -h follows links)"
         )
 
@@ -141,14 +139,14 @@ def _add(member: tarfile.TarInfo, file: IO[bytes], samples: dict[str, _Sample], 
     sample = samples.setdefault(key, _Sample())
     if ending in sample.endings:
         raise ConfigError(
-            f"{shard}: {printable(key)}.{printable(ending)} is there twice; of each sample's members one may end so"
+            f"{shard}: {printable(key)}.{printable(ending)} exists twice; a sample may have one member of each ending"
         )
     sample.endings.add(ending)
     if ending in _ENDINGS:
         if sample.image is not None:
             raise ConfigError(
                 f"{shard}: the sample {printable(key)} has two images, {printable(sample.image[0])} and "
-                f"{printable(name)}; leave one"
+                f"{printable(name)}; keep one"
             )
         sample.image = (name, member.offset_data, member.size)
     elif ending in ("cls", "json"):
@@ -177,5 +175,5 @@ def _label(content: bytes, ending: str, name: str) -> int | None:
         if label is None:
             return None
     if type(label) is not int or not 0 <= label < _MAX_LABEL:
-        raise ConfigError(f"{name} has the label {label}; labels are whole numbers from 0 to {_MAX_LABEL - 1:,}")
+        raise ConfigError(f"{name} has the label {label}; labels are integers from 0 to {_MAX_LABEL - 1:,}")
     return label

@@ -17,7 +17,7 @@ from megavit.errors import ConfigError
 # Shards that are queried or read at once.
 _THREADS = 16
 
-# Local shards that stay open per process; others are opened for each image. Systems usually allow 1,024 open files.
+# Number of local shards that a process keeps open; others are opened for each image. Systems usually allow 1,024 files.
 _MAX_OPEN = 256
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
@@ -28,9 +28,9 @@ class Shard:
     """One tar.
 
     Attributes:
-        path: of a file, or a URL.
-        size: in bytes.
-        version: identifies the content, by its modification time for example; None if nothing does.
+        path: path of a file, or a URL.
+        size: size in bytes.
+        version: value that identifies the content, such as its modification time; None if nothing does.
     """
 
     path: str
@@ -55,13 +55,15 @@ def find_shards(path: str) -> dict[str, list[str]]:
     found, splits = _within(path)
     names = in_order(_uncompressed(found))
     if not names:
-        raise ConfigError(f"data.path={path} holds no shard, no file that ends in .tar, nor do its train/ and val/")
+        raise ConfigError(f"data.path={path}, its train/ and its val/ have no shard, a file that ends in .tar")
     halves = {half: [name for name in names if name.startswith(f"{folder}/")] for half, folder in splits.items()}
     loose = [name for name in names if "/" not in name]
     if any(halves.values()):
         lacking = next((splits[half] for half, some in halves.items() if not some), None)
         if lacking or loose:
-            has = f"no shard in {lacking}/" if lacking else f"{loose[0]} beside {splits['train']}/ and {splits['val']}/"
+            has = (
+                f"no shard in {lacking}/" if lacking else f"{loose[0]} outside {splits['train']}/ and {splits['val']}/"
+            )
             raise ConfigError(f"data.path={path} has {has}; put all of its shards into train/ and val/, or none")
         parts = halves
     else:
@@ -70,7 +72,7 @@ def find_shards(path: str) -> dict[str, list[str]]:
 
 
 def beside(path: str, name: str) -> str:
-    """Return the path of a file beside the shards: in their folder, or in that of the tar or the list."""
+    """Return the path of a file next to the shards: in their folder, or in that of the tar or the list."""
     bare = remote.bare(path)
     return os.path.join(bare.rpartition("/")[0] if bare.endswith((".tar", ".txt")) else bare, name)
 
@@ -158,7 +160,7 @@ def _look_at_one(path: str) -> Shard:
     if remote.is_url(path):
         size, version = remote.version(path)
         if not isinstance(size, int):
-            raise ConfigError(f"{path}: its server does not tell its size; copy the file to one that does")
+            raise ConfigError(f"{path}: its server does not report its size; copy the file to one that does")
         return Shard(path, size, version)
     try:
         about = os.stat(path)
@@ -179,15 +181,14 @@ def _listed(path: str) -> list[str]:
     names = [line if remote.is_url(line) else beside(path, line) for line in lines if line]
     for line, name in zip(filter(None, lines), names, strict=True):
         if not remote.bare(name).endswith((".tar", *_COMPRESSED)):
-            raise ConfigError(f"{path} names {line}, which does not end in .tar; it takes a shard a line")
+            raise ConfigError(f"{path} names {line}, which does not end in .tar; list one shard per line")
         if remote.is_url(path) and line.startswith("/"):
             raise ConfigError(
-                f"{path} names {line}, a path of one machine; a list that lies elsewhere names URLs, or paths "
-                f"relative to it"
+                f"{path} names {line}, a path on one machine; in a remote list use URLs, or paths relative to it"
             )
     if not names or len(set(names)) < len(names):
         twice = next((name for name in names if names.count(name) > 1), None)
-        raise ConfigError(f"{path} names {f'{twice} twice' if twice else 'no shard'}; it takes one a line")
+        raise ConfigError(f"{path} names {f'{twice} twice' if twice else 'no shard'}; list one per line, each once")
     return names
 
 
@@ -197,8 +198,8 @@ def _within(path: str) -> tuple[list[str], dict[str, str]]:
     if not remote.is_url(path):
         if not os.path.isdir(path):
             raise ConfigError(
-                f"data.path={path} is not there; data=tar takes a folder of .tar files, one .tar file, or a .txt file "
-                f"that names a shard a line"
+                f"data.path={path} does not exist; data=tar takes a folder of .tar files, one .tar file, or a .txt "
+                f"file with one shard per line"
             )
         try:
             found = os.listdir(path)
@@ -214,8 +215,8 @@ def _within(path: str) -> tuple[list[str], dict[str, str]]:
         splits = find_splits(name.partition("/")[0] for name in found if "/" in name) or splits
     else:
         raise ConfigError(
-            f"data.path={path}: a web server does not tell which files it has; name one .tar, or a .txt file with a "
-            f"shard a line"
+            f"data.path={path}: a web server cannot list its files; name one .tar, or a .txt file with one shard per "
+            f"line"
         )
     tars = [
         name
@@ -231,8 +232,8 @@ def _uncompressed(names: list[str]) -> list[str]:
     for name in names:
         if remote.bare(name).endswith(_COMPRESSED):
             raise ConfigError(
-                f"{name} is compressed, and images are read from any place of a shard; unpack it to .tar once (images "
-                f"hardly get smaller)"
+                f"{name} is compressed, and images are read from any position of a shard; unpack it to .tar once "
+                f"(compression hardly makes images smaller)"
             )
     return names
 

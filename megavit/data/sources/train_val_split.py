@@ -1,4 +1,4 @@
-"""Split data into training and validation: by file names, or by a share of each class."""
+"""Split data into training and validation: by file names, or by a fraction of each class."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -60,11 +60,11 @@ def _with_a_word(names: Sequence[str], words: tuple[str, ...]) -> list[str]:
 def split_indices(labels: np.ndarray, fraction: float | None, split: str, *, where: str) -> np.ndarray:
     """Choose the samples of one split.
 
-    The stated share of each class's samples, drawn with a fixed seed, is for validation: at least one, but never the
-    only one. With 0 all samples are for training.
+    The stated fraction of each class's samples, chosen with a fixed seed, is for validation: at least one sample, but
+    never the only one. With 0 all samples are for training.
 
     Args:
-        labels: of all samples.
+        labels: labels of all samples.
         fraction: `data.val_fraction`.
         split: `train` or `val`.
         where: path of the data, for the error.
@@ -74,15 +74,15 @@ def split_indices(labels: np.ndarray, fraction: float | None, split: str, *, whe
     """
     if fraction is None:
         raise ConfigError(
-            f"{where} holds one set of images; say which share of each class validates, data.val_fraction=0.1 for "
+            f"{where} has one set of images; set the fraction of each class for validation, data.val_fraction=0.1 for "
             f"example or 0 for none, or put them into {where}/train and {where}/val"
         )
     if fraction == 0:
         if split == "train":
             return np.arange(len(labels))
         raise ConfigError(
-            f"data.val_fraction=0 leaves no images of {where} to validate on; data.val_fraction=0.1, for example, or "
-            f"another data.path has some"
+            f"data.val_fraction=0 leaves no images of {where} to validate on; set data.val_fraction=0.1, for example, "
+            f"or another data.path"
         )
     validates = np.zeros(len(labels), dtype=bool)
     # Sorted once: searching 1.3 million labels for each of 1,000 classes takes seconds.

@@ -1,4 +1,4 @@
-"""Images in WebDataset tar shards, read at random through an index."""
+"""Read images from WebDataset tar shards, in any order, through an index."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ class WebDatasetSource:
         shards: the tars.
         index: location of each image (see `index_shards`).
         classes: names, in label order; empty without labels.
-        channels: of the decoded images.
+        channels: channels of the decoded images.
         part: positions of the images to use; None for all.
     """
 
@@ -84,15 +84,15 @@ class WebDatasetSource:
 
 
 def open_tars(config: DataConfig, split: str, index: Path | None = None) -> WebDatasetSource:
-    """Open one split of tar shards: by folder (PATH/train/, PATH/val/), by file name, or as a share of one set.
+    """Open one split of tar shards: by folder (PATH/train/, PATH/val/), by file name, or as a fraction of one set.
 
     PATH is a folder, a tar or a text file with a tar per line; each may be a URL. Class names are the lines of a
-    classes.txt beside the shards; without it they are the numbers up to the training set's largest label.
+    classes.txt next to the shards; without it they are the numbers up to the training set's largest label.
 
     Args:
         config: the data group.
         split: `train` or `val`.
-        index: folder that keeps the listing for the next start; None to keep none.
+        index: folder in which the listing is cached for the next start; None to cache nothing.
 
     Raises:
         ConfigError: if there is no shard, one cannot be read, or the labels do not fit.
@@ -114,7 +114,7 @@ def open_tars(config: DataConfig, split: str, index: Path | None = None) -> WebD
         _, listing = opened.get(training) or _open_part(parts[training], training, index)
         names = tuple(map(str, range(int(listing.arrays["labels"].max()) + 1)))
     elif labels.max() < 0:
-        raise ConfigError(f"{config.path} has a {_CLASSES_FILE}, and its images have no labels; take it away")
+        raise ConfigError(f"{config.path} has a {_CLASSES_FILE}, and its images have no labels; remove it")
     if (labels.max() < 0) != (not names) or labels.max() >= len(names):
         name = "training" if split == "train" else "validation"
         message = f"has labels up to {labels.max()}" if labels.max() >= 0 else "has no labels"
@@ -167,7 +167,7 @@ def _read_shard(path: str) -> list[Placed]:
 
 
 def _class_names(path: str) -> tuple[str, ...] | None:
-    """Return the lines of classes.txt beside the shards; None if there is no such file."""
+    """Return the lines of classes.txt next to the shards; None if there is no such file."""
     file = beside(path, _CLASSES_FILE)
     try:
         if remote.is_url(file):
@@ -180,5 +180,5 @@ def _class_names(path: str) -> tuple[str, ...] | None:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read as text in UTF-8: {error}") from error
     if len(set(names)) < len(names) or not all(names):
-        raise ConfigError(f"{file} must name each class once, on a line of its own, in the order of their labels")
+        raise ConfigError(f"{file} must name each class once, one per line, in the order of their labels")
     return names

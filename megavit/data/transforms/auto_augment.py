@@ -1,6 +1,6 @@
-"""Colours and shapes of a training image changed at random: operations of torchvision's, on uint8.
+"""Change colour and geometry of uint8 training images at random, with torchvision's operations.
 
-All they draw comes from torch's default generator, which `ImageTransform` seeds for each image.
+All of them sample from torch's default generator, which `ImageTransform` seeds for each image.
 """
 
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from torchvision.transforms import InterpolationMode, v2
 from megavit.data.augment_config import AutoAugment
 from megavit.data.config import DataConfig
 
-# Strengths are told apart to a hundredth.
+# Number of magnitudes, which sets a resolution of 0.01.
 _BINS = 1001
 _MAX_MAGNITUDE = 10
 
 
 def colour_transforms(config: DataConfig) -> list[Callable[[Tensor], Tensor]]:
-    """What `data.auto_augment` and `data.color_jitter` name, in the order in which an image passes it."""
+    """Return the transforms that `data.auto_augment` and `data.color_jitter` name, in the order of their use."""
     chosen: list[Callable[[Tensor], Tensor]] = []
-    # What a turned or moved image leaves free takes the mean colour, as in timm.
+    # Pixels outside a rotated or translated image take the mean colour, as in timm.
     turned = {"interpolation": InterpolationMode.BILINEAR, "fill": [round(255 * mean) for mean in config.mean]}
     if config.auto_augment is AutoAugment.autoaugment:
         chosen.append(v2.AutoAugment(**turned))
@@ -37,21 +37,21 @@ def colour_transforms(config: DataConfig) -> list[Callable[[Tensor], Tensor]]:
 
 
 class RandAugment:
-    """A few operations, drawn with equal chances and with replacement, each at a strength of its own.
+    """Apply a few operations, sampled uniformly with replacement, each at its own random magnitude.
 
-    They are torchvision's 14, one of which changes nothing, in its own ranges: a magnitude m is m/10 of the range, so
-    that 10 turns by 30 degrees, shears by 0.3, moves by 45% of the side, changes brightness, colour, contrast and
-    sharpness by 0.9, keeps 4 of 8 bits and solarises everything. The larger m, the stronger each of them is (timm's
-    `inc1`). torchvision's own `magnitude=9` is another: 9 of 30.
+    The operations are torchvision's 14, one of which is the identity, in torchvision's ranges. A magnitude m is m/10 of
+    the range: 10 rotates by 30 degrees, shears by 0.3, translates by 45% of the side, changes brightness, colour,
+    contrast and sharpness by 0.9, keeps 4 of 8 bits and solarises everything. A larger m makes each operation stronger
+    (timm's `inc1`). torchvision's own `magnitude=9` differs: it is 9 of 30.
 
-    Beside timm's: there is an operation that changes nothing, no inversion and no `SolarizeAdd`; 8 − 0.4 m bits are
-    kept, as in the paper, where timm's keeps 4 − 0.4 m.
+    Differences from timm: the identity is among the operations, `Invert` and `SolarizeAdd` are not, and posterize keeps
+    8 − 0.4 m bits, as in the paper, instead of 4 − 0.4 m.
 
     Args:
         config: the data group.
-        turned: how images are turned and moved, for torchvision.
+        turned: torchvision's arguments for rotation and translation: interpolation and fill colour.
 
-    Source: arXiv 1909.13719; the deviation is timm's, timm/data/auto_augment.py.
+    Source: arXiv 1909.13719; the standard deviation of the magnitude is timm's, timm/data/auto_augment.py.
     """
 
     def __init__(self, config: DataConfig, **turned: object) -> None:
@@ -71,11 +71,11 @@ class RandAugment:
 
 
 def _three_augment(side: int) -> v2.Transform:
-    """Grey, solarised or blurred.
+    """Return a transform that makes an image grey, solarises or blurs it.
 
-    Source: arXiv 2204.07118, section 3.4; the threshold and the blur's deviations are DeiT's, augment.py.
+    Source: arXiv 2204.07118, section 3.4; the threshold and the blur's standard deviations are DeiT's, augment.py.
     """
-    # Three deviations of the widest blur to each side; the edge is mirrored, so no more than there is.
+    # The kernel reaches three standard deviations of the widest blur, but edges are mirrored: it must fit the image.
     reach = max(0, min(6, side - 1))
     return v2.RandomChoice(
         [

@@ -1,4 +1,4 @@
-"""What becomes of a micro batch on the device that trains, before the network sees it.
+"""Preprocess a micro batch on the training device: normalise, erase and mix its images.
 
 Shapes: B images, C channels, Y rows, X columns.
 """
@@ -14,12 +14,12 @@ from megavit.data.transforms.random_erasing import Erasing
 
 
 class DeviceTransforms:
-    """Normalise; and where the images are to train on, erase and mix.
+    """Normalise images; for training also erase boxes in them and mix them.
 
     Args:
         config: the data group.
         seed: `run.seed`.
-        device: that trains.
+        device: the training device.
     """
 
     def __init__(self, config: DataConfig, *, seed: int, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class DeviceTransforms:
         self._mixing = MixupCutmix(config, seed=seed) if config.mixes else None
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The images as the network sees them, float32 images_BCYX."""
+        """Return the network's input, float32 images_BCYX."""
         assert batch.images_BCYX is not None
         images_BCYX = self.normalize(batch.images_BCYX)
         if self._erasing is not None and batch.augmented:
@@ -37,5 +37,5 @@ class DeviceTransforms:
         return images_BCYX if mix is None else mix.images(images_BCYX)
 
     def mix(self, batch: Batch) -> MixParams | None:
-        """How the batch is mixed, known on every rank; None where it is not."""
+        """Return how the batch is mixed, the same on every rank; None if it is not mixed."""
         return self._mixing.draw(batch) if self._mixing is not None and batch.augmented else None

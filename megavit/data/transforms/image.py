@@ -1,4 +1,4 @@
-"""Images of any size to the size that the network sees: at random for training, always alike for evaluation."""
+"""Transform images of any size to the network's input size: at random for training, fixed for evaluation."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,11 +27,11 @@ from megavit.plugins import import_plugin
 
 
 class ImageTransform:
-    """An image as the network sees it, uint8.
+    """Transform an image to uint8 pixels of the network's input size.
 
     Args:
         config: the data group.
-        augment: crop and flip at random, or resize and crop alike always.
+        augment: whether to crop, flip and change images at random; otherwise all are resized and cropped the same way.
     """
 
     def __init__(self, config: DataConfig, *, augment: bool) -> None:
@@ -55,23 +55,29 @@ class ImageTransform:
             self.random.append(_Own(config.transform))
 
     def __call__(self, images: Iterable[Tensor | Jpeg], keys: list[SampleKey], *, seed: int) -> list[Tensor]:
-        """See each image; what is random is a function of its key and the seed alone.
+        """Transform each image; its random changes are a function of its key and the seed only.
 
         Args:
-            images: uint8 images_CYX of any sizes, or JPEGs to be decoded; taken one by one.
-            keys: theirs.
+            images: uint8 images_CYX of any sizes, or JPEGs to be decoded; read one by one.
+            keys: keys of the images.
             seed: `run.seed`.
+
+        Returns:
+            uint8 images_CYX of `data.image_size`.
         """
         draws = self.sample_seeds(keys, seed=seed)
         with self.drawing():
             return [self.augment(self.crop(image, draw)) for image, draw in zip(images, draws, strict=True)]
 
     def preprocess(self, image: Tensor | Jpeg, *, name: str) -> Tensor:
-        """One image in the size that the network sees, of a view that draws nothing.
+        """Transform one image without random changes.
 
         Args:
             image: uint8 image_CYX of any size, or a JPEG to be decoded.
-            name: of the image, for the error.
+            name: name of the image, for the error.
+
+        Returns:
+            uint8 image_CYX of `data.image_size`.
 
         Raises:
             ConfigError: if it cannot be decoded, or is too large to be resized.
@@ -80,36 +86,40 @@ class ImageTransform:
             return self.crop(image, draw=0)
 
     def sample_seeds(self, keys: list[SampleKey], *, seed: int) -> list[int]:
-        """For each key what its image's view is drawn from."""
+        """Return the seed of each image's random changes."""
         columns = torch.tensor([(key.epoch, key.sample_id, key.occurrence) for key in keys]).unbind(dim=1)
         return (hash_int64(seed, *columns, RandomStream.IMAGE_TRANSFORM) & (2**62 - 1)).tolist()
 
     def drawing(self) -> AbstractContextManager[None]:
-        """Within it images are cut and changed; after it torch's generator is as it was."""
+        """Return the context in which to crop and augment images; it restores torch's generator at its end."""
         return _as_in_any_process() if self.random_crop is not None or self.random else nullcontext()
 
     def crop(self, image: Tensor | Jpeg, draw: int) -> Tensor:
-        """One image in the size that the network sees, before it is changed at random.
+        """Crop and resize one image to the network's input size, before `augment`.
+
+        Args:
+            image: uint8 image_CYX of any size, or a JPEG to be decoded.
+            draw: seed from `sample_seeds`.
 
         Raises:
-            ConfigError: if it is a JPEG and cannot be decoded.
-            MemoryError, RuntimeError: if it is too large to be resized.
+            ConfigError: if a JPEG cannot be decoded.
+            MemoryError, RuntimeError: if the image is too large to be resized.
         """
         if self.random_crop is None and not self.random:
             return self._fit(image).contiguous()
-        # Not torch.manual_seed: that seeds every GPU too, and this process's dropout with it.
+        # Not torch.manual_seed: it also seeds every GPU, and with it this process's dropout.
         torch.default_generator.manual_seed(draw)
         return (self._fit(image) if self.random_crop is None else self._cut(image, self.random_crop)).contiguous()
 
     def crop_target(self, target_YX: Tensor, draw: int) -> Tensor:
-        """Crop and flip an image's dense target as `crop` and `augment` do the image with the same draw.
+        """Crop and flip an image's dense target as `crop` and `augment` do with the image and the same seed.
 
         Args:
-            target_YX: of the image's rows and columns.
-            draw: of the image, from `sample_seeds`.
+            target_YX: target of the image's height and width.
+            draw: seed of the image, from `sample_seeds`.
 
         Returns:
-            The target in the size that the network reads, target_YX; each number is that of the nearest pixel.
+            target_YX in the network's input size; each value is that of the nearest pixel.
         """
         if self.random_crop is None and not self.random:
             return self._fit_target(target_YX)
@@ -129,13 +139,13 @@ class ImageTransform:
         return resize_nearest(target_YX, frame, center_box(frame, self.size))
 
     def augment(self, image: Tensor) -> Tensor:
-        """What was cut last, changed at random: it goes on from where the cut's draws have ended."""
+        """Apply flip and colour changes to the image that was cropped last; torch's generator continues from there."""
         for transform in self.random:
             image = transform(image)
         return image
 
     def _cut(self, opened: Tensor | Jpeg, crop: v2.RandomResizedCrop) -> Tensor:
-        """A part of the image drawn at random, resized. What is drawn depends on the image's size alone."""
+        """Crop a random box and resize it; the box depends only on the generator and the image's size."""
         size = (opened.height, opened.width) if isinstance(opened, Jpeg) else opened.shape[1:]
         box = _draw_box(crop, (size[0], size[1]))
         if isinstance(opened, Jpeg):
@@ -148,7 +158,7 @@ class ImageTransform:
         )
 
     def _fit(self, opened: Tensor | Jpeg) -> Tensor:
-        """Resize the whole image; or, with `crop_pct`, cover a frame larger by as much and cut its centre out."""
+        """Resize the full image, or with `crop_pct` resize it to cover a larger frame and crop its centre."""
         image = opened.decode() if isinstance(opened, Jpeg) else opened
         if self.crop_pct is None:
             return resize(image, self.size, self.interpolation)
@@ -157,13 +167,13 @@ class ImageTransform:
 
 
 def _draw_box(crop: v2.RandomResizedCrop, size: tuple[int, int]) -> Box:
-    """Draw the part of an image of this height and width that is kept."""
+    """Sample the box of a random crop for an image of this height and width."""
     drawn = crop.make_params([torch.empty(1, 1, 1).expand(1, *size)])
     return Box(**{side: int(drawn[side]) for side in ("top", "left", "height", "width")})
 
 
 class _Own:
-    """A user's transform, held to what it promises."""
+    """A user's transform, whose results are checked."""
 
     def __init__(self, name: str) -> None:
         self._name, self._transform = name, import_plugin(name, "data.transform")
@@ -177,16 +187,16 @@ class _Own:
         if not isinstance(changed, Tensor) or (changed.shape, changed.dtype) != (image.shape, image.dtype):
             got = f"{changed.dtype} {list(changed.shape)}" if isinstance(changed, Tensor) else type(changed).__name__
             raise ConfigError(
-                f"data.transform={self._name} made {got} of an image of {image.dtype} {list(image.shape)}; it must "
-                f"keep type and shape"
+                f"data.transform={self._name} returned {got} for an image of {image.dtype} {list(image.shape)}; it "
+                f"must keep type and shape"
             )
         return changed
 
 
 @contextmanager
 def _as_in_any_process() -> Iterator[None]:
-    # torchvision draws from torch's default generator, which in this process also drives the dropout. A worker process
-    # has one thread; with one here too, an image's sums are added up in the same order.
+    # torchvision samples from torch's default generator, which in this process is also dropout's. A worker process has
+    # one thread; one thread here makes an image's sums add up in the same order.
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Mixup and cutmix: training images mixed with their neighbours, and their labels with theirs.
+"""Mix training images with their neighbours by mixup and cutmix, and their labels with the neighbours' labels.
 
 Shapes: B images, C channels, Y rows, X columns, K classes.
 """
@@ -25,12 +25,12 @@ _QUANTILES = 2**16
 
 
 class MixParams(NamedTuple):
-    """How a batch is mixed, on the CPU.
+    """The parameters with which a batch is mixed, on the CPU.
 
     Attributes:
-        share_B: float64, of the image itself, and so of its label; the rest is its neighbour's.
-        boxes: what is cut out for the neighbour; empty where the two are blended, or nothing is mixed.
-        cut_B: bool, where a box is cut out.
+        share_B: float64 weight of the image and of its label; the neighbour has the rest.
+        boxes: box that is pasted from the neighbour; empty if the images are blended or not mixed.
+        cut_B: bool, True if a box is pasted.
     """
 
     share_B: Tensor
@@ -38,27 +38,27 @@ class MixParams(NamedTuple):
     cut_B: Tensor
 
     def images(self, images_BCYX: Tensor) -> Tensor:
-        """Mix normalised images."""
+        """Return normalised images_BCYX, mixed."""
         device, (_, _, height, width) = images_BCYX.device, images_BCYX.shape
         blended_B = torch.where(self.cut_B, 1.0, self.share_B).float().to(device, non_blocking=True)
         inside_B1YX = self.boxes.inside(height, width, device=device)
         own_B1YX = torch.where(inside_B1YX, 0.0, blended_B.view(-1, 1, 1, 1))
-        # Written out: what torch.lerp makes of the same weights is for it to decide.
+        # Not torch.lerp, whose rounding depends on torch's implementation.
         return images_BCYX * own_B1YX + neighbours(images_BCYX) * (1 - own_B1YX)
 
     def targets(self, targets_BK: Tensor) -> Tensor:
-        """Mix the classes' shares."""
+        """Return the class probabilities targets_BK, mixed."""
         share_B1 = self.share_B.float().to(targets_BK.device, non_blocking=True).unsqueeze(1)
         return targets_BK * share_B1 + neighbours(targets_BK) * (1 - share_B1)
 
 
 class MixupCutmix:
-    """Mix each image with the other one of its pair: the two at positions 2i and 2i + 1 of the training order.
+    """Mix each image with the other one of its pair: positions 2i and 2i + 1 of the training order.
 
-    Micro batches are of even size and start at even positions, so a pair is never divided, and what an image is mixed
-    with does not depend on the layout. Whether, how and how much is a function of the image's own key and the seed: the
-    first pipeline stage mixes the images, the last one the labels, and neither tells the other. That each image draws
-    its own share is timm's mode `elem`; its default draws one for a whole batch, on which an image would then depend.
+    Micro batches have even sizes and start at even positions, so a pair is never divided, and an image's neighbour does
+    not depend on the layout. The parameters are a function of the image's key and the seed: the first pipeline stage
+    mixes the images and the last one the labels, without communication. Each image samples its own weight, as in timm's
+    mode `elem`. timm's default samples one weight per batch, which would make images depend on their batch.
 
     Args:
         config: the data group, with mixup or cutmix.
@@ -78,7 +78,7 @@ class MixupCutmix:
         )
 
     def draw(self, batch: Batch) -> MixParams:
-        """How this batch is mixed."""
+        """Sample the parameters with which to mix this batch."""
         ids, epochs, occurrences = (column.unsqueeze(1) for column in batch.key_columns())
         streams = torch.tensor(_STREAMS)
         whether_B, which_B, share_B, down_B, across_B = uniform(self.seed, epochs, ids, occurrences, streams).unbind(1)
@@ -91,12 +91,12 @@ class MixupCutmix:
         own_B, cut_B = own_B.where(mixed_B, 1.0), cut_B & mixed_B
         boxes = self._boxes(own_B.where(cut_B, 1.0), down_B, across_B)
         area_B = (boxes.bottom - boxes.top) * (boxes.right - boxes.left)
-        # At the edge a part of the box is lost; the labels' shares are those of the pixels that are left.
+        # The image's edge may cut the box; the labels' weights follow the pixels that are actually pasted.
         left_B = 1 - area_B / (self.height * self.width)
         return MixParams(left_B.where(cut_B, own_B), boxes, cut_B)
 
     def _boxes(self, own_B: Tensor, down_B: Tensor, across_B: Tensor) -> Boxes:
-        """Boxes of the image's proportions and the neighbour's share of its area, their centres anywhere."""
+        """Return boxes with the image's aspect ratio and the neighbour's weight as area, at random centres."""
         side_B = (1 - own_B).sqrt()
         edges = []
         for size, place_B in ((self.height, down_B), (self.width, across_B)):
@@ -108,20 +108,20 @@ class MixupCutmix:
 
 
 def neighbours(rows: Tensor) -> Tensor:
-    """For each row the other one of its pair: 1, 0, 3, 2, …"""
+    """Return the rows in the order 1, 0, 3, 2, …: each row's place has the other row of its pair."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def beta_quantiles(alpha: float) -> Tensor:
-    """65,536 equally likely values of Beta(α, α), float64: its quantiles at (k + ½) / 65,536.
+    """Return 65,536 equally likely values of Beta(α, α), float64: its quantiles at (k + ½) / 65,536.
 
-    The distribution function is summed up over s with x = s^p, p = max(1, 1/α), which takes away the pole at 0, and
+    The distribution function is integrated over s with x = s^p and p = max(1, 1/α), which removes the pole at 0, and
     mirrored at ½.
     """
     power = max(1.0, 1 / alpha)
     s = np.linspace(0, 0.5 ** (1 / power), 2**17)
     x = s**power
-    # Rounding must not make a pole of the power 0.
+    # Rounding must not make a power of 0 negative, which would be a pole.
     density = s ** max(0.0, power * alpha - 1) * (1 - x) ** (alpha - 1)
     until = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     probabilities = (np.arange(_QUANTILES // 2) + 0.5) / _QUANTILES

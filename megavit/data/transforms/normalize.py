@@ -1,4 +1,4 @@
-"""What is done to an image before the network sees it.
+"""Shift uint8 images by whole pixels, and normalise them on the training device.
 
 Shapes: B images, C channels, Y rows, X columns.
 """
@@ -12,7 +12,7 @@ from megavit.parallel.rng import RandomStream, uniform
 
 
 def draw_shifts(keys: list[SampleKey], *, pixels: int, seed: int) -> list[list[int]]:
-    """Draw how far each image is moved, [down, across] in pixels, a function of its key and the seed alone."""
+    """Sample each image's shift, [down, across] in pixels, as a function of its key and the seed."""
     columns = torch.tensor([(key.epoch, key.sample_id, key.occurrence) for key in keys]).unbind(dim=1)
     streams = (RandomStream.SHIFT_DOWN, RandomStream.SHIFT_ACROSS)
     draws_B2 = torch.stack([uniform(seed, *columns, stream) for stream in streams], dim=1)
@@ -20,16 +20,16 @@ def draw_shifts(keys: list[SampleKey], *, pixels: int, seed: int) -> list[list[i
 
 
 def shift_image(image_CYX: Tensor, down: int, across: int) -> Tensor:
-    """Move an image; what leaves is lost, what enters is black."""
+    """Shift an image and pad it with 0."""
     return F.pad(image_CYX, (across, -across, down, -down))
 
 
 class Normalize(torch.nn.Module):
-    """uint8 images to floats of zero mean and unit deviation, on the device that trains.
+    """Map uint8 images to floats of zero mean and unit standard deviation, on the training device.
 
     Args:
-        mean: per channel, of values in [0, 1].
-        std: per channel, of values in [0, 1].
+        mean: mean of each channel, of values in [0, 1].
+        std: standard deviation of each channel, of values in [0, 1].
     """
 
     mean_C11: Tensor
@@ -44,5 +44,5 @@ class Normalize(torch.nn.Module):
         return (images_BCYX.float() / 255 - self.mean_C11) / self.std_C11
 
     def undo(self, normalized_BCYX: Tensor) -> Tensor:
-        """Back to values of which [0, 1] can be visible."""
+        """Return images in the range of pixels, of which [0, 1] can be shown."""
         return normalized_BCYX * self.std_C11 + self.mean_C11

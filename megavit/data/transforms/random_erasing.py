@@ -1,4 +1,4 @@
-"""Boxes of noise in training images, drawn on the device that trains.
+"""Replace boxes in training images by noise, on the training device.
 
 Shapes: B images, R of them erased, T tries, C channels, Y rows, X columns.
 """
@@ -25,7 +25,7 @@ _ASPECTS = (0.3, 1 / 0.3)
 
 
 class Boxes(NamedTuple):
-    """Boxes in images, in pixels; top and left belong to them, bottom and right do not."""
+    """One box per image, in pixels; top and left are inside, bottom and right are outside."""
 
     top: Tensor
     left: Tensor
@@ -33,22 +33,23 @@ class Boxes(NamedTuple):
     right: Tensor
 
     def inside(self, height: int, width: int, *, device: torch.device) -> Tensor:
-        """Which pixels lie in each image's box: inside_B1YX."""
+        """Return inside_B1YX, bool, True for pixels in the image's box."""
         top, left, bottom, right = torch.stack(self).to(device, non_blocking=True).view(4, -1, 1, 1, 1).unbind()
         rows, columns = torch.arange(height, device=device).view(-1, 1), torch.arange(width, device=device)
         return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
 
 
 class Erasing:
-    """In a share of the images a box becomes normal noise; a function of the images' keys and the seed alone.
+    """Replace a box by normal noise in a fraction of the images, as a function of their keys and the seed.
 
-    The box has 0.02 to 1/3 of the area and proportions of 0.3 to 1/0.3; of ten drawn the first that fits is taken.
+    The box has 0.02 to 1/3 of the area and an aspect ratio of 0.3 to 1/0.3; the first of ten candidates that fits is
+    used.
 
     Args:
         config: the data group.
         seed: `run.seed`.
 
-    Source: arXiv 1708.04896; areas, proportions and noise are timm's, timm/data/random_erasing.py (mode `pixel`).
+    Source: arXiv 1708.04896; areas, aspect ratios and noise are timm's, timm/data/random_erasing.py (mode `pixel`).
     """
 
     def __init__(self, config: DataConfig, *, seed: int) -> None:
@@ -58,7 +59,7 @@ class Erasing:
         self.aspects = torch.linspace(low, high, 2**12, dtype=torch.float64).exp()
 
     def __call__(self, images_BCYX: Tensor, batch: Batch) -> Tensor:
-        """Erase in normalised images."""
+        """Return normalised images_BCYX with erased boxes."""
         rows_R = self.erased(batch)
         if not len(rows_R):
             return images_BCYX
@@ -75,13 +76,13 @@ class Erasing:
         return images_BCYX.index_copy(0, rows_R, noise_RCYX.where(inside_R1YX, images_BCYX[rows_R]))
 
     def erased(self, batch: Batch) -> Tensor:
-        """The rows of a batch in which something is erased, on the CPU."""
+        """Return the indices of the images to erase, on the CPU."""
         ids_B, epochs_B, occurrences_B = batch.key_columns()
         draws_B = uniform(self.seed, epochs_B, ids_B, occurrences_B, RandomStream.ERASE_WHETHER)
         return (draws_B < self.share).nonzero().flatten()
 
     def boxes(self, batch: Batch) -> Boxes:
-        """The box of every image, erased or not, on the CPU; empty where none of ten fits."""
+        """Return the box of every image, erased or not, on the CPU; empty if none of ten candidates fits."""
         ids, epochs, occurrences = (column.view(-1, 1) for column in batch.key_columns())
         tries = torch.arange(_TRIES)
         area, aspect, down, across = (

@@ -1,4 +1,4 @@
-"""Tar shards for tests, whole and broken."""
+"""Write tar shards for tests, valid and broken ones."""
 
 import io
 import json
@@ -9,14 +9,14 @@ from PIL import Image
 
 
 def png(value: int) -> bytes:
-    """An image whose first pixel is its number."""
+    """Return an image whose first pixel is its number."""
     file = io.BytesIO()
     Image.new("RGB", (6, 4), (value, 0, 0)).save(file, "PNG")
     return file.getvalue()
 
 
 def shard(path: Path, members: dict[str, bytes | tarfile.TarInfo], **options) -> Path:
-    """A tar of files by name; a TarInfo is put in as it is, without content."""
+    """Write a tar of files by name; a TarInfo is added as it is, without content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **options) as tar:
         for name, content in members.items():
@@ -30,7 +30,7 @@ def shard(path: Path, members: dict[str, bytes | tarfile.TarInfo], **options) ->
 
 
 def labelled(numbers, *, label=lambda number: number % 3, by="cls") -> dict[str, bytes]:
-    """Samples by number, as WebDataset writes them."""
+    """Return samples by number, as WebDataset writes them."""
     members = {}
     for number in numbers:
         members[f"{number:06d}.png"] = png(number)

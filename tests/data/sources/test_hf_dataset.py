@@ -1,4 +1,4 @@
-"""Parquet files: which rows are read, what is refused in one line, what a worker process sees."""
+"""Parquet files: the rows that are read, files that are refused, and reading in a worker process."""
 
 import io
 import pickle
@@ -45,7 +45,7 @@ def cache_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def test_names_tell_the_parts_and_labels_the_classes(tmp_path):
+def test_names_determine_the_splits_and_labels_the_classes(tmp_path):
     write(tmp_path / "a-train-0.parquet", table([0, 2]))
     write(tmp_path / "a-train-1.parquet", table([1]))
     write(tmp_path / "a-test.parquet", table([0] * 5))
@@ -64,7 +64,7 @@ def test_one_file_is_divided_into_disjoint_parts_that_cover_it(label_type, tmp_p
     parts = [open_source(parquet_config(path, val_fraction=0.5), split) for split in ("train", "val")]
     seen = [[(int(part.image(i)[0, 0, 0]), part.label(i)) for i in range(len(part))] for part in parts]
     assert [len(part) for part in seen] == [5, 5]
-    # The value is the row's number: rows of both parts together are all rows, each with its own label.
+    # A pixel's value is the row's number: the rows of both splits are all rows, each with its own label.
     assert sorted(seen[0] + seen[1]) == [(row, int(row >= 6)) for row in range(10)]
 
 
@@ -83,7 +83,7 @@ DAMAGED = {
     ),
     "a label is missing": (lambda path: write(path, table([0, None, 1, 1])), "1 of 4 rows have no label"),
     "a label is negative": (lambda path: write(path, table([0, -1])), "labels go from -1 to 0"),
-    "labels are words": (lambda path: write(path, table(["a", "b"])), "one column of images and one of labels"),
+    "labels are words": (lambda path: write(path, table(["a", "b"])), "and one of integer labels"),
 }
 
 
@@ -135,12 +135,12 @@ def test_a_cache_that_cannot_be_written_is_reported_as_such(place, tmp_path, sma
     config = parquet_config(write(tmp_path / "all.parquet", rows), val_fraction=0.5)
     with pytest.raises(ConfigError, match=rf"copied into a cache once, and {cache}.* cannot be written: ") as refused:
         open_source(config, "train")
-    assert f"set HF_DATASETS_CACHE, now {cache}, to a folder that has some" in str(refused.value)
+    assert f"set HF_DATASETS_CACHE, now {cache}, to a folder with free space" in str(refused.value)
 
 
-def test_a_file_that_cannot_be_read_is_told_apart_from_the_cache(tmp_path):
+def test_a_file_that_cannot_be_read_is_not_reported_as_the_cache(tmp_path):
     (tmp_path / "all.parquet").write_bytes(b"PAR1 no parquet PAR1")
-    with pytest.raises(ConfigError, match=r"all\.parquet cannot be read as parquet: .*is every file whole"):
+    with pytest.raises(ConfigError, match=r"all\.parquet cannot be read as parquet: .*is every file complete"):
         open_source(parquet_config(tmp_path / "all.parquet", val_fraction=0.5), "train")
 
 

@@ -1,4 +1,4 @@
-"""Images from folders and parquet files: what is found, what is refused, what the network sees."""
+"""Images from folders and parquet files: what is found, what is refused, and the network's input."""
 
 import io
 import os
@@ -49,14 +49,14 @@ def one_set(tmp_path):
     return tmp_path
 
 
-def test_classes_are_the_sorted_folders_and_images_may_lie_deeper(one_set):
+def test_classes_are_the_sorted_folders_and_images_may_be_in_subfolders(one_set):
     source = open_source(folder_config(one_set, val_fraction=0.2), "train")
     assert source.classes == ("ant", "bee", "cat")
     assert np.bincount([source.label(i) for i in range(len(source))]).tolist() == [16, 8, 1]
     assert source.image(0).shape == (3, 8, 10)
 
 
-def test_the_two_parts_of_one_set_are_disjoint_whole_and_always_the_same(one_set):
+def test_the_two_splits_of_one_set_are_disjoint_complete_and_always_the_same(one_set):
     config = folder_config(one_set, val_fraction=0.2)
     parts = {split: paths(open_source(config, split)) for split in ("train", "val")}
     assert sorted(parts["train"] + parts["val"]) == sorted(str(path) for path in one_set.rglob("*.PNG"))
@@ -88,7 +88,7 @@ def test_words_for_splits_are_no_classes(names, tmp_path):
     for name in names:
         write(tmp_path / name / "a" / "1.png")
         write(tmp_path / name / "a" / "2.png")
-    with pytest.raises(ConfigError, match=r"has .*test.*/|has .*valid.*/, words for splits and not for classes"):
+    with pytest.raises(ConfigError, match=r"has .*test.*/|has .*valid.*/, which are names of splits"):
         open_source(folder_config(tmp_path, val_fraction=0.5), "train")
 
 
@@ -122,7 +122,7 @@ def test_a_class_whose_name_is_no_utf8_is_escaped_and_can_be_chosen(tmp_path):
 
 
 MISTAKES = {
-    "absent": (lambda root: root / "nowhere", {}, "is no folder"),
+    "absent": (lambda root: root / "nowhere", {}, "is not a folder"),
     "empty class": (lambda root: (root / "dog").mkdir() or root, {"val_fraction": 0.1}, "dog holds no image"),
     "no classes": (lambda root: (root / "x").mkdir() or root / "x", {"val_fraction": 0.1}, "has no class folders"),
     "one set and no share": (lambda root: root, {}, "data.val_fraction=0.1 for example"),
@@ -131,7 +131,7 @@ MISTAKES = {
         {"val_fraction": 0.5},
         "one image per class",
     ),
-    "only train": (lambda root: (root / "t" / "train").mkdir(parents=True) or root / "t", {}, "has train/ alone"),
+    "only train": (lambda root: (root / "t" / "train").mkdir(parents=True) or root / "t", {}, "has only train/"),
 }
 
 
@@ -143,12 +143,12 @@ def test_a_folder_that_cannot_be_used_is_refused_by_name(mistake, one_set):
         open_source(config, "train")
 
 
-def test_a_share_beside_two_folders_and_a_class_of_validation_alone_are_refused(tmp_path):
+def test_a_fraction_with_two_folders_and_a_class_only_in_validation_are_refused(tmp_path):
     for split, name in (("train", "a"), ("val", "b")):
         write(tmp_path / split / name / "1.png")
     with pytest.raises(ConfigError, match=r"data\.val_fraction=0\.1 would be ignored"):
         open_source(folder_config(tmp_path, val_fraction=0.1), "train")
-    with pytest.raises(ConfigError, match=r"has classes that .*train has not: b"):
+    with pytest.raises(ConfigError, match=r"has classes that .*train lacks: b"):
         open_source(folder_config(tmp_path), "val")
 
 
@@ -197,7 +197,7 @@ def test_a_broken_image_is_named_whatever_pillow_raises(tmp_path, monkeypatch):
 
 
 def with_faults(root: Path) -> dict[str, str | tuple[int, int]]:
-    """A folder with one of each; what is said of it, or its height and width."""
+    """A folder with one image of each fault; the message about it, or its height and width."""
     square = Image.effect_noise((40, 30), 60)
     colours = square.convert("RGB")
     encoded = io.BytesIO()
@@ -227,8 +227,8 @@ def with_faults(root: Path) -> dict[str, str | tuple[int, int]]:
         "one.png": (1, 1),
         "turned.jpg": (40, 30),
         "truncated.jpg": "image file is truncated",
-        "empty.jpg": "it is in no format that Pillow knows",
-        "text.jpg": "it is in no format that Pillow knows",
+        "empty.jpg": "Pillow does not know its format",
+        "text.jpg": "Pillow does not know its format",
         "bomb.png": "it has 12,000 × 12,000 pixels, and 89,478,485 are decoded at most",
     }
 
@@ -293,7 +293,7 @@ def test_a_training_view_is_a_function_of_its_key_and_leaves_the_generator_alone
 
 
 def test_a_training_view_seeds_no_device(tmp_path, monkeypatch):
-    # On a GPU the dropout draws from CUDA's generators, which nothing would put back; no GPU is needed to see the call.
+    # On a GPU dropout uses CUDA's generators, which nothing would restore; this checks the call and needs no GPU.
     seeded = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     ImageTransform(folder_config(tmp_path, image_size=[16, 24]), augment=True)([noise(40, 60)] * 4, KEYS, seed=0)
@@ -312,7 +312,7 @@ def test_half_of_the_images_are_mirrored(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(40, 60), (300, 20), (16, 24), (7, 5)])
-def test_an_evaluation_view_covers_the_frame_and_is_always_alike(shape, tmp_path):
+def test_an_evaluation_view_covers_the_frame_and_is_always_the_same(shape, tmp_path):
     view = ImageTransform(folder_config(tmp_path, image_size=[16, 24]), augment=False)
     first, second = (view([noise(*shape)], [key], seed=seed)[0] for key, seed in ((KEYS[0], 0), (KEYS[1], 1)))
     assert first.shape == (3, 16, 24)
@@ -353,7 +353,7 @@ def test_one_photograph_per_class_cannot_be_divided():
 
 @pytest.fixture
 def photographs(tmp_path):
-    """The sample's first eight classes, each both to train and to validate on."""
+    """Return the sample's first eight classes, each for both training and validation."""
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
         for folder in sorted((Path(DATA) / "imagenet_sample").iterdir())[:8]:
@@ -406,5 +406,5 @@ def test_parquet_files_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="it has none"):
         open_source(config, "train")
     pq.write_table(pa.table({"x": [1, 2], "y": [3, 4]}), tmp_path / "rows.parquet")
-    with pytest.raises(ConfigError, match="one column of images and one of labels"):
+    with pytest.raises(ConfigError, match="one column of images, and one of integer labels"):
         open_source(replace(config, path=str(tmp_path / "rows.parquet"), val_fraction=0.5), "train")

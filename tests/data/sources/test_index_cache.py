@@ -1,4 +1,4 @@
-"""The listing beside the run: when it is taken, when it is made anew, that its order is the source's own."""
+"""The cached listing: when it is used, when it is built again, and that its order is the source's own."""
 
 import os
 import random
@@ -24,7 +24,7 @@ LONG_AGO_NS = 10**18
 
 
 def age(root: Path, *, later_ns: int = 0) -> None:
-    """Let every folder and file have been changed long ago, one after the other."""
+    """Give every folder and file an old modification time, one after the other."""
     for number, path in enumerate([root, *sorted(root.rglob("*"))]):
         os.utime(path, ns=(LONG_AGO_NS + later_ns + number,) * 2)
 
@@ -36,7 +36,7 @@ def put(path: Path, number: int) -> None:
 
 @pytest.fixture
 def images(tmp_path):
-    """Nine images of three classes, some deeper, one reached by a link."""
+    """Write nine images of three classes, some in subfolders, one behind a link."""
     root = tmp_path / "images"
     for number in range(9):
         put(root / "abc"[number % 3] / ("." if number % 2 else "deep") / f"{number}.png", number)
@@ -50,7 +50,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def built(monkeypatch):
-    """How often a listing was made."""
+    """Count how often a listing is built."""
     made = []
     for module, name in ((folder_module, "_list"), (tars_module, "index_shards")):
         full = getattr(module, name)
@@ -80,7 +80,7 @@ def test_a_listing_of_tars_is_made_once(tmp_path, built):
     age(tmp_path / "tars")
     tars, index = config(tmp_path / "tars", "tar"), tmp_path / "index"
     for _ in range(2):
-        # To validate asks for the training set too: its labels are the classes.
+        # The validation split opens the training set too: its labels define the classes.
         assert pairs(open_source(tars, "val", index=index)) == pairs(open_source(tars, "train"))
     assert [paths for (paths,) in built].count([f"{tmp_path}/tars/val/0.tar"]) == 1
     shard(tmp_path / "tars" / "val" / "0.tar", labelled(range(8)))
@@ -110,7 +110,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_folder_that_changed_is_listed_anew(change, images, tmp_path, built):
+def test_a_folder_that_changed_is_listed_again(change, images, tmp_path, built):
     before = seen(images, tmp_path / "index")
     CHANGES[change](images)
     after = seen(images, tmp_path / "index")
@@ -119,7 +119,7 @@ def test_a_folder_that_changed_is_listed_anew(change, images, tmp_path, built):
     assert seen(images, tmp_path / "index") == after
 
 
-def test_another_path_or_source_is_listed_anew(images, tmp_path):
+def test_another_path_or_source_is_listed_again(images, tmp_path):
     index = tmp_path / "index"
     seen(images, index)
     assert {label for _, label in seen(images, index, "images")[0]} == {""}
@@ -147,7 +147,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("damage", BROKEN)
-def test_a_broken_listing_is_made_anew(damage, images, tmp_path, built, monkeypatch):
+def test_a_broken_listing_is_built_again(damage, images, tmp_path, built, monkeypatch):
     from megavit.data.sources import index_cache as index_module
 
     expected, file = seen(images, tmp_path / "index"), tmp_path / "index" / "all.index"
@@ -160,21 +160,21 @@ def test_a_broken_listing_is_made_anew(damage, images, tmp_path, built, monkeypa
     assert os.listdir(tmp_path / "index") == ["all.index"]
 
 
-def test_a_listing_that_cannot_be_written_is_told(images, tmp_path):
+def test_a_listing_that_cannot_be_written_is_an_error(images, tmp_path):
     (tmp_path / "index").write_text("in the way")
-    with pytest.raises(ConfigError, match=r"index/all\.index cannot be written: .*; it keeps the list of the images"):
+    with pytest.raises(ConfigError, match=r"index/all\.index cannot be written: .*; it caches the list of the images"):
         seen(images, tmp_path / "index")
 
 
-def test_a_full_disk_leaves_no_half_listing(images, small_disk):
+def test_a_full_disk_leaves_no_partial_listing(images, small_disk):
     disk = small_disk("40k")
     (disk / "filler").write_bytes(bytes(38_000))
-    with pytest.raises(ConfigError, match="No space left on device; it keeps the list of the images"):
+    with pytest.raises(ConfigError, match="No space left on device; it caches the list of the images"):
         seen(images, disk / "index")
     assert list((disk / "index").iterdir()) == []
 
 
-def test_columns_are_mapped_from_the_file_and_come_back_whole(tmp_path):
+def test_columns_are_mapped_from_the_file_and_equal_those_written(tmp_path):
     made = Index(
         {"odd": "\udcff", "list": [1, None]},
         {
@@ -210,7 +210,7 @@ def test_names_that_are_no_text_survive_the_listing(tmp_path):
             name.encode()
 
 
-def test_the_order_is_that_of_texts_and_numbers_in_turns():
+def test_the_order_compares_texts_and_numbers():
     def by_parts(path: str) -> tuple:
         parts = re.split(r"(\d+)", path.rpartition("/")[2])
         return [int(part) if part.isdecimal() else part for part in parts], path

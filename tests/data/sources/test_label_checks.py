@@ -1,4 +1,4 @@
-"""What is odd about some data's classes is said once, in a line each."""
+"""Warnings about unusual classes are printed once, one line each."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ def oddities(train, val=None) -> list[str]:
     return list(describe_oddities({"train": train} if val is None else {"train": train, "val": val}))
 
 
-def test_nothing_is_said_of_data_that_are_in_order_nor_of_those_that_cannot_be_counted():
+def test_no_warning_for_usual_classes_nor_for_sources_that_cannot_count():
     assert not oddities(source(["a", "b"], [2, 3]), source(["a", "b"], [1, 1]))
     assert not oddities(source(["a", "b"]), source(["a", "b"]))
     assert not oddities(source([], []), source([], []))

@@ -1,4 +1,4 @@
-"""Data that lie elsewhere: over http and in a store that can list, what is asked for and what goes wrong."""
+"""Remote data over http and in a store that can list: the bytes that are requested, and the errors."""
 
 import os
 from importlib.util import find_spec
@@ -30,7 +30,7 @@ def no_pause(monkeypatch):
 
 @pytest.fixture
 def tars(tmp_path):
-    """Two shards to train on, one to validate on, a list of them."""
+    """Write two shards for training, one for validation and a list of them."""
     root = tmp_path / "served"
     shard(root / "train-0.tar", labelled(range(6)))
     shard(root / "train-1.tar", labelled(range(6, 9)))
@@ -44,7 +44,7 @@ def tars(tmp_path):
 
 @pytest.fixture
 def memory():
-    """A store in this process's memory, empty."""
+    """Return an empty store in this process's memory."""
     store = fsspec.filesystem("memory")
     store.store.clear()
     store.pseudo_dirs[:] = [""]
@@ -65,7 +65,7 @@ def test_shards_that_a_list_names_are_read_over_http_image_by_image(tars, tmp_pa
         asked.clear()
         again = open_source(data, "train", index=tmp_path / "index")
         again.image(7)
-        # Kept: no header is read again, of the image its own bytes alone.
+        # The cached index: no header is read again, and only the image's own bytes are.
         reads = [line for line in asked if "GET" in line and ".tar" in line]
         assert len(reads) == 1
         first, last = map(int, reads[0].partition("bytes=")[2].split("-"))
@@ -109,18 +109,18 @@ def test_a_list_of_images_and_the_images_are_read_over_http(tars):
         (tars / "val.csv").write_text("path,label\n2.png,b\n")
         assert pairs(open_source(config(url, "csv"), "train")) == [(0, "a"), (1, "b")]
         assert pairs(open_source(config(url, "csv"), "val")) == [(2, "b")]
-        # A list of this machine may name images that lie elsewhere.
+        # A list on this machine may name remote images.
         assert open_source(config(tars, "csv"), "train").name(1) == f"{url}/1.png"
         (tars / "train.csv").write_text("path,label\n/0.png,a\n")
-        with pytest.raises(ConfigError, match=r"line 2: /0\.png is a path of one machine"):
+        with pytest.raises(ConfigError, match=r"line 2: /0\.png is a path on one machine"):
             open_source(config(url, "csv"), "train")
         (tars / "train.csv").write_text("path,label\nnowhere.png,a\n")
-        with pytest.raises(ConfigError, match=rf"line 2: {url}/nowhere\.png is not there"):
+        with pytest.raises(ConfigError, match=rf"line 2: {url}/nowhere\.png does not exist"):
             open_source(config(url, "csv"), "train")
 
 
 @needs_http
-def test_a_server_that_fails_for_a_moment_is_asked_again(tars):
+def test_a_server_that_fails_for_a_moment_is_retried(tars):
     with serve(tars, fails=2) as (url, asked):
         assert remote.read(f"{url}/classes.txt") == b"ant\nbee\ncat\n"
         assert len(asked) == 3
@@ -132,18 +132,18 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(tars):
 
 
 @needs_http
-def test_what_a_server_lacks_is_told_with_its_url(tars):
+def test_errors_of_a_server_name_the_url(tars):
     with serve(tars, ranges=False) as (url, _):
         with pytest.raises(ConfigError, match=rf"{url}/train-0\.tar: its server does not serve parts of files"):
             open_source(config(f"{url}/train-0.tar", "tar", val_fraction=0.5), "train")
         with pytest.raises(
-            ConfigError, match=r"100 bytes from 512 on were asked for, and \d+ came; .*does not serve parts"
+            ConfigError, match=r"100 bytes from 512 on were requested, and \d+ received; .*does not serve parts"
         ):
             remote.read_range(f"{url}/train-0.tar", 512, 100)
     with serve(tars) as (url, _):
-        with pytest.raises(ConfigError, match=rf"{url}/x\.tar cannot be read: it is not there"):
+        with pytest.raises(ConfigError, match=rf"{url}/x\.tar cannot be read: it does not exist"):
             open_source(config(f"{url}/x.tar", "tar", val_fraction=0.5), "train")
-        with pytest.raises(ConfigError, match=r"a web server does not tell which files it has; name one \.tar"):
+        with pytest.raises(ConfigError, match=r"a web server cannot list its files; name one \.tar"):
             open_source(config(url, "tar"), "train")
         (tars / "val-0.tar").write_bytes((tars / "val-0.tar").read_bytes()[:520])
         with pytest.raises(ConfigError, match=rf"{url}/val-0\.tar\?signed=yes ends within 000020"):
@@ -173,7 +173,7 @@ def test_a_store_that_can_list_is_a_folder(memory):
     ]
     assert sum(len(part) for part in one_set) == 9
     memory.pipe("/shards/c.tar", b"")
-    with pytest.raises(ConfigError, match=r"memory://shards has c\.tar beside train/ and val/"):
+    with pytest.raises(ConfigError, match=r"memory://shards has c\.tar outside train/ and val/"):
         open_source(config("memory://shards", "tar"), "train")
 
 
@@ -188,7 +188,7 @@ def test_a_list_in_a_store_is_read(memory):
     assert sorted(pairs(parts[0]) + pairs(parts[1])) == [(number, "ab"[number % 2]) for number in range(4)]
 
 
-def test_a_missing_package_and_an_unknown_store_are_told(monkeypatch):
+def test_a_missing_package_and_an_unknown_store_are_named(monkeypatch):
     from fsspec import core
 
     def without_s3fs(url):
@@ -199,6 +199,6 @@ def test_a_missing_package_and_an_unknown_store_are_told(monkeypatch):
     ):
         open_source(config("nosuch://x/a.tar", "tar", val_fraction=0.5), "train")
     monkeypatch.setattr(core, "url_to_fs", without_s3fs)
-    fields = r"^s3://x/a\.tar needs a package that is not here \(Install s3fs to access S3\); pip install s3fs"
+    fields = r"^s3://x/a\.tar needs a package that is not installed \(Install s3fs to access S3\); pip install s3fs"
     with pytest.raises(ConfigError, match=fields):
         open_source(config("s3://x/a.tar", "tar", val_fraction=0.5), "train")

@@ -1,4 +1,4 @@
-"""Sources of one's own images: a list in a CSV, images without labels, arrays of any number of channels, tables."""
+"""Sources of a user's images: a CSV, images without labels, arrays of any number of channels, tables."""
 
 from dataclasses import replace
 from functools import cache
@@ -35,13 +35,13 @@ def draw(path: Path, value: int = 0) -> Path:
 
 
 def pairs(of) -> list[tuple[int, str]]:
-    """The first pixel, which is the image's number, and the class of each."""
+    """Return the first pixel, which is the image's number, and the class of each image."""
     return [(int(of.image(i)[0, 0, 0]), of.classes[of.label(i)] if of.classes else "") for i in range(len(of))]
 
 
 @pytest.fixture
 def listed(tmp_path):
-    """Twelve images in one folder, and a list of them by number."""
+    """Write twelve images in one folder, and a list of them by number."""
     for number in range(12):
         draw(tmp_path / "images" / f"{number}.png", number)
     lines = [f"images/{number}.png,{number % 3 * 5}" for number in range(12)]
@@ -63,7 +63,7 @@ def test_two_lists_are_the_two_parts_in_their_own_order(listed):
     assert pairs(open_source(config(listed, "csv"), "val")) == [(3, "bee")]
 
 
-def test_blanks_around_labels_and_columns_are_left_away(listed):
+def test_blanks_around_labels_and_columns_are_removed(listed):
     (listed / "all.csv").write_text("path, label\nimages/1.png, ant\nimages/2.png,ant \nimages/3.png,\tbee\u00a0\n")
     train = open_source(config(listed / "all.csv", "csv", val_fraction=0), "train")
     assert pairs(train) == [(1, "ant"), (2, "ant"), (3, "bee")]
@@ -83,7 +83,7 @@ WRONG_LISTS = {
     "nothing below": ("path,label\n", "lists no image"),
     "a label is missing": ("path,label\nimages/1.png,a\nimages/2.png,\n", "line 3: path or label is empty"),
     "a path is missing": ("path,label\n,a\n", "line 2: path or label is empty"),
-    "paths of another folder": ("path,label\n1.png,a\n", "line 2: .*1.png is not there; paths are relative"),
+    "paths of another folder": ("path,label\n1.png,a\n", "line 2: .*1.png does not exist; paths are relative"),
     "no text": (b"\xff\xfe\x00", "cannot be read as CSV in UTF-8"),
     "half a line": ("path,label\nimages/1.png\n", "line 2: path or label is empty"),
 }
@@ -101,13 +101,13 @@ def test_a_list_that_cannot_be_used_is_refused_by_line(mistake, listed):
 def test_labels_of_validation_alone_are_refused(listed):
     (listed / "train.csv").write_text("path,label\nimages/1.png,a\n")
     (listed / "val.csv").write_text("path,label\nimages/2.png,b\n")
-    with pytest.raises(ConfigError, match=r"val\.csv has labels that .*train\.csv has not: b"):
+    with pytest.raises(ConfigError, match=r"val\.csv has labels that .*train\.csv lacks: b"):
         open_source(config(listed, "csv"), "val")
     with pytest.raises(ConfigError, match=r"data\.val_fraction=0\.5 would be ignored"):
         open_source(config(listed, "csv", val_fraction=0.5), "train")
 
 
-def test_images_without_labels_are_divided_and_thinned(tmp_path):
+def test_images_without_labels_are_split_and_subset(tmp_path):
     for number in range(20):
         draw(tmp_path / ("a" if number % 2 else "b/c") / f"{number}.png", number)
     parts = [open_source(config(tmp_path, "images", val_fraction=0.2), split) for split in ("train", "val")]
@@ -180,7 +180,7 @@ def tables(count: int):
     )
 
 
-def test_a_folder_left_by_save_to_disk_is_read(tmp_path, monkeypatch):
+def test_a_folder_written_by_save_to_disk_is_read(tmp_path, monkeypatch):
     import datasets
 
     tables(8).save_to_disk(tmp_path / "one")
@@ -188,14 +188,14 @@ def test_a_folder_left_by_save_to_disk_is_read(tmp_path, monkeypatch):
     assert sorted(pairs(parts[0]) + pairs(parts[1])) == [(n, "bee" if n % 2 else "ant") for n in range(8)]
     datasets.DatasetDict({"train": tables(4), "test": tables(2)}).save_to_disk(tmp_path / "two")
     assert len(open_source(config(tmp_path / "two", "arrow"), "val")) == 2
-    with pytest.raises(ConfigError, match="cannot be read as a folder left by datasets' save_to_disk"):
+    with pytest.raises(ConfigError, match="cannot be read as a folder written by datasets' save_to_disk"):
         open_source(config(tmp_path / "nowhere", "arrow", val_fraction=0.5), "train")
     datasets.DatasetDict({"train": tables(4), "extra": tables(2)}).save_to_disk(tmp_path / "three")
     with pytest.raises(ConfigError, match="needs a split train and one of val, validation, test; it has train, extra"):
         open_source(config(tmp_path / "three", "arrow"), "train")
 
 
-def test_a_dataset_of_the_hub_is_asked_for_by_its_id(monkeypatch, tmp_path):
+def test_a_dataset_of_the_hub_is_loaded_by_its_id(monkeypatch, tmp_path):
     import datasets
 
     asked = []
@@ -209,12 +209,12 @@ def test_a_dataset_of_the_hub_is_asked_for_by_its_id(monkeypatch, tmp_path):
     assert asked == ["someone/insects"]
 
 
-def test_a_hub_that_has_it_not_or_cannot_be_reached_is_told_in_one_line(monkeypatch):
+def test_a_missing_dataset_and_an_unreachable_hub_are_errors_of_one_line(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"data\.path=no-such/thing cannot be had from the Hugging Face hub: "):
+    with pytest.raises(ConfigError, match=r"data\.path=no-such/thing cannot be loaded from the Hugging Face hub: "):
         open_source(config(Path("no-such/thing"), "hub"), "train")
 
 

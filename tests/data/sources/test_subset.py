@@ -1,4 +1,4 @@
-"""Some classes, some samples of each: what stays, under which labels, and that a larger share holds a smaller one."""
+"""Subsets: the chosen classes and samples, their labels, and that a larger fraction contains a smaller one."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_chosen_classes_take_the_labels_of_their_place_in_both_splits():
         assert all(torch.equal(one, other) for one, other in zip(sevens, kept, strict=True))
 
 
-def test_samples_per_class_and_fraction_thin_training_alone():
+def test_samples_per_class_and_fraction_reduce_only_training():
     assert np.bincount(labels(source("data.samples_per_class=5"))).tolist() == [5] * 10
     full = np.bincount(labels(source()))
     tenth = np.bincount(labels(source("data.fraction=0.1")))
@@ -41,7 +41,7 @@ def test_samples_per_class_and_fraction_thin_training_alone():
     assert len(source("data.fraction=0.1", split="val")) == 360
 
 
-def test_a_larger_share_holds_every_smaller_one_whatever_classes_stand_beside():
+def test_a_larger_fraction_contains_every_smaller_one_whatever_the_other_classes():
     small, large = source("data.samples_per_class=5"), source("data.samples_per_class=20")
     assert set(pictures(small)) <= set(pictures(large))
     alone = source("data.samples_per_class=5", "data.classes=['3']")

@@ -1,4 +1,4 @@
-"""The words by which splits are found: one table for folders, tars and tables."""
+"""The words that name splits: one table for folders, tars and tables."""
 
 import pytest
 
@@ -28,7 +28,7 @@ FILES = {
     ("a-train-0.tar", "a-test-0.tar", "a-val-0.tar"): (["a-train-0.tar"], ["a-val-0.tar"]),
     ("Training01.tar", "Testing01.tar"): (["Training01.tar"], ["Testing01.tar"]),
     ("x_trainset.parquet", "x_valset.parquet"): (["x_trainset.parquet"], ["x_valset.parquet"]),
-    # Letters within another word are no word.
+    # Letters within a longer word do not count.
     ("retrieval-train.tar", "retrieval-test.tar"): (["retrieval-train.tar"], ["retrieval-test.tar"]),
     ("retrieval-0.tar", "constrained-0.tar"): None,
     ("s3://b/train/x-0.tar", "s3://b/train/x-1.tar"): None,
@@ -36,6 +36,6 @@ FILES = {
 
 
 @pytest.mark.parametrize("names", FILES)
-def test_words_in_files_names_tell_their_split(names):
+def test_words_in_file_names_determine_their_split(names):
     found = parts_by_name(names)
     assert (found and (found["train"], found["val"])) == FILES[names]

@@ -1,4 +1,4 @@
-"""Tar shards: which samples are found and in what order, what is refused by name, what another process reads."""
+"""Tar shards: the samples and their order, shards that are refused, and reading in another process."""
 
 import io
 import multiprocessing as mp
@@ -49,7 +49,7 @@ def test_two_folders_by_other_words_are_the_two_parts(tmp_path):
     assert val.label_counts().tolist() == [0, 0, 1]
 
 
-def test_names_tell_the_parts_and_a_file_the_classes(tmp_path):
+def test_names_determine_the_splits_and_a_file_the_classes(tmp_path):
     shard(tmp_path / "a-train-0.tar", labelled(range(3)))
     shard(tmp_path / "a-train-1.tar", labelled(range(3, 6)))
     shard(tmp_path / "a-test.tar", labelled([30]))
@@ -92,7 +92,7 @@ def test_samples_come_by_the_numbers_in_their_names_whatever_their_shard_and_fol
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-def test_names_that_are_long_or_of_any_letters_are_whole(form, tmp_path):
+def test_names_that_are_long_or_of_any_letters_are_complete(form, tmp_path):
     names = ["naïve photo, 東京.png", "b" * 90 + ".png"]
     if form != tarfile.USTAR_FORMAT:
         names += ["d/" * 80 + "c" * 150 + ".png", "\udcff odd.png"]
@@ -108,7 +108,7 @@ def test_names_that_are_long_or_of_any_letters_are_whole(form, tmp_path):
     }
 
 
-def test_what_is_no_part_of_a_sample_is_left_away(tmp_path):
+def test_members_that_belong_to_no_sample_are_skipped(tmp_path):
     folder = tarfile.TarInfo("d")
     folder.type = tarfile.DIRTYPE
     extra = {
@@ -173,7 +173,7 @@ UNSAFE = {
 @pytest.mark.parametrize("what", UNSAFE)
 def test_a_member_that_is_no_file_within_the_tar_is_refused_by_name(what, tmp_path):
     path = shard(tmp_path / "x.tar", labelled(range(4)) | UNSAFE[what])
-    message = {"a hard link": "is a link", "a block device": "is a device"}.get(what, "lies outside the tar|is (a|of) ")
+    message = {"a hard link": "is a link", "a block device": "is a device"}.get(what, "is outside the tar|is (a|of) ")
     with pytest.raises(ConfigError, match=rf"x\.tar: the member .*up\S* ({message})"):
         open_source(tar_config(path, val_fraction=0.5), "train")
 
@@ -185,7 +185,7 @@ WRONG = {
     ),
     "no image": ({"a.cls": b"1"}, r"the sample a has no image, but \.cls"),
     "a name with dots": ({"photo.v2.jpg": png(1)}, r"the sample photo has no image, but \.v2\.jpg"),
-    "a word": ({"a.png": png(0), "a.cls": b"cat"}, r"x\.tar: a\.cls has the label cat; labels are whole numbers"),
+    "a word": ({"a.png": png(0), "a.cls": b"cat"}, r"x\.tar: a\.cls has the label cat; labels are integers"),
     "a negative label": ({"a.png": png(0), "a.cls": b"-1"}, "has the label -1"),
     "a label beyond reason": ({"a.png": png(0), "a.cls": b"1000000"}, "has the label 1000000"),
     "no label in a .cls": ({"a.png": png(0), "a.cls": b""}, "has the label ;"),
@@ -213,18 +213,18 @@ def test_a_member_that_is_there_twice_is_refused(tmp_path):
     with tarfile.open(path, "w") as tar:
         for _ in range(2):
             tar.addfile(tarfile.TarInfo("a/000000.png"))
-    with pytest.raises(ConfigError, match=r"x\.tar: a/000000\.png is there twice"):
+    with pytest.raises(ConfigError, match=r"x\.tar: a/000000\.png exists twice"):
         open_source(tar_config(path, val_fraction=0.5), "train")
 
 
 # Each sample takes four blocks of 512 bytes: two headers, an image of fewer than 512, a label.
 DAMAGED = {
     "within an image": (lambda path: truncate(path, 512 + 20), "ends within 000000.png"),
-    "within a header": (lambda path: truncate(path, 4 * 512 + 100), "without tar's mark of the end"),
-    "between two members": (lambda path: truncate(path, 8 * 512), "without tar's mark of the end"),
-    "a byte of a header": (lambda path: spoil(path, 4 * 512 + 3), "has no readable header at byte 2,048"),
+    "within a header": (lambda path: truncate(path, 4 * 512 + 100), "without tar's end marker"),
+    "between two members": (lambda path: truncate(path, 8 * 512), "without tar's end marker"),
+    "a byte of a header": (lambda path: spoil(path, 4 * 512 + 3), "has an unreadable header at byte 2,048"),
     "the first header": (lambda path: spoil(path, 3), "cannot be read as a tar"),
-    "two tars in one": (joined, "more behind it"),
+    "two tars in one": (joined, "before its end"),
     "no tar": (lambda path: path.write_bytes(b"hello" * 300) and path, "cannot be read as a tar"),
     "an empty file": (lambda path: truncate(path, 0), "cannot be read as a tar: empty file"),
     "compressed": (lambda path: path.rename(path.with_name("x.tar.gz")), "x.tar.gz is compressed"),
@@ -233,7 +233,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_tar_that_is_not_whole_is_refused_by_name(damage, tmp_path):
+def test_an_incomplete_tar_is_refused_by_name(damage, tmp_path):
     spoiled, message = DAMAGED[damage]
     path = spoiled(shard(tmp_path / "x.tar", labelled(range(4))))
     with pytest.raises(ConfigError, match=message) as refused:
@@ -265,10 +265,10 @@ def test_a_flipped_bit_gives_samples_or_an_error(tmp_path):
 
 
 FOLDERS = {
-    "nothing": ({}, {}, "holds no shard"),
+    "nothing": ({}, {}, "have no shard"),
     "train alone": ({"train/a.tar": 1}, {}, "has no shard in val/"),
-    "some beside": ({"train/a.tar": 1, "val/a.tar": 1, "b.tar": 1}, {}, r"has b\.tar beside train/ and val/"),
-    "a share beside two parts": ({"train/a.tar": 1, "val/a.tar": 1}, {"val_fraction": 0.1}, "would be ignored"),
+    "some outside": ({"train/a.tar": 1, "val/a.tar": 1, "b.tar": 1}, {}, r"has b\.tar outside train/ and val/"),
+    "a fraction with two parts": ({"train/a.tar": 1, "val/a.tar": 1}, {"val_fraction": 0.1}, "would be ignored"),
     "one set and no share": ({"a.tar": 1}, {}, r"data\.val_fraction=0\.1 for example"),
     "one is compressed": ({"a.tar": 1, "b.tar.gz": 1}, {"val_fraction": 0.1}, r"b\.tar\.gz is compressed"),
     "a list of others": ({"a.tar": 1, "x.txt": "a.zip"}, {}, r"x\.txt names a\.zip, which does not end in \.tar"),
@@ -310,7 +310,7 @@ def test_another_process_reads_the_same_images(tmp_path):
     path = shard(tmp_path / "x.tar", labelled(range(8)))
     source = open_source(tar_config(path, val_fraction=0.5), "train")
     before = [int(source.image(i)[0, 0, 0]) for i in range(len(source))]
-    # As a loading process is; one that is started anew is sent the source.
+    # Forked, as a loading process is; a spawned process gets the pickled source.
     context = mp.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=send, args=(source, theirs))
@@ -354,7 +354,7 @@ def test_an_image_that_cannot_be_read_is_named_by_shard_and_member(tmp_path):
         open_source(tar_config(path, val_fraction=0.5), "train").image(0)
 
 
-def test_a_url_is_for_tars_and_lists_alone():
+def test_only_tars_and_lists_may_be_urls():
     with pytest.raises(
         ConfigError, match=r"data\.path=s3://x/y is a URL, and data\.source=folder reads this machine's"
     ):

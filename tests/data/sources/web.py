@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def serve(folder: Path, *, ranges: bool = True, fails: int = 0) -> Iterator[tuple[str, list[str]]]:
-    """The server's URL, and what it was asked for as it is asked.
+    """The server's URL, and the requests that it received.
 
     Args:
         folder: what it serves.

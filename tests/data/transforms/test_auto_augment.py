@@ -1,4 +1,4 @@
-"""Random operations on training images: what each does, what they draw from, what is refused."""
+"""Random operations on training images: their effects, their random streams, and settings that are refused."""
 
 import os
 import random
@@ -29,7 +29,7 @@ def colour(size: int = 32, **changes) -> DataConfig:
 
 
 def pictures(size: int = 32) -> list[torch.Tensor]:
-    """Photographs where there are some, else a few colours in a gradient."""
+    """Return photographs if there are some, else gradients of a few colours."""
     if DATA is None:
         ramp = torch.linspace(20, 230, size)
         return [
@@ -48,7 +48,7 @@ def test_each_kind_changes_pictures_by_their_keys_alone(kind):
     view = ImageTransform(config, augment=True)
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     seen = view([image] * 40, keys, seed=0)
-    # Nothing else is drawn from, and torch's own generator is left as it was.
+    # No other generator is used, and torch's own generator does not change.
     assert random.getstate() == states[0]
     assert (np.random.get_state()[1] == states[1]).all()
     assert torch.equal(torch.get_rng_state(), states[2])
@@ -94,7 +94,7 @@ def test_three_augment_greys_solarises_or_blurs_a_third_each():
         elif (seen.float() - grey).abs().max() <= 1:
             counts["grey"] += 1
         else:
-            # The mean stays, the deviation shrinks.
+            # The mean stays, the standard deviation shrinks.
             assert (seen.float().mean() - image.float().mean()).abs() < 3
             assert seen.float().std() <= image.float().std() + 0.1
             counts["blurred"] += 1
@@ -103,7 +103,7 @@ def test_three_augment_greys_solarises_or_blurs_a_third_each():
 
 
 class Recorder:
-    """Takes the place of the operations and keeps their strengths."""
+    """Replace the operations and record their magnitudes."""
 
     def __init__(self):
         self.magnitude, self.strengths = 0, []
@@ -122,7 +122,7 @@ def strengths(count: int = 4000, **changes) -> torch.Tensor:
     return torch.tensor(rand.one.strengths)
 
 
-def test_strengths_have_the_stated_mean_and_deviation_and_stay_within_0_and_10():
+def test_magnitudes_have_the_stated_mean_and_standard_deviation_and_stay_within_0_and_10():
     drawn = strengths(randaugment_magnitude=5.0, randaugment_magnitude_std=0.5)
     assert len(drawn) == 8000
     # Standard errors 0.0056 and 0.004.
@@ -149,7 +149,7 @@ def test_magnitude_10_turns_by_30_degrees_and_9_by_27():
     assert turned == pytest.approx([27, 30])
 
 
-def test_what_turning_leaves_free_takes_the_mean_colour():
+def test_pixels_outside_a_rotated_image_take_the_mean_colour():
     (rand,) = colour_transforms(colour(auto_augment=AutoAugment.randaugment))
     white = torch.full((3, 16, 16), 255, dtype=torch.uint8)
     moved = rand.one._apply_image_or_video_transform(white, "TranslateX", 8.0, rand.one.interpolation, rand.one._fill)
@@ -173,7 +173,7 @@ def test_what_turning_leaves_free_takes_the_mean_colour():
         ),
         ({"color_jitter": [0.4, 0.4, 0.4]}, r"must be \[brightness, contrast, saturation, hue\]"),
         ({"color_jitter": [0.4, 0.4, 0.4, 0.6]}, "the hue at most 0.5"),
-        ({"color_jitter": [0.0, 0.0, 0.0, 0.0]}, "null is none"),
+        ({"color_jitter": [0.0, 0.0, 0.0, 0.0]}, "set it to null for none"),
         ({"color_jitter": [float("nan"), 0.0, 0.0, 0.0]}, "data.color_jitter"),
         (
             {"channels": 1, "mean": [0.5], "std": [0.5], "color_jitter": JITTER},
@@ -181,19 +181,19 @@ def test_what_turning_leaves_free_takes_the_mean_colour():
         ),
         (
             {"channels": 1, "mean": [0.5], "std": [0.5], "auto_augment": AutoAugment.three_augment},
-            "three_augment takes the colour .* choose randaugment",
+            "three_augment removes the colour .* choose randaugment",
         ),
         (
             {"channels": 5, "mean": [0.5] * 5, "std": [0.5] * 5, "auto_augment": AutoAugment.randaugment},
-            "data.auto_augment=randaugment is made for grey and colour, and data.channels=5; .* data.transform=",
+            "data.auto_augment=randaugment is defined for 1 and 3 channels, and data.channels=5; .* data.transform=",
         ),
         (
             {"channels": 2, "mean": [0.5] * 2, "std": [0.5] * 2, "color_jitter": [0.4, 0.0, 0.0, 0.0]},
-            r"data.color_jitter=\[0.4, 0.0, 0.0, 0.0\] is made for grey and colour",
+            r"data.color_jitter=\[0.4, 0.0, 0.0, 0.0\] is defined for 1 and 3 channels",
         ),
     ],
 )
-def test_what_cannot_work_or_would_be_ignored_is_refused(changes, message):
+def test_settings_that_cannot_work_or_would_be_ignored_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         colour(**changes).check()
 

@@ -1,4 +1,4 @@
-"""What the device does to training images: the same in every layout, as often and as much as the settings say."""
+"""Mixup, cutmix and erasing on the device: the same in every layout, with the stated frequencies and sizes."""
 
 import math
 from dataclasses import replace
@@ -41,7 +41,7 @@ def keys(count: int, epoch: int = 0) -> list[SampleKey]:
 
 
 def see_digits(*, dp=1, micro_batch=16, workers=0) -> dict[SampleKey, tuple[bytes, float]]:
-    """The final tensors of three steps of 16, by key, over the end of an epoch; beside each its own label's share."""
+    """Return the final tensors of three steps of 16 across the end of an epoch, and their labels' weights, by key."""
     config = replace(compose(["recipe=digits", *EVERYTHING]).data, workers=workers)
     seen = {}
     for dp_rank in range(dp):
@@ -78,7 +78,7 @@ def test_final_tensors_are_the_same_bits_in_any_division(dp, micro_batch, worker
     assert see_digits(dp=dp, micro_batch=micro_batch, workers=workers) == one_process
 
 
-def test_what_is_evaluated_is_normalised_alone():
+def test_evaluated_images_are_only_normalised():
     config = compose(["recipe=digits", *EVERYTHING]).data
     device, images = (
         DeviceTransforms(config, seed=0, device=CPU),
@@ -97,7 +97,7 @@ def test_neighbours_are_the_other_ones_of_their_pairs():
 
 
 def test_images_and_labels_are_mixed_as_computed_by_hand():
-    # The first of each pair takes a quarter of its neighbour; the second a box of 2 of 4 pixels; the others stay.
+    # The first of each pair gets a quarter of its neighbour, the second a box of 2 of 4 pixels; the others stay.
     none = torch.zeros(4, dtype=torch.long)
     boxes = Boxes(none, none, torch.tensor([0, 1, 0, 0]), torch.tensor([0, 2, 0, 0]))
     mix = MixParams(
@@ -121,9 +121,9 @@ def draw(count: int = 20_000, size: int = 32, **changes) -> MixParams:
 
 
 def test_images_are_mixed_as_often_as_stated():
-    # Standard deviation of a share p of 20,000: sqrt(p (1 − p) / 20,000), 0.0035 at ½; five of them are allowed.
+    # Standard deviation of a fraction p of 20,000: sqrt(p (1 − p) / 20,000), 0.0035 at ½; five of them are allowed.
     mix = draw(mixup=0.8, cutmix=1.0, mixup_prob=0.6, mixup_switch_prob=0.25)
-    # A box may be of no pixels: of 32 × 32 one in a thousand or so.
+    # A box may have no pixels: about one in a thousand of 32 × 32.
     mixed = (mix.share_B < 1) | mix.cut_B
     assert mixed.double().mean() == pytest.approx(0.6, abs=0.0175)
     assert mix.cut_B.double().mean() == pytest.approx(0.15, abs=0.013)
@@ -133,10 +133,10 @@ def test_images_are_mixed_as_often_as_stated():
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.8, 1.0, 3.0, 10.0])
-def test_shares_are_drawn_from_beta(alpha, figure):
+def test_weights_are_sampled_from_beta(alpha, figure):
     stats = pytest.importorskip("scipy.stats")
     low, high = beta_quantiles(alpha).chunk(2)
-    # Near 1 a float64 is too coarse to ask for its probability; there they are the mirrored ones of near 0.
+    # Near 1 a float64 is too coarse for its probability; use the mirrored values near 0 there.
     assert torch.equal(high, 1 - low.flip(0))
     probabilities = (np.arange(2**15) + 0.5) / 2**16
     # Measured: 5.7e-11 at worst, at alpha 0.1 and 10.
@@ -186,7 +186,7 @@ def test_another_epoch_seed_or_occurrence_erases_with_other_noise():
         other = noise(seed, some)
         both = (base != 0) & (other != 0)
         assert both.any()
-        # By chance 0.14% are equal: the noise has 2,041 values, with a deviation of 209.
+        # By chance 0.14% are equal: the noise has 2,041 values, with a standard deviation of 209.
         assert (base[both] == other[both]).double().mean() < 0.01
 
 
@@ -200,8 +200,8 @@ def test_boxes_are_erased_as_often_and_as_large_as_stated():
     # Rounding moves the area by up to a pixel of each side.
     assert 0.018 < share.min() < 0.022
     assert 0.32 < share.max() < 0.337
-    # Uniform: mean 0.1767, deviation 0.0905, of 20,000 ± 0.0006; boxes too long for the image are drawn anew, which
-    # leaves large ones away a little more often.
+    # Uniform: mean 0.1767, standard deviation 0.0905, for 20,000 ± 0.0006; boxes that do not fit are sampled again,
+    # which removes large ones slightly more often.
     assert share.mean() == pytest.approx(0.1767, abs=0.004)
     proportion = (height / width).log()
     assert proportion.mean().abs() < 0.03
@@ -224,7 +224,7 @@ def test_an_erased_box_is_normal_noise_and_everything_else_stays():
     assert 60 < len(rows) < 140
     assert torch.equal(erased == 7.0, ~inside.expand(-1, 3, -1, -1))
     noise = erased[inside.expand(-1, 3, -1, -1)]
-    # Some 150,000 values: standard errors 0.0026 and 0.0018.
+    # About 150,000 values: standard errors 0.0026 and 0.0018.
     assert abs(noise.mean()) < 0.015
     assert noise.std() == pytest.approx(1, abs=0.01)
     assert noise.abs().max() < 4.9

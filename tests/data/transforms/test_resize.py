@@ -1,4 +1,4 @@
-"""What an evaluation sees: timm's and torchvision's frame and centre, of long images too, and no more than that."""
+"""Evaluation images: timm's and torchvision's frame and centre, also of long images, without resizing all of them."""
 
 import os
 import random
@@ -32,7 +32,7 @@ def noise(height: int, width: int, channels: int = 3) -> torch.Tensor:
     return torch.randint(0, 256, (height, width, channels), dtype=torch.uint8).permute(2, 0, 1)
 
 
-def test_the_part_of_a_resized_image_has_the_bits_of_that_part_of_the_whole(monkeypatch):
+def test_resizing_a_part_is_bit_equal_to_that_part_of_the_resized_image(monkeypatch):
     monkeypatch.setattr(resize, "_LONG", 0)
     draw = random.Random(0)
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def test_the_part_of_a_resized_image_has_the_bits_of_that_part_of_the_whole(monk
 
 @pytest.mark.parametrize("shape", [(1, 900), (900, 1), (3, 1001), (700, 9)])
 @pytest.mark.parametrize("mode", Interpolation)
-def test_a_long_image_is_seen_as_if_it_were_resized_whole(shape, mode):
+def test_a_long_image_is_bit_equal_to_resizing_all_of_it(shape, mode):
     torch.manual_seed(0)
     image, size = noise(*shape), [24, 24]
     frame = resize.eval_frame(shape, size, 0.875)
