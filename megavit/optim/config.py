@@ -11,13 +11,15 @@ from megavit.optim.registry import OPTIMIZERS, rule_settings
 from megavit.plugins import check_name, is_plugin
 from megavit.validation import format_value, require_number, require_steps
 
-# Among the patterns of optim.freeze, the word for all weights but those of the head.
+# The pattern of optim.freeze that means all weights except those of the head.
 ENCODER = "encoder"
 
 
 class Schedule(Enum):
-    """How the learning rate falls after warm-up: over all steps, not at all, or linearly over the last `decay_steps`
-    (wsd: warm-up, stable, decay).
+    """The shape of the learning rate after warm-up.
+
+    `cosine` and `linear` fall over all steps; `constant` does not fall; `wsd` (warm-up, stable, decay) falls linearly
+    over the last `decay_steps`.
     """
 
     cosine = "cosine"
@@ -39,10 +41,10 @@ class OptimConfig:
     """Group `optim`.
 
     Attributes:
-        name: adamw, sgd or lars; or package.module:Class, a torch.optim.Optimizer of one's own (see docs/extending.md).
+        name: adamw, sgd or lars; or package.module:Class, a user's torch.optim.Optimizer (see docs/extending.md).
         implementation: the fused AdamW kernel; megavit's needs no further package. Null for other optimizers. Not run
             on a GPU: apex, te.
-        lr: peak learning rate; or null and base_lr.
+        lr: peak learning rate; null if base_lr is set.
         base_lr: peak learning rate per 256 images: lr = base_lr · global_batch / 256.
         min_lr: learning rate at the last step.
         schedule: how the learning rate falls from lr to min_lr.
@@ -59,8 +61,8 @@ class OptimConfig:
         layer_decay: factor of each layer's learning rate relative to the layer above it, and of the embedding's
             relative to the first layer; the last norm and the head have the full rate. Null gives all weights one rate
             (arXiv 2106.08254, section A.3).
-        freeze: patterns of timm's weight names, such as blocks.3.*, whose weights are not trained; encoder means all
-            weights but the head's. Null trains all weights.
+        freeze: patterns of timm's weight names, such as blocks.3.*; matching weights are not trained. `encoder` matches
+            all weights except the head's. Null trains all weights.
         clip_grad: largest norm of the full model's gradient; 0 disables clipping.
         ema: decay of a moving average of the weights, for example 0.9999, which is evaluated too; null for none. The
             average starts from the initial weights, so the run should have at least 3 / (1 - ema) steps.
@@ -100,11 +102,11 @@ class OptimConfig:
         require_steps("optim", self, "warmup_steps", at_least=0)
         require_number("optim", self, "eps", "trust_coefficient", "layer_decay", above=0)
         if self.freeze == []:
-            raise ConfigError("optim.freeze=[] freezes nothing; null says so")
+            raise ConfigError("optim.freeze=[] freezes nothing; set it to null")
         if self.layer_decay is not None and self.layer_decay >= 1:
             raise ConfigError(
-                f"optim.layer_decay={self.layer_decay} must be below 1, for lower layers to learn more slowly; null is "
-                f"one rate for all"
+                f"optim.layer_decay={self.layer_decay} must be below 1, so that lower layers learn more slowly; set it "
+                f"to null for one learning rate"
             )
         require_number("optim", self, "momentum", "ema", at_least=0, below=1)
         self._check_name()
@@ -114,8 +116,7 @@ class OptimConfig:
         if (self.schedule is Schedule.wsd) != (self.decay_steps is not None):
             raise ConfigError(
                 f"optim.schedule={self.schedule.value} with optim.decay_steps={self.decay_steps}: wsd needs the "
-                "number of "
-                f"steps it falls over, the others have none"
+                f"number of steps over which it falls, the other schedules need null"
             )
         if self.schedule is Schedule.constant and self.min_lr:
             raise ConfigError(f"optim.min_lr={self.min_lr} would be ignored by optim.schedule=constant; set it to 0")

@@ -73,7 +73,7 @@ def build_optimizer(
         keywords = config.keywords(spec.settings)
         if "tensor_parallel_group" in inspect.signature(build).parameters:
             keywords["tensor_parallel_group"] = model[0].tp_group
-        # Megatron-Core constructs Adam and SGD alone; any other class is built where it would construct SGD (0.16.1).
+        # Megatron-Core constructs only Adam and SGD; any other class is built where it would construct SGD (0.16.1).
         megatron_optimizer.SGD = partial(_build_other, build, keywords)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -94,7 +94,7 @@ def build_optimizer(
         ),
     )
     if not spec.sharded:
-        # State must exist before a checkpoint is loaded into it; Megatron-Core makes Adam's alone (0.16.1).
+        # State must exist before a checkpoint is loaded into it; Megatron-Core creates only Adam's (0.16.1).
         (inner,) = optimizer.chained_optimizers
         inner.init_state_fn = partial(_make_state, _state_keys(spec, config))
     use_batched_norms()

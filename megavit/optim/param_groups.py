@@ -1,4 +1,4 @@
-"""Parameter groups: which weights have weight decay, and each layer's factor of the learning rate."""
+"""Build the parameter groups, which set weight decay and each layer's factor of the learning rate."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,7 +20,8 @@ def group_overrides(
     """Return the group settings that differ from the defaults, and their parameters; the same keys on every rank.
 
     Args:
-        depths: by parameter of this rank: 0 the embedding, i + 1 encoder layer i, num_layers + 1 all that follows.
+        depths: depth of each parameter of this rank: 0 for the embedding, i + 1 for encoder layer i, num_layers + 1
+            for all that follows.
         config: the optim group.
         peak_lr: learning rate after warm-up.
         num_layers: encoder layers of the full model.

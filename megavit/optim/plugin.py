@@ -1,4 +1,4 @@
-"""An optimizer class named by the user: find out from the class what a row of the registry says about the others."""
+"""Inspect a user's optimizer class, and describe it as a row of the registry does for megavit's optimizers."""
 
 import inspect
 

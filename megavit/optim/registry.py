@@ -1,4 +1,4 @@
-"""The optimizers that `optim.name` knows, one row each; without torch, so that settings are checked without it."""
+"""The table of optimizers that `optim.name` selects; imports no torch, so that settings are checked without it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from megavit.plugins import is_plugin
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """What the other parts of megavit need to know about an optimizer.
+    """One row: an optimizer's class, settings and state.
 
     Attributes:
         build: `package.module:Class` of a torch.optim.Optimizer, imported when a run builds it. It is called with the
@@ -19,12 +19,12 @@ class OptimizerSpec:
             other optimizers alone must be null.
         state_keys: names of the tensors in its state of one weight, each fp32 and of the weight's shape. They exist
             before a checkpoint is loaded.
-        no_state_at_zero: the setting that switches the state off if it is 0; None if there is state in any case.
+        no_state_at_zero: the setting that switches the state off if it is 0; None if there is always state.
         sharded: whether Megatron-Core shards the state over the data-parallel ranks. It does so for classes with the
             arguments and the state of Adam alone (0.16.1).
         implementations: other classes with the same settings and state, by the value of `optim.implementation`.
         undecayed_group: entries of the parameter group of weights without weight decay.
-        warning_from_scratch: what a run that starts from random weights must be warned of; None for nothing.
+        warning_from_scratch: warning for a run that starts from random weights; None for none.
     """
 
     build: str
@@ -63,7 +63,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         build="megavit.optim.lars:TensorParallelLars",
         settings=frozenset({"momentum", "trust_coefficient"}),
         state_keys=("momentum_buffer",),
-        # Weights without weight decay are not adapted, but learn as with SGD (arXiv 1708.03888 leaves biases out).
+        # Weights without weight decay are not adapted, but learn as with SGD (arXiv 1708.03888 excludes biases).
         undecayed_group={"always_adapt": False},
     ),
 }

@@ -42,7 +42,7 @@ def step_if_finite(optimizer: MegatronOptimizer, model: list[DistributedDataPara
 
 
 def _clip(part: MegatronOptimizer, parameters: list[torch.nn.Parameter], norm: float) -> None:
-    """Scale gradients of this norm down to the largest norm allowed, before they are used."""
+    """Scale gradients of this norm down to the largest allowed norm before the update."""
     largest = part.config.clip_grad
     if isinstance(part.optimizer, FusedAdam):
         # Its kernel scales while it reads. A separate pass over B/16's gradients takes a tenth of the time of norm,
@@ -70,10 +70,10 @@ def _any_uncounted_not_finite(optimizer: MegatronOptimizer, device: torch.device
 
 
 def use_batched_norms() -> None:
-    """Have Megatron-Core take norms of and scale gradients in a handful of launches, without waiting for the device.
+    """Make Megatron-Core compute norms of gradients and scale them in a few launches, without waiting for the device.
 
-    Without Transformer Engine and apex, Megatron-Core 0.16.1 reads the norm of every single gradient back to the host;
-    where one of them is installed, theirs stay.
+    Without Transformer Engine and apex, Megatron-Core 0.16.1 reads the norm of every single gradient back to the host.
+    If one of them is installed, its functions stay in use.
     """
     if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = _l2_norm

@@ -87,7 +87,7 @@ def test_base_lr_is_scaled_by_the_batch():
         (["optim.lr=1e-3", "optim.base_lr=1e-3"], "set one of optim.lr"),
         (["optim.schedule=constant", "optim.min_lr=1e-5"], "would be ignored by optim.schedule=constant"),
         (["optim.schedule=wsd"], "wsd needs the number of steps"),
-        (["optim.decay_steps=5"], "the others have none"),
+        (["optim.decay_steps=5"], "the other schedules need null"),
         (
             ["optim.schedule=wsd", "optim.decay_steps=1450", "optim.warmup_steps=100"],
             r"100 \+ optim.decay_steps=1450 = 1550 is more than",
