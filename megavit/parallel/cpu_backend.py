@@ -1,8 +1,8 @@
-"""Megatron-Core on the CPU: an import hook that retargets `torch.cuda` to `torch.cpu` in the modules the engine uses.
+"""Run Megatron-Core on the CPU: an import hook replaces `torch.cuda` by `torch.cpu` in the modules that megavit uses.
 
-Megatron-Core 0.16.1 names `torch.cuda` in hundreds of places and knows no other device. The hook rewrites the syntax
+Megatron-Core 0.16.1 names `torch.cuda` in hundreds of places and supports no other device. The hook rewrites the syntax
 tree of an explicit list of its modules while they are imported, and only when the run is on the CPU: nothing in torch
-is patched, and on a GPU the modules are imported as they are.
+is patched, and on a GPU the modules are imported unchanged.
 """
 
 import ast
@@ -20,7 +20,7 @@ from megavit.errors import ConfigError
 
 _CORE = "megatron.core."
 
-# Rewrites per module of Megatron-Core 0.16.1. Another count means another version, which must be checked by hand.
+# Rewrites per module of Megatron-Core 0.16.1. Another count means another version, which a person must check.
 _EXPECTED_REWRITES = {
     "jit": 1,
     "parallel_state": 5,
@@ -62,8 +62,8 @@ def run_on_cpu() -> bool:
     there = torch.cuda.is_available()
     if wanted not in ("", "cuda") or (wanted == "cuda" and not there):
         raise ConfigError(
-            f"MEGAVIT_DEVICE={wanted} in the environment: {'no CUDA device is there' if wanted == 'cuda' else 'known'}"
-            f"{'' if wanted == 'cuda' else ': cpu, cuda'}; unset it to take CUDA where there is one"
+            f"MEGAVIT_DEVICE={wanted} in the environment: {'there is no CUDA device' if wanted == 'cuda' else 'known'}"
+            f"{'' if wanted == 'cuda' else ': cpu, cuda'}; unset it to use CUDA if there is a device"
         )
     return not there
 
@@ -116,7 +116,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
         expected = _EXPECTED_REWRITES[name]
         if retarget.rewrites != expected:
             raise ImportError(
-                f"{fullname}: {retarget.rewrites} places name CUDA where megavit knows {expected}. megavit's CPU "
+                f"{fullname}: {retarget.rewrites} places name CUDA, and megavit expects {expected}. megavit's CPU "
                 f"support was written for megatron-core 0.16.1: pip install megatron-core==0.16.1"
             )
         return compile(module, path, "exec", dont_inherit=True)

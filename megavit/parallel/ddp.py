@@ -132,7 +132,7 @@ def _let_accumulate(weight: Any) -> None:
     if weight.main_grad.dtype != weight.dtype and weight.device.type != "cuda":
         raise ConfigError(
             "train.gradient_accumulation_fusion=true adds products of bf16 numbers to fp32 gradients, which torch does "
-            "on CUDA alone, and this run is on the CPU; set it to false, or train.precision=fp32"
+            "on CUDA only, and this run is on the CPU; set it to false, or train.precision=fp32"
         )
     weight.accumulates = True
 

@@ -1,4 +1,4 @@
-"""Read this machine's memory and CPU limits; without torch, since doctor uses it too."""
+"""Read this machine's memory and CPU limits, without torch, because doctor uses this module too."""
 
 from pathlib import Path
 

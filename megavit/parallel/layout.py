@@ -144,7 +144,7 @@ def rank_from_environment() -> int:
 
 
 def choose_device() -> torch.device:
-    """Return this rank's device: its GPU, or the CPU with OMP_NUM_THREADS threads, by default its part of the cores.
+    """Return this rank's device: its GPU, or the CPU with OMP_NUM_THREADS threads (by default its part of the cores).
 
     Raises:
         ConfigError: if there are more ranks than GPUs.

@@ -17,7 +17,7 @@ _INCREMENT, _MIX_1, _MIX_2 = (constant - (1 << 64) for constant in SPLITMIX64)
 
 
 class RandomStream(IntEnum):
-    """What a sample's random numbers are drawn for; draws of different streams are independent.
+    """The purpose of a sample's random numbers; numbers of different streams are independent.
 
     `hash_int64` takes a stream after the seed and the sample's key. The numbers are part of a run's reproducibility:
     new streams get new numbers, and no number is reused.
@@ -55,14 +55,14 @@ def hash_int64(*parts: Tensor | int) -> Tensor:
     """Hash integers, elementwise with broadcasting, to 64 well-mixed bits; equal on CPU and GPU.
 
     Args:
-        parts: integers that identify the draw, in order: seed, epoch, sample id, …
+        parts: integers that identify the number, in order: seed, epoch, sample id, …
 
     Returns:
         int64 tensor of the broadcast shape.
     """
     state = torch.zeros((), dtype=torch.int64)
     for part in parts:
-        # Plain numbers stay Python numbers: as tensors they would move the state to the host, which would have to wait.
+        # Plain numbers stay Python numbers: as CPU tensors they would move the state to the host, which would wait.
         if isinstance(part, Tensor) and part.device != state.device:
             state = state.to(part.device, non_blocking=True)
         part = part.to(torch.int64) if isinstance(part, Tensor) else int(part)
@@ -71,15 +71,22 @@ def hash_int64(*parts: Tensor | int) -> Tensor:
 
 
 def uniform(*parts: Tensor | int) -> Tensor:
-    """Draw from [0, 1) in float64, a pure function of the parts (53 of the hash's bits)."""
+    """Return float64 numbers uniform in [0, 1), a pure function of the parts (53 of the hash's bits).
+
+    Args:
+        parts: see `hash_int64`.
+    """
     return _shift_right(hash_int64(*parts), 11).double() * 2.0**-53
 
 
 def normal(*parts: Tensor | int) -> Tensor:
-    """Draw noise of mean 0 and standard deviation 1 in float32, the same bits on every device.
+    """Return float32 noise of mean 0 and standard deviation 1, the same bits on every device.
 
-    The sum of a hash's eight bytes: close to normal, but within 4.9 standard deviations (excess kurtosis −0.15). It
-    uses no logarithm or cosine, whose last bit differs between devices.
+    Each number is the sum of a hash's eight bytes: close to normal, but within 4.9 standard deviations (excess
+    kurtosis −0.15). It uses no logarithm or cosine, whose last bit differs between devices.
+
+    Args:
+        parts: see `hash_int64`.
     """
     draws, low = hash_int64(*parts), 0x00FF00FF00FF00FF
     pairs = (draws & low) + (_shift_right(draws, 8) & low)
@@ -88,15 +95,15 @@ def normal(*parts: Tensor | int) -> Tensor:
 
 
 def drawn_from(quantiles: Tensor, draws: Tensor) -> Tensor:
-    """Turn uniform draws into draws from a distribution given by its quantiles.
+    """Map uniform numbers to a distribution given by its quantiles.
 
-    A look-up instead of a formula: the last bit of torch's power function depends on how many numbers it gets at once
-    (533 of 32,000 numbers differ between 2 and 16 on the CPU, torch 2.15), and a sample's draw must not depend on its
-    micro batch.
+    The function looks values up instead of computing a formula: the last bit of torch's power function depends on the
+    number of elements (533 of 32,000 numbers differ between 2 and 16 on the CPU, torch 2.15), and a sample's numbers
+    must not depend on its micro batch.
 
     Args:
         quantiles: equally likely values, ascending.
-        draws: uniform draws in [0, 1).
+        draws: uniform numbers in [0, 1).
     """
     return quantiles[(draws * len(quantiles)).long()]
 
@@ -104,10 +111,15 @@ def drawn_from(quantiles: Tensor, draws: Tensor) -> Tensor:
 def seed_step(layout: ParallelLayout, *, seed: int, step: int) -> None:
     """Seed the dropout of one training step from (seed, step, rank coordinates).
 
-    The default generator is the same on the ranks of one tensor-parallel group, whose replicated activations need the
-    same dropout, and so is the tracker's data-parallel state, for drop path under sequence parallelism. The tracker's
-    model-parallel state differs between these ranks, for what they split (heads, and tokens under sequence
-    parallelism).
+    The ranks of one tensor-parallel group get the same default generator, because their replicated activations need
+    the same dropout, and the same data-parallel state of the tracker, for drop path under sequence parallelism. They
+    get different model-parallel states of the tracker, for what they split: heads, and tokens under sequence
+    parallelism.
+
+    Args:
+        layout: this rank's place.
+        seed: `run.seed`.
+        step: optimizer steps done.
     """
     from megatron.core.tensor_parallel import random as mcore_random
 

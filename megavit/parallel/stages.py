@@ -30,7 +30,7 @@ def rank_stages(stages: list[int], config: ParallelConfig, pp_rank: int) -> list
 
 
 def megatron_layout(stages: list[int]) -> str:
-    """Spell the stages as Megatron-Core's `pipeline_model_parallel_layout`, [3, 5] → 'Ettt|tttttL'."""
+    """Return the stages in the notation of Megatron-Core's `pipeline_model_parallel_layout`: [3, 5] → 'Ettt|tttttL'."""
     rows = ["t" * count for count in stages]
     return "E" + "|".join(rows) + "L"
 
@@ -55,7 +55,7 @@ def _given_stages(config: ParallelConfig, shape: NetworkShape) -> list[int]:
     assert stages is not None
     if len(stages) != config.num_stages:
         raise ConfigError(
-            f"parallel.stages={stages} names {len(stages)} stages and {_stage_arithmetic(config)} are asked for; "
+            f"parallel.stages={stages} names {len(stages)} stages and {_stage_arithmetic(config)} are needed; "
             f"give one number per stage, or null to balance them"
         )
     if sum(stages) != shape.layers:

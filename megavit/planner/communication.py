@@ -1,6 +1,6 @@
-"""Compute what one rank sends and receives in a training step, without torch.
+"""Compute the bytes that one rank sends and receives in a training step, without torch.
 
-For a network without frozen weights. Communication of evaluations, saves and the start of a run is not included.
+The network has no frozen weights. Communication of evaluations, saves and the start of a run is not included.
 N tokens, b images per micro batch, h hidden size.
 """
 
@@ -24,8 +24,10 @@ class Collective(Enum):
 
 
 class Axis(Enum):
-    """The ranks that take part: those along a dimension of the layout, a neighbour in the pipeline, the ranks that hold
-    one copy of the network (`model`), or all.
+    """The ranks that take part in a collective.
+
+    They are those along an axis of the layout, a neighbour in the pipeline, the ranks of one copy of the network
+    (`model`), or all.
     """
 
     tp = "tp"
@@ -58,7 +60,7 @@ class Exchange:
 
     @property
     def sent_bytes(self) -> float:
-        """Return the bytes that this rank sends per step with ring algorithms; of a broadcast, the mean over ranks."""
+        """Return the bytes that this rank sends per step with ring algorithms; for a broadcast, the mean over ranks."""
         share = {
             Collective.all_reduce: 2 * (self.ranks - 1) / self.ranks,
             Collective.all_gather: (self.ranks - 1) / self.ranks,
@@ -102,7 +104,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Work:
-    """What a data-parallel rank processes in a step.
+    """The work of a data-parallel rank in a step.
 
     Attributes:
         micro_batch: images per micro batch.
@@ -213,7 +215,7 @@ def _round_up(number: int, divisor: int) -> int:
 def step_exchanges(
     shape: NetworkShape, split: Split, work: Work, share: Share, *, num_sums: int, shards_optimizer: bool = True
 ) -> list[Exchange]:
-    """List what one rank sends and receives in a step whose metrics are logged.
+    """List the exchanges of one rank in a step whose metrics are logged.
 
     Args:
         shape: sizes of the network.
@@ -276,11 +278,10 @@ def tensor_exchanges(shape: NetworkShape, *, split: Split, work: Work, share: Sh
 
 
 def pipeline_exchanges(shape: NetworkShape, *, split: Split, work: Work, pp_rank: int) -> list[Exchange]:
-    """List what a pipeline rank sends and receives in a step: over each stage boundary, and for each micro batch, one
-    activation forward and its gradient backward.
+    """List the exchanges of a pipeline rank with its neighbours in a step.
 
-    Without sequence parallelism every tensor-parallel rank sends the full activation to its counterpart on the other
-    stage.
+    Each stage boundary is crossed, for each micro batch, by one activation forward and by its gradient backward.
+    Without sequence parallelism every tensor-parallel rank sends the full activation to its counterpart.
 
     Args:
         shape, split, work: see `step_exchanges`.
@@ -302,10 +303,10 @@ def pipeline_exchanges(shape: NetworkShape, *, split: Split, work: Work, pp_rank
 def data_exchanges(
     weights: Sequence[Sequence[int]], *, split: Split, work: Work, shards_optimizer: bool = True
 ) -> list[Exchange]:
-    """List the data-parallel collectives of a step, for any number of micro batches: reduce the gradients and, if each
-    rank updates its shard of the weights, gather the weights.
+    """List the data-parallel collectives of a step, for any number of micro batches.
 
-    Empty if no other rank holds the same weights.
+    The ranks reduce the gradients, and gather the weights if each rank updates only its shard. The list is empty if no
+    other rank holds the same weights.
 
     Args:
         weights: see `Share`.
@@ -327,8 +328,10 @@ def data_exchanges(
 
 
 def agreement_exchanges(split: Split, *, num_sums: int, shards_optimizer: bool = True) -> list[Exchange]:
-    """List the small all-reduces of a step: the norm of the gradients, whether gradients outside the norm are finite,
-    whether to stop, and the metric sums of a logged step.
+    """List the small all-reduces of a step.
+
+    They are for the norm of the gradients, whether gradients outside the norm are finite, whether to stop, and the
+    metric sums of a logged step.
 
     Args:
         split, num_sums, shards_optimizer: see `step_exchanges`.

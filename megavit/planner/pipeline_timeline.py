@@ -142,7 +142,7 @@ def simulate(orders: Sequence[Sequence[Turn]], costs: Sequence[StageCost]) -> Ti
                 made[rank] += 1
         if sum(made) == before:
             stuck = {rank: order[made[rank]] for rank, order in enumerate(orders) if made[rank] < len(order)}
-            raise ValueError(f"the ranks wait for each other, each before its turn: {stuck}")
+            raise ValueError(f"the ranks deadlock, each before this turn: {stuck}")
     return Timeline(spans, busy)
 
 

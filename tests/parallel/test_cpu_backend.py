@@ -25,7 +25,7 @@ cpu._EXPECTED_REWRITES["timers"] += 1
 import megatron.core.timers
 """
     result = run_python(code, MEGAVIT_DEVICE="cpu")
-    assert "3 places name CUDA where megavit knows 4" in result.stderr
+    assert "3 places name CUDA, and megavit expects 4" in result.stderr
 
 
 def test_importing_megatron_first_is_named():

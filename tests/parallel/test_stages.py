@@ -41,7 +41,7 @@ def test_layout_is_spelled_for_megatron():
     ("pp", "stages", "message"),
     [
         (2, [3, 4], r"3 \+ 4 = 7 layers and model.num_layers=8"),
-        (2, [8], "names 1 stages and parallel.pp=2 are asked for"),
+        (2, [8], "names 1 stages and parallel.pp=2 are needed"),
         (3, [8, 0, 0], "every stage but the last needs at least 1 layer"),
         (9, None, "model.num_layers=8 cannot fill parallel.pp=9"),
     ],

@@ -232,7 +232,7 @@ def test_a_kernel_that_cannot_run_is_an_error_and_never_replaced_by_another(atte
 
 
 def test_products_into_gradients_of_another_format_want_cuda():
-    with pytest.raises(AssertionError, match="which torch does on CUDA alone"):
+    with pytest.raises(AssertionError, match="which torch does on CUDA only"):
         run_ranks(ranks.train, 1, [*SMALL, *BF16, FUSED])
 
 
