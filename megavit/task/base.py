@@ -1,4 +1,4 @@
-"""The base class of tasks: what the training loop asks of a task, with defaults."""
+"""The base class of tasks: the interface between a task and the training loop, with defaults."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from megavit.parallel.config import ParallelConfig
 from megavit.parallel.layout import ParallelLayout
 from megavit.task.config import TaskConfig
 
-# A micro batch's output to its mean loss, for the gradient, and sums over its counted images, for the metrics.
+# Maps a micro batch's output to its mean loss, for the gradient, and to sums over its counted images, for the metrics.
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -35,11 +35,13 @@ class MonitoredMetric:
     higher: bool
 
     def is_better(self, found: dict[str, float], than: dict[str, float]) -> bool:
-        """Return whether an evaluation is better than the best one so far; with a moving average, whether its is.
+        """Return whether an evaluation is better than the best one so far.
+
+        With a moving average of the weights, the average's value counts.
 
         Args:
             found: metrics of the evaluation.
-            than: metrics of the best evaluation so far; empty where there is none.
+            than: metrics of the best evaluation so far; empty if there is none.
         """
         name = f"ema_{self.metric}" if f"ema_{self.metric}" in found else self.metric
         # A missing value is worse than every value, and so is NaN, which compares false with all.
@@ -51,7 +53,7 @@ class MonitoredMetric:
 class Task:
     """The network of a task, the fields of a batch that it reads, its loss and its metrics.
 
-    A subclass defines `build_chunks`, `forward` and `summary`; the rest has defaults, for a task that sends all tokens
+    A subclass defines `build_chunks` and `forward`. All other members have defaults, for a task that sends all tokens
     from stage to stage and reports its mean loss.
 
     Args:
@@ -66,10 +68,10 @@ class Task:
         fields: fields of a batch that this rank's stage reads.
         metric_sums: names of the sums that the loss function returns; `count`, the counted images, is among them.
         metric_shapes: names and shapes of the sums that `evaluate_sums` returns; `metric_sums` are among them.
-        reported: metrics beside the loss, in the console's order; the first one selects the best checkpoint.
+        reported: metrics other than the loss, in the console's order; the first one selects the best checkpoint.
         targets: names of the targets that the loss reads, on the last stage.
         baseline_samples: training images that `prepare` reads; 0 for none.
-        image_grid: titles of the pictures that `visualize` makes of an image; empty for a task without pictures.
+        image_grid: titles of the pictures that `visualize` makes per image; empty for a task without pictures.
     """
 
     metric_sums: tuple[str, ...] = ("loss", "count")
@@ -97,7 +99,7 @@ class Task:
 
     @property
     def monitor(self) -> MonitoredMetric:
-        """The metric that selects the best checkpoint: the first of `reported`, else the loss."""
+        """Return the metric that selects the best checkpoint: the first of `reported`, else the loss."""
         if not self.reported:
             return MonitoredMetric("loss", higher=False)
         return MonitoredMetric(self.reported[0].name, higher=self.reported[0].higher)
@@ -105,17 +107,20 @@ class Task:
     def build_chunks(
         self, mcore_config: TransformerConfig, *, parallel: ParallelConfig, stage_layers: list[int]
     ) -> dict[str, EncoderStage]:
-        """Build this rank's stages of the network by name, on the CPU, their weights not initialised yet.
+        """Build this rank's stages of the network on the CPU, without initialising their weights.
 
         Args:
             mcore_config: Megatron-Core's configuration of the encoder.
             parallel: the parallel group.
             stage_layers: encoder layers of each of this rank's stages.
+
+        Returns:
+            The stages by the names of `build_model_chunks`.
         """
         raise NotImplementedError
 
     def boundary(self, micro_batch: int, mcore_config: TransformerConfig) -> ActivationSpec:
-        """Return what one stage sends to the next for a micro batch: all tokens.
+        """Return the tensors that one stage sends to the next for a micro batch: by default all tokens.
 
         Args:
             micro_batch: images per micro batch.
@@ -124,26 +129,54 @@ class Task:
         return tokens_boundary(self.model.num_tokens(self.data.image_size), micro_batch, mcore_config)
 
     def prepare(self, batches: Iterator[Batch]) -> None:
-        """Read `baseline_samples` training images, not augmented, before training; every rank calls this."""
+        """Read `baseline_samples` training images before training; every rank calls this.
+
+        Args:
+            batches: micro batches of this rank, not augmented.
+        """
 
     def forward(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        """Run one stage on a micro batch; the batch is None on stages that read none of its fields."""
+        """Run one stage on a micro batch.
+
+        Args:
+            batch: the micro batch; None on stages that read none of its fields.
+            model: this rank's stage.
+
+        Returns:
+            The stage's output, and the function that computes the loss from it, which only the last stage calls.
+        """
         raise NotImplementedError
 
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """Return the metrics of the sums over all ranks: the mean of each over the counted images."""
+        """Return the metrics: by default the mean of each sum over the counted images.
+
+        Args:
+            totals: the sums of `metric_sums` over all ranks.
+        """
         return {name: totals[name] / totals["count"] for name in self.metric_sums if name != "count"}
 
     def summary(self, validation: dict[str, float]) -> str:
-        """Describe the result in a few words."""
+        """Describe the result in a few words.
+
+        Args:
+            validation: metrics of the last evaluation.
+        """
         return f"validation loss {validation['loss']:.4f}"
 
     def evaluate_sums(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        """Run `forward`; the loss function returns the sums of `metric_shapes`, for `megavit evaluate`."""
+        """Run `forward` for `megavit evaluate`; the loss function returns the sums of `metric_shapes`.
+
+        Args:
+            batch, model: see `forward`.
+        """
         return self.forward(batch, model)
 
     def visualize(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        """Run `forward`; the loss function returns `image_grid`, uint8 [image, panel, channel, row, column]."""
+        """Run `forward`; the loss function returns `image_grid`, uint8 [image, panel, channel, row, column].
+
+        Args:
+            batch, model: see `forward`.
+        """
         raise AssertionError(f"{type(self).__name__} makes no pictures")
 
 
@@ -153,7 +186,7 @@ def build_model_chunks(
     """Build each of this rank's stages, by the names that Megatron-Core's optimizer expects.
 
     Args:
-        build: builds one stage of the network.
+        build: function that builds one stage of the network.
         parallel: the parallel group.
         data: the data group, for the shape of images.
         stage_layers: encoder layers of each of this rank's stages.

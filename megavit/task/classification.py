@@ -1,4 +1,4 @@
-"""Supervised classification, and a linear classifier on a frozen encoder (arXiv 2111.06377, section A.1).
+"""The classification task: train a classifier, or a linear probe on a frozen encoder (arXiv 2111.06377, section A.1).
 
 Shapes: B images, K classes.
 """
@@ -26,7 +26,7 @@ _HIT1 = TaskMetric("hit1", "best guess right", "best guess is a label", ".4f", h
 
 
 class ClassificationTask(Task):
-    """Cross-entropy of the class scores, or binary cross-entropy of each class, and the fraction that is right.
+    """Minimise the cross-entropy of the class scores, or each class's binary cross-entropy, and report the accuracy.
 
     Args: see `Task`.
 
@@ -51,7 +51,7 @@ class ClassificationTask(Task):
         self.label_smoothing, self.by_class = config.label_smoothing, config.loss is Loss.bce
         self.weights_K = _class_weights(config, data, num_classes, layout)
         self.preprocess = DeviceTransforms(data, seed=seed, device=layout.device)
-        # For images with several labels: whether the best score, or one of the best five, is of one of the labels.
+        # With several labels per image, a hit means that the best score, or one of the best five, is of one of them.
         self.hits = ("hit1", "hit5") if data.multi_label else ("top1", "top5")
         self.metric_sums, self.reported = ("loss", self.hits[0], "count"), (_HIT1 if data.multi_label else _TOP1,)
         self.metric_shapes = dict.fromkeys(("loss", *self.hits, "count"), ())
@@ -87,9 +87,9 @@ class ClassificationTask(Task):
         Label smoothing and class weights are for training; an evaluation's loss has neither, as in timm, DeiT and MAE.
 
         Returns:
-            The loss, and sums `loss`, `top1` and `count`; `metrics` divides the totals by `count`. The right class of
-            a mixed image is that of its larger share. With several labels each of them is right, and the sum is named
-            `hit1`, as top-1 means one label.
+            The loss, and the sums `loss`, `top1` and `count`; `metrics` divides the totals by `count`. The correct
+            class of a mixed image is the one with the larger weight. With several labels each of them is correct, and
+            the sum is named `hit1`, because top-1 means one label.
         """
         assert batch is not None
         labels_B, mix = batch.targets[LABELS], self.preprocess.mix(batch)
@@ -109,7 +109,7 @@ class ClassificationTask(Task):
         return losses_B.mean(), sums
 
     def _losses(self, logits_BK: Tensor, labels_B: Tensor, shares_BK: Tensor | None, *, trains: bool) -> Tensor:
-        """Return each image's loss; shares of classes, where given, replace the labels."""
+        """Return each image's loss; class probabilities, if not None, replace the labels."""
         smoothing, weights_K = (self.label_smoothing, self.weights_K) if trains else (0.0, None)
         if not self.by_class:
             return F.cross_entropy(
@@ -126,9 +126,9 @@ class ClassificationTask(Task):
         return losses_BK.mean(dim=1)
 
     def _are_right(self, logits_BK: Tensor, labels_B: Tensor, *, best: int) -> Tensor:
-        """Return whether one of each image's best scores is of one of its labels."""
+        """Return for each image whether one of its best scores belongs to one of its labels."""
         if best == 1:
-            # As the confusion counts; of equal scores topk may take another.
+            # argmax, as for the confusion matrix: of equal scores topk may choose another.
             guesses = logits_BK.argmax(dim=1, keepdim=True)
         else:
             guesses = logits_BK.topk(min(best, self.num_classes), dim=1).indices
@@ -137,7 +137,7 @@ class ClassificationTask(Task):
         return (guesses == labels_B.unsqueeze(1)).any(dim=1)
 
     def evaluate_sums(self, batch: Batch | None, model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        """Add to the sums `top5` or `hit5`, and for single labels `confusion`, images by [label, prediction]."""
+        """Add the sums `top5` or `hit5`, and for single labels `confusion`, images by [label, prediction]."""
         output, _ = self.forward(batch, model)
         return output, lambda logits_BK: self._scores(logits_BK, batch)
 
@@ -154,7 +154,7 @@ class ClassificationTask(Task):
         return loss, {**sums, "confusion": confusion}
 
     def summary(self, validation: dict[str, float]) -> str:
-        """Describe top-1; with several labels, how often the best score is of one of them."""
+        """Describe top-1, or with several labels the fraction of images whose best score is of one of them."""
         name = "best guess right" if self.data.multi_label else "top-1"
         return f"validation {name} {validation[self.hits[0]]:.4f}"
 

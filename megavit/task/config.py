@@ -1,4 +1,4 @@
-"""What is learned: a dataclass of settings for each task, and what a task says before its network is built."""
+"""Settings of each task, and the properties of a task that are needed before its network is built."""
 
 import math
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from megavit.planner.flops import DecoderShape, NetworkShape
 from megavit.plugins import check_name
 from megavit.validation import format_value, require_number
 
-# Width and heads of the decoder of the paper's B, L and H (arXiv 2111.06377), and its layers.
+# Width, heads and layers of the decoder in the paper (arXiv 2111.06377, B, L and H).
 _PAPER_WIDTH, _PAPER_HEADS, _PAPER_LAYERS = 512, 16, 8
 
 
@@ -21,13 +21,13 @@ _PAPER_WIDTH, _PAPER_HEADS, _PAPER_LAYERS = 512, 16, 8
 class TaskConfig:
     """Group `task`: the settings of all tasks. Each task adds its own in a subclass.
 
-    A subclass overrides the properties and methods in which its task differs; the other groups ask them, and nobody
-    asks for a task's name.
+    A subclass overrides the properties and methods in which its task differs. Other modules read these properties, and
+    never compare a task's name.
 
     Attributes:
         name: the task, a row of `megavit/task/registry.py`.
-        implementation: package.module:name of a class of your own in place of the task's class, built with the same
-            arguments (see docs/extending.md); null for megavit's.
+        implementation: package.module:name of your own class, which replaces the task's class and is built with the
+            same arguments (see docs/extending.md); null for megavit's.
     """
 
     name: str = "classify"
@@ -35,32 +35,32 @@ class TaskConfig:
 
     @property
     def has_classes(self) -> bool:
-        """Whether the network scores the classes of the data's labels."""
+        """Return whether the network scores the classes of the data's labels."""
         return False
 
     @property
     def trains_encoder(self) -> bool:
-        """Whether the encoder is trained; else it is frozen."""
+        """Return whether the encoder is trained; otherwise it is frozen."""
         return True
 
     @property
     def norms_features(self) -> bool:
-        """Whether the classifier reads features normalised by their statistics, without weights."""
+        """Return whether a batch norm without weights precedes the classifier."""
         return False
 
     @property
     def makes_pictures(self) -> bool:
-        """Whether the task makes pictures of images (`Task.visualize`)."""
+        """Return whether the task makes pictures of images (`Task.visualize`)."""
         return False
 
     @property
     def new_parameters(self) -> tuple[str, ...]:
-        """Prefixes of the parameters behind the encoder, which `init_from` may leave as they are initialised."""
+        """Return prefixes of the parameters behind the encoder, which need not be in the weights of `init_from`."""
         return ()
 
     @property
     def network_settings(self) -> tuple[str, ...]:
-        """Names of the task's settings on which the shapes of its parameters depend."""
+        """Return names of the task's settings on which the shapes of its parameters depend."""
         return ()
 
     def with_sizes(self, model: ModelConfig) -> Self:
@@ -68,11 +68,11 @@ class TaskConfig:
         return self
 
     def num_visible_patches(self, num_patches: int) -> int:
-        """Return how many of an image's patches the encoder reads."""
+        """Return the number of an image's patches that the encoder reads."""
         return num_patches
 
     def decoder(self, model: ModelConfig) -> ModelConfig | None:
-        """Return the decoder behind the encoder as a model group, its sizes `task.decoder_*`; None without one."""
+        """Return the decoder as a model group with the sizes `task.decoder_*`; None without a decoder."""
         return None
 
     def network_shape(
@@ -81,7 +81,7 @@ class TaskConfig:
         """Return the shape of the network, on which its FLOPs depend.
 
         Args:
-            encoder: the encoder's shape, without anything behind it.
+            encoder: the encoder's shape, without head or decoder.
             model: the model group.
             num_patches: patches of an image.
             num_classes: classes of the data's labels.
@@ -89,12 +89,12 @@ class TaskConfig:
         return encoder
 
     def check(self) -> None:
-        """Raise ConfigError where this group contradicts itself."""
+        """Raise ConfigError if settings of this group contradict each other."""
         if self.implementation is not None:
             check_name(self.implementation, "task.implementation")
 
     def check_groups(self, *, model: ModelConfig, data: DataConfig, optim: OptimConfig) -> None:
-        """Raise ConfigError where another group has a setting that the task would ignore.
+        """Raise ConfigError if another group has a setting that the task would ignore.
 
         Args:
             model: the model group.
@@ -108,8 +108,8 @@ class TaskConfig:
     def _refuse_several_labels(self, data: DataConfig) -> None:
         if data.multi_label:
             raise ConfigError(
-                "data.multi_label=true needs task.loss=bce, by which each class is judged by itself; without labels "
-                "data.multi_label is false"
+                "data.multi_label=true needs task.loss=bce, which compares each class separately; for a task without "
+                "labels set data.multi_label=false"
             )
 
     def _refuse_data(self, data: DataConfig, keys: tuple[str, ...], *, why: str) -> None:
@@ -122,10 +122,10 @@ class TaskConfig:
 
 
 class Loss(Enum):
-    """How the loss compares class scores with labels.
+    """The loss that compares class scores with labels.
 
-    `cross_entropy`: of all classes at once; an image's probabilities sum to 1.
-    `bce`: binary cross-entropy of each class by itself, the mean over the classes (arXiv 2110.00476, section 3).
+    `cross_entropy`: cross-entropy over all classes; an image's probabilities sum to 1.
+    `bce`: mean over the classes of each class's binary cross-entropy (arXiv 2110.00476, section 3).
     """
 
     cross_entropy = "cross_entropy"
@@ -137,11 +137,10 @@ class ClassificationConfig(TaskConfig):
     """Supervised classification.
 
     Attributes:
-        label_smoothing: probability spread over all classes, in [0, 1); in training alone.
-        loss: how the loss compares scores with labels. The validation loss has neither label_smoothing nor
-            class_weights.
-        class_weights: one per class, in the order of the labels: factors of each class's part of the loss; the loss
-            stays a mean over the images, not over the weights. Null for all 1.
+        label_smoothing: probability that is spread over all classes, in [0, 1), in training only.
+        loss: the loss. The validation loss uses neither label_smoothing nor class_weights.
+        class_weights: factor of each class's part of the loss, in the order of the labels; the loss stays a mean over
+            images, not over weights. Null for all 1.
     """
 
     name: str = "classify"
@@ -151,27 +150,27 @@ class ClassificationConfig(TaskConfig):
 
     @property
     def has_classes(self) -> bool:
-        """True."""
+        """Return True."""
         return True
 
     @property
     def new_parameters(self) -> tuple[str, ...]:
-        """The head."""
+        """Return the prefix of the head."""
         return ("head.",)
 
     def network_shape(
         self, encoder: NetworkShape, *, model: ModelConfig, num_patches: int, num_classes: int
     ) -> NetworkShape:
-        """Add the head."""
+        """Return the shape with the head."""
         return replace(encoder, classes=num_classes)
 
     def check(self) -> None:
-        """Raise ConfigError where this group contradicts itself."""
+        """Raise ConfigError if settings of this group contradict each other."""
         super().check()
         require_number("task", self, "label_smoothing", at_least=0, below=1)
         weights = self.class_weights
         if weights is not None and not (all(0 <= weight < float("inf") for weight in weights) and any(weights)):
-            raise ConfigError(f"task.class_weights={weights} must be at least 0 each, and one above 0")
+            raise ConfigError(f"task.class_weights={weights} must each be at least 0, and one of them above 0")
 
     def _refuse_several_labels(self, data: DataConfig) -> None:
         if self.loss is not Loss.bce:
@@ -186,16 +185,16 @@ class LinearProbeConfig(ClassificationConfig):
 
     @property
     def trains_encoder(self) -> bool:
-        """False."""
+        """Return False."""
         return False
 
     @property
     def norms_features(self) -> bool:
-        """True."""
+        """Return True."""
         return True
 
     def check_groups(self, *, model: ModelConfig, data: DataConfig, optim: OptimConfig) -> None:
-        """Refuse what a frozen encoder would ignore, and what would add noise to its features."""
+        """Raise ConfigError for settings that a frozen encoder ignores, or that add noise to its features."""
         super().check_groups(model=model, data=data, optim=optim)
         dropout = ("hidden_dropout", "attention_dropout", "drop_path")
         for group, settings, defaults, keys, why in (
@@ -207,7 +206,7 @@ class LinearProbeConfig(ClassificationConfig):
                 value, wanted = getattr(settings, key), getattr(defaults, key)
                 if value != wanted:
                     raise ConfigError(
-                        f"{group}.{key}={format_value(value)} does not go with task.name={self.name}, {why}; set it "
+                        f"{group}.{key}={format_value(value)} does not fit task.name={self.name}, {why}; set it "
                         f"to {format_value(wanted)}"
                     )
 
@@ -218,14 +217,16 @@ class MaeConfig(TaskConfig):
 
     Attributes:
         mask_ratio: fraction of the patches that the encoder does not read, in (0, 1).
-        norm_pix_loss: compare with each patch's pixels less their mean, over their standard deviation; else with the
-            pixels.
+        norm_pix_loss: whether the target is each patch's pixels, normalised by the patch's mean and standard deviation;
+            otherwise it is the pixels.
         decoder_hidden_size: the decoder's token width; null takes the encoder's, at most 512.
-        decoder_ffn_size: width inside its MLP; null takes the encoder's, or 4 times the decoder's width if that is
-            another.
-        decoder_num_heads: its attention heads; null takes the encoder's, or at most 16 if the width is another.
-        decoder_num_layers: its layers, all on the last pipeline stage. Null takes a third of the encoder's, at most 8.
-        baseline_samples: training images, at most, over which the mean image is measured.
+        decoder_ffn_size: hidden width of the decoder's MLP; null takes the encoder's if both token widths are equal,
+            else 4 times the decoder's width.
+        decoder_num_heads: attention heads of the decoder; null takes the encoder's if both token widths are equal, else
+            at most 16.
+        decoder_num_layers: layers of the decoder, all on the last pipeline stage; null takes a third of the encoder's,
+            at most 8.
+        baseline_samples: largest number of training images from which the mean image is computed.
     """
 
     name: str = "mae"
@@ -239,26 +240,26 @@ class MaeConfig(TaskConfig):
 
     @property
     def makes_pictures(self) -> bool:
-        """True."""
+        """Return True."""
         return True
 
     @property
     def new_parameters(self) -> tuple[str, ...]:
-        """The decoder."""
+        """Return the prefix of the decoder."""
         return ("mae_decoder.",)
 
     @property
     def network_settings(self) -> tuple[str, ...]:
-        """The decoder's sizes."""
+        """Return the names of the decoder's sizes."""
         return ("decoder_hidden_size", "decoder_ffn_size", "decoder_num_heads", "decoder_num_layers")
 
     def num_visible_patches(self, num_patches: int) -> int:
-        """Return how many patches the encoder reads: int(P · (1 − mask_ratio)).
+        """Return the number of patches that the encoder reads: int(P · (1 − mask_ratio)).
 
         Raises:
             ConfigError: if that is none or all of them.
         """
-        # Rounded first: 1 − 0.9 is a little less than 0.1, and 10 patches of 100 are meant.
+        # Round first: 1 − 0.9 is a little less than 0.1, and must give 10 of 100 patches.
         num_visible = int(round(num_patches * (1 - self.mask_ratio), 6))
         if not 0 < num_visible < num_patches:
             raise ConfigError(
@@ -270,7 +271,7 @@ class MaeConfig(TaskConfig):
 
     def with_sizes(self, model: ModelConfig) -> Self:
         """Return the settings with the decoder's sizes that are null derived from the encoder."""
-        # Positions by sine and cosine, down and across, need a multiple of 4.
+        # Sine-cosine positions of rows and columns need a multiple of 4.
         width = self.decoder_hidden_size or min(_PAPER_WIDTH, model.hidden_size // 4 * 4)
         as_wide = width == model.hidden_size
         heads = model.num_heads if as_wide else math.gcd(_PAPER_HEADS, width)
@@ -283,7 +284,7 @@ class MaeConfig(TaskConfig):
         )
 
     def decoder(self, model: ModelConfig) -> ModelConfig:
-        """Return the decoder as a model group: its own sizes, the encoder's patches, class tokens and kernels."""
+        """Return the decoder as a model group: its own sizes; patches, class tokens and kernels of the encoder."""
         assert self.decoder_hidden_size is not None and self.decoder_ffn_size is not None
         assert self.decoder_num_heads is not None and self.decoder_num_layers is not None
         return replace(
@@ -299,7 +300,7 @@ class MaeConfig(TaskConfig):
     def network_shape(
         self, encoder: NetworkShape, *, model: ModelConfig, num_patches: int, num_classes: int
     ) -> NetworkShape:
-        """Add the decoder, which reads all patches."""
+        """Return the shape with the decoder, which reads all patches."""
         decoder = self.decoder(model)
         tokens = num_patches + model.class_tokens
         return replace(
@@ -307,17 +308,17 @@ class MaeConfig(TaskConfig):
         )
 
     def check(self) -> None:
-        """Raise ConfigError where this group contradicts itself."""
+        """Raise ConfigError if settings of this group contradict each other."""
         super().check()
         require_number("task", self, "mask_ratio", at_least=0, below=1)
         require_number("task", self, *self.network_settings, "baseline_samples", at_least=1)
         self._check_decoder()
 
     def check_groups(self, *, model: ModelConfig, data: DataConfig, optim: OptimConfig) -> None:
-        """Refuse what changes images, and settings of a classifier."""
+        """Raise ConfigError for settings that change images on the device, and for settings of a classifier."""
         self._refuse_several_labels(data)
         ignored = ("random_erasing", "mixup", "cutmix")
-        self._refuse_data(data, ignored, why="which sees its images whole and without labels")
+        self._refuse_data(data, ignored, why="which neither erases nor mixes images")
         used = ModelConfig(pool=Pool.cls if model.class_tokens else Pool.mean)
         for key in ("pool", "head", "head_bias", "head_std"):
             if getattr(model, key) != getattr(used, key):
@@ -331,11 +332,11 @@ class MaeConfig(TaskConfig):
         hidden, heads = self.decoder_hidden_size, self.decoder_num_heads
         if hidden % heads:
             raise ConfigError(
-                f"task.decoder_hidden_size={hidden} is not divided by task.decoder_num_heads={heads}: {hidden} mod "
+                f"task.decoder_hidden_size={hidden} is not divisible by task.decoder_num_heads={heads}: {hidden} mod "
                 f"{heads} = {hidden % heads}"
             )
         if hidden % 4:
             raise ConfigError(
-                f"task.decoder_hidden_size={hidden} must be a multiple of 4: the decoder's positions are sine and "
-                f"cosine, down and across"
+                f"task.decoder_hidden_size={hidden} must be a multiple of 4: the decoder's positions are sines and "
+                f"cosines of rows and columns"
             )

@@ -1,4 +1,4 @@
-"""Masked autoencoder: encode a few patches, predict the pixels of the others.
+"""The masked-autoencoder task: encode a few patches, predict the pixels of the others.
 
 Shapes: B images, C channels, P patches, K kept ones, V = C · patch² values of a patch.
 """
@@ -29,10 +29,10 @@ from megavit.task.masking import hidden_mask, random_keep
 
 
 class MaeTask(Task):
-    """Squared error of the hidden patches' pixels, and its ratio to the error of the best constant prediction.
+    """Minimise the squared error of the hidden patches' pixels, and report its ratio to that of a constant prediction.
 
-    The constant prediction is the training images' mean at each position, in the space of the target; a ratio of 1
-    means that the network has learned the mean image and nothing else.
+    The constant prediction is the mean target of the training images at each position. A ratio of 1 means that the
+    network has learned the mean image and nothing else.
 
     Args: see `Task`.
 
@@ -60,7 +60,7 @@ class MaeTask(Task):
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_kept = config.num_visible_patches(self.num_patches)
         self.normalize = Normalize(data.mean, data.std).to(layout.device)
-        # The last stage compares with the images.
+        # The last stage needs the images too, as the target.
         self.fields = RequiredFields(images=layout.holds_first_stage or layout.holds_last_stage)
         self.mean_PV: Tensor | None = None
 
@@ -78,7 +78,7 @@ class MaeTask(Task):
         )
 
     def boundary(self, micro_batch: int, mcore_config: TransformerConfig) -> ActivationSpec:
-        """Return what one stage sends to the next: the tokens of the kept patches and the class tokens."""
+        """Return the tensor that one stage sends to the next: class tokens and tokens of the kept patches."""
         tokens = self.num_kept + self.model.class_tokens
         return tokens_boundary(tokens, micro_batch, mcore_config)
 
@@ -106,7 +106,7 @@ class MaeTask(Task):
         return random_keep(ids_B, epochs_B, occurrences_B, self.num_patches, num_kept=self.num_kept, seed=self.seed)
 
     def target(self, patches_BPV: Tensor) -> Tensor:
-        """Return target_BPV, which the decoder is to predict, of the patches of normalised images."""
+        """Return target_BPV, which the decoder learns to predict, for patches of normalised images."""
         if not self.norm_pix_loss:
             return patches_BPV
         mean, deviation = patch_statistics(patches_BPV)
@@ -124,7 +124,10 @@ class MaeTask(Task):
     def loss(
         self, pixels_BPV: Tensor, patches_BPV: Tensor, ids_keep_BK: Tensor, counted_B: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean squared error of hidden patches, and sums `loss`, `baseline` (mean image's) and `count`."""
+        """Return the mean squared error of hidden patches, and the sums `loss`, `baseline` and `count`.
+
+        `baseline` is the error of the mean image.
+        """
         target_BPV = self.target(patches_BPV)
         hidden_BP = hidden_mask(ids_keep_BK, self.num_patches)
         losses_B = _hidden_error(pixels_BPV, target_BPV, hidden_BP)
@@ -160,13 +163,13 @@ class MaeTask(Task):
         )
 
     def pictures(self, pixels_BPV: Tensor, images_BCYX: Tensor, ids_keep_BK: Tensor) -> Tensor:
-        """Make pictures for a person: uint8 [image, panel, channel, row, column], panels as named in `image_grid`.
+        """Return pictures, uint8 [image, panel, channel, row, column], with the panels of `image_grid`.
 
         Args:
-            pixels_BPV: the decoder's output. With normalised targets it lacks each patch's contrast and brightness; the
-                original's are used.
-            images_BCYX: the originals, uint8.
-            ids_keep_BK: the patches that the encoder read.
+            pixels_BPV: the decoder's output. With normalised targets it lacks each patch's contrast and brightness,
+                which are taken from the original.
+            images_BCYX: the original images, uint8.
+            ids_keep_BK: int64 indices of the patches that the encoder read.
         """
         if self.norm_pix_loss:
             mean, deviation = patch_statistics(self._patches(images_BCYX))

@@ -1,4 +1,4 @@
-"""The random choice of the patches that a masked autoencoder hides.
+"""Choose the patches that a masked autoencoder hides.
 
 Shapes: B images, P patches, K kept ones.
 """
@@ -14,15 +14,16 @@ def random_keep(
 ) -> Tensor:
     """Choose, per image, the patches that the encoder reads.
 
-    A pure function of its arguments, on whatever device they are: every rank agrees without communication, recompute
-    cannot redraw, resume is exact. Each patch draws 64 bits; the lowest are kept, equal draws in the patches' order.
+    The choice is a pure function of the arguments, on any device: ranks agree without communication, recompute gives
+    the same patches, and resume is exact. Each patch gets 64 random bits; the patches with the lowest numbers are kept,
+    ties in the patches' order.
 
     Args:
-        sample_ids_B: int64, the samples' positions in the dataset.
-        epochs_B: int64, each sample's epoch (a batch may straddle two).
-        occurrences_B: int64, which view of the sample within its epoch.
+        sample_ids_B: int64 indices of the samples in the dataset.
+        epochs_B: int64 epoch of each sample (a batch may span two).
+        occurrences_B: int64 index of the sample's view within its epoch.
         num_patches: patches per image, class tokens excluded.
-        num_kept: K, how many of them the encoder reads.
+        num_kept: number K of patches that the encoder reads.
         seed: `run.seed`.
 
     Returns:
@@ -37,6 +38,11 @@ def random_keep(
 
 
 def hidden_mask(ids_keep_BK: Tensor, num_patches: int) -> Tensor:
-    """Return hidden_BP, bool: True where a patch is not kept, so that the loss counts it."""
+    """Return hidden_BP, bool, True for patches that are not kept, which the loss counts.
+
+    Args:
+        ids_keep_BK: int64 indices of the kept patches.
+        num_patches: patches per image.
+    """
     everything = torch.ones(ids_keep_BK.shape[0], num_patches, dtype=torch.bool, device=ids_keep_BK.device)
     return everything.scatter(1, ids_keep_BK, False)

@@ -1,4 +1,4 @@
-"""The tasks by name. A new task is a file with its config and its class, a YAML in conf/task/ and a row here."""
+"""The table of tasks. A new task is a file with its config and its class, a YAML in conf/task/ and a row here."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -20,9 +20,9 @@ class TaskRow:
     """A task of the registry.
 
     Attributes:
-        config: its settings.
-        implementation: package.module:name of its class, imported when a network is built: a command that only reads
-            settings does not import torch.
+        config: class of its settings.
+        implementation: package.module:name of its class. It is imported when a network is built, so that a command that
+            only reads settings does not import torch.
     """
 
     config: type[TaskConfig]
@@ -66,7 +66,7 @@ def build_task(
         data: the data group.
         num_classes: classes of the data's labels; 0 without labels.
         layout: this rank's place.
-        seed: `run.seed`, of masks, and of erasing and mixing on the device.
+        seed: `run.seed`, for masks, and for erasing and mixing on the device.
 
     Raises:
         ConfigError: if the task needs labels and the data have none.
@@ -74,7 +74,7 @@ def build_task(
     if config.has_classes and not num_classes:
         raise ConfigError(
             f"task.name={config.name} needs labels, and data.source={data.source} has none in "
-            f"data.path={data.path}; task=mae learns without"
+            f"data.path={data.path}; task=mae needs none"
         )
     if config.implementation is not None:
         make = import_plugin(config.implementation, "task.implementation")

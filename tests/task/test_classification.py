@@ -113,8 +113,8 @@ def test_the_right_class_of_a_mixed_image_is_that_of_the_larger_share():
     ("overrides", "message"),
     [
         (["task.class_weights=[1,2]"], "task.class_weights has 2 values and data.source=digits has 10 classes"),
-        (["task.class_weights=[0,0]"], "must be at least 0 each, and one above 0"),
-        (["task.class_weights=[-1,2]"], "must be at least 0 each"),
+        (["task.class_weights=[0,0]"], "must each be at least 0, and one of them above 0"),
+        (["task.class_weights=[-1,2]"], "must each be at least 0"),
         (
             ["recipe=digits_mae", "task.loss=bce"],
             "task.loss=bce would be ignored by task.name=mae: it is a setting of task=classify and task=linear_probe;",

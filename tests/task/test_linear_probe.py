@@ -191,10 +191,10 @@ def test_a_probe_leaves_as_an_ordinary_classifier(probed, tmp_path):
             "optim.freeze: blocks.9.* matches no weight of this network; examples: blocks.0.*, ",
         ),
         (["optim.freeze=['*']"], "optim.freeze=['*'] freezes all weights, so nothing trains"),
-        ([*PROBE, "model.drop_path=0.1"], "model.drop_path=0.1 does not go with task.name=linear_probe"),
+        ([*PROBE, "model.drop_path=0.1"], "model.drop_path=0.1 does not fit task.name=linear_probe"),
         pytest.param(
             [*PROBE, "model.head=tanh_mlp"],
-            "model.head=tanh_mlp does not go with task.name=linear_probe",
+            "model.head=tanh_mlp does not fit task.name=linear_probe",
             marks=pytest.mark.slow,
         ),
         ([*PROBE, "optim.freeze=[encoder]"], "which freezes the encoder itself; set it to null"),

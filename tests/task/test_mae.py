@@ -254,7 +254,7 @@ def test_a_run_says_where_more_stages_cannot_help():
         (
             ["task.decoder_num_heads=5"],
             1,
-            r"task.decoder_hidden_size=24 is not divided by task.decoder_num_heads=5: 24 mod 5",
+            r"task.decoder_hidden_size=24 is not divisible by task.decoder_num_heads=5: 24 mod 5",
         ),
         (
             ["parallel.tp=2", "parallel.sequence_parallel=true"],
