@@ -1,4 +1,4 @@
-"""What is reported, and how often."""
+"""Settings of the metrics: where they are written, and how often."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,13 @@ class MetricsConfig:
     """Group `metrics`.
 
     Attributes:
-        log_every: steps between lines of the log; each costs one wait for the device.
-        tensorboard: also write TensorBoard's event files.
-        wandb: project of Weights & Biases to report to as well; null for none. The run's id stays in its folder, so
-            that a resumed run goes on in the same curves. Owner and mode are WANDB_ENTITY and WANDB_MODE=offline.
-        pictures_every: steps between pictures of what the network makes of some validation images, and one at the
-            end; null for none. Only tasks with something to see, a masked autoencoder for one.
+        log_every: steps between lines of the log; each line waits once for the device.
+        tensorboard: whether to write TensorBoard's event files too.
+        wandb: project of Weights & Biases to report to; null for none. The run's folder stores the run's id, so that a
+            resumed run continues the same curves. The environment variables WANDB_ENTITY and WANDB_MODE=offline set
+            owner and mode.
+        pictures_every: steps between pictures of the network's output for some validation images, with another at the
+            end; null for none. Only for tasks that make pictures, such as a masked autoencoder.
     """
 
     log_every: int = 10
@@ -25,7 +26,7 @@ class MetricsConfig:
     pictures_every: int | None = None
 
     def check(self) -> None:
-        """Raise ConfigError where this group contradicts itself."""
+        """Raise ConfigError if settings of this group contradict each other."""
         if self.wandb is not None and (not self.wandb or "/" in self.wandb):
             raise ConfigError(f"metrics.wandb={self.wandb!r} must be a project's name; its owner is WANDB_ENTITY")
         require_number("metrics", self, "log_every", "pictures_every", at_least=1)

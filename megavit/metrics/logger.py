@@ -1,4 +1,4 @@
-"""What a run says: on the console, in `metrics.jsonl`, in TensorBoard. One rank speaks."""
+"""Log a run's metrics, on rank 0, to the console, `metrics.jsonl`, TensorBoard and Weights & Biases."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from megavit.metrics.plots import plot_image_grid
 from megavit.metrics.task_metric import TaskMetric, console_formats
 from megavit.metrics.wandb import WandbRun
 
-# Beside the task's own metrics.
+# Console formats of metrics that every task has.
 _TRAINING_FORMATS = {
     "lr": "lr {:.2e}",
     "grad_norm": "grad norm {:.3f}",
@@ -29,11 +29,11 @@ _CALLED = {"train": "", "val": "validation  ", "save": "saved  "}
 
 
 class _Clock:
-    """Estimates the time that is left, evaluations and saves included.
+    """Estimate the remaining time, evaluations and saves included.
 
     Args:
         first_step: steps done before the start.
-        num_steps: steps of the whole run.
+        num_steps: steps of the full run.
     """
 
     def __init__(self, first_step: int, num_steps: int) -> None:
@@ -41,9 +41,9 @@ class _Clock:
         self._is_first = True
 
     def left_at(self, step: int) -> str:
-        """What is left after a step, as hours:minutes:seconds.
+        """Return the remaining time after a step, as hours:minutes:seconds.
 
-        The first step, which compiles kernels and fills caches, counts only until there is another.
+        The first step, which compiles kernels and fills caches, counts only until the second is done.
         """
         now = time.monotonic()
         pace_s = (now - self._since) / max(1, step - self._counted_from)
@@ -55,17 +55,17 @@ class _Clock:
 
 
 class MetricLogger:
-    """Console and files of one run; on every rank but 0 it is silent.
+    """Write one run's metrics to the console and to files; it does nothing on ranks other than 0.
 
     Args:
         config: the metrics group.
         run_dir: the run's folder.
-        is_main: whether this rank is the one that does.
-        name: of the run.
-        settings: the resolved configuration, for services that keep it.
+        is_main: whether this rank logs.
+        name: name of the run.
+        settings: the resolved configuration, for Weights & Biases.
         task_metrics: metrics of the task that the console shows after the loss.
         first_step: steps done before this process.
-        num_steps: steps of the whole run.
+        num_steps: steps of the full run.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class MetricLogger:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # What a run that crashed wrote of later steps is written again.
+            # Later steps that a crashed run wrote are purged, because this run writes them again.
             self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
         if config.wandb is not None:
             self._wandb = WandbRun(config.wandb, name=name, run_dir=run_dir, settings=settings)
@@ -127,7 +127,7 @@ class MetricLogger:
                 file.close()
 
     def info(self, text: str) -> None:
-        """Print a line and keep it in `train.log`."""
+        """Print a line and append it to `train.log`."""
         if not self._speaks:
             return
         assert self._log is not None
@@ -136,7 +136,7 @@ class MetricLogger:
         self.console.print(text, markup=False)
 
     def advance(self, step: int) -> None:
-        """Move the progress bar on.
+        """Advance the progress bar.
 
         Args:
             step: optimizer steps done.
@@ -151,12 +151,12 @@ class MetricLogger:
         Args:
             step: optimizer steps done.
             split: `train`, `val` or `save`.
-            values: by name; a name that the console knows is shown there too.
+            values: values by name; the console shows those that have a format.
         """
         if not self._speaks:
             return
         assert self._lines is not None
-        # JSON knows no NaN: a loss that is not finite is null, so that every reader can read the file.
+        # JSON has no NaN: a loss that is not finite becomes null, so that every reader can read the file.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
         self._lines.flush()
@@ -180,7 +180,7 @@ class MetricLogger:
             step: optimizer steps done.
             split: `train` or `val`.
             image_grid: uint8 [image, panel, channel, row, column].
-            titles: of the panels.
+            titles: titles of the panels.
         """
         if not self._speaks:
             return
@@ -194,7 +194,7 @@ class MetricLogger:
 
 
 def _append_to(path: Path) -> TextIO:
-    """Open a file of lines to go on with; what a full disk or a killed run has torn stays a line of its own."""
+    """Open a file of lines to append to, and end a line that a full disk or a killed run left incomplete."""
     with path.open("ab+") as written:
         size = written.tell()
         written.seek(max(0, size - 1))

@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Draw a run's curves, image grids, sample sheets and confusion matrix into PNG files."""
 
 import json
 from contextlib import suppress
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _rows(metrics_file: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, but for those that a full disk or a killed run has torn."""
+    """Return the lines of a `metrics.jsonl`, without those that a full disk or a killed run left incomplete."""
     rows = []
     for line in metrics_file.read_text().splitlines():
         with suppress(json.JSONDecodeError):
@@ -48,7 +48,7 @@ def draw_curves(metrics_file: Path, picture: Path, *, task_metrics: tuple[TaskMe
         metric = next((metric for metric in task_metrics if metric.name in points[0]), None)
         if metric is None:
             continue
-        # A result that is not a number is null.
+        # A value that was not finite is null in the file.
         found = {row["step"]: row[metric.name] for row in points if row[metric.name] is not None}
         if found:
             title = metric.title
@@ -69,7 +69,7 @@ def draw_curves(metrics_file: Path, picture: Path, *, task_metrics: tuple[TaskMe
 
 
 def _curve(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    """One split's lines that have a loss; without those that a crashed run logged after the step it went on from."""
+    """Return one split's lines that have a loss, without those that a crashed run logged after the resumed step."""
     points: list[dict[str, Any]] = []
     for row in rows:
         if row["split"] != split:
@@ -81,7 +81,7 @@ def _curve(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
 
 
 def _label_log_axis(axes: "Axes") -> None:
-    """Label 1, 2, 5, 10, 20 …; where at most one of these lies within the axis, matplotlib spaces labels evenly."""
+    """Label 1, 2, 5, 10, 20 …; if the axis contains at most one of these, matplotlib spaces the labels evenly."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -105,8 +105,8 @@ def plot_image_grid(image_grid: Tensor, *, titles: tuple[str, ...], path: Path) 
 
     Args:
         image_grid: uint8 [image, panel, channel, row, column]; unless there are 3 channels, the first is shown in grey.
-        titles: of the rows.
-        path: where to write.
+        titles: titles of the rows.
+        path: the PNG to write.
 
     Returns:
         The picture, uint8 [row, column, RGB].
@@ -135,13 +135,13 @@ def plot_image_grid(image_grid: Tensor, *, titles: tuple[str, ...], path: Path) 
 
 
 def draw_samples(rows: dict[str, list[Tensor]], *, captions: dict[str, list[str]], path: Path) -> None:
-    """Draw samples side by side into a PNG, the rows of each beneath one another, eight samples at most in a line.
+    """Draw samples into a PNG: at most eight per line, the rows of each sample below one another.
 
     Args:
-        rows: by title, an image of each sample: uint8 image_CYX of any size; other than 3 channels show their first,
-            in grey.
-        captions: of some rows, a line for each sample, written above its image.
-        path: where to write.
+        rows: an image of each sample by the row's title: uint8 image_CYX of any size; unless there are 3 channels, the
+            first is shown in grey.
+        captions: for some rows, the text above each sample's image.
+        path: the PNG to write.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -170,12 +170,12 @@ def draw_samples(rows: dict[str, list[Tensor]], *, captions: dict[str, list[str]
 
 
 def draw_confusion(confusion: Tensor, *, classes: tuple[str, ...], path: Path) -> None:
-    """Draw which class is taken for which into a PNG, each label's row as shares of its images.
+    """Draw a confusion matrix into a PNG; each row shows fractions of a label's images.
 
     Args:
-        confusion: int64 [label, guess].
-        classes: their names; written where there is room for them.
-        path: where to write.
+        confusion: number of images, int64 [label, prediction].
+        classes: class names; drawn if there are at most 40.
+        path: the PNG to write.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""`RUN/starts.jsonl`: of every start of a run, with what it was made: command, versions, machine, commit."""
+"""Record each start of a run in `RUN/starts.jsonl`: command, versions, machine and commit."""
 
 import json
 import platform
@@ -14,12 +14,12 @@ _PACKAGES = ("megavit", "torch", "megatron-core", "torchvision", "numpy", "flash
 
 
 def record_launch(run_dir: Path, *, layout: str, step: int) -> None:
-    """Add a line; one rank calls this.
+    """Add a line about this start; one rank calls this.
 
     Args:
         run_dir: the run's folder.
-        layout: in words.
-        step: where the run goes on, 0 at its beginning.
+        layout: description of the layout.
+        step: steps done before this start.
     """
     line = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -33,7 +33,7 @@ def record_launch(run_dir: Path, *, layout: str, step: int) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Machine, versions and commit that a figure comes from."""
+    """Return machine, versions and commit, for figures and starts."""
     return {
         "host": socket.gethostname(),
         "platform": platform.platform(),
@@ -51,7 +51,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit(folder: Path) -> str | None:
-    """The commit that megavit's own source stands at, with a plus if it has been changed since; None when installed."""
+    """Return the commit of megavit's source, with a plus if the source has changed; None if megavit is installed."""
     try:
         described = subprocess.run(
             ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],

@@ -1,17 +1,17 @@
-"""How a task's metric appears on the console and in the curves, and in which direction it improves."""
+"""Describe a task's metric: its names on the console and in the curves, and the direction in which it improves."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """A metric that a task reports beside its loss.
+    """A metric that a task reports in addition to its loss.
 
     Attributes:
-        name: its key among the task's metrics.
-        label: its name on the console, `top-1` for example.
-        title: its name above the curve.
-        format: of its value, `.4f` for example.
+        name: key among the task's metrics.
+        label: name on the console, `top-1` for example.
+        title: title of the curve.
+        format: format of the value, `.4f` for example.
         higher: whether a larger value is better.
     """
 
@@ -23,6 +23,10 @@ class TaskMetric:
 
 
 def console_formats(metrics: tuple[TaskMetric, ...]) -> dict[str, str]:
-    """Return the console's format of each metric by name, and of its value with averaged weights as `ema_<name>`."""
+    """Return the console's format of each metric by name, and as `ema_<name>` that of its value with averaged weights.
+
+    Args:
+        metrics: metrics of the task.
+    """
     formats = {metric.name: f"{metric.label} {{:{metric.format}}}" for metric in metrics}
     return formats | {f"ema_{metric.name}": f"of the average {{:{metric.format}}}" for metric in metrics}

@@ -1,4 +1,4 @@
-"""Speed: images per second, model FLOP utilisation, memory, time spent waiting for data."""
+"""Measure speed and memory: images per second, model FLOP utilisation (MFU), peak bytes and the wait for data."""
 
 import resource
 import time
@@ -21,31 +21,31 @@ _PEAK_BF16 = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, None where none is known (every CPU)."""
+    """Return the device's dense bf16 peak in FLOP/s; None if it is not known (every CPU)."""
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device))
 
 
 def peak_of(name: str) -> float | None:
-    """The dense bf16 peak in FLOP/s of a device by its name, None where none is known."""
+    """Return a device's dense bf16 peak in FLOP/s by its name; None if it is not known."""
     return next((peak for key, peak in _PEAK_BF16.items() if key in name), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this rank has held: on the device, or of the process on the CPU."""
+    """Return this rank's peak memory in bytes: on the GPU, or of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Throughput:
-    """Speed since the last report; what is between `pause` and `resume` does not count.
+    """Measure the speed since the last report; the time between `pause` and `resume` does not count.
 
     Args:
-        flops_per_image: model FLOPs of a training step for one image; recomputed ones never count.
-        num_devices: that share the work.
-        device: whose peak is the measure.
+        flops_per_image: model FLOPs of a training step for one image, without recomputed ones.
+        num_devices: number of devices that share the work.
+        device: device whose peak the MFU refers to.
     """
 
     def __init__(self, *, flops_per_image: int, num_devices: int, device: torch.device) -> None:
@@ -57,11 +57,11 @@ class Throughput:
         self._paused_at: float | None = None
 
     def count(self, images: int) -> None:
-        """Add images that all ranks together have trained on."""
+        """Add the number of images that all ranks together have trained on."""
         self._images += images
 
     def timed(self, batches: Iterator[T]) -> Iterator[T]:
-        """Pass batches on and count the time spent waiting for them."""
+        """Yield the batches and measure the time spent waiting for them."""
         while True:
             start = time.perf_counter()
             try:
@@ -76,13 +76,13 @@ class Throughput:
         self._paused_at = time.perf_counter()
 
     def resume(self) -> None:
-        """Let the clock go on."""
+        """Restart the clock."""
         assert self._paused_at is not None
         self._started += time.perf_counter() - self._paused_at
         self._paused_at = None
 
     def report(self) -> dict[str, float]:
-        """`images_per_s`, `data_s` (this rank's wait for data) and, where the peak is known, `mfu`; starts anew."""
+        """Return `images_per_s`, `data_s` (this rank's wait for data) and, if the peak is known, `mfu`; then reset."""
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         rate = self._images / elapsed
         values = {"images_per_s": rate, "data_s": self._data_s}

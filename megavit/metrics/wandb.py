@@ -1,4 +1,4 @@
-"""Weights & Biases, when asked for: the run keeps its id in its folder and goes on in the same curves."""
+"""Report a run to Weights & Biases; the run's folder stores its id, so that a resumed run continues the same curves."""
 
 import os
 import secrets
@@ -14,7 +14,7 @@ _START_S = 60
 
 
 def _sendable(value: Any) -> Any:
-    """A setting's value; a path that is no UTF-8 as it can be printed, for it could not be sent."""
+    """Return a setting's value in a form that can be sent: bytes of a path that are not UTF-8 are escaped."""
     return printable(value) if isinstance(value, str) else format_value(value)
 
 
@@ -22,13 +22,13 @@ class WandbRun:
     """One run of Weights & Biases.
 
     Args:
-        project: its project.
-        name: of the run.
-        run_dir: the run's folder; `wandb_id` there holds the id, `wandb/` its files.
+        project: name of the project.
+        name: name of the run.
+        run_dir: the run's folder, with the id in `wandb_id` and Weights & Biases' files in `wandb/`.
         settings: the resolved configuration.
 
     Raises:
-        ConfigError: if the package is missing or the service refuses.
+        ConfigError: if the package is missing or the service refuses the run.
     """
 
     def __init__(self, project: str, *, name: str, run_dir: Path, settings: dict[str, Any]) -> None:
@@ -40,7 +40,7 @@ class WandbRun:
             ) from error
         id_file = run_dir / "wandb_id"
         run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
-        # Its own lines would break into the progress bar; where its files are is in the folder.
+        # Lines printed by wandb would interrupt the progress bar.
         os.environ.setdefault("WANDB_SILENT", "true")
         try:
             self._run = wandb.init(
@@ -55,11 +55,11 @@ class WandbRun:
             )
         except wandb.Error as error:
             raise ConfigError(
-                f"metrics.wandb={project}: Weights & Biases refuses: {error}. `wandb login` gives it a key; "
-                f"WANDB_MODE=offline keeps everything here; metrics.wandb=null leaves it away"
+                f"metrics.wandb={project}: Weights & Biases refuses the run: {error}. Set a key with `wandb login`, or "
+                f"WANDB_MODE=offline to write local files only, or metrics.wandb=null"
             ) from error
         id_file.write_text(run_id + "\n")
-        # Against the optimizer's steps, also where a resumed run logs some of them again.
+        # Plot against the optimizer's steps, of which a resumed run may log some again.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         self._image = wandb.Image
@@ -73,5 +73,5 @@ class WandbRun:
         self._run.log({"step": step, f"{split}/pictures": self._image(picture)})
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining data and end the run."""
         self._run.finish()
