@@ -1,9 +1,10 @@
-"""Save and load a ViT-B/16 with its optimizer on two processes, beside torch.distributed.checkpoint and torch.save.
+"""Time saving and loading a ViT-B/16 with its optimizer on two processes, and compare with torch's two ways.
 
     python -m benchmarks.checkpoint [FOLDER] [parallel.tp=2] [rounds=5]
 
-Prints a line for people for each candidate, and one JSON line: medians and extremes in seconds, megabytes, versions.
-Everybody writes the same tensors and syncs them; only megavit also hashes every byte, and checks it before a load.
+The candidates are megavit, torch.distributed.checkpoint and torch.save. The benchmark prints a readable line for each
+candidate, and one JSON line: medians and extremes in seconds, megabytes, versions. All candidates write and sync the
+same tensors. Only megavit also hashes every byte, and verifies the hashes before a load.
 """
 
 import json
@@ -26,8 +27,8 @@ SETTINGS = ["recipe=null", "model=vit_b16", "data=synthetic", "train.steps=1", "
 
 
 def measure(overrides: list[str], folder: str, rounds: int) -> dict[str, Any]:
-    """On every rank: each candidate in turn, round after round."""
-    # As a run does.
+    """Time every candidate in each round; every rank calls this."""
+    # A run imports with the garbage collector paused, too.
     with gc_paused():
         import torch
         import torch.distributed as dist
@@ -49,7 +50,7 @@ def measure(overrides: list[str], folder: str, rounds: int) -> dict[str, Any]:
     saves = iter(range(1, 10**6))
 
     def own() -> dict[str, torch.Tensor]:
-        """The tensors that this rank writes, in place."""
+        """Return the tensors that this rank writes, without copies."""
         state = shards.sharded_state(trainer.chunks, trainer.optimizer, None, is_loading=False)
         found = (s for s in nested_values(state) if isinstance(getattr(s, "data", None), torch.Tensor))
         return {f"{rank}.{s.key}": s.data.detach() for s in found if not _is_replica(s)}
@@ -68,7 +69,7 @@ def measure(overrides: list[str], folder: str, rounds: int) -> dict[str, Any]:
         start = time.perf_counter()
         save = begin(copy_to_host=True)
         stalled = time.perf_counter() - start
-        # What the training would do meanwhile is somebody else's processor.
+        # Sleep instead of training, which would compete for the CPU.
         while not save.is_written:
             time.sleep(0.01)
         dist.barrier()
@@ -108,7 +109,7 @@ def measure(overrides: list[str], folder: str, rounds: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     families = ["megavit", "dcp", "torch"]
     for number in range(rounds):
-        # Each in turn is first: what another has written before costs the next one.
+        # Rotate the order: data that one candidate has written slow the next one down.
         turn = number % len(families)
         for name in [
             name for family in families[turn:] + families[:turn] for name in candidates if name.split()[0] == family
@@ -118,7 +119,7 @@ def measure(overrides: list[str], folder: str, rounds: int) -> dict[str, Any]:
                 trainer.store.prune(keep_last=1, keep_every=None)
                 if name in ("dcp save", "dcp async stall"):
                     shutil.rmtree(root / "dcp", ignore_errors=True)
-                # Nobody pays for what another has written.
+                # Sync first, so that no candidate pays for another's writes.
                 os.sync()
             dist.barrier()
             start = time.perf_counter()
@@ -138,7 +139,7 @@ def _is_replica(shard: Any) -> bool:
 
 
 def main(arguments: list[str]) -> None:
-    """Run, and print the table and the JSON line."""
+    """Run the benchmark, and print the table and the JSON line."""
     from megavit.metrics.provenance import provenance
 
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)

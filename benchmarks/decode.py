@@ -1,12 +1,12 @@
-"""Photographs from files to batches of uint8, cut out at random to 224×224, mirrored: megavit's loader beside others.
+"""Time loading photographs into uint8 batches of random, mirrored 224×224 crops, with megavit's loader and others.
 
     python -m benchmarks.decode [rounds=5] [images=600] [workers=0,1,2] [mosaic=1]
 
-The photographs are those of MEGAVIT_TEST_DATA/imagenet_sample; with mosaic=8 they are pasted together, 8 by 8, to
-pictures of 4000×3000 pixels, as a camera makes them. Every candidate reads the same files in micro batches of 50, in
-turn, round after round, with one thread per process; CPU seconds are those of this process and of its workers, user
-and system. Prints a line for people for each candidate, and one JSON line per row: medians and extremes of images per
-CPU second and per second on the clock, and of what a CPU second makes beside two others' in the same round.
+The photographs are those of MEGAVIT_TEST_DATA/imagenet_sample. With mosaic=8 they are pasted, 8 by 8, into images of
+4000×3000 pixels, the size of a camera's. In each round every candidate reads the same files in micro batches of 50,
+with one thread per process. CPU seconds are user and system time of this process and its workers. The benchmark prints
+a readable line and a JSON line for each candidate: medians and extremes of images per CPU second, of images per second,
+and of the ratios of images per CPU second to two other candidates' in the same round.
 """
 
 import json
@@ -39,34 +39,34 @@ from megavit.data.sources.open import open_source
 from megavit.metrics.provenance import provenance
 
 MICRO_BATCH, SIZE, SCALE, BICUBIC = 50, 224, (0.08, 1.0), InterpolationMode.BICUBIC
-# From a folder with the photographs in train/, their paths in the order due, and workers, to what is loaded.
+# Maps a folder with the photographs in train/, their paths in the order of loading, and a number of workers to batches.
 Candidate = Callable[[Path, list[str], int], Iterator[Any]]
 crop_and_flip = v2.Compose(
     [v2.RandomResizedCrop(SIZE, scale=SCALE, interpolation=BICUBIC, antialias=True), v2.RandomHorizontalFlip()]
 )
-# As timm's own loader asks for it: uint8, for its prefetcher to normalise on the device.
+# The transform of timm's own loader: uint8, because its prefetcher normalises on the device.
 timm_transform = create_transform(
     SIZE, is_training=True, use_prefetcher=True, scale=SCALE, hflip=0.5, color_jitter=None, interpolation="bicubic"
 )
 
 
 def by_pillow(path: str) -> torch.Tensor:
-    """Pillow, and torchvision v2 on Pillow's image."""
+    """Decode with Pillow, and crop Pillow's image with torchvision v2."""
     return v2.functional.pil_to_tensor(crop_and_flip(Image.open(path).convert("RGB")))
 
 
 def by_decode_jpeg(path: str) -> torch.Tensor:
-    """Torchvision's decoder, and v2 on its tensor."""
+    """Decode with torchvision, and crop its tensor with torchvision v2."""
     return crop_and_flip(decode_jpeg(read_file(path), mode=ImageReadMode.RGB))
 
 
 def by_timm(path: str) -> torch.Tensor:
-    """Timm's transform on Pillow's image."""
+    """Decode with Pillow, and apply timm's transform."""
     return timm_transform(Image.open(path).convert("RGB"))
 
 
 class Files(Dataset):
-    """What a function makes of each file, for torch's DataLoader."""
+    """A dataset that applies a function to each file."""
 
     def __init__(self, paths: list[str], read: Callable[[str], torch.Tensor]) -> None:
         self.paths, self.read = paths, read
@@ -79,18 +79,18 @@ class Files(Dataset):
 
 
 def plainly(read: Callable[[str], torch.Tensor]) -> Candidate:
-    """A function in torch's DataLoader."""
+    """Return a candidate that calls a function in torch's DataLoader."""
     return lambda _, paths, workers: iter(DataLoader(Files(paths, read), MICRO_BATCH, num_workers=workers))
 
 
 def by_megavit(**changes: Any) -> Candidate:
-    """Megavit's own loader."""
+    """Return a candidate that uses megavit's loader."""
     config = compose(["data=imagenet1k", "data.source=images", "recipe=null"]).data
     layout = SimpleNamespace(tp=1, tp_rank=0, pp=1, vpp=1, dp=1, dp_rank=0, device=torch.device("cpu"), groups=None)
 
     @cache
     def opened(folder: Path) -> Source:
-        # Once, as in a run: to list the files is not to load them.
+        # Open the source once, as a run does: listing the files is not part of loading.
         return open_source(replace(config, path=str(folder)), "train")
 
     def load(folder: Path, paths: list[str], workers: int) -> Iterator[Any]:
@@ -122,7 +122,7 @@ BESIDE = {"cpu_ratio_to_pillow": "Pillow + v2", "cpu_ratio_to_decode_jpeg": "dec
 
 
 def measure(batches: Callable[[], Iterator[Any]], num_images: int) -> tuple[float, float]:
-    """Images per CPU second, of this process and its children, and per second."""
+    """Return images per CPU second of this process and its children, and images per second."""
     cpu, start = cpu_seconds(), time.perf_counter()
     for _ in batches():
         pass
@@ -130,13 +130,13 @@ def measure(batches: Callable[[], Iterator[Any]], num_images: int) -> tuple[floa
 
 
 def cpu_seconds() -> float:
-    """Of this process and of the workers that have ended, user and system."""
+    """Return user and system seconds of this process and of the workers that have ended."""
     used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def mosaics(paths: list[str], side: int, folder: Path) -> list[str]:
-    """Twelve pictures of side × side photographs, 500×375 pixels each."""
+    """Write twelve mosaics of side × side photographs of 500×375 pixels each."""
     tiles = [Image.open(path).convert("RGB").resize((500, 375)) for path in paths]
     written = []
     for number in range(12):
@@ -150,7 +150,7 @@ def mosaics(paths: list[str], side: int, folder: Path) -> list[str]:
 
 
 def spread(values: list[float], digits: int) -> dict[str, float]:
-    """Median and extremes."""
+    """Return median and extremes."""
     return {
         "median": round(statistics.median(values), digits),
         "min": round(min(values), digits),
@@ -159,7 +159,7 @@ def spread(values: list[float], digits: int) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> None:
-    """Run, and print the rows."""
+    """Run the benchmark, and print the rows."""
     given = dict(argument.split("=", 1) for argument in arguments)
     rounds, num_images, side = int(given.get("rounds", 5)), int(given.get("images", 600)), int(given.get("mosaic", 1))
     torch.set_num_threads(1)
@@ -176,7 +176,7 @@ def main(arguments: list[str]) -> None:
             (name, workers)
             for workers in map(int, given.get("workers", "0,1,2").split(","))
             for name in CONTESTANTS
-            # Without a loader there are no workers; and a photograph this small is never decoded reduced.
+            # Without a loader there are no workers, and photographs of the original size are never decoded reduced.
             if not (name.endswith("no loader") and workers) and not (name.endswith("=false") and side == 1)
         ]
         measured: dict[tuple[str, int], list[tuple[float, float]]] = {row: [] for row in rows}

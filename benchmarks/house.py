@@ -1,8 +1,8 @@
-"""Count what makes the package hard to find one's way in, and hold each count to its aim.
+"""Count folders, import cycles, upward imports and retired names of the package, and compare each count with its limit.
 
 python -m benchmarks.house [ROOT]
 
-The exit code is 0 where every aim holds and 3 where one does not. The source is read, never imported.
+The exit code is 0 if every count is within its limit, else 3. The source is read, never imported.
 """
 
 import ast
@@ -20,8 +20,8 @@ import yaml
 
 from megavit.config.settings import RENAMED
 
-# Names given up, each with the field's word for it. A word with an ordinary meaning too is listed only in the form that
-# was ours: `class X`, `def X`, `self.X` (an attribute of one's own) or `X: T` (an argument of that type).
+# Retired names, each with its replacement. A word with an ordinary meaning too is listed only in the retired form:
+# `class X`, `def X`, `self.X` (an attribute of a class of megavit) or `X: T` (an argument of that type).
 NAMES = {
     "Keeper": "Checkpointer",
     "introduction": "describe_run",
@@ -124,7 +124,7 @@ NAMES = {
     "whole_number": "parse_int",
 }
 
-# Paths from the root; `*` is any folders.
+# Retired file names, as paths from the root, each with its replacement; `*` matches any folders.
 FILES = {
     "megavit/*keeping.py": "train/checkpointer.py",
     "megavit/*introduce.py": "train/summary.py",
@@ -156,14 +156,14 @@ FILES = {
     "megavit/*places.py": "cluster/paths.py",
 }
 
-# Where a setting of the past may be named: what became of it.
+# Files that may name retired settings, because they report the changes.
 _HISTORY = ("CHANGELOG.md", "docs/log.md")
 _TEXTS = (".md", ".yaml", ".j2", ".sh", "Makefile")
 
 
 @dataclass(frozen=True)
 class Count:
-    """One count: `found` may be `most` at the most."""
+    """One count; its limit is `most`."""
 
     name: str
     found: int
@@ -172,13 +172,13 @@ class Count:
 
     @property
     def holds(self) -> bool:
-        """True where the aim is reached."""
+        """Return whether the count is within its limit."""
         return self.found <= self.most
 
 
 @dataclass(frozen=True)
 class Import:
-    """A module of the package that imports another one; `typing`: for the type checker alone."""
+    """An import of one module of the package by another; `typing` is true if only the type checker runs it."""
 
     importer: str
     imported: str
@@ -195,11 +195,11 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imports(known: dict[str, Path], users: dict[str, Path] | None = None) -> set[Import]:
-    """Return who imports a known module, at the top of a file or within a function.
+    """Return the imports of known modules, at the top of a file or within a function.
 
     Args:
         known: the package's modules.
-        users: files to read; the package's own where none are given.
+        users: files to read; None for the package's own.
     """
     found = set()
     for name, path in (known if users is None else users).items():
@@ -223,7 +223,7 @@ def _targets(node: ast.AST, known: dict[str, Path]) -> Iterator[str]:
 
 
 def cycles(edges: Iterable[Import]) -> list[str]:
-    """Return one import cycle after the other, each without the edges that closed those before it."""
+    """Return the import cycles; an edge that closes one cycle is removed before the next is searched."""
     graph: dict[str, set[str]] = {}
     for edge in edges:
         if not edge.typing:
@@ -241,14 +241,14 @@ def cycles(edges: Iterable[Import]) -> list[str]:
 
 
 def layers(root: Path) -> dict[str, int]:
-    """Return each folder's floor in the contract of pyproject.toml; 0 is the highest."""
+    """Return each folder's layer in the contract of pyproject.toml; 0 is the highest."""
     contracts = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     rows = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
     return {name.strip(): floor for floor, row in enumerate(rows) for name in row.split("|")}
 
 
 def arrows_up(edges: Iterable[Import], floors: dict[str, int]) -> list[str]:
-    """Return the imports between folders that do not run downwards, and the folders that have no floor."""
+    """Return the imports between folders that do not run downwards, and the folders without a layer."""
     found = set()
     for edge in edges:
         importer, imported = (".".join(name.split(".")[:2]) for name in (edge.importer, edge.imported))
@@ -263,7 +263,7 @@ def arrows_up(edges: Iterable[Import], floors: dict[str, int]) -> list[str]:
 
 
 def with_one_importer(known: dict[str, Path], edges: Iterable[Import]) -> list[str]:
-    """Return the modules outside cli/ that one file alone imports."""
+    """Return the modules outside cli/ that only one file imports."""
     importers = Counter(imported for _, imported in {(edge.importer, edge.imported) for edge in edges})
     return [
         name
@@ -273,7 +273,7 @@ def with_one_importer(known: dict[str, Path], edges: Iterable[Import]) -> list[s
 
 
 def retired_names(root: Path) -> list[str]:
-    """Return where code uses a name of `NAMES`."""
+    """Return the places where code uses a name of `NAMES`."""
     found = []
     for path in _python(root):
         for line, form in sorted(_forms(ast.parse(path.read_text()))):
@@ -304,7 +304,7 @@ def _forms(tree: ast.AST) -> set[tuple[int, str]]:
 
 
 def retired_settings(root: Path) -> list[str]:
-    """Return where a configuration, a YAML file or a text names a setting of `RENAMED`."""
+    """Return the places where a configuration, a YAML file or a text names a setting of `RENAMED`."""
     found = [f"{place}: {setting}; now {RENAMED[setting]}" for setting, place in _declared(root) if setting in RENAMED]
     words = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, RENAMED)) + r")(?![\w.])")
     for path in _files(root):
@@ -344,7 +344,7 @@ def _files(root: Path) -> list[Path]:
 
 
 def measure(root: Path) -> list[Count]:
-    """Take every count of the repository at `root`."""
+    """Return all counts of the repository at `root`."""
     known = modules(root)
     edges = sorted(imports(known), key=lambda edge: (edge.importer, edge.imported))
     package = root / "megavit"
@@ -367,7 +367,7 @@ def measure(root: Path) -> list[Count]:
 
 
 def main() -> int:
-    """Print the table, then what breaks an aim; the exit code is 3 where something does."""
+    """Print the table, then the places of counts above their limit; return 3 if there are some, else 0."""
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1]
     counts = measure(root)
     print(f"{'':28}{'found':>6}{'at most':>9}")
@@ -375,7 +375,7 @@ def main() -> int:
         print(f"{count.name:28}{count.found:6}{count.most:9}{'' if count.holds else '  <-'}")
     for edge in sorted(imports(modules(root)), key=str):
         if edge.typing:
-            print(f"for the type checker alone: {edge.importer} -> {edge.imported}")
+            print(f"only for the type checker: {edge.importer} -> {edge.imported}")
     for count in counts:
         if not count.holds:
             print(f"\n{count.name}:", *count.places, sep="\n  ")

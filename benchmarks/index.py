@@ -1,11 +1,11 @@
-"""From as many images as ImageNet has to the first batch: listed anew, and with the listing kept from before.
+"""Time the start on as many images as ImageNet has, until the first batch, with and without a cached listing.
 
     python -m benchmarks.index [FOLDER] [source=folder|tar] [images=1300000] [rounds=5]
 
-Prints one JSON line: medians and extremes in seconds, for the first batch also those of the processor, which others'
-work on the machine changes little. Each round is a process of its own, timed from after its imports;
-file names and pages are in the system's memory, as the making of the data has left them. The folder's images are hard
-links to one photograph-like JPEG a class; the tars' are of a few pixels.
+The benchmark prints one JSON line: medians and extremes in seconds, and for the first batch also in CPU seconds, which
+other work on the machine changes little. Each round is a new process, timed from the end of its imports. File names and
+pages are in the system's cache, because the data have just been written. The folder's images are hard links to one
+photograph-like JPEG per class; the tars' images have a few pixels.
 """
 
 import io
@@ -26,7 +26,7 @@ IMAGES_PER_SHARD = 10_000
 
 
 def make_folder(root: Path, images: int) -> None:
-    """PATH/train/CLASS/ with its share of the images, PATH/val/CLASS/ with one each, named as ImageNet's."""
+    """Write PATH/train/CLASS/ with an equal part of the images, and PATH/val/CLASS/ with one, named as in ImageNet."""
     import numpy as np
     from PIL import Image
 
@@ -44,7 +44,7 @@ def make_folder(root: Path, images: int) -> None:
 
 
 def make_tars(root: Path, images: int) -> None:
-    """PATH/train/ and PATH/val/ with shards of images and their labels."""
+    """Write PATH/train/ and PATH/val/ with shards of images and their labels."""
     from PIL import Image
 
     encoded = io.BytesIO()
@@ -61,7 +61,7 @@ def make_tars(root: Path, images: int) -> None:
 
 
 def start(source: str, path: str, index: str) -> dict[str, float]:
-    """One start as far as its first batch: seconds until both splits are open, and until the batch is there."""
+    """Return the seconds of one start until both splits are open, and until the first batch is loaded."""
     import torch
 
     from megavit.config.compose import compose
@@ -85,7 +85,7 @@ def start(source: str, path: str, index: str) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> None:
-    """Make the data, start as often as asked with and without the listing, print the JSON line."""
+    """Write the data, time `rounds` starts with and without the cached listing, and print the JSON line."""
     from megavit.metrics.provenance import provenance
 
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
         make = {"folder": make_folder, "tar": make_tars}[source]
         make(root / "data", int(given.get("images", 1_300_000)))
         print(f"made in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
-        # What has only just been made is not taken from a listing.
+        # A listing is not cached for folders that changed within the last two seconds.
         time.sleep(3)
         for _ in range(rounds):
             shutil.rmtree(root / "index", ignore_errors=True)

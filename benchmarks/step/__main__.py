@@ -1,4 +1,4 @@
-"""Time megavit's training step beside timm's, Hugging Face's and plain torch's on the same work.
+"""Time the training steps of megavit, timm, Hugging Face and plain torch on the same work.
 
 python -m benchmarks.step [rows=vit_b16:fp32,… candidates=… rounds=5 block_s=0.5 deadline_s=840 batch=N dir=FOLDER]
 [key=value …]
@@ -22,13 +22,13 @@ _PROGRAM = "python -m benchmarks.step"
 
 
 def bench(arguments: list[str]) -> int:
-    """Measure every row, print the table, leave figures and picture in `dir`.
+    """Measure every row, print the table, and write figures and plot to `dir`.
 
     Args:
-        arguments: `KEY=value` of `BenchConfig`, and settings that are laid over those of each row.
+        arguments: `KEY=value` of `BenchConfig`, and settings that override those of each row.
 
     Raises:
-        ConfigError: for a setting that is wrong.
+        ConfigError: if a setting is wrong.
     """
     from rich.console import Console
 
@@ -77,7 +77,7 @@ def bench(arguments: list[str]) -> int:
             append(lines, line)
     print_table(measured, flops, console)
     draw(measured, folder / "bench.png")
-    console.print(f"{lines} has every figure, {folder / 'bench.png'} the picture", highlight=False)
+    console.print(f"all figures are in {lines}, the plot is {folder / 'bench.png'}", highlight=False)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The other candidates: timm, Hugging Face and plain torch on megavit's weights, in a plain training step.
+"""Build the baselines: timm, Hugging Face and plain torch with megavit's weights, in a training step of plain torch.
 
 Shapes: B images, K classes, P patches, V = C · patch² values of a patch.
 """
@@ -25,18 +25,17 @@ from megavit.task.config import MaeConfig
 from megavit.task.mae import patch_statistics
 from megavit.task.masking import hidden_mask, random_keep
 
-# A model, and its output and loss of normalised images: the model's own masks, or everyone's where they are told.
+# Maps normalised images to output and loss; True makes an autoencoder use the masks that all candidates share.
 Judged = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 
 
 class Baseline:
-    """A training step as it is written in plain torch: fp32 copies of the weights where they are bf16, AdamW in one
-    fused launch, the norm clipped.
+    """A training step in plain torch: fused AdamW, clipped gradient norm, and fp32 copies of bf16 weights.
 
     Args:
-        work: what to train on.
-        model: on the device, in the work's dtype.
-        judged: its output and loss.
+        work: batch, number format and device.
+        model: the model, on the device and in the work's number format.
+        judged: function that returns the model's output and loss.
     """
 
     def __init__(self, work: Work, model: torch.nn.Module, judged: Judged) -> None:
@@ -72,7 +71,7 @@ class Baseline:
                 [into for into, _ in pairs if into is not None], [of for _, of in pairs if of is not None]
             )
         norm = torch.nn.utils.clip_grad_norm_(self._masters, self._clip, foreach=True)
-        # Whoever trains looks at the norm.
+        # Read the norm back to the host, as training loops do.
         assert float(norm) < float("inf")
         self._optimizer.step()
         if self._masters is not self._weights:
@@ -101,12 +100,12 @@ class Baseline:
 
 
 def build_peer(name: str, work: Work, timm_weights: dict[str, Tensor]) -> Baseline:
-    """A candidate by its name.
+    """Build a baseline by its name.
 
     Args:
-        name: timm, hf or plain; with `+compile` each of its layers is compiled, as one graph.
-        work: what to train on.
-        timm_weights: to start from, in the plain model's names.
+        name: timm, hf or plain; `+compile` compiles each of its layers as one graph.
+        work: batch, number format and device.
+        timm_weights: initial weights, in timm's names.
 
     Raises:
         ConfigError: if its library is not installed or has no such model.
@@ -179,11 +178,11 @@ def _hugging_face(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Modu
     autoencoder: Any = ViTMAEForPreTraining.from_pretrained(None, config=ViTMAEConfig(**settings), state_dict=theirs)
     for name, parameter in autoencoder.named_parameters():
         if name.endswith(("pos_embed", "position_embeddings")):
-            # It trains its sine-cosine positions, which are fixed in the paper (transformers 5.23).
+            # transformers 5.23 trains the sine-cosine positions, which are fixed in the paper.
             parameter.requires_grad_(False)
     ids_keep_BK, patches = _everyones_masks(work), config.num_patches
     noise = torch.full((len(ids_keep_BK), patches), 2.0, device=work.device).scatter(1, ids_keep_BK, 1.0)
-    # Kept patches in their order: the noise is sorted.
+    # The model sorts patches by noise: rising noise keeps the patches' order.
     noise += torch.linspace(0, 0.5, patches, device=work.device)
 
     def judged(images_BCYX: Tensor, masks_of_everyone: bool) -> tuple[Tensor, Tensor]:
@@ -219,7 +218,7 @@ def _plain(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Module, Any
 
 
 def _channels_last(patches_BPV: Tensor, channels: int) -> Tensor:
-    """A patch's values from megavit's order, channel, row, column, to that of published MAE checkpoints."""
+    """Reorder a patch's values from channel, row, column (megavit) to row, column, channel (published MAE)."""
     return patches_BPV.unflatten(2, (channels, -1)).transpose(2, 3).flatten(2)
 
 
@@ -228,7 +227,7 @@ def _channels_first(patches_BPV: Tensor, channels: int) -> Tensor:
 
 
 def _fixed_positions(config: ExperimentConfig) -> dict[str, Tensor]:
-    """Sine-cosine positions of encoder and decoder, which are no weights of ours and are of Hugging Face's."""
+    """Return the sine-cosine positions of encoder and decoder, which are weights in Hugging Face's model only."""
     from megavit.model.layers.pos_embed import sincos_positions
 
     assert config.model.positions is Positions.sincos
@@ -238,7 +237,7 @@ def _fixed_positions(config: ExperimentConfig) -> dict[str, Tensor]:
 
 
 def _everyones_masks(work: Work) -> Tensor:
-    """The patches keep_BK that megavit's own mask keeps."""
+    """Return ids_keep_BK, the patches that megavit's own mask keeps."""
     config = work.config
     ids_B, epochs_B, occurrences_B = (column.to(work.device) for column in work.batch.key_columns())
     return random_keep(

@@ -1,9 +1,9 @@
-"""What is measured: a network, the work of one step, and who takes part."""
+"""Define the benchmark's cases: network, settings, batch size and candidates of each."""
 
 from dataclasses import dataclass
 
-# Work that every candidate can do: no dropout, no drop path, nothing erased or mixed; AdamW and clipping as the
-# recipes have them. Of the rate nothing depends but that the weights move, which the gate looks at.
+# Settings that every candidate supports: no dropout, no drop path, no erasing or mixing; AdamW and clipping as in the
+# recipes. The learning rate only has to move the weights, which the parity check compares.
 _COMMON = (
     "recipe=null",
     "data=synthetic",
@@ -28,7 +28,7 @@ _MAE = (
     "task.decoder_num_layers=8",
 )
 
-# megavit's own candidates by name: what is set beside the row's settings.
+# megavit's own candidates by name, with their settings in addition to the row's.
 OWN = {
     "megavit": (),
     "megavit+compile": ("train.compile=layer",),
@@ -41,13 +41,13 @@ AUTOENCODERS = (*OWN, "hf", "hf+compile", "plain")
 
 @dataclass(frozen=True)
 class BenchmarkCase:
-    """One piece of work.
+    """One case of the benchmark.
 
     Attributes:
-        overrides: settings of the run that megavit would train.
+        overrides: settings of megavit's run.
         cpu_batch: images per step on a CPU.
         gpu_batch: images per step on a GPU of 80 GB.
-        candidates: who can do it; the first is who the others are compared with.
+        candidates: names of the candidates; the first is the reference.
     """
 
     overrides: tuple[str, ...]
@@ -68,29 +68,29 @@ ROWS = {
     "vit_b16": _classifier("vit_b16", 256),
     "vit_l16": _classifier("vit_l16", 128),
     "vit_h14": _classifier("vit_h14", 64),
-    # At NVIDIA's 264 tokens, which its published figure is for.
+    # With 264 tokens, as in NVIDIA's published figure.
     "vit_g14": _classifier("vit_g14", 48, "model.class_tokens=8"),
     "vit_G14": _classifier("vit_G14", 24),
     "mae_b16": _autoencoder("vit_b16", 256),
     "mae_l16": _autoencoder("vit_l16", 192),
     "mae_h14": _autoencoder("vit_h14", 96),
-    # Two processes of one thread each against one of two.
+    # Two processes of one thread each, compared with one process of two threads.
     "tp2": BenchmarkCase(
         ("model=vit_b16", *_CLASSIFY), 8, 256, ("megavit", "megavit tp2", "megavit+onednn", "megavit+onednn tp2")
     ),
-    # What the trainer's loop adds to its steps: to the shorter ones of bf16 it shows more.
+    # The time that the trainer's loop adds to its steps, which is a larger fraction of the shorter bf16 steps.
     "loop": BenchmarkCase(("model=vit_b16", *_CLASSIFY), 8, 256, ("megavit", "trainer")),
 }
 ON_CPU = ("vit_b16:fp32", "vit_b16:bf16", "mae_b16:fp32", "mae_b16:bf16", "tp2:fp32", "loop:bf16")
 ON_GPU = tuple(f"{name}:bf16" for name in ROWS if name != "tp2")
 TP2 = "parallel.tp=2"
-# What a candidate's name ends with that lives on two ranks.
+# The end of a candidate's name if it runs on two ranks.
 ON_TWO = " tp2"
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16_o2"}
 
 
 def overrides_of(row: BenchmarkCase, precision: str, batch: int) -> list[str]:
-    """The settings of a row as a run's overrides."""
+    """Return the settings of a row as a run's overrides."""
     return [
         *_COMMON,
         *row.overrides,

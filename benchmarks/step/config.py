@@ -1,4 +1,4 @@
-"""Arguments of `python -m benchmarks.step`: what is measured, and for how long."""
+"""Arguments of `python -m benchmarks.step`."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ class BenchConfig:
     """Arguments of the benchmark.
 
     Attributes:
-        rows: what is measured, by name (see `cases.py`); empty takes those of the device.
-        candidates: which candidates are timed beside megavit; empty takes all.
+        rows: names of the rows to measure (see `cases.py`); empty takes those for the device.
+        candidates: names of the candidates to compare with megavit; empty takes all.
         batch: images per step; null takes each row's own.
-        rounds: how often every candidate has its turn; null takes 3 on a CPU, where a turn is a few seconds, else 7.
-            Fewer where the rows to come would not be reached.
-        block_s: seconds that a turn lasts at least.
-        deadline_s: seconds after which nothing new is begun; what was measured by then stays.
-        dir: folder of the figures, the table and the picture.
+        rounds: number of rounds, in each of which every candidate is timed once; null takes 3 on a CPU, where a turn
+            takes a few seconds, else 7. There are fewer rounds if later rows would not be reached otherwise.
+        block_s: shortest duration of a turn, in seconds.
+        deadline_s: seconds after which no new measurement begins; earlier ones are reported.
+        dir: folder of the figures and the plot.
     """
 
     rows: tuple[str, ...] = argument((), form="vit_b16:fp32,…")

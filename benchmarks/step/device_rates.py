@@ -1,4 +1,4 @@
-"""What the device itself can do, measured beside the candidates: products and copies."""
+"""Measure the device's own rates between the candidates' turns: matrix products and copies."""
 
 import time
 
@@ -6,24 +6,24 @@ import torch
 
 from megavit.model.layers.linear_onednn import onednn_product
 
-# Side of the square matrices, and bytes copied: large enough for the device's best.
+# Side of the square matrices, and bytes copied: large enough to reach the device's best rates.
 _SIDE = {"cpu": 2048, "cuda": 8192}
 _COPIED = {"cpu": 2**28, "cuda": 2**31}
 _AT_LEAST_S = 0.3
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
+    """Wait until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Machine:
-    """Matrices and buffers on the device, measured again each time.
+    """Matrices and buffers on the device with which its rates are measured.
 
     Args:
-        device: to measure.
-        dtype: of the matrices.
+        device: the device to measure.
+        dtype: number format of the matrices.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -35,7 +35,7 @@ class Machine:
         self._to = torch.empty_like(self._from)
 
     def rates(self) -> dict[str, float]:
-        """`matmul_flops` of a square product, by the better library, and `copy_bytes` read and written, per second."""
+        """Return `matmul_flops` of a square product by the faster library, and `copy_bytes` read and written, per s."""
         side = self._left.shape[0]
         seconds = self._seconds(lambda: torch.mm(self._left, self._right, out=self._out))
         if self._device.type == "cpu" and torch.backends.mkldnn.is_available():

@@ -1,4 +1,4 @@
-"""One row: everyone built and judged, then timed by turns."""
+"""Measure one row: build and check its candidates, then time them in turns."""
 
 import math
 import operator
@@ -13,7 +13,7 @@ from benchmarks.step.config import BenchConfig
 from benchmarks.step.parity_check import STEPS, Difference, StepOutput, difference
 from benchmarks.step.processes import Fault, WorkerPool
 
-# What has been begun may take so much longer than the deadline, so that its figure is not lost.
+# A call that has begun may exceed the deadline by this much, so that its figure is not lost.
 _GRACE_S = 20.0
 _CPU_ROUNDS, _GPU_ROUNDS = 3, 7
 Say = Callable[[str], None]
@@ -22,15 +22,16 @@ Keep = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Figures:
-    """What is known of one candidate.
+    """The figures of one candidate.
 
     Attributes:
-        steps: of a turn.
-        seconds: of a step, in each turn.
-        memory: bytes.
-        kinds: seconds of a step by kind of kernel.
-        differs: from the first candidate, the output of its largest value and the loss of itself, after some steps.
-        without: why it was not timed.
+        steps: number of steps per turn.
+        seconds: seconds per step, of each turn.
+        memory: bytes by name.
+        kinds: seconds per step by kind of kernel.
+        differs: difference from the reference after some steps, of the output relative to its largest value, and of the
+            loss relative to itself.
+        without: why it was not timed; None if it was.
     """
 
     steps: int = 1
@@ -43,13 +44,13 @@ class Figures:
 
 @dataclass
 class Measured:
-    """What is known of one row.
+    """The figures of one row.
 
     Attributes:
-        name, precision, batch: which work.
-        about: of the device.
-        candidates: by name.
-        rates: the device's own, once before the turns and once after each round.
+        name, precision, batch: case, number format, and images per step.
+        about: description of the device.
+        candidates: figures by candidate.
+        rates: the device's own rates, before the first round and after each round.
         reference: the candidate that the others are compared with.
     """
 
@@ -63,17 +64,17 @@ class Measured:
 
     @property
     def timed(self) -> dict[str, Figures]:
-        """The candidates with figures."""
+        """Return the candidates that were timed."""
         return {name: one for name, one in self.candidates.items() if one.seconds}
 
     @property
     def leader(self) -> str:
-        """The fastest of megavit's candidates, which the others are put beside."""
+        """Return the fastest of megavit's candidates, with which the table compares the others."""
         return self._fastest(ours=True) or self.reference
 
     @property
     def leaders(self) -> list[str]:
-        """The fastest of megavit's candidates and of the others."""
+        """Return the fastest of megavit's candidates and the fastest of the others."""
         return [name for name in (self._fastest(ours=True), self._fastest(ours=False)) if name is not None]
 
     def _fastest(self, *, ours: bool) -> str | None:
@@ -81,32 +82,32 @@ class Measured:
         return min(medians, key=lambda name: medians[name], default=None)
 
     def ratios(self, name: str, to: str) -> list[float]:
-        """A candidate's time over another's, round by round."""
+        """Return a candidate's time divided by another's, for each round."""
         mine, theirs = self.candidates[name].seconds, self.candidates[to].seconds
         return [one / other for one, other in zip(mine, theirs, strict=False)]
 
     def rate(self, name: str) -> float:
-        """The median of one of the device's own rates."""
+        """Return the median of one of the device's own rates."""
         return statistics.median(rates[name] for rates in self.rates) if self.rates else math.nan
 
     @property
     def drift(self) -> float:
-        """The largest of the device's matmul rates over the smallest, less 1: what the turns were exposed to."""
+        """Return the ratio of the device's largest to its smallest matmul rate, minus 1."""
         found = [rates["matmul_flops"] for rates in self.rates]
         return max(found) / min(found) - 1 if found else math.nan
 
 
 def is_own(name: str) -> bool:
-    """Whether a candidate is megavit."""
+    """Return whether a candidate is one of megavit's."""
     return name.startswith(("megavit", "trainer"))
 
 
 def taking_part(label: str, config: BenchConfig, *, device: str) -> list[str]:
-    """Who is measured in a row, its reference first: those who are wanted, but for oneDNN where it is not for the work.
+    """Return the candidates of a row, its reference first: those of `config.candidates`, oneDNN only for fp32 on a CPU.
 
     Args:
         label: NAME:PRECISION.
-        config: the bench section.
+        config: the benchmark's arguments.
         device: cpu or cuda.
     """
     name, precision = label.split(":")
@@ -120,15 +121,15 @@ def taking_part(label: str, config: BenchConfig, *, device: str) -> list[str]:
 
 
 def to_come(rows: list[str], place: int, config: BenchConfig, *, device: str) -> float:
-    """What the rows after one cost at one round each, in units of that one.
+    """Estimate the cost of the later rows at one round each, in units of the current row.
 
-    A candidate costs about as much as the start of a process: getting it ready takes longer than its steps. One in
-    fp32 costs one to two times as much as one in bf16; what is reckoned is what makes the rows to come the dearer.
+    A candidate costs about as much as the start of a process: building it takes longer than its steps. A candidate in
+    fp32 costs one to two times as much as one in bf16; the estimate takes the factor that makes later rows cost more.
 
     Args:
-        rows: as NAME:PRECISION, in their order.
-        place: index of the row that is measured.
-        config: the bench section.
+        rows: all rows as NAME:PRECISION, in their order.
+        place: index of the current row.
+        config: the benchmark's arguments.
         device: cpu or cuda.
     """
 
@@ -143,17 +144,17 @@ def to_come(rows: list[str], place: int, config: BenchConfig, *, device: str) ->
 
 
 class RowMeasurement:
-    """Measures one row.
+    """Measure one row.
 
     Args:
         label: NAME:PRECISION.
-        config: the bench section.
+        config: the benchmark's arguments.
         overrides: more settings, as typed.
         device: cpu or cuda.
-        until: `time.monotonic()` after which nothing new is begun.
-        to_come: what the rows after it cost, in units of this one; for their sake a slow machine does fewer rounds.
-        say: tells whoever waits.
-        keep: writes a line of figures down.
+        until: `time.monotonic()` after which no new measurement begins.
+        to_come: cost of the later rows, in units of this one; on a slow machine it reduces the number of rounds.
+        say: function that prints progress.
+        keep: function that writes a line of figures to the file.
     """
 
     def __init__(
@@ -180,7 +181,7 @@ class RowMeasurement:
         self._worlds: dict[str, WorkerPool] = {}
 
     def run(self) -> Measured:
-        """Measure; what is not reached before the deadline is left out, and says so."""
+        """Measure the row; candidates that are not reached before the deadline are reported as such."""
         try:
             self._measure()
         except TimeoutError:
@@ -211,8 +212,8 @@ class RowMeasurement:
         for name in names:
             reference = self._admit(name, reference)
         self._take_turns()
-        # Before anyone's memory is looked at: that leaves free memory in other sizes, and a step which must ask the
-        # system for some spends a fifth of its time in what looks like copies.
+        # Profile before measuring memory. Measuring memory leaves free blocks of other sizes, and a step that has to
+        # allocate from the system spends a fifth of its time in what the profile shows as copies.
         for name in self.measured.leaders:
             kinds = self._call(self._worlds[name], "profile", self._there(name))
             self.measured.candidates[name].kinds = kinds
@@ -222,7 +223,7 @@ class RowMeasurement:
     def _admit(
         self, name: str, reference: tuple[StepOutput, StepOutput] | None
     ) -> tuple[StepOutput, StepOutput] | None:
-        """Build a candidate and see whether it does megavit's work; who does not, or cannot, is not timed."""
+        """Build a candidate and compare its outputs with the reference; it is not timed if they differ or it fails."""
         world, there, figures = self._worlds[name], self._there(name), self.measured.candidates[name]
         try:
             start = time.monotonic()
@@ -242,7 +243,7 @@ class RowMeasurement:
         figures.differs = difference(after, reference[1])
         if not all(one is not None and one.is_small(precision) for one in (before_they, figures.differs)):
             figures.without = (
-                f"not the same work: {before_they or 'its output has another shape'}, then {figures.differs}"
+                f"its results differ: {before_they or 'its output has another shape'}, then {figures.differs}"
             )
             self._call(world, "drop", there)
         figures.steps = max(1, math.ceil(self._config.block_s / seconds))
@@ -258,21 +259,21 @@ class RowMeasurement:
         with_one_round = 0.0
         for number in range(self._rounds):
             began = time.monotonic()
-            # Each in turn is first.
+            # Rotate the order.
             turn = number % len(names)
             round_s = {}
             for name in names[turn:] + names[:turn]:
                 figures = self.measured.candidates[name]
                 spent = self._call(self._worlds[name], "run", self._there(name), figures.steps)
                 round_s[name] = spent / figures.steps
-            # Whole rounds alone: what is compared was done side by side.
+            # Add complete rounds only, so that compared times were measured close to each other.
             for name, seconds in round_s.items():
                 self.measured.candidates[name].seconds.append(seconds)
             self.measured.rates.append(self._call(machine, "rates"))
             self._keep({"kind": "round", "row": self._label, "seconds": round_s, **self.measured.rates[-1]})
             now = time.monotonic()
             round_took = now - began
-            # Profile and memory, which follow, take about as long as a round.
+            # The profile and the memory measurement that follow take about as long as a round.
             with_one_round = with_one_round or now - self._started + round_took
             then = now + 2 * round_took + self._to_come * with_one_round
             if number + 1 < self._rounds and then > self._until:
@@ -290,7 +291,7 @@ class RowMeasurement:
             self.measured.candidates[name] = Figures(steps, [one / steps for one in spent])
 
     def _there(self, name: str) -> str:
-        """A candidate's name in its own world."""
+        """Return a candidate's name within its worker pool."""
         return name.removesuffix(ON_TWO)
 
     def _call(self, world: WorkerPool, name: str, *arguments: Any) -> Any:

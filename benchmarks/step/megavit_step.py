@@ -1,4 +1,4 @@
-"""megavit among the candidates: the parts that its trainer is built of, and the trainer itself."""
+"""Run megavit's candidates: the training step built from the trainer's parts, and the trainer itself."""
 
 import time
 from collections.abc import Callable
@@ -22,11 +22,11 @@ from megavit.train.setup import build_model
 
 
 class Megavit:
-    """megavit's own step, as the trainer takes it.
+    """megavit's training step, the same as the trainer's.
 
     Args:
-        work: what to train on.
-        config: the row's settings and this candidate's options.
+        work: batch, number format and device.
+        config: the row's settings with this candidate's.
         layout: this rank's place.
     """
 
@@ -41,7 +41,7 @@ class Megavit:
         self._optimizer = build_optimizer(
             self._model, network.mcore_config, config.optim, depths=network.depths(), peak_lr=resolved.peak_lr
         )
-        # It writes the weight decay of each group.
+        # The schedule sets the weight decay of each group.
         schedule = build_schedule(
             self._optimizer, config.optim, peak_lr=resolved.peak_lr, warmup_steps=0, num_steps=1_000_000
         )
@@ -72,7 +72,7 @@ class Megavit:
         return tensors
 
     def timm_weights(self) -> dict[str, Tensor] | None:
-        """The whole network's weights in the plain model's names, fp32, on rank 0."""
+        """Return the full network's weights in timm's names, fp32, on rank 0; None on other ranks."""
         names = {name: parameter for parameter, name in self._network.parameters.items()}
         full = gather_full_state_dict(names, self._layout)
         if full is None:
@@ -86,14 +86,17 @@ class Megavit:
 def time_loop(
     config: ExperimentConfig, bare: Megavit, *, rounds: int, steps: int, until: float
 ) -> dict[str, list[float]]:
-    """Seconds of so many steps of the whole trainer, data and log included, and of as many bare ones, by turns.
+    """Time the full trainer, data and log included, and the bare step in alternate turns.
 
     Args:
-        config: of the row; its run lasts as long as is measured.
-        bare: the same network's step alone.
+        config: the row's settings.
+        bare: the bare step of the same network.
         rounds: turns of each.
-        steps: of a turn.
-        until: `time.monotonic()` after which no new turn is begun.
+        steps: steps per turn.
+        until: `time.monotonic()` after which no new turn begins.
+
+    Returns:
+        Seconds of each turn, by candidate.
     """
     from megavit.train.trainer import Trainer
 
@@ -101,7 +104,7 @@ def time_loop(
     started = 0.0
 
     def alternate(report: StepReport) -> None:
-        """After every `steps` steps of the trainer, time as many bare ones."""
+        """Time `steps` bare steps after every `steps` steps of the trainer."""
         nonlocal started
         if report.step % steps:
             return
@@ -118,17 +121,17 @@ def time_loop(
     try:
         trainer.run()
     except _Enough:
-        # Each turn of the trainer with the bare one right after it.
+        # Pair each turn of the trainer with the bare turn right after it.
         seconds["megavit"] = seconds["megavit"][-len(seconds["trainer"]) :] if seconds["trainer"] else []
     return seconds
 
 
 class _Enough(Exception):
-    """The trainer has been seen for long enough."""
+    """All turns of the trainer have been timed."""
 
 
 def timed(step: Callable[[], Any], steps: int, device: torch.device) -> float:
-    """Seconds of so many steps, until the device has done them."""
+    """Return the seconds of a number of steps, until the device has finished them."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(steps):

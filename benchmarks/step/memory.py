@@ -1,4 +1,4 @@
-"""Bytes that a training step needs: what is held between steps, and what is kept for the backward pass."""
+"""Count the bytes of a training step: tensors held between steps, and activations saved for the backward pass."""
 
 from collections.abc import Callable, Iterable
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind some tensors."""
+    """Return the bytes of the distinct storages of some tensors."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 def saved_bytes(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
-    """Bytes of distinct storages that a forward pass keeps for its backward pass.
+    """Return the bytes of distinct storages that a forward pass saves for its backward pass.
 
     Args:
-        forward: the forward pass; its graph is dropped afterwards.
-        held: tensors that are there anyway.
+        forward: the forward pass; its graph is freed afterwards.
+        held: tensors that exist in any case and do not count.
     """
     there = {tensor.untyped_storage().data_ptr() for tensor in held}
     storages: dict[int, torch.UntypedStorage] = {}
@@ -25,7 +25,7 @@ def saved_bytes(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in there:
-            # Held, so that no later tensor takes its place.
+            # Keep a reference, so that no later tensor gets the same address.
             storages[storage.data_ptr()] = storage
         return tensor
 

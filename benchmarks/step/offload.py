@@ -1,4 +1,4 @@
-"""Contestants that wait leave a GPU's memory: the largest networks would not fit beside one another."""
+"""Move waiting candidates from the GPU to host memory, because several of the largest networks do not fit together."""
 
 from collections.abc import Mapping
 
@@ -8,10 +8,10 @@ from benchmarks.step.workload import Candidate
 
 
 class CpuOffload:
-    """What a candidate holds, moved to the host's memory and back to the same tensors. On a CPU nothing moves.
+    """Move a candidate's storages to host memory, and back into the same tensors; does nothing on a CPU.
 
     Args:
-        device: whose memory is short.
+        device: device of the candidates.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -19,7 +19,7 @@ class CpuOffload:
         self._offloaded: dict[str, list[tuple[torch.UntypedStorage, torch.UntypedStorage]]] = {}
 
     def offload(self, candidates: Mapping[str, Candidate]) -> None:
-        """Move those that are not parked yet."""
+        """Move the candidates that are not offloaded yet to host memory."""
         if not self._moves:
             return
         for name, candidate in candidates.items():
@@ -33,11 +33,11 @@ class CpuOffload:
         torch.cuda.empty_cache()
 
     def discard(self, name: str) -> None:
-        """Let go of what is kept of a candidate."""
+        """Free the host copy of a candidate."""
         self._offloaded.pop(name, None)
 
     def restore(self, name: str) -> None:
-        """Fill a candidate's tensors again, if it was parked."""
+        """Copy an offloaded candidate's tensors back to the device."""
         for storage, host_copy in self._offloaded.pop(name, []):
             storage.resize_(host_copy.nbytes())
             storage.copy_(host_copy)

@@ -1,6 +1,6 @@
-"""Processes that candidates live in, and are called by name: one, or the ranks of a tensor-parallel pair.
+"""Run candidates in worker processes, one or two tensor-parallel ranks, and call their methods by name.
 
-Whoever measures stays outside: it can give up on a process that hangs, and a fault in one leaves the figures whole.
+The measuring process stays outside: it can give up on a worker that hangs, and a worker's fault loses no figures.
 """
 
 import multiprocessing as mp
@@ -14,33 +14,33 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megavit.errors import ConfigError
 
-# Those who hear that they may go do so by themselves, and tidy up.
+# Seconds in which workers may end by themselves and clean up after their pipe is closed.
 _LEAVING_S = 5
 _DIED = "its process died (often for want of memory)"
 
 
-# Whoever takes his turn finds the memory that the one before him has freed still there: else glibc gives it back to the
-# system at every change, and the first step of a turn is 30 % slower for some and not for others.
+# Make glibc keep freed memory for the next candidate. Otherwise it returns the memory to the system at each change, and
+# the first step of a turn is 30 % slower for some candidates and not for others.
 _KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
 
 class Fault(Exception):
-    """A candidate failed; the text says how."""
+    """A candidate failed, for the reason in the text."""
 
 
 class WorkerPool:
-    """So many processes that share a row's candidates.
+    """The worker processes that hold a row's candidates.
 
     Args:
-        overrides: of the run that megavit would train.
-        ranks: processes.
+        overrides: settings of megavit's run.
+        ranks: number of processes.
     """
 
     def __init__(self, overrides: list[str], *, ranks: int = 1) -> None:
         context = mp.get_context("spawn")
         os.environ.update(_KEEP_MEMORY)
         self._workers = []
-        # Kept for as long as the processes live.
+        # The store must exist as long as the processes do.
         self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         for rank in range(ranks):
             ours, theirs = context.Pipe()
@@ -52,20 +52,20 @@ class WorkerPool:
             self._workers.append((process, ours))
 
     def call(self, name: str, *arguments: Any, until: float, patience_s: float = 0.0) -> Any:
-        """Call a method of the stand in every process.
+        """Call a method of `CaseRunner` in every process.
 
         Args:
-            name: of the method.
-            arguments: for it.
+            name: name of the method.
+            arguments: arguments of the method.
             until: `time.monotonic()` to wait until.
-            patience_s: to wait at least, for what has been begun.
+            patience_s: shortest time to wait, in seconds.
 
         Returns:
-            What the first rank answers; of numbers the largest that any rank gives.
+            The first rank's result; if results are floats, the largest of all ranks.
 
         Raises:
-            Fault: if one failed.
-            TimeoutError: if one did not answer in time.
+            Fault: if a process failed.
+            TimeoutError: if a process did not answer in time.
         """
         try:
             for _, pipe in self._workers:
@@ -105,7 +105,7 @@ def _serve(pipe: Connection, overrides: list[str], rank: int, ranks: int, port: 
         MASTER_ADDR="localhost",
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
-        # The profiler's own log, with an error where there is no GPU.
+        # Silence the profiler's own log, which has an error on machines without a GPU.
         KINETO_LOG_LEVEL="99",
     )
     from megavit.runtime.startup import gc_paused, silence_import_warnings

@@ -1,4 +1,4 @@
-"""Where a step's time goes, by kind of kernel."""
+"""Profile a step's time by kind of kernel."""
 
 import re
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-# The first that fits an operator's or a kernel's name.
+# Kinds with the pattern of operator or kernel names; the first match counts.
 _KINDS = (
     ("compiled", r"triton|cpp_fused|Compiled"),
     ("attention", r"flash|fmha|attention|softmax|sdpa"),
@@ -22,16 +22,16 @@ _KINDS = (
 
 
 def kind_of(name: str) -> str:
-    """The kind of an operator or kernel, by its name."""
+    """Return the kind of an operator or kernel, by its name."""
     return next((kind for kind, pattern in _KINDS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
 def profile(step: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Seconds of one step by kind of kernel, the largest first: the device's own on a GPU, the operators' on a CPU.
+    """Return the seconds of one step by kind of kernel, the largest first: GPU kernels, or operators on a CPU.
 
     Args:
-        step: to be run once.
-        device: whose time is counted.
+        step: function that runs one step.
+        device: device of the step.
     """
     from torch.profiler import ProfilerActivity
 

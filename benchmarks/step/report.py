@@ -1,4 +1,4 @@
-"""The figures of a benchmark as JSON lines, as a table and as a picture."""
+"""Write the benchmark's figures as JSON lines, as a table and as a plot."""
 
 import json
 import statistics
@@ -15,13 +15,13 @@ from megavit.config.compose import compose
 from megavit.metrics.throughput import peak_of
 from megavit.planner.flops import training_flops
 
-# Above this the device itself was not the same from turn to turn.
+# Above this drift of its matmul rate, the device was not stable between turns.
 _DRIFT = 0.1
 _KINDS_SHOWN = 6
 
 
 def lines_of(row: Measured, flops: int) -> list[dict[str, Any]]:
-    """A JSON line for each candidate: medians with their spread, rates, memory, and why somebody was not timed."""
+    """Return a JSON line for each candidate: medians with their spread, rates, memory, or why it was not timed."""
     lines = []
     for name, figures in row.candidates.items():
         line: dict[str, Any] = {
@@ -63,13 +63,13 @@ def lines_of(row: Measured, flops: int) -> list[dict[str, Any]]:
 
 
 def flops_per_image(row: Measured, overrides: list[str]) -> int:
-    """Model FLOPs of a training step for one image of a row, with the settings that were typed on top."""
+    """Return the model FLOPs of a training step for one image of a row, with the overrides."""
     config = compose([*overrides_of(ROWS[row.name], row.precision, row.batch), *overrides])
     return training_flops(config.network_shape(num_classes=config.data.num_classes or 0))
 
 
 def print_table(rows: list[Measured], flops: dict[int, int], console: Console) -> None:
-    """Everyone's step: time, speed, utilisation, memory, and megavit's time over it."""
+    """Print each candidate's step time, speed, utilisation, memory, and megavit's step time divided by its own."""
     for row in rows:
         fastest = row.leader
         table = Table(
@@ -89,8 +89,8 @@ def print_table(rows: list[Measured], flops: dict[int, int], console: Console) -
             console.print(
                 f"{row.about.get('device')}, {row.about.get('threads')} threads: matmul "
                 f"{row.rate('matmul_flops') / 1e12:.3g} TFLOP/s, copy {row.rate('copy_bytes') / 1e9:.3g} GB/s; the "
-                f"matmul rate moved by {row.drift:.0%} meanwhile"
-                + (" (a machine this restless makes the ratios coarse)" if row.drift > _DRIFT else ""),
+                f"matmul rate drifted by {row.drift:.0%} meanwhile"
+                + (" (at this drift the ratios are inaccurate)" if row.drift > _DRIFT else ""),
                 highlight=False,
             )
         for name in row.leaders:
@@ -131,13 +131,13 @@ def _time(seconds: float) -> str:
 
 
 def append(file: Path, line: dict[str, Any]) -> None:
-    """Add a line, there for good once this returns."""
+    """Append a JSON line to a file and close it."""
     with file.open("a") as lines:
         lines.write(json.dumps(line) + "\n")
 
 
 def draw(rows: list[Measured], picture: Path) -> None:
-    """Each candidate's time of a step over megavit's, median with the extremes of all rounds, a panel for each row."""
+    """Plot each candidate's step time over the reference's: median and extremes of all rounds, a panel per row."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row.timed]

@@ -1,4 +1,4 @@
-"""The candidates of one process, by name: built, judged, timed, looked into."""
+"""Build, check, time and profile the candidates of one process."""
 
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -22,10 +22,10 @@ from megavit.parallel.layout import ParallelLayout, world_size_from_environment
 
 
 class CaseRunner:
-    """One process's candidates on one row's work.
+    """One process's candidates for one row.
 
     Args:
-        overrides: of the run that megavit would train.
+        overrides: settings of megavit's run.
     """
 
     def __init__(self, overrides: list[str]) -> None:
@@ -38,17 +38,17 @@ class CaseRunner:
         self._offload = CpuOffload(self._layout.device)
 
     def about(self) -> dict[str, Any]:
-        """The device in words, and how many threads work."""
+        """Return the name of the device, and the number of threads."""
         device = self._layout.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         return {"device": name, "threads": torch.get_num_threads()}
 
     def build(self, name: str) -> None:
-        """Let a candidate take its place, with megavit's weights."""
+        """Build a candidate with megavit's weights."""
         self._offload.offload(self._candidates)
         if not name.startswith("megavit"):
             assert self._timm_weights is not None, "megavit comes first"
-            # Copies: some libraries take what they are given for their own.
+            # Clone the weights, because some libraries modify them in place.
             weights = {key: weight.clone() for key, weight in self._timm_weights.items()}
             self._candidates[name] = build_peer(name, self._work, weights)
             return
@@ -57,26 +57,26 @@ class CaseRunner:
         step = Megavit(self._work, config, self._layout)
         self._candidates[name] = step
         if self._timm_weights is None and self._layout.world_size == 1:
-            # For the peers, who train in one process.
+            # For the baselines, which train in one process.
             self._timm_weights = step.timm_weights()
 
     def outputs(self, name: str) -> tuple[Any, float]:
-        """The network's output, as a NumPy array, and its loss."""
+        """Return the network's output, as a NumPy array, and its loss."""
         output, loss = self._ready(name).outputs()
         return output.numpy(), loss
 
     def warm_up(self, name: str, steps: int) -> float:
-        """Seconds of the last of so many steps that are the same for everyone."""
+        """Run steps that are the same for all candidates, and return the seconds of the last one."""
         step = self._ready(name).step
         seconds = [timed(lambda: step(alike=True), 1, self._layout.device) for _ in range(steps)]
         return seconds[-1]
 
     def run(self, name: str, steps: int) -> float:
-        """Seconds of so many steps."""
+        """Return the seconds of a number of steps."""
         return timed(self._ready(name).step, steps, self._layout.device)
 
     def memory(self, name: str) -> dict[str, int]:
-        """On a GPU the most that a step holds; elsewhere what is held between steps, and kept for the backward pass."""
+        """Return a step's peak bytes on a GPU; on a CPU the bytes held between steps, and saved for backward."""
         candidate, device = self._ready(name), self._layout.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -86,17 +86,17 @@ class CaseRunner:
         return {"held_bytes": storage_bytes(held), "saved_bytes": saved_bytes(candidate.forward, held)}
 
     def profile(self, name: str) -> dict[str, float]:
-        """Seconds of one step by kind of kernel."""
+        """Return the seconds of one step by kind of kernel."""
         return profile(self._ready(name).step, self._layout.device)
 
     def rates(self) -> dict[str, float]:
-        """The device's own matmul and copy rate, now."""
-        # Made anew each time: its matrices would count among what a candidate holds.
+        """Measure the device's own matmul and copy rates."""
+        # Allocate the matrices each time: otherwise they would count as memory of a candidate.
         self._offload.offload(self._candidates)
         return Machine(self._layout.device, self._work.dtype).rates()
 
     def loop(self, run_dir: str, rounds: int, steps: int, until: float) -> dict[str, list[float]]:
-        """Seconds of the trainer and of the bare step, by turns."""
+        """Return the seconds of each turn of the trainer and of the bare step."""
         bare = self._ready("megavit")
         assert isinstance(bare, Megavit)
         config = self._config
@@ -110,7 +110,7 @@ class CaseRunner:
             return time_loop(config, bare, rounds=rounds, steps=steps, until=until)
 
     def drop(self, name: str) -> None:
-        """Let a candidate go, and its memory."""
+        """Remove a candidate and free its memory."""
         self._candidates.pop(name, None)
         self._offload.discard(name)
         if self._layout.device.type == "cuda":

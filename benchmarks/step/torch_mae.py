@@ -1,6 +1,6 @@
-"""The same masked autoencoder in plain torch: the reference of the tests and the form that leaves the project.
+"""The masked autoencoder in plain torch, as a baseline and as the reference in tests.
 
-No Megatron-Core, no parallelism; parameter names and shapes are those of published MAE checkpoints.
+It needs no Megatron-Core and has no parallelism. Names and shapes of parameters are those of published MAE checkpoints.
 Shapes: B images, P patches, K kept ones, V = patch² · C values of a patch, N tokens, H the encoder's width, D the
 decoder's.
 """
@@ -14,13 +14,13 @@ from megavit.model.torch_vit import TorchBlock, TorchPatchEmbed
 
 
 class TorchMae(nn.Module):
-    """Encoder on the kept patches, decoder on all; dropout and drop path are left out.
+    """An encoder on the kept patches and a decoder on all patches, without dropout and drop path.
 
     Args:
         config: the model group.
-        decoder: one like it, with the decoder's sizes.
+        decoder: a model group with the decoder's sizes.
         image_size: [height, width] in pixels.
-        channels: of an image.
+        channels: channels of an image.
     """
 
     pos_embed: Tensor

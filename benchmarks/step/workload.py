@@ -1,4 +1,4 @@
-"""The work of one step: the same images, labels and masks for every candidate, lying on the device.
+"""Prepare the work of one step: the same images, labels and masks on the device for every candidate.
 
 Shapes: B images, C channels, Y rows, X columns, K kept patches, P patches.
 """
@@ -17,14 +17,14 @@ from megavit.data.transforms.normalize import Normalize
 
 @dataclass(frozen=True)
 class Work:
-    """What a candidate is given.
+    """The input of a candidate.
 
     Attributes:
-        config: of the run that megavit would train.
-        batch: images as they leave a loader, uint8, and labels.
-        normalize: what everyone passes the images through.
-        device: where all of it lies.
-        dtype: of weights and activations; the optimizer's weights are fp32.
+        config: settings of megavit's run.
+        batch: uint8 images from the loader, and labels.
+        normalize: the normalisation that all candidates apply to the images.
+        device: device of the batch.
+        dtype: number format of weights and activations; the optimizer's weights are fp32.
     """
 
     config: ExperimentConfig
@@ -35,27 +35,27 @@ class Work:
 
 
 class Candidate(Protocol):
-    """Someone who trains."""
+    """A model with its training step."""
 
     def step(self, *, alike: bool = False) -> None:
-        """One step: gradients of the batch, clipped, into the weights; on everyone's masks where it is to be alike."""
+        """Run one training step with clipping; `alike` uses the masks that all candidates share."""
         ...
 
     def outputs(self) -> tuple[Tensor, float]:
-        """What the network makes of the batch now, and the loss; on masks that are everyone's, where there are any."""
+        """Return the network's output for the batch and the loss, with the masks that all candidates share."""
         ...
 
     def forward(self) -> Tensor:
-        """The loss of the batch, with its graph, for what is kept for the backward pass to be counted."""
+        """Return the loss of the batch with its graph, to count the activations saved for the backward pass."""
         ...
 
     def held(self) -> list[Tensor]:
-        """Weights, gradients and the optimizer's state, as far as they exist."""
+        """Return the tensors of weights, gradients and optimizer state that exist."""
         ...
 
 
 def draw_batch(config: ExperimentConfig, device: torch.device) -> Batch:
-    """Noise of the configured shape, with labels; the same on every rank."""
+    """Return a batch of noise with labels in the configured shape; the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     count, data = config.train.global_batch, config.data
     images = torch.randint(0, 256, (count, data.channels, *data.image_size), dtype=torch.uint8, generator=generator)
@@ -69,7 +69,7 @@ def draw_batch(config: ExperimentConfig, device: torch.device) -> Batch:
 
 
 def prepare_work(config: ExperimentConfig, device: torch.device) -> Work:
-    """Draw the batch of a row."""
+    """Build the input of a row's candidates."""
     dtype = torch.bfloat16 if config.train.precision.value == "bf16_o2" else torch.float32
     normalize = Normalize(config.data.mean, config.data.std).to(device)
     return Work(config, draw_batch(config, device), normalize, device, dtype)
