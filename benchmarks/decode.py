@@ -109,7 +109,7 @@ def by_megavit(**changes: Any) -> Candidate:
     return load
 
 
-CONTESTANTS = {
+CANDIDATES = {
     "Pillow + v2": plainly(by_pillow),
     "decode_jpeg + v2": plainly(by_decode_jpeg),
     "decode_jpeg + v2, no loader": lambda _, paths, workers: map(by_decode_jpeg, paths),
@@ -118,7 +118,7 @@ CONTESTANTS = {
     "megavit, reduced_decode=false": by_megavit(reduced_decode=False),
 }
 
-BESIDE = {"cpu_ratio_to_pillow": "Pillow + v2", "cpu_ratio_to_decode_jpeg": "decode_jpeg + v2"}
+COMPARED_WITH = {"cpu_ratio_to_pillow": "Pillow + v2", "cpu_ratio_to_decode_jpeg": "decode_jpeg + v2"}
 
 
 def measure(batches: Callable[[], Iterator[Any]], num_images: int) -> tuple[float, float]:
@@ -175,22 +175,22 @@ def main(arguments: list[str]) -> None:
         rows = [
             (name, workers)
             for workers in map(int, given.get("workers", "0,1,2").split(","))
-            for name in CONTESTANTS
+            for name in CANDIDATES
             # Without a loader there are no workers, and photographs of the original size are never decoded reduced.
             if not (name.endswith("no loader") and workers) and not (name.endswith("=false") and side == 1)
         ]
         measured: dict[tuple[str, int], list[tuple[float, float]]] = {row: [] for row in rows}
         for number in range(rounds):
             for name, workers in rows[number % len(rows) :] + rows[: number % len(rows)]:
-                batches = partial(CONTESTANTS[name], folder, paths, workers)
+                batches = partial(CANDIDATES[name], folder, paths, workers)
                 measured[name, workers].append(measure(batches, len(paths)))
     output = provenance()
     output["versions"] |= {package: version(package) for package in ("Pillow", "timm")}
     for (name, workers), rates in measured.items():
         per_cpu, per_wall = [rate for rate, _ in rates], [rate for _, rate in rates]
         ratios = {
-            key: [own / theirs for own, (theirs, _) in zip(per_cpu, measured[beside, workers], strict=True)]
-            for key, beside in BESIDE.items()
+            key: [own / theirs for own, (theirs, _) in zip(per_cpu, measured[other, workers], strict=True)]
+            for key, other in COMPARED_WITH.items()
         }
         row = {
             "images_per_cpu_s": spread(per_cpu, 1),

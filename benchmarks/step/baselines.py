@@ -26,7 +26,7 @@ from megavit.task.mae import patch_statistics
 from megavit.task.masking import hidden_mask, random_keep
 
 # Maps normalised images to output and loss; True makes an autoencoder use the masks that all candidates share.
-Judged = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
+OutputAndLoss = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 
 
 class Baseline:
@@ -35,11 +35,11 @@ class Baseline:
     Args:
         work: batch, number format and device.
         model: the model, on the device and in the work's number format.
-        judged: function that returns the model's output and loss.
+        output_and_loss: function that returns the model's output and loss.
     """
 
-    def __init__(self, work: Work, model: torch.nn.Module, judged: Judged) -> None:
-        self._work, self._model, self._judged = work, model.train(), judged
+    def __init__(self, work: Work, model: torch.nn.Module, output_and_loss: OutputAndLoss) -> None:
+        self._work, self._model, self._output_and_loss = work, model.train(), output_and_loss
         optim = work.config.optim
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._weights: list[Tensor] = list(named.values())
@@ -63,8 +63,8 @@ class Baseline:
         assert optim.clip_grad is not None
         self._clip = optim.clip_grad
 
-    def step(self, *, alike: bool = False) -> None:
-        self._judged(self._images(), alike)[1].backward()
+    def step(self, *, shared_masks: bool = False) -> None:
+        self._output_and_loss(self._images(), shared_masks)[1].backward()
         if self._masters is not self._weights:
             pairs = [(m.grad, w.grad) for m, w in zip(self._masters, self._weights, strict=True)]
             torch._foreach_copy_(
@@ -82,11 +82,11 @@ class Baseline:
 
     def outputs(self) -> tuple[Tensor, float]:
         with torch.no_grad():
-            output, loss = self._judged(self._images(), True)
+            output, loss = self._output_and_loss(self._images(), True)
             return output.float().cpu(), float(loss)
 
     def forward(self) -> Tensor:
-        return self._judged(self._images(), False)[1]
+        return self._output_and_loss(self._images(), False)[1]
 
     def held(self) -> list[Tensor]:
         grads = [grad for grad in (tensor.grad for tensor in {*self._weights, *self._masters}) if grad is not None]
@@ -99,7 +99,7 @@ class Baseline:
         return self._work.normalize(images).to(self._work.dtype)
 
 
-def build_peer(name: str, work: Work, timm_weights: dict[str, Tensor]) -> Baseline:
+def build_baseline(name: str, work: Work, timm_weights: dict[str, Tensor]) -> Baseline:
     """Build a baseline by its name.
 
     Args:
@@ -112,29 +112,29 @@ def build_peer(name: str, work: Work, timm_weights: dict[str, Tensor]) -> Baseli
     """
     library, _, how = name.partition("+")
     build = {"timm": _timm, "hf": _hugging_face, "plain": _plain}[library]
-    model, layers, judged = build(work, timm_weights)
+    model, layers, output_and_loss = build(work, timm_weights)
     model.to(work.device, work.dtype)
     if how:
         for layer in layers:
             layer.compile(fullgraph=True)
-    return Baseline(work, model, judged)
+    return Baseline(work, model, output_and_loss)
 
 
 def _decays(name: str, weight: Tensor) -> bool:
     return weight.ndim > 1 and not name.endswith(("_token", "pos_embed", "position_embeddings"))
 
 
-def _cross_entropy(model: Callable[[Tensor], Tensor], work: Work) -> Judged:
+def _cross_entropy(model: Callable[[Tensor], Tensor], work: Work) -> OutputAndLoss:
     labels_B = work.batch.targets["labels"]
 
-    def judged(images_BCYX: Tensor, _: bool) -> tuple[Tensor, Tensor]:
+    def output_and_loss(images_BCYX: Tensor, _: bool) -> tuple[Tensor, Tensor]:
         logits_BK = model(images_BCYX).float()
         return logits_BK, F.cross_entropy(logits_BK, labels_B)
 
-    return judged
+    return output_and_loss
 
 
-def _timm(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Module, Any, Judged]:
+def _timm(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Module, Any, OutputAndLoss]:
     from timm.models.vision_transformer import VisionTransformer
 
     model, data = work.config.model, work.config.data
@@ -155,7 +155,7 @@ def _timm(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Module, Any,
     return theirs, theirs.blocks, _cross_entropy(theirs, work)
 
 
-def _hugging_face(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Module, Any, Judged]:
+def _hugging_face(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Module, Any, OutputAndLoss]:
     try:
         from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEForPreTraining
         from transformers.utils import logging
@@ -180,19 +180,19 @@ def _hugging_face(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Modu
         if name.endswith(("pos_embed", "position_embeddings")):
             # transformers 5.23 trains the sine-cosine positions, which are fixed in the paper.
             parameter.requires_grad_(False)
-    ids_keep_BK, patches = _everyones_masks(work), config.num_patches
+    ids_keep_BK, patches = _shared_masks(work), config.num_patches
     noise = torch.full((len(ids_keep_BK), patches), 2.0, device=work.device).scatter(1, ids_keep_BK, 1.0)
     # The model sorts patches by noise: rising noise keeps the patches' order.
     noise += torch.linspace(0, 0.5, patches, device=work.device)
 
-    def judged(images_BCYX: Tensor, masks_of_everyone: bool) -> tuple[Tensor, Tensor]:
-        found = autoencoder(images_BCYX, noise=noise if masks_of_everyone else None)
+    def output_and_loss(images_BCYX: Tensor, shared_masks: bool) -> tuple[Tensor, Tensor]:
+        found = autoencoder(images_BCYX, noise=noise if shared_masks else None)
         return _channels_first(found.logits, config.data.channels), found.loss.float()
 
-    return autoencoder, [*autoencoder.vit.layers, *autoencoder.decoder.decoder_layers], judged
+    return autoencoder, [*autoencoder.vit.layers, *autoencoder.decoder.decoder_layers], output_and_loss
 
 
-def _plain(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Module, Any, Judged]:
+def _plain(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Module, Any, OutputAndLoss]:
     config = work.config
     shape: dict[str, Any] = {"image_size": config.data.image_size, "channels": config.data.channels}
     if not isinstance(config.task, MaeConfig):
@@ -203,8 +203,8 @@ def _plain(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Module, Any
     autoencoder.load_state_dict(weights)
     patch, channels = config.model.patch_size, config.data.channels
 
-    def judged(images_BCYX: Tensor, _: bool) -> tuple[Tensor, Tensor]:
-        ids_keep_BK = _everyones_masks(work)
+    def output_and_loss(images_BCYX: Tensor, _: bool) -> tuple[Tensor, Tensor]:
+        ids_keep_BK = _shared_masks(work)
         pixels_BPV = autoencoder(images_BCYX, ids_keep_BK).float()
         target_BPV = _channels_last(patchify(images_BCYX.float(), patch), channels)
         if config.task.norm_pix_loss:
@@ -214,7 +214,7 @@ def _plain(work: Work, weights: dict[str, Tensor]) -> tuple[torch.nn.Module, Any
         hidden_BP = hidden_mask(ids_keep_BK, config.num_patches)
         return _channels_first(pixels_BPV, channels), (errors_BP * hidden_BP).sum() / hidden_BP.sum()
 
-    return autoencoder, [*autoencoder.blocks, *autoencoder.decoder_blocks], judged
+    return autoencoder, [*autoencoder.blocks, *autoencoder.decoder_blocks], output_and_loss
 
 
 def _channels_last(patches_BPV: Tensor, channels: int) -> Tensor:
@@ -236,7 +236,7 @@ def _fixed_positions(config: ExperimentConfig) -> dict[str, Tensor]:
     return {name: sincos_positions(grid, width, class_tokens=tokens).unsqueeze(0) for name, width in widths.items()}
 
 
-def _everyones_masks(work: Work) -> Tensor:
+def _shared_masks(work: Work) -> Tensor:
     """Return ids_keep_BK, the patches that megavit's own mask keeps."""
     config = work.config
     ids_B, epochs_B, occurrences_B = (column.to(work.device) for column in work.batch.key_columns())

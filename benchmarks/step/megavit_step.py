@@ -48,7 +48,7 @@ class Megavit:
         schedule.step(1)
         self._batches = repeat(work.batch)
 
-    def step(self, *, alike: bool = False) -> None:
+    def step(self, *, shared_masks: bool = False) -> None:
         _, _, updated = self._engine.train_step(self._batches, 1, self._optimizer)
         assert updated
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.step.baselines import build_peer
+from benchmarks.step.baselines import build_baseline
 from benchmarks.step.cases import OWN
 from benchmarks.step.device_rates import Machine
 from benchmarks.step.megavit_step import Megavit, time_loop, timed
@@ -50,7 +50,7 @@ class CaseRunner:
             assert self._timm_weights is not None, "megavit comes first"
             # Clone the weights, because some libraries modify them in place.
             weights = {key: weight.clone() for key, weight in self._timm_weights.items()}
-            self._candidates[name] = build_peer(name, self._work, weights)
+            self._candidates[name] = build_baseline(name, self._work, weights)
             return
         config = compose([*self._overrides, *OWN[name]])
         validate(config, self._layout.world_size)
@@ -68,7 +68,7 @@ class CaseRunner:
     def warm_up(self, name: str, steps: int) -> float:
         """Run steps that are the same for all candidates, and return the seconds of the last one."""
         step = self._ready(name).step
-        seconds = [timed(lambda: step(alike=True), 1, self._layout.device) for _ in range(steps)]
+        seconds = [timed(lambda: step(shared_masks=True), 1, self._layout.device) for _ in range(steps)]
         return seconds[-1]
 
     def run(self, name: str, steps: int) -> float:

@@ -37,8 +37,8 @@ class Work:
 class Candidate(Protocol):
     """A model with its training step."""
 
-    def step(self, *, alike: bool = False) -> None:
-        """Run one training step with clipping; `alike` uses the masks that all candidates share."""
+    def step(self, *, shared_masks: bool = False) -> None:
+        """Run one training step with clipping; `shared_masks` uses the masks that all candidates share."""
         ...
 
     def outputs(self) -> tuple[Tensor, float]:

@@ -135,8 +135,11 @@ def sabotaged() -> dict[str, bool]:
             group["lr"] *= 1.1
 
     def spoil_loss(peer) -> None:
-        judged = peer._judged
-        peer._judged = lambda images, alike: (judged(images, alike)[0], judged(images, alike)[1] * 1.001)
+        output_and_loss = peer._output_and_loss
+        peer._output_and_loss = lambda images, shared_masks: (
+            output_and_loss(images, shared_masks)[0],
+            output_and_loss(images, shared_masks)[1] * 1.001,
+        )
 
     def outputs(name: str) -> list[StepOutput]:
         seen = [StepOutput(*runner.outputs(name))]
