@@ -84,7 +84,10 @@ def launch_ranks(launch: "LaunchConfig", command: list[str], *, module: str, run
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
+
+    from megavit.runtime.rendezvous import register_backend
 
     # The ranks print one message about a failure; the launcher's own traceback would hide it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -93,6 +96,8 @@ def launch_ranks(launch: "LaunchConfig", command: list[str], *, module: str, run
     launch.shutdown_timeout = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_S))
     # megavit forwards the other signals itself: the agent would end the ranks 30 s after a signal and hide their code.
     launch.signals_to_handle = "SIGHUP"
+    if launch.rdzv_backend == "c10d":
+        launch.rdzv_backend = register_backend()
     ranks = launch.nproc_per_node
     _forward_signals(module, ranks)
     _kill_stragglers(module, ranks)
@@ -101,6 +106,8 @@ def launch_ranks(launch: "LaunchConfig", command: list[str], *, module: str, run
         elastic_launch(launch, program)(*words)
     except ChildFailedError as error:
         return _explain(error, run_dir)
+    except RendezvousError as error:
+        return _report(f"the machines of the run did not meet at {launch.rdzv_endpoint}: {error}", run_dir)
     except SignalException as error:
         name = signal.Signals(error.sigval).name
         return _report(f"ended by {name}; the last checkpoint is valid, run again to continue from it", run_dir)

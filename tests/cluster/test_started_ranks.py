@@ -1,18 +1,16 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return str(free.getsockname()[1])
+# Ends a test whose ranks hang, and measures nothing: at a load of 45 on two cores a rank imports torch for 38 s.
+HANGS_S = 240
 
 
 def start_ranks(folder: Path, *settings: str) -> list[subprocess.Popen]:
@@ -22,7 +20,7 @@ def start_ranks(folder: Path, *settings: str) -> list[subprocess.Popen]:
 
 def start_processes(module: str, *arguments: str) -> list[subprocess.Popen]:
     """Two ranks, each by itself, with no torchrun."""
-    port = free_port()
+    port = str(free_port())
     world = {"WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         subprocess.Popen(
@@ -36,9 +34,18 @@ def start_processes(module: str, *arguments: str) -> list[subprocess.Popen]:
     ]
 
 
+def wait_for(processes: list[subprocess.Popen]) -> str:
+    """What all of them have said, when all have left."""
+    try:
+        return "".join(process.communicate(timeout=HANGS_S)[0] for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def test_ranks_without_torchrun_refuse_a_setting_in_one_message(tmp_path):
     ranks = start_ranks(tmp_path, "train.global_batch=65", "train.micro_batch=2")
-    said = "".join(rank.communicate(timeout=100)[0] for rank in ranks)
+    said = wait_for(ranks)
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert said.count("train.global_batch=65 is not a multiple") == 1
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 2
@@ -47,7 +54,7 @@ def test_ranks_without_torchrun_refuse_a_setting_in_one_message(tmp_path):
 @pytest.mark.parametrize("late", ["0", "1"])
 def test_a_rank_that_comes_late_to_a_wrong_setting_does_not_report_it_again(late):
     ranks = start_processes("tests.runtime.failing_rank", "late", late)
-    said = "".join(rank.communicate(timeout=100)[0] for rank in ranks)
+    said = wait_for(ranks)
     assert [rank.returncode for rank in ranks] == [2, 2], said
     assert said.count("a setting is wrong") == 1, said
 
@@ -61,7 +68,7 @@ def test_ranks_without_torchrun_save_when_they_are_told_to_stop(tmp_path):
             break
     for rank in ranks:
         rank.terminate()
-    said = ranks[0].communicate(timeout=100)[0] + ranks[1].communicate(timeout=100)[0]
+    said = wait_for(ranks)
     assert [rank.returncode for rank in ranks] == [75, 75], said
     assert (tmp_path / "run" / "checkpoints" / "latest").exists()
 
@@ -76,7 +83,7 @@ if "megavit.runtime.torchrun" not in sys.orig_argv:
 
 def start_nodes(folder: Path, *settings: str, late: bool = False) -> list[subprocess.Popen]:
     """Two pods with one rank each, with the variables that Kubeflow sets in them; the second may be late."""
-    port = free_port()
+    port = str(free_port())
     if late:
         (folder / "sitecustomize.py").write_text(LATE)
     kubeflow = {
@@ -121,7 +128,7 @@ def start_nodes(folder: Path, *settings: str, late: bool = False) -> list[subpro
 @pytest.mark.slow
 def test_two_pods_refuse_a_setting_in_one_message_and_are_not_started_again(tmp_path):
     nodes = start_nodes(tmp_path, "train.global_batch=65", "train.micro_batch=2", late=True)
-    said = "".join(node.communicate(timeout=120)[0] for node in nodes)
+    said = wait_for(nodes)
     assert [node.returncode for node in nodes] == [2, 2]
     assert said.count("train.global_batch=65 is not a multiple") == 1
 
@@ -134,6 +141,6 @@ def test_two_pods_save_when_one_of_them_is_told_to_stop_and_are_started_again(tm
         if line.startswith("step 2 "):
             break
     nodes[1].send_signal(signal.SIGTERM)
-    said = nodes[0].communicate(timeout=120)[0] + nodes[1].communicate(timeout=120)[0]
+    said = wait_for(nodes)
     assert [node.returncode for node in nodes] == [203, 203], said
     assert (tmp_path / "run" / "checkpoints" / "latest").exists()
