@@ -149,7 +149,7 @@ def _empty(parameter: Parameter) -> dict[str, Tensor]:
 
 
 def _gather(part: DistributedOptimizer, shares: Mapping[Parameter, _Share]) -> dict[Parameter, dict[str, Tensor]]:
-    """Return the full flat state of each parameter that this rank writes; without a copy if it holds all of it."""
+    """Return the full flat state of each parameter that this rank writes; copy nothing that this rank holds in full."""
     travelling = {parameter: share for parameter, share in shares.items() if len(share.pieces) > 1}
     arrived = _exchange(part, travelling)
     gathered = {}

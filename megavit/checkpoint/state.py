@@ -40,7 +40,7 @@ class TrainingState:
 
     @property
     def names_classes(self) -> bool:
-        """Whether `classes` are names; converted weights without class names have numbers instead."""
+        """Return whether `classes` are names; converted weights without class names have numbers instead."""
         # A trained run has the class names of its data.
         return self.optimizer or not are_numbers(self.classes)
 

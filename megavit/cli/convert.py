@@ -195,9 +195,7 @@ def _fill(chunk: Any, external: ExternalModel, config: ExperimentConfig) -> None
         weight = external.weight(theirs)
         shape = to_timm({name: parameter}, dims)[theirs].shape
         if weight.shape != shape:
-            raise ConfigError(
-                f"{theirs} is {list(weight.shape)} there and {list(shape)} here: it does not fit the model's sizes"
-            )
+            raise ConfigError(f"{theirs} has shape {list(weight.shape)}, and the model's sizes need {list(shape)}")
         parameter.copy_(from_timm({theirs: weight}, dims)[name])
     left = external.unread(wanted)
     if left:

@@ -124,7 +124,7 @@ def open_labelled(data: DataConfig, *, why: str) -> tuple[Source, Source]:
     if data.multi_label:
         raise ConfigError(
             f"data.multi_label=true: {why} one label of each image; choose data with one and data.multi_label=false, "
-            f"or take the features themselves: megavit features"
+            f"or write the features: megavit features"
         )
     training, validation = open_source(data, "train"), open_source(data, "val")
     if not training.classes:

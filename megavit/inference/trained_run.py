@@ -180,7 +180,7 @@ def refuse_another_network(checkpoint: Path, before: ExperimentConfig, now: Expe
     if now.model.positions is Positions.learned and before.data.image_size != now.data.image_size:
         differ["data.image_size"] = before.data.image_size, now.data.image_size
     if differ:
-        listed = "; ".join(f"{setting} is {there} there, not {here}" for setting, (there, here) in differ.items())
+        listed = "; ".join(f"{setting} was {there} and is {here}" for setting, (there, here) in differ.items())
         resize = f"; init_from={checkpoint} starts a run in another resolution" if "data.image_size" in differ else ""
         raise ConfigError(f"{checkpoint} is another network: {listed}. Use the checkpoint's values{resize}")
 

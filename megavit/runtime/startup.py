@@ -20,8 +20,8 @@ def gc_paused() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
-        # Python destroys modules at its exit, and some libraries warn of objects that are still frozen then. Registered
-        # once.
+        # Python destroys modules at its exit, and some libraries warn of objects that are still frozen then. Register
+        # the hook only once.
         atexit.unregister(gc.unfreeze)
         atexit.register(gc.unfreeze)
         gc.enable()

@@ -85,7 +85,7 @@ def cluster_exit_code(code: int, run_dir: Path | None, *, node: str) -> int:
             return code + _AGAIN if code == STOPPED else code
         crashes = _crashes(count, run_dir) + 1
         if crashes <= int(limit):
-            _say(f"crashed {crashes} times in a row: the cluster may restart it")
+            _say(f"crash {crashes} in a row: the cluster may restart the job")
             return FAULT + _AGAIN
         # Delete the count: a user who submits the job again has changed something.
         count.unlink()

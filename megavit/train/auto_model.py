@@ -36,7 +36,7 @@ _ENCODER = (
 def resolve_auto(overrides: list[str]) -> tuple[list[str], str | None]:
     """Replace `model=auto` by the sizes of `init_from`'s weights.
 
-    A run with a checkpoint of its own keeps that checkpoint's sizes.
+    A run that has a checkpoint keeps the sizes of its own checkpoint.
 
     Args:
         overrides: settings of the command line.

@@ -51,7 +51,7 @@ class Checkpointer:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank is still writing its part of a checkpoint."""
+        """Return whether this rank is still writing its part of a checkpoint."""
         return self._save is not None and not self._save.is_written
 
     def save(self, state: TrainingState, logger: MetricLogger, *, is_best: bool, waits: bool) -> None:

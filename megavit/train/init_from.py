@@ -75,12 +75,12 @@ def _refuse_unlike(place: str, weights_info: WeightsInfo, config: ExperimentConf
     if None not in decoders:
         pairs.append(("task.decoder_num_heads", *decoders))
     differ = [
-        f"{key} is {format_value(there)} there and {format_value(here)} here"
+        f"{key} is {format_value(there)} in the weights and {format_value(here)} here"
         for key, there, here in pairs
         if there != here
     ]
     if config.model.positions is Positions.sincos and not _is_fixed(weights_info):
-        differ.append("model.positions is learned there and sincos here")
+        differ.append("model.positions is learned in the weights and sincos here")
     if differ:
         raise ConfigError(
             f"init_from={place} does not fit this network: {'; '.join(differ)}; use the values of the weights"
@@ -91,9 +91,9 @@ def _agree(place: str, wanted: set[str], there: Shapes, here: Shapes, *, new_par
     """Return the wanted weights that are missing and may be initialised; raise on every rank for any other mismatch."""
     absent = {name for name in wanted if name not in there}
     unlike = sorted(name for name in wanted - absent if there[name] != here[name])
-    wrong = [f"{name} is {list(there[name])} there and {list(here[name])} here" for name in unlike]
+    wrong = [f"{name} is {list(there[name])} in the weights and {list(here[name])} here" for name in unlike]
     lacking = [name for name in sorted(absent) if not may_be_missing(name, new_parameters=new_parameters)]
-    wrong += [f"{name} is missing there" for name in lacking]
+    wrong += [f"{name} is missing in the weights" for name in lacking]
     everyone = [text for texts in gather_objects(wrong) for text in texts]
     if everyone:
         raise ConfigError(f"init_from={place} does not fit this network: {everyone[0]}")

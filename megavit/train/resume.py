@@ -124,7 +124,7 @@ def find_resume_point(store: CheckpointManager, config: ExperimentConfig) -> tup
 def _refuse_another_run(path: Path, saved: ExperimentConfig, config: ExperimentConfig) -> None:
     differ = changes(saved, config, Rule.run, Rule.network)
     if differ:
-        listed = "; ".join(f"{setting} {before} there, {now} here" for setting, (before, now) in differ.items())
+        listed = "; ".join(f"{setting} was {before} and is {now}" for setting, (before, now) in differ.items())
         raise ConfigError(
             f"{path} is of another model or run: {listed}. Set them back to continue, or choose another run.name to "
             f"start from scratch, or with init_from={path} from these weights"

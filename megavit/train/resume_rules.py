@@ -9,7 +9,7 @@ from megavit.validation import format_value
 
 
 class Rule(Enum):
-    """The effect of a changed setting on a resume.
+    """The rules for a setting that has changed before a resume.
 
     `free`: the run resumes; training is the same, or the setting matters at the start only. `reported`: the run
     resumes and logs the change. `run`: the resume is rejected, because the images, their order, their meaning or the

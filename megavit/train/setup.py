@@ -39,7 +39,7 @@ class ModelSetup:
 
     @property
     def parameters(self) -> dict[torch.nn.Parameter, str]:
-        """This rank's parameters, each with its name in the full network."""
+        """Return this rank's parameters, each with its name in the full network."""
         return {parameter: name for chunk in self.chunks.values() for name, parameter in parameter_names(chunk).items()}
 
     def depths(self) -> dict[torch.nn.Parameter, int]:

@@ -1,7 +1,7 @@
 """Every layout's checkpoint in every other: all that it holds equal to the bit, and the next loss the same.
 
 The quick test takes a pairwise cover: each two of the values that TP, PP, VPP and DP have on either end, and that
-precision, task and optimizer have, meet at least once. The whole matrix is slow.
+precision, task and optimizer have, meet at least once. The full matrix is slow.
 """
 
 import itertools
@@ -41,7 +41,7 @@ PRECISION = {"fp32": [], "bf16": ["train.precision=bf16_o2"]}
 TASK = {"ViT": [], "MAE": [*MAE, "task.decoder_num_heads=4"]}
 OPTIMIZER = {"Adam": [], "SGD": ["optim=sgd", "optim.lr=0.01"]}
 
-# Beside them: stages that train nothing, and statistics that are no weights.
+# Other factors: stages that train nothing, and statistics, which are not weights.
 PROBE = {("fp32", "probe", "LARS"): [], ("bf16", "probe", "LARS"): ["train.precision=bf16_o2"]}
 
 # From and to: found by simulated annealing among the pairwise covers that start the fewest processes.

@@ -1,4 +1,4 @@
-"""The command line itself: what it says of itself, and how it ends where nobody reads, or training diverges."""
+"""Test the command line: its help, and its exit if the output has no reader or training diverges."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ def test_help_that_nobody_reads_to_its_end_is_silent():
 
 
 def without_reader(run_dir: Path, through_rich: bool) -> tuple[int, str]:
-    """A rank whose standard output is a pipe that nobody reads, in a process of the pool: its code and its words."""
+    """Run a rank whose standard output is a pipe without a reader; return its exit code and its messages."""
 
     def work() -> int:
         (Console().print if through_rich else print)("step 1")

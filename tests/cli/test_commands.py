@@ -161,7 +161,7 @@ def test_a_loaded_model_scores_as_the_engine_does(trained, tmp_path, figure):
     for index, path in enumerate(pictures):
         Image.fromarray(Digits("val").image(index)[0].numpy()).save(path)
     found = run_ranks(load_and_look, 1, str(run_dir), pictures)[0]
-    figure(f"megavit.load beside the engine: largest |Δlogit| {found['difference']:.1e}")
+    figure(f"megavit.load against the engine: largest |Δlogit| {found['difference']:.1e}")
     assert found["classes"] == tuple("0123456789")
     assert found["features"] == (16, 32)
     # Measured: 0, the same operations in the same order; on another machine's kernels not necessarily.

@@ -60,7 +60,7 @@ def test_features_are_what_the_loaded_model_says_of_each_image_in_order(workers,
         assert found[split]["labels"].tolist() == [Digits(split).label(index) for index in range(count)]
         assert found[split]["labels"].dtype == torch.int64
     difference = float((found["val"]["features"] - expected).abs().max())
-    figure(f"megavit features beside one image at a time: largest difference {difference:.1e}")
+    figure(f"megavit features against one image at a time: largest difference {difference:.1e}")
     # Measured: 0, of values up to 2.5; on another machine's kernels a batch may order sums otherwise.
     assert difference <= 1e-5
     # Else any order would do.

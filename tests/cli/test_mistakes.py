@@ -258,7 +258,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda root: train(root, "run.preflight=true", "train.steps=1000000000", "checkpoint.save_every=1"),
         "has no room for 1000000000 checkpoints",
     ),
-    "a checkpoint of another model": (of_another_model, "is of another model or run: model.num_layers 4 there, 2 here"),
+    "a checkpoint of another model": (of_another_model, "is of another model or run: model.num_layers was 4 and is 2"),
     "a checkpoint in the way": (never_again, "already holds checkpoints up to step_00000003"),
     "nothing to resume from": (
         lambda root: train(root, f"checkpoint.resume={root}"),

@@ -62,7 +62,7 @@ class Stage:
         Args:
             script: its text.
             folder: where it is started.
-            environment: beside this process's.
+            environment: variables in addition to this process's.
             acts: what a played command does, by its name: a line of bash.
         """
         self._acts.write_text(json.dumps(acts))

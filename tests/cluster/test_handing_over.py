@@ -12,7 +12,7 @@ from tests.cluster.test_kubernetes import BASE as KUBERNETES
 
 
 def stub(name: str, folder: Path, monkeypatch, body: str) -> Path:
-    """A client that writes down how it is called, and then does as told."""
+    """Write a client that records its arguments and then runs the given code."""
     calls = folder / "calls"
     noting = f"import json, sys; words = sys.argv[1:]; open({str(calls)!r}, 'a').write(json.dumps(words) + chr(10))"
     (folder / name).write_text(f"#!{sys.executable}\n{noting}\n{body}\n")

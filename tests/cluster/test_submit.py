@@ -226,7 +226,7 @@ def test_a_local_job_leaves_with_the_runs_code(tmp_path):
 
 def test_the_jobs_of_the_clusters_page_can_be_written_down(tmp_path, capsys):
     clone = Path(__file__).parents[2]
-    # Azure ML builds the image from the clone in which one stands.
+    # Azure ML builds the image from the clone that is the current folder.
     (tmp_path / "docker").symlink_to(clone / "docker")
     text = (clone / "docs" / "clusters.md").read_text().replace("\\\n", " ")
     jobs = re.findall(r"^megavit submit (.*?)(?:#.*)?$", text, re.M)

@@ -66,7 +66,7 @@ def test_megavit_train_starts_the_ranks_and_leaves_a_run_folder(tmp_path, figure
     # The folder's checkpoint is of another model: one rank rejects it with code 2, and the checkpoint stays.
     other = run(*command, "model.num_layers=2")
     assert other.returncode == 2
-    assert_one_message(other, "is of another model or run: model.num_layers 4 there, 2 here")
+    assert_one_message(other, "is of another model or run: model.num_layers was 4 and is 2")
     assert exit_record(run_dir)["code"] == 2
     for rank in (0, 1):
         # Printed once on the console, and written by each rank to its own log.

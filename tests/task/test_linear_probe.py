@@ -111,8 +111,8 @@ def test_a_run_does_not_go_on_with_other_weights_frozen_and_does_not_warn_once_i
     assert "frozen with random initial weights" not in output
     other = [*SMALL, "train.steps=2", "optim.warmup_steps=1", f"run.dir={tmp_path / 'other'}"]
     assert run_command("train", *other, "train.stop_at=1")[0] == 75
-    assert "optim.freeze null there, ['pos_embed'] here" in refusal("train", *other, "optim.freeze=[pos_embed]")
-    assert "optim.layer_decay null there, 0.5 here" in refusal("train", *other, "optim.layer_decay=0.5")
+    assert "optim.freeze was null and is ['pos_embed']" in refusal("train", *other, "optim.freeze=[pos_embed]")
+    assert "optim.layer_decay was null and is 0.5" in refusal("train", *other, "optim.layer_decay=0.5")
 
 
 def kept_for_the_backward_pass(overrides: list[str]) -> tuple[int, bool]:

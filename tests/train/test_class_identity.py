@@ -127,7 +127,7 @@ def test_a_resume_refuses_classes_that_are_new_gone_or_moved(three):
 
 
 def test_a_resume_refuses_another_normalisation(three):
-    assert "data.mean [0.485, 0.456, 0.406] there, [0.9, 0.9, 0.9] here" in refusal(
+    assert "data.mean was [0.485, 0.456, 0.406] and is [0.9, 0.9, 0.9]" in refusal(
         *resumed(three, "data.mean=[0.9,0.9,0.9]")
     )
 

@@ -235,13 +235,18 @@ def test_hugging_faces_folder_serves_as_it_is(former, tmp_path):
     [
         (
             ["model.hidden_size=64", "model.num_heads=8"],
-            "not fit this network: model.hidden_size is 32 there and 64 here; model.num_heads is 4 there and 8 here",
+            "not fit this network: model.hidden_size is 32 in the weights and 64 here; "
+            "model.num_heads is 4 in the weights and 8 here",
         ),
-        (["model.num_heads=2"], "model.num_heads is 4 there and 2 here"),
-        pytest.param(["model.num_layers=3"], "model.num_layers is 2 there and 3 here", marks=pytest.mark.slow),
-        (["model.positions=sincos"], "model.positions is learned there and sincos here"),
-        pytest.param(["model.layer_scale=0.1"], "model.layer_scale is null there and 0.1 here", marks=pytest.mark.slow),
-        pytest.param(["model.class_tokens=8"], "model.class_tokens is 1 there and 8 here", marks=pytest.mark.slow),
+        (["model.num_heads=2"], "model.num_heads is 4 in the weights and 2 here"),
+        pytest.param(["model.num_layers=3"], "model.num_layers is 2 in the weights and 3 here", marks=pytest.mark.slow),
+        (["model.positions=sincos"], "model.positions is learned in the weights and sincos here"),
+        pytest.param(
+            ["model.layer_scale=0.1"], "model.layer_scale is null in the weights and 0.1 here", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["model.class_tokens=8"], "model.class_tokens is 1 in the weights and 8 here", marks=pytest.mark.slow
+        ),
         (["init_from=hf:no/such-model-anywhere"], "init_from=hf:no/such-model-anywhere is not a path here"),
         (["init_from=timm:nowhere.safetensors"], "nowhere.safetensors is no file"),
         pytest.param(["init_from=nowhere"], "init_from=nowhere holds no checkpoint", marks=pytest.mark.slow),
@@ -257,7 +262,9 @@ def test_what_does_not_fit_is_refused_with_names(settings, message, former, tmp_
 
 def test_a_decoder_of_other_heads_is_refused(autoencoder, tmp_path):
     keys = [*SMALL, *MAE, "model.num_layers=2", f"run.dir={tmp_path}", f"init_from={autoencoder}"]
-    assert "task.decoder_num_heads is 2 there and 4 here" in refusal("train", *keys, "task.decoder_num_heads=4")
+    assert "task.decoder_num_heads is 2 in the weights and 4 here" in refusal(
+        "train", *keys, "task.decoder_num_heads=4"
+    )
 
 
 def test_an_average_that_is_not_there_is_refused(autoencoder, tmp_path):

@@ -1,7 +1,7 @@
 """Compare the losses of 200 steps with and without each option that changes how a step is computed, not what.
 
 A table of one line per option: the settings with it and those without, and how far the two curves may lie apart on each
-set of data, the measured worst case beside it.
+set of data, with the measured worst case next to it.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A rehearsal finds what would fail later, and leaves no trace in the run."""
+"""Test that the preflight finds errors that would occur later, and changes nothing in the run."""
 
 import os
 import re

@@ -73,7 +73,7 @@ def draw(seed: int) -> tuple[int, list[str], int]:
         ]
         config = compose(settings)
         if task == PROBE:
-            # The statistics of its batch norm are those of the whole step's images, as in plain torch.
+            # The statistics of its batch norm are those of all images of the step, as in plain torch.
             settings.append(f"train.micro_batch={16 // config.parallel.data_parallel_size(world)}")
         try:
             validate(compose(settings), world)

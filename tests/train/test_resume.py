@@ -160,10 +160,10 @@ def test_a_run_may_start_from_another_runs_checkpoint_and_then_goes_on_from_its_
 def test_another_seed_or_network_is_refused_by_name(tmp_path):
     run = [*SMALL, f"run.dir={tmp_path}", "train.steps=3"]
     run_ranks(ranks.train_and_keep, 2, run)
-    for change, named in [("run.seed=1", "run.seed 0 there, 1 here"), ("model.pool=mean", "model.pool cls there")]:
+    for change, named in [("run.seed=1", "run.seed was 0 and is 1"), ("model.pool=mean", "model.pool was cls")]:
         with pytest.raises(AssertionError, match=f"is of another model or run: {named}") as refused:
             run_ranks(ranks.train_and_keep, 2, [*run, "train.steps=4", change])
-        assert str(refused.value).count("ConfigError: ") == 2, "every rank raises it alike"
+        assert str(refused.value).count("ConfigError: ") == 2, "every rank raises the same error"
 
 
 @pytest.mark.parametrize("momentum", [0, 0.9])

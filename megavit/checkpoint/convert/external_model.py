@@ -1,4 +1,4 @@
-"""A model of another library: its sizes as a `ModelConfig`, its weights by timm's names."""
+"""Describe another library's model: its sizes as a `ModelConfig`, its weights by timm's names."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -314,7 +314,7 @@ def test_what_does_not_fit_is_refused_with_the_first_weight_that_differs(tmp_pat
         save_file({name: w for name, w in {**weights, **changed}.items() if w is not None}, file)
         return refused("convert", f"from=timm:{file}", f"to={tmp_path / 'never'}", *more)
 
-    assert "blocks.1.mlp.fc2.weight is [64, 9] there and [64, 256] here" in output(
+    assert "blocks.1.mlp.fc2.weight has shape [64, 9], and the model's sizes need [64, 256]" in output(
         {"blocks.1.mlp.fc2.weight": torch.ones(64, 9)}
     )
     assert "no weight 'blocks.1.norm1.bias'" in output({"blocks.1.norm1.bias": None})
@@ -390,6 +390,6 @@ def test_a_run_starts_from_converted_weights_and_then_resumes_from_its_own(ranks
     assert "holds converted weights and no optimizer state" in refused(
         "train", *keys, f"run.dir={tmp_path / 'run'}", "init_from=null", "run.ranks=1", "parallel.tp=1"
     )
-    assert "does not fit this network: model.hidden_size is 64 there and 32 here;" in refused(
+    assert "does not fit this network: model.hidden_size is 64 in the weights and 32 here;" in refused(
         "train", *keys, f"run.dir={tmp_path / 'other'}", "model.hidden_size=32", "run.ranks=1", "parallel.tp=1"
     )

@@ -16,7 +16,7 @@ from megavit.data.config import Interpolation
 from megavit.errors import ConfigError
 from megavit.model.config import Pool
 
-# Heads that nobody would guess.
+# An unusual number of heads.
 SIZES = dict(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=4, num_classes=7)
 
 

@@ -141,7 +141,7 @@ def test_two_ranks_are_started_on_a_cpu():
 def test_a_rank_that_hangs_or_dies_is_reported_within_the_time_limit(rank, name, output, figure):
     start = time.monotonic()
     found = only(started(rank, name, timeout_s=5), "all-reduce")
-    figure(f"doctor, rank {rank} gets {name}: told in {time.monotonic() - start:.0f} s with a time-out of 5 s")
+    figure(f"doctor, rank {rank} gets {name}: reported in {time.monotonic() - start:.0f} s with a time-out of 5 s")
     assert found.state is State.broken
     assert output in found.text
     assert time.monotonic() - start < 100

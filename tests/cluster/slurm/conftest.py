@@ -31,7 +31,7 @@ class Slurm:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=self.environment)
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` tells of it, such as JobState, Restarts and ExitCode."""
+        """Return the values of `scontrol show job`, such as JobState, Restarts and ExitCode."""
         output = self.run("scontrol", "--oneliner", "show", "job", number)
         assert output.returncode == 0, output.stderr
         return dict(word.split("=", 1) for word in output.stdout.split() if "=" in word)

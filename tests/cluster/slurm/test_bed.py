@@ -15,7 +15,7 @@ ON_TWO_NODES = """
 srun bash -c '
     trap "kill \\$!; echo rank $SLURM_PROCID on $SLURMD_NODENAME was told; exit 75" USR1
     touch {folder}/$SLURM_PROCID
-    # Its sleep may be told before it, and die: then it waits for its own turn.
+    # The signal may kill the sleep before it reaches the shell, which then waits for its own signal.
     for _ in 1 2 3; do sleep 20 & wait; done'
 echo "srun returned $?"
 """

@@ -1,4 +1,4 @@
-"""`megavit submit cluster=slurm` on a real Slurm: runs that finish, are told to stop, break, and are cancelled."""
+"""Test `megavit submit cluster=slurm` on a real Slurm: runs that finish, are signalled, crash, and are cancelled."""
 
 import json
 import subprocess
@@ -68,7 +68,7 @@ class Submitting:
         return files[0].read_text() if files else ""
 
     def losses(self, name: str) -> dict[int, float]:
-        """Of each step of a run; a step that two starts have told of is the later's."""
+        """Return the loss of each step of a run; for a step of two starts, the later one's."""
         file = self.folder / "runs" / name / "metrics.jsonl"
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
@@ -125,8 +125,8 @@ def test_a_crashing_job_stops_after_its_restarts_with_the_reason(at):
     job = at.slurm.job(number)
     assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "1", "1:0"), at.log(number)
     reason = "RuntimeError: the disk is gone"
-    assert f"megavit: crashed, 1 in a row: {reason}; queued again" in at.log(number)
-    assert f"crashed 2 times in a row (cluster.max_restarts=1), not queued again: {reason}" in at.log(number)
+    assert f"megavit: crash 1 in a row: {reason}; queued again" in at.log(number)
+    assert f"crashed 2 times in a row (cluster.max_restarts=1); not queued again: {reason}" in at.log(number)
 
 
 def test_a_multirun_of_two_submits_both_and_both_finish(at):
