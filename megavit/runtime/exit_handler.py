@@ -136,7 +136,7 @@ def _fail(
         except OSError as error:
             print(f"megavit: cannot write the exit code to {run_dir}: {error}", file=log.console, flush=True)
         peers.set_reported()
-    # The other ranks do not know of any other fault; the launcher ends them while they wait for this rank.
+    # After any other fault this rank does not wait: the others do not notice the fault, and the launcher ends them.
     if starting or (first is None and code == USER_ERROR):
         peers.wait_until_all_know(starting=starting)
     return code if first is None else first

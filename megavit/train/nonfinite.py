@@ -32,7 +32,7 @@ def describe_nonfinite(chunks: list[EncoderStage], sums: dict[str, Tensor], layo
     if layers:
         layer = next(iter(layers.values()))
         message.append(f"the gradient of {layer} is not finite on rank {', '.join(map(str, layers))}")
-    return "; ".join(message) or "each gradient is finite and their norm is not"
+    return "; ".join(message) or "every gradient is finite, but their norm is not"
 
 
 def _last_layer_not_finite(named: dict[str, torch.nn.Parameter]) -> str | None:

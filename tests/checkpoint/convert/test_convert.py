@@ -265,7 +265,7 @@ def test_a_push_goes_to_a_private_repository_and_a_failed_one_leaves_the_folder_
     assert code == 2, output
     assert output.count("megavit: push=me/mine: the Hugging Face hub rejects it: ") == 1
     assert (tmp_path / "again" / "model.safetensors").exists()
-    assert "push=mine takes ORG/NAME" in refused(*out[:3], "push=mine")
+    assert "push=mine must be ORG/NAME" in refused(*out[:3], "push=mine")
 
 
 def peak_memory(*arguments: str) -> int:
