@@ -1,4 +1,4 @@
-"""Where the launchers of several machines meet: torch's c10d rendezvous, whose host may come late and leave first."""
+"""Join the launchers of several machines by torch's c10d rendezvous, whose host may start late and exit first."""
 
 from datetime import timedelta
 
@@ -13,9 +13,9 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_
 
 BACKEND = "megavit-c10d"
 
-# torch waits a minute for the host; another machine's imports or its container may take longer.
+# Time limit in seconds for the host's start. torch's is 60 s; another machine's imports or its container take longer.
 _START_S = 300
-# What torch waits for an answer of the store (`read_timeout`).
+# torch's time limit in seconds for an answer of the store (`read_timeout`).
 _ANSWER_S = 60
 
 
@@ -26,11 +26,11 @@ def register_backend() -> str:
 
 
 def create_handler(params: RendezvousParameters) -> RendezvousHandler:
-    """Build c10d's handler, which goes on without the store once the ranks run.
+    """Build c10d's handler, which continues without the store once the ranks run.
 
-    The first machine holds the store and leaves as soon as its ranks have left. torch's agent on another machine asks
-    the store ten times a second whether machines wait to join: where its own ranks leave a moment later, the missing
-    answer ended it with a traceback and code 1 (torch 2.14.1). Without a store no machine can join.
+    The first machine holds the store and exits as soon as its ranks have exited. torch's agent on another machine
+    queries the store ten times a second for machines that wait to join. If its own ranks exit a moment later, the
+    missing answer ended the agent with a traceback and code 1 (torch 2.14.1). Without a store no machine can join.
 
     Args:
         params: the rendezvous's endpoint and options; `read_timeout` is by default 300 s for the start and 60 s later.
@@ -39,7 +39,7 @@ def create_handler(params: RendezvousParameters) -> RendezvousHandler:
         c10d's handler under the name of `BACKEND`.
 
     Raises:
-        RendezvousConnectionError: if nobody hosts the store in time.
+        RendezvousConnectionError: if no machine hosts the store in time.
     """
     answer_s = params.get_as_int("read_timeout", _ANSWER_S)
     params.config.setdefault("read_timeout", _START_S)
