@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import griffe
 
-from megavit.cli.arguments import arguments_of, usage
+from megavit.cli.arguments import Argument, arguments_of, usage
 from megavit.cli.main import COMMANDS, LoadedCommand
 from megavit.cluster.config import ClusterConfig
 from megavit.cluster.registry import BACKENDS
@@ -256,8 +256,8 @@ def commands_page() -> str:
             lines += [f"megavit {name}{' [key=value …]' if settings else ''}", "```", ""]
         rows = [
             (
-                f"`{own.key}`",
-                "flag" if own.is_flag else _kind(own.kind) + (" or null" if own.may_be_null else ""),
+                f"`{own.key}`" + (f", `{own.short}`" if own.short else ""),
+                _argument_kind(own),
                 "required" if own.default is MISSING else "" if own.is_flag else _show_argument(own.default),
                 _escape(" ".join(filter(None, (own.about, _enum_text(own.kind))))),
             )
@@ -269,6 +269,12 @@ def commands_page() -> str:
         elif settings:
             lines += ["", f"`key=value`: {', '.join(f'`{key}`' for key in settings)}."]
     return _NOTE + "\n".join(lines).rstrip() + "\n"
+
+
+def _argument_kind(own: Argument) -> str:
+    if own.is_flag:
+        return f"flag with {_kind(own.kind)}" if own.takes_value else "flag"
+    return _kind(own.kind) + (" or null" if own.may_be_null else "")
 
 
 def _show_argument(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Parse the `key=value` arguments of a command into its dataclass, and describe them for `--help`.
+"""Parse the flags and `key=value` arguments of a command into its dataclass, and describe them for `--help`.
 
 Nothing here imports torch or Hydra: `megavit doctor` parses its arguments where packages may be missing.
 """
@@ -23,6 +23,18 @@ T = TypeVar("T")
 
 # Settings of a run that resemble a command's argument.
 _SETTINGS_WITHOUT_DOT = ("init_from",)
+# Flags that several commands take, and the answer of the others.
+_COMPOSING = "only commands that compose a run read it: train, submit, show-data"
+_FLAGS_ELSEWHERE = {"--config-dir": _COMPOSING, "-cd": _COMPOSING, "--config-name": _COMPOSING, "-cn": _COMPOSING}
+_HYDRAS_FLAGS = {
+    "--config-path": "--config-dir DIR adds a folder of configurations",
+    "-cp": "--config-dir DIR adds a folder of configurations",
+    "--run": "megavit train runs without it",
+    "-r": "megavit train runs without it",
+    "--hydra-help": "megavit COMMAND --help explains a command and its flags",
+    "--experimental-rerun": "megavit train recipe=RUN/config.yaml repeats a run",
+    "-sc": "it is --shell-completion install=bash, without a command",
+}
 _WIDTH = 110
 
 
@@ -34,20 +46,24 @@ def argument(
     form: str = "",
     at_least: int = 1,
     above: float | None = None,
+    bare: Any = MISSING,
+    is_setting: bool = False,
 ) -> Any:
     """Declare a field of a command's dataclass; a plain field is one too.
 
     Args:
         default: value where the argument is not typed; without one it must be typed.
-        key: the word before the sign; a field named `from_` has the key `from`. `--word` declares a flag.
+        key: the word before the sign; a field named `from_` has the key `from`. `--word` declares a flag. A flag of
+            another type than bool takes a value: `--word VALUE` or `--word=VALUE`.
         short: second spelling of a flag.
         form: placeholder for the usage text, such as FILE.json.
         at_least: smallest value of an integer or a number.
         above: exclusive lower bound of a number, instead of at_least.
+        bare: value of a flag that is typed without one; without it a value must follow.
+        is_setting: whether a flag is returned with the settings, as `--word=VALUE`, in place of a value of the field.
     """
-    return field(
-        default=default, metadata={"key": key, "short": short, "form": form, "at_least": at_least, "above": above}
-    )
+    metadata = {"key": key, "short": short, "form": form, "at_least": at_least, "above": above, "bare": bare}
+    return field(default=default, metadata={**metadata, "is_setting": is_setting})
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,8 @@ class Argument:
         about: the line of the docstring.
         at_least: smallest integer or number.
         above: exclusive lower bound of a number.
+        bare: value of a flag that is typed without one; MISSING where a value must follow.
+        is_setting: whether a flag is returned with the settings.
     """
 
     name: str
@@ -82,15 +100,30 @@ class Argument:
     about: str
     at_least: int
     above: float | None
+    bare: Any
+    is_setting: bool
 
     @property
     def is_flag(self) -> bool:
         return self.key.startswith("--")
 
     @property
+    def takes_value(self) -> bool:
+        return not self.is_flag or self.kind is not bool
+
+    @property
+    def shown(self) -> str:
+        """The argument as typed: key=FORM, --flag, --flag FORM or --flag [FORM]."""
+        if not self.is_flag:
+            return f"{self.key}={self.form}"
+        if not self.takes_value:
+            return self.key
+        return f"{self.key} {self.form}" if self.bare is MISSING else f"{self.key} [{self.form}]"
+
+    @property
     def usage(self) -> str:
         if self.is_flag:
-            return f"[{self.key}]"
+            return f"[{self.shown}]"
         return f"{self.key}={self.form}" if self.default is MISSING else f"[{self.key}={self.form}]"
 
     def read(self, text: str) -> Any:
@@ -104,9 +137,10 @@ class Argument:
         if self.kind is float:
             return self._read_float(text)
         if isinstance(self.kind, type) and issubclass(self.kind, Enum):
-            if text not in self.kind.__members__:
-                raise ConfigError(f"{self.key}={text} must be one of {', '.join(self.kind.__members__)}")
-            return self.kind[text]
+            values = {str(member.value): member for member in self.kind}
+            if text not in values:
+                raise ConfigError(f"{self.key}={text} must be one of {', '.join(values)}")
+            return values[text]
         if get_args(self.kind)[0] is int:
             return tuple(parse_ints(self.key, text))
         return tuple(part.strip() for part in text.removeprefix("[").removesuffix("]").split(","))
@@ -142,18 +176,24 @@ def parse(
     known = {word: own for own in arguments_of(kind) for word in (own.key, own.short) if word}
     values: dict[str, Any] = {}
     rest = []
-    for typed in arguments:
-        key, sign, text = typed.partition("=")
+    words = list(arguments)
+    while words:
+        typed = words.pop(0)
+        key, _, text = typed.partition("=")
         own = known.get(key)
         if own is None:
             _check_setting(program, kind, typed, known, settings)
             rest.append(typed)
-        elif own.is_flag and not sign:
+            continue
+        value = _read_flag(program, own, typed, words) if own.is_flag else text
+        if own.is_setting:
+            rest.append(f"{own.key}={value}")
+        elif not own.takes_value:
             values[own.name] = True
-        elif not text or own.name in values or own.is_flag:
+        elif value == "" or own.name in values:
             raise ConfigError(f"{typed}: {program} takes {key}{'' if own.is_flag else '='} once, with a value")
         else:
-            values[own.name] = own.read(read_text(text))
+            values[own.name] = own.read(read_text(value)) if isinstance(value, str) else value
     for own in known.values():
         if own.name not in values and own.default is MISSING:
             raise ConfigError(f"{program} needs {own.key}={own.form}: {usage(program, kind, settings=settings)}")
@@ -162,6 +202,27 @@ def parse(
     if check is not None:
         check()
     return args, rest
+
+
+def _read_flag(program: str, own: Argument, typed: str, words: list[str]) -> Any:
+    """Return a flag's value as typed, or its value without one; a value in the next word is removed from the words."""
+    key, sign, text = typed.partition("=")
+    if not own.takes_value:
+        if sign:
+            raise ConfigError(f"{typed}: {program} takes {key} once, without a value")
+        return True
+    if sign:
+        return text
+    if words and not words[0].startswith("-") and (own.bare is MISSING or is_word(words[0])):
+        return words.pop(0)
+    if own.bare is MISSING:
+        raise ConfigError(f"{key} needs a value: {own.shown}")
+    return own.bare
+
+
+def is_word(text: str) -> bool:
+    """Return whether an argument is the value of a flag before it, rather than a setting or another flag."""
+    return "=" not in text and not text.startswith(("-", "+", "~"))
 
 
 def usage(program: str, kind: type, *, settings: bool | Collection[str] = False) -> str:
@@ -181,7 +242,7 @@ def describe(program: str, kind: type, *, about: str, settings: bool | Collectio
     """
     lines = [usage(program, kind, settings=settings), "", about]
     arguments = arguments_of(kind)
-    rows = {a.key if a.is_flag else f"{a.key}={a.form}": _about(a) for a in arguments}
+    rows = {f"{a.shown}, {a.short}" if a.short else a.shown: _about(a) for a in arguments}
     if rows:
         width = min(24, max(map(len, rows))) + 2
         lines += ["", "arguments"]
@@ -208,6 +269,8 @@ def _check_setting(
 ) -> None:
     """Refuse an argument that is neither the command's own nor a setting that it takes."""
     key, sign, _ = typed.partition("=")
+    if key.startswith("-"):
+        _refuse_flag(program, key, known)
     if settings is True:
         # Settings are checked where the configuration is composed; nearly all of them have a dot.
         is_setting = "." in key or key in _SETTINGS_WITHOUT_DOT or not sign
@@ -223,6 +286,17 @@ def _check_setting(
         raise ConfigError(f"'{typed}' is no setting: {line}")
     near = difflib.get_close_matches(key, [*known, *allowed], n=1, cutoff=0.5)
     raise ConfigError(f"{program} knows no {key}=; {f'did you mean {near[0]}=?' if near else line}")
+
+
+def _refuse_flag(program: str, key: str, known: dict[str, Argument]) -> None:
+    flags = [word for word in known if word.startswith("-")]
+    if key in _FLAGS_ELSEWHERE:
+        raise ConfigError(f"{key}: {_FLAGS_ELSEWHERE[key]}")
+    if key in _HYDRAS_FLAGS:
+        raise ConfigError(f"{program} knows no flag {key}: {_HYDRAS_FLAGS[key]}")
+    near = difflib.get_close_matches(key, [*flags, "--help"], n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"its flags: {', '.join([*flags, '--help'])}"
+    raise ConfigError(f"{program} knows no flag {key}; {hint}")
 
 
 def arguments_of(kind: type) -> list[Argument]:
@@ -246,6 +320,8 @@ def arguments_of(kind: type) -> list[Argument]:
                 about.get(part.name, ""),
                 metadata.get("at_least", 1),
                 metadata.get("above"),
+                metadata.get("bare", MISSING),
+                metadata.get("is_setting", False),
             )
         )
     return found
@@ -254,22 +330,23 @@ def arguments_of(kind: type) -> list[Argument]:
 def _form(kind: Any, default: Any) -> str:
     """Return the placeholder of an argument without one of its own: its choices, or its default."""
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return "|".join(kind.__members__)
+        return "|".join(str(member.value) for member in kind)
     if isinstance(default, tuple) and default:
         return ",".join(map(str, default))
     return "…" if default in (MISSING, None, ()) else str(format_value(default))
 
 
 def _docstring_lines(kind: type) -> dict[str, str]:
-    """Return the explanation of each attribute in a dataclass's docstring, in one line each."""
-    _, _, section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
+    """Return the explanation of each attribute of a dataclass and those that it extends, in one line each."""
     found: dict[str, str] = {}
-    name = ""
-    for line in section.splitlines():
-        start = re.match(r" {4}(\w+): (.*)", line)
-        if start:
-            name = start[1]
-            found[name] = start[2]
-        elif name and line.strip():
-            found[name] += f" {line.strip()}"
+    for each in reversed(inspect.getmro(kind)):
+        _, _, section = inspect.cleandoc(each.__doc__ or "").partition("Attributes:\n")
+        name = ""
+        for line in section.splitlines():
+            start = re.match(r" {4}(\w+): (.*)", line)
+            if start:
+                name = start[1]
+                found[name] = start[2]
+            elif name and line.strip():
+                found[name] += f" {line.strip()}"
     return found

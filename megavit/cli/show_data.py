@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megavit.cli.arguments import argument
+from megavit.cli.config_flags import ConfigFlags
 from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.validate import check_task
@@ -25,7 +26,7 @@ _HIDDEN = 127
 
 
 @dataclass(frozen=True)
-class ShowDataArgs:
+class ShowDataArgs(ConfigFlags):
     """The command's own arguments.
 
     Attributes:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavit.cli.arguments import argument
+from megavit.cli.config_flags import ConfigFlags
 from megavit.cluster.backend import Backend, Submitted
 from megavit.cluster.job import Job, plan_job, split_sweep
 from megavit.cluster.registry import get_backend, split_cluster
@@ -17,7 +18,7 @@ _FOLDER = "launch"
 
 
 @dataclass(frozen=True)
-class SubmitArgs:
+class SubmitArgs(ConfigFlags):
     """The command's own arguments, beside the settings `cluster=NAME` and `cluster.KEY=VALUE`.
 
     Attributes:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavit.cli.arguments import argument
+from megavit.cli.config_flags import ConfigFlags
 from megavit.runtime.run_dir import FINISHED
 from megavit.runtime.signals import HELD_BACK
 
 
 @dataclass(frozen=True)
-class TrainArgs:
+class TrainArgs(ConfigFlags):
     """The command's own arguments.
 
     Attributes:

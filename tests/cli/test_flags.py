@@ -1,0 +1,101 @@
+"""Flags of the command line: values, short forms, and what they print."""
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import pytest
+
+from megavit.cli.arguments import argument, describe, parse
+from megavit.cli.config_flags import ConfigFlags
+from megavit.cli.main import COMMANDS, LoadedCommand, main
+from megavit.errors import ConfigError
+
+
+class What(Enum):
+    job = "job"
+    tree = "defaults-tree"
+
+
+@dataclass(frozen=True)
+class Flags(ConfigFlags):
+    """Flags of a command.
+
+    Attributes:
+        what: which part.
+        folder: where.
+        dry: do nothing.
+    """
+
+    what: What | None = argument(None, key="--what", short="-w", bare=What.job)
+    folder: Path | None = argument(None, key="--folder", form="DIR")
+    dry: bool = argument(False, key="--dry")
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected", "settings"),
+    [
+        ("--what", Flags(what=What.job), []),
+        ("--what defaults-tree", Flags(what=What.tree), []),
+        ("--what=defaults-tree", Flags(what=What.tree), []),
+        ("-w job a.b=1", Flags(what=What.job), ["a.b=1"]),
+        ("--what a.b=1", Flags(what=What.job), ["a.b=1"]),
+        ("--what --dry", Flags(what=What.job, dry=True), []),
+        ("--what ~optim", Flags(what=What.job), ["~optim"]),
+        ("--folder a=b", Flags(folder=Path("a=b")), []),
+        ("-cd one a.b=1 --config-dir=two", Flags(), ["--config-dir=one", "a.b=1", "--config-dir=two"]),
+        ("-cn mine", Flags(), ["--config-name=mine"]),
+    ],
+)
+def test_a_flag_takes_its_value_from_the_next_word_or_after_the_sign(typed, expected, settings):
+    assert parse("megavit x", Flags, typed.split(), settings=True) == (expected, settings)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("--folder", "--folder needs a value: --folder DIR"),
+        ("--folder --dry", "--folder needs a value: --folder DIR"),
+        ("--folder a --folder b", "--folder: megavit x takes --folder once, with a value"),
+        ("--folder=", "--folder=: megavit x takes --folder once, with a value"),
+        ("--what jbo", "--what=jbo must be one of job, defaults-tree"),
+        ("--dry=1", "--dry=1: megavit x takes --dry once, without a value"),
+        ("--fodler a", "megavit x knows no flag --fodler; did you mean --folder?"),
+        ("-zzz", "megavit x knows no flag -zzz; its flags: --config-dir, -cd,"),
+        ("-cp a", "megavit x knows no flag -cp: --config-dir DIR adds a folder of configurations"),
+        ("--config-path=a", "megavit x knows no flag --config-path: --config-dir DIR adds"),
+    ],
+)
+def test_a_wrong_flag_is_refused_with_the_way_out(typed, message):
+    with pytest.raises(ConfigError) as error:
+        parse("megavit x", Flags, typed.split(), settings=True)
+    assert str(error.value).startswith(message)
+
+
+def test_help_shows_a_flags_value_and_its_short_form():
+    text = describe("megavit x", Flags, about="Do something.", settings=True)
+    assert text.startswith("megavit x [--config-dir DIR] [--config-name NAME] ")
+    assert " [--what [job|defaults-tree]] [--folder DIR] [--dry] [key=value …]\n" in text
+    assert "  --what [job|defaults-tree], -w  which part.\n" in text
+    assert "  --dry                     do nothing." in text
+
+
+def test_the_commands_that_read_config_dir_are_those_that_the_others_name():
+    readers = []
+    for name, row in COMMANDS.items():
+        kind = LoadedCommand.of(row).kind
+        if kind is not None and issubclass(kind, ConfigFlags):
+            readers.append(name)
+    with pytest.raises(ConfigError) as error:
+        parse("megavit x", type("None_", (), {"__dataclass_fields__": {}}), ["--config-dir=a"])
+    names = str(error.value).rpartition(": ")[2].split(", ")
+    assert sorted(names) == sorted(readers)
+
+
+def test_a_folder_of_choices_is_read_in_two_words(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [vit_digits]\nnum_layers: 3\n")
+    assert main(["train", "--cfg", "--config-dir", str(tmp_path), "model=mine"]) == 0
+    assert "  num_layers: 3\n" in capsys.readouterr().out
+    assert main(["evaluate", "from=x", "-cd", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("megavit: -cd: only commands that compose a run read it")
