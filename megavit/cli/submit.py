@@ -11,6 +11,7 @@ from megavit.cluster.job import Job, plan_job, split_sweep
 from megavit.cluster.registry import get_backend, split_cluster
 from megavit.cluster.render import refuse_secret_names, refuse_secrets
 from megavit.config.compose import AUTO_MODEL
+from megavit.config.search_path import split_search_path
 from megavit.config.settings import flatten
 from megavit.errors import ConfigError
 
@@ -39,7 +40,8 @@ def submit(args: SubmitArgs, settings: list[str]) -> int:
         ConfigError: for a setting that is wrong, or a cluster that takes no such job.
     """
     cluster_args, overrides = split_cluster(settings)
-    backend = get_backend(cluster_args)
+    search, _ = split_search_path(settings)
+    backend = get_backend(cluster_args, search=search)
     refuse_secret_names(backend.config.env)
     runs = split_sweep(overrides) if args.multirun else [overrides]
     jobs = [plan_job(run, backend.config, resolve=_resolve_auto) for run in runs]

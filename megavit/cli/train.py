@@ -30,7 +30,7 @@ def train(args: TrainArgs, settings: list[str]) -> int:
     # Held back until the run listens: a stop requested during the long imports is not lost.
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
 
-    from megavit.config.compose import AUTO_MODEL, compose
+    from megavit.config.compose import AUTO_MODEL, compose, fix_start_time
     from megavit.config.saved import to_yaml
     from megavit.config.validate import validate
     from megavit.runtime.workers import num_ranks, start_ranks
@@ -40,6 +40,7 @@ def train(args: TrainArgs, settings: list[str]) -> int:
 
         settings, taken = resolve_auto(settings)
         print(f"# {taken}" if args.cfg else taken, flush=True)
+    settings = fix_start_time(settings)
     config = compose(settings)
     if args.cfg:
         print(to_yaml(config), end="")

@@ -10,6 +10,7 @@ from megavit.cluster.config import ClusterConfig, Kind
 from megavit.config.compose import AUTO_MODEL, compose
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.overrides import key_of, sweep, write_home_out, write_text
+from megavit.config.portable import make_portable
 from megavit.config.settings import run_types
 from megavit.config.validate import validate
 from megavit.data.sources.remote import bare, is_url
@@ -78,7 +79,7 @@ def plan_job(
         if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
             raise ConfigError(f"{text!r} holds a line break or another control character")
     overrides = [write_home_out(text, run_types()) for text in overrides]
-    overrides = resolve(overrides)
+    overrides = make_portable(resolve(overrides))
     config = compose(overrides)
     layout = config.parallel
     if config.run.ranks is not None:

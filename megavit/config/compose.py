@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megavit.config.error_text import check_task_name, explain
 from megavit.config.experiment import ExperimentConfig
-from megavit.config.file_errors import explain_in_files
+from megavit.config.file_errors import explain_in_files, files_used
 from megavit.config.overrides import Setting
 from megavit.config.parse import AUTO_MODEL, parse_overrides
 from megavit.config.search_path import SearchPath, config_dir, group_of, groups, split_search_path
@@ -42,13 +43,15 @@ class Composition:
     Attributes:
         config: the configuration, resolved.
         node: the same as Hydra composed it, interpolations included, with the node `hydra`.
-        search: the user's folders and files that took part.
+        search: where choices were looked for.
+        files: the user's files that took part.
         notes: what a user should know of his files, a line each.
     """
 
     config: ExperimentConfig
     node: DictConfig
     search: SearchPath
+    files: tuple[Path, ...]
     notes: tuple[str, ...]
 
 
@@ -82,12 +85,13 @@ def compose_with_sources(overrides: list[str]) -> Composition:
         try:
             node = hydra_compose(search.config_name, overrides=typed, return_hydra_config=True)
             config = _to_config(node, search)
+            files = tuple(file for file, _ in files_used(search, typed)) if search.is_users else ()
         except (HydraException, OmegaConfBaseException, RecursionError) as error:
             in_file = explain_in_files(error, search=search, overrides=typed, settings=settings)
             raise in_file or ConfigError(_with_paths(explain(error, settings), search)) from error
     check_task_name(config)
     config.task = config.task.with_sizes(config.model)
-    return Composition(config, node, search, tuple(_notes(search, node)))
+    return Composition(config, node, search, files, tuple(_notes(search, node)))
 
 
 def fix_start_time(overrides: list[str]) -> list[str]:

@@ -37,7 +37,7 @@ def explain_in_files(
         return _explain_default(error, place[1], place[2], search, settings)
     if key is None or any(setting.key == key for setting in settings):
         return None
-    for file, package in reversed(list(_files_used(search, overrides))):
+    for file, package in reversed(list(files_used(search, overrides))):
         yaml_file = UserYaml(file)
         line = yaml_file.line_of(key, package=package)
         if line is not None:
@@ -45,7 +45,7 @@ def explain_in_files(
     return None
 
 
-def _files_used(search: SearchPath, overrides: list[str]) -> Iterator[tuple[Path, str]]:
+def files_used(search: SearchPath, overrides: list[str]) -> Iterator[tuple[Path, str]]:
     """Yield the user's files of a composition, in its order, and the packages of their keys."""
     loader = GlobalHydra.instance().config_loader()
     try:

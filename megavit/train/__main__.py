@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import IO
 
-from megavit.config.compose import AUTO_MODEL, compose
+from megavit.config.compose import AUTO_MODEL, compose, compose_with_sources
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.validate import validate
 from megavit.errors import ConfigError
@@ -36,7 +36,11 @@ def main(overrides: list[str]) -> int:
     def check() -> None:
         nonlocal config, run_dir
         try:
-            config = compose(_resolved(overrides))
+            composition = compose_with_sources(_resolved(overrides))
+            config = composition.config
+            if rank_from_environment() == 0:
+                for note in composition.notes:
+                    print(note, flush=True)
         except ConfigError:
             # A setting is wrong. The run's folder may still be known, and exit.json belongs there.
             run_dir = _folder_alone(overrides)
