@@ -64,7 +64,7 @@ class UserFolder(ConfigSource):
             package: its package where its header names none; None takes the group, as Hydra does.
         """
         yaml_file = UserYaml(file)
-        header = read_header(yaml_file.text)
+        header = read_header(yaml_file)
         header["package"] = header["package"] or package
         config = yaml_file.config(package=package_of(config_path, header))
         return ConfigResult(provider=self.provider, path=f"{self.scheme()}://{self.path}", config=config, header=header)
@@ -108,9 +108,17 @@ class SingleFile(UserFolder):
         return self._chosen if name == self._name else self._chosen.with_name(self._normalize_file_name(name))
 
 
-def read_header(text: str) -> dict[str, str | None]:
-    """Return Hydra's header of a file, such as {"package": "_global_"}."""
-    header: dict[str, str | None] = {"package": None, **ConfigSource._get_header_dict(text[:512])}
+def read_header(yaml_file: UserYaml) -> dict[str, str | None]:
+    """Return Hydra's header of a file, such as {"package": "_global_"}.
+
+    Raises:
+        ConfigError: with file and line, for a header that Hydra cannot read.
+    """
+    try:
+        header: dict[str, str | None] = {"package": None, **ConfigSource._get_header_dict(yaml_file.text[:512])}
+    except ValueError as error:
+        message = f"{error}; a header is a comment such as # @package _global_"
+        raise yaml_file.error(message, line=yaml_file.line_of_header()) from error
     return header
 
 

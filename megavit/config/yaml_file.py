@@ -49,6 +49,9 @@ class UserYaml:
             for key, value in self._root.value:
                 if key.value != "defaults" and (package or key.value != "hydra"):
                     self._check(f"{package}.{key.value}" if package else key.value, key, value)
+        for key, value in self._root.value:
+            if key.value == "defaults":
+                self._check_defaults(value)
         loader = yaml.SafeLoader("")
         try:
             values = loader.construct_document(self._root)
@@ -82,6 +85,11 @@ class UserYaml:
         """Return the first line that contains a word, of the defaults list for example."""
         lines = self.text.splitlines()
         return next((number for number, line in enumerate(lines, 1) if word in line.partition("#")[0]), None)
+
+    def line_of_header(self) -> int | None:
+        """Return the line of a header, such as `# @package _global_`."""
+        lines = self.text.splitlines()
+        return next((number for number, line in enumerate(lines, 1) if line.lstrip("# ").startswith("@")), None)
 
     def _compose(self) -> yaml.MappingNode | None:
         try:
@@ -145,6 +153,20 @@ class UserYaml:
             return
         message = explain_setting(path, groups=groups())
         raise self._error(key.start_mark, message or path)
+
+    def _check_defaults(self, node: yaml.Node) -> None:
+        """Check the form of a defaults list, which Hydra takes for granted."""
+        if not isinstance(node, yaml.SequenceNode):
+            raise self._error(node.start_mark, "defaults is a list, such as [override /model: vit_b16, _self_]")
+        for entry in node.value:
+            parts = entry.value if isinstance(entry, yaml.MappingNode) else [(entry, None)]
+            choice = parts[0][1] if parts else None
+            choices = choice.value if isinstance(choice, yaml.SequenceNode) else [choice] if choice else []
+            words = [parts[0][0], *choices] if len(parts) == 1 else []
+            if not words or not all(isinstance(word, yaml.ScalarNode) and word.value for word in words):
+                raise self._error(
+                    entry.start_mark, "an entry of defaults is FILE, GROUP: CHOICE or override /GROUP: CHOICE"
+                )
 
     def _error(self, mark: yaml.Mark | None, message: str) -> ConfigError:
         return self.error(message, line=None if mark is None else mark.line + 1)
