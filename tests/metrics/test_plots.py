@@ -1,4 +1,4 @@
-"""What a run's curves show, and that of a crashed run each step is shown once."""
+"""A run's curves; each step of a crashed and resumed run is drawn once."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ RATIO = TaskMetric("loss_ratio", "of the mean image's", "loss / loss of the mean
 
 @pytest.fixture
 def axes_of(monkeypatch, tmp_path):
-    """Draw rows and return the axes of the loss and of the result, as they would be saved."""
+    """Draw rows and return the axes of the loss and of the task's metric, as they would be saved."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
 
@@ -39,7 +39,7 @@ def rows_of(losses: dict[int, float], **more: float) -> list[dict]:
     [
         ({1: 2.5, 2: 0.4}, ["0.5", "1", "2"]),
         ({1: 3000, 2: 8}, ["10", "20", "50", "100", "200", "500", "1000", "2000"]),
-        # Neither 1, 2 nor 5 lies within.
+        # The axis contains neither 1, 2 nor 5.
         ({1: 0.69, 2: 0.61}, [f"0.{hundredths}" for hundredths in range(61, 70)]),
         ({1: 0.0, 2: 0.0}, None),
     ],
@@ -52,7 +52,7 @@ def test_a_log_axis_reads_1_2_5_or_round_numbers(losses, want, axes_of):
     assert {text.get_text() for text in axes.get_yticklabels(minor=True)} <= {""}
 
 
-def test_the_ratios_axis_leaves_the_start_out(axes_of):
+def test_the_axis_of_the_ratio_excludes_the_start(axes_of):
     ratios = {step: 0.55 + 4 * 0.97**step for step in range(10, 1001, 10)}
     rows = [{"step": step, "split": "train", "loss": 1.0, "loss_ratio": ratio} for step, ratio in ratios.items()]
     rows.append({"step": 1000, "split": "val", "loss": 1.0, "loss_ratio": 0.5})
@@ -62,7 +62,7 @@ def test_the_ratios_axis_leaves_the_start_out(axes_of):
     assert axes_of(rows[:1])[1].lines
 
 
-def test_of_a_crashed_run_the_curve_goes_on_from_the_step_that_it_went_on_from(axes_of):
+def test_the_curve_of_a_crashed_run_continues_from_the_resumed_step(axes_of):
     before, after = rows_of(dict.fromkeys((50, 100, 160, 170), 2.0)), rows_of(dict.fromkeys((155, 165, 175), 1.0))
     (line,) = axes_of([*before, *after])[0].lines
     assert line.get_xdata().tolist() == [50, 100, 155, 165, 175]
@@ -70,7 +70,7 @@ def test_of_a_crashed_run_the_curve_goes_on_from_the_step_that_it_went_on_from(a
 
 
 def report(run_dir: Path, steps: range, *, loss: float) -> None:
-    """A process's lines of the steps it did."""
+    """Write a process's lines for the steps that it did."""
     logger = MetricLogger(
         MetricsConfig(),
         run_dir,
@@ -87,7 +87,7 @@ def report(run_dir: Path, steps: range, *, loss: float) -> None:
             logger.log(step, "train", {"loss": loss})
 
 
-def test_of_a_crashed_run_tensorboard_shows_each_step_once(tmp_path):
+def test_tensorboard_shows_each_step_of_a_crashed_run_once(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     report(tmp_path, range(1, 18), loss=2.0)
@@ -104,6 +104,6 @@ def test_the_progress_bar_estimates_from_the_first_step_and_then_without_it(monk
 
     seconds = iter([100.0, 130.0, 132.0, 136.0])
     monkeypatch.setattr(logger.time, "monotonic", lambda: next(seconds))
-    # Goes on at step 1,000 of 5,000. The first step takes 30 s, each of the next three 2 s.
+    # Resume at step 1,000 of 5,000. The first step takes 30 s, each of the next three 2 s.
     clock = logger._Clock(1000, 5000)
     assert [clock.left_at(step) for step in (1001, 1002, 1004)] == ["33:19:30 left", "2:13:16 left", "2:13:12 left"]

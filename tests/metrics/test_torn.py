@@ -1,4 +1,4 @@
-"""A `metrics.jsonl` that ends in half a line, as a full disk or a killed run leaves it."""
+"""A `metrics.jsonl` whose last line is incomplete, as after a full disk or a killed run."""
 
 import json
 
@@ -7,7 +7,7 @@ from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 
-def test_a_run_goes_on_below_half_a_line_and_draws_its_curves(tmp_path):
+def test_a_run_continues_below_an_incomplete_line_and_draws_its_curves(tmp_path):
     settings = [*SMALL, f"run.dir={tmp_path}"]
     run_ranks(ranks.train_and_keep, 1, [*settings, "train.stop_at=2"])
     lines = tmp_path / "metrics.jsonl"

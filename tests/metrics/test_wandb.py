@@ -1,4 +1,4 @@
-"""Weights & Biases without a network: the run's id goes on."""
+"""Weights & Biases without a network: a resumed run keeps its id."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def train_offline(overrides: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_goes_on_under_its_id(tmp_path):
+def test_a_resumed_run_keeps_its_id(tmp_path):
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
     keys = [*SMALL, "metrics.wandb=tests", f"run.dir={tmp_path}", "train.steps=4"]
     run_ranks(train_offline, 1, [*keys, "train.stop_at=2"])
@@ -35,7 +35,7 @@ def test_a_resumed_run_goes_on_under_its_id(tmp_path):
 
 
 def test_without_the_package_the_setting_is_refused(tmp_path):
-    # As on a machine where it is not installed, whether or not it is here.
+    # Hide the package, whether or not it is installed.
     (tmp_path / "wandb.py").write_text("raise ImportError('No module named wandb')\n")
     command = ["-m", "megavit", "train", *SMALL, "metrics.wandb=tests", f"run.dir={tmp_path / 'run'}"]
     result = run(*command, PYTHONPATH=str(tmp_path))

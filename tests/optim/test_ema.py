@@ -1,4 +1,4 @@
-"""The moving average of the weights: what plain torch averages, in any layout, through a checkpoint, and evaluated."""
+"""The moving average of the weights: equal to plain torch's in any layout and after a resume, and evaluated."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tests.distributed import run_ranks
 from tests.reference import SMALL
 from tests.train.test_parity import reference
 
-# Under SGD: what has no true gradient moves by rounding alone under Adam.
+# With SGD: under Adam, weights without a true gradient move by rounding alone.
 EMA = [*SMALL, "optim=sgd", "optim.lr=0.05", "optim.ema=0.8"]
 
 
@@ -27,12 +27,12 @@ def test_average_equals_plain_torchs(world, layout, tmp_path, figure):
     worst = max(float((got["averages"][name] - average).abs().max()) for name, average in want.averages.items())
     figure(f"moving average, {world} ranks: largest difference {worst:.1e} after 10 steps")
     assert worst <= 1e-6
-    # And it is not the weights.
+    # The average differs from the weights.
     assert max(float((got["weights"][name] - average).abs().max()) for name, average in want.averages.items()) > 1e-3
 
 
 @pytest.mark.slow
-def test_average_goes_on_in_another_layout_and_is_evaluated_beside_the_weights(tmp_path):
+def test_average_continues_in_another_layout_and_is_evaluated_as_the_weights_are(tmp_path):
     adam = [*SMALL, "optim.ema=0.95", "train.steps=8"]
     want = run_ranks(ranks.train_and_evaluate, 1, [*adam, f"run.dir={tmp_path}/whole"])[0]["validation"][-1]
     parts = [*adam, f"run.dir={tmp_path}/parts"]

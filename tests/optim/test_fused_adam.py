@@ -28,7 +28,7 @@ def test_fused_adam_equals_torchs_adamw():
     assert mine.param_groups[0]["step"] == 20
 
 
-def test_gradients_are_divided_in_the_next_step_and_in_it_alone():
+def test_gradients_are_divided_in_the_next_step_only():
     torch.manual_seed(0)
     ours = [torch.randn(5, 7, requires_grad=True), torch.randn(1003, requires_grad=True)]
     theirs = [weight.detach().clone().requires_grad_() for weight in ours]
@@ -55,7 +55,7 @@ def test_adam_clips_in_its_own_launch_and_others_in_a_pass_before(overrides, pas
 
 
 def clipping_passes(overrides: list[str]) -> int:
-    """How often Megatron-Core's clipping goes over the gradients."""
+    """Count how often Megatron-Core's clipping reads the gradients."""
     from megatron.core.optimizer import clip_grads
 
     original, calls = clip_grads.multi_tensor_applier, []

@@ -1,4 +1,4 @@
-"""A new optimizer is one class, and one row of the registry or no file of the repository at all: Lion, added here."""
+"""Add a new optimizer, Lion: one class, and a row of the registry or, as a plug-in, no change of the repository."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -133,7 +133,7 @@ def test_lion_resumes_bit_equal(world, rule, tmp_path):
         assert {key for state in mine["optimizer"] for key in state} == {"exp_avg"}
 
 
-def test_a_plugin_says_of_itself_what_the_row_says():
+def test_inspecting_a_plugin_gives_the_same_row():
     found = inspect_plugin(compose(AS_PLUGIN).optim)
     assert found == ROW
 
@@ -202,7 +202,7 @@ def test_a_count_of_steps_is_resumed_too(tmp_path):
         assert_bit_equal(mine, full)
 
 
-def test_to_look_at_a_run_imports_no_optimizer_that_it_names(tmp_path):
+def test_evaluating_a_run_does_not_import_its_optimizer(tmp_path):
     config = compose(["optim.name=torch.optim:RMSprop", "optim.momentum=0.9"])
     text = to_yaml(config).replace("torch.optim:RMSprop", "somebodys:Code")
     assert from_yaml(text).optim.name == "somebodys:Code"

@@ -1,4 +1,4 @@
-"""What one rank does while the others wait."""
+"""Work of one rank while the others wait."""
 
 import time
 from datetime import timedelta

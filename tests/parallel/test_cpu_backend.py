@@ -1,4 +1,4 @@
-"""The CPU retarget touches what it must, on the CPU, and nothing else."""
+"""The import hook rewrites the expected places of Megatron-Core on the CPU, and nothing else."""
 
 import os
 import subprocess
@@ -53,13 +53,13 @@ print("good")
     assert result.stdout.strip() == "good", result.stderr
 
 
-def test_with_a_gpu_megatron_is_imported_as_it_is(monkeypatch):
+def test_with_a_gpu_megatron_is_imported_unchanged(monkeypatch):
     monkeypatch.setattr(cpu, "run_on_cpu", lambda: False)
     assert cpu._Finder().find_spec("megatron.core.timers", None) is None
 
 
 @pytest.mark.parametrize("value", ["cpu", "CPU"])
-def test_the_environment_asks_for_the_cpu(value, monkeypatch):
+def test_the_environment_selects_the_cpu(value, monkeypatch):
     monkeypatch.setenv("MEGAVIT_DEVICE", value)
     cpu.run_on_cpu.cache_clear()
     try:
@@ -68,7 +68,7 @@ def test_the_environment_asks_for_the_cpu(value, monkeypatch):
         cpu.run_on_cpu.cache_clear()
 
 
-def test_a_rank_takes_the_threads_that_are_set_else_its_share_of_the_cores(monkeypatch):
+def test_a_rank_uses_omp_num_threads_or_its_part_of_the_cores(monkeypatch):
     before = torch.get_num_threads()
     try:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")

@@ -1,4 +1,4 @@
-"""The gradient buffers: written by a step's first micro batch, added to by the others, zero where nothing came."""
+"""The gradient buffers: a step's first micro batch writes, the others add, and unused weights have zeros."""
 
 import torch
 
@@ -7,7 +7,7 @@ from tests.reference import SMALL
 
 
 def gradients_of_two_steps(overrides: list[str]) -> dict:
-    """The first step trains all, in the second one weight takes no part; what its gradient is, and another's."""
+    """Train all weights, then all but one; return the gradient of this one and of another."""
     from megavit.config.compose import compose
     from megavit.train.trainer import Trainer
 
@@ -17,9 +17,9 @@ def gradients_of_two_steps(overrides: list[str]) -> dict:
     found = {"held": []}
 
     def at_end(report) -> None:
-        # As they are after the step: nothing has written to the buffers since.
+        # The buffers after the step: nothing has written to them since.
         found["held"].append((unused.main_grad.clone(), used.main_grad.clone()))
-        # The head without its bias: no gradient comes in the next step.
+        # Remove the head's bias, so that it gets no gradient in the next step.
         chunk.head.out.forward = lambda features: features @ used.t()
 
     trainer.run()

@@ -15,7 +15,7 @@ from megavit.task.masking import random_keep
 
 
 def splitmix64(state: int) -> int:
-    """SplitMix64's finaliser in unbounded integers, the textbook form."""
+    """Compute SplitMix64's finaliser in unbounded integers, the textbook form."""
     mask = (1 << 64) - 1
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & mask
     state = (state ^ (state >> 27)) * 0x94D049BB133111EB & mask
@@ -31,7 +31,7 @@ def test_hash_equals_splitmix64_in_unbounded_integers():
         assert int(hash_int64(*parts)) & mask == state
 
 
-def test_uniform_draws_are_uniform_and_independent_of_their_neighbours():
+def test_uniform_numbers_are_uniform_and_independent_of_their_neighbours():
     draws = uniform(3, torch.arange(200_000), 1)
     assert draws.min() >= 0
     assert draws.max() < 1
@@ -42,17 +42,17 @@ def test_uniform_draws_are_uniform_and_independent_of_their_neighbours():
     assert (centred[1:] * centred[:-1]).mean().abs() < 1e-3
 
 
-def test_draws_depend_on_every_part():
+def test_numbers_depend_on_every_part():
     base = int(hash_int64(1, 2, 3))
     assert len({base, int(hash_int64(0, 2, 3)), int(hash_int64(1, 0, 3)), int(hash_int64(1, 3, 2))}) == 4
 
 
 def test_no_two_random_streams_share_a_number():
-    # An enum makes a second name of an equal number an alias, which iteration leaves out.
+    # In an enum a second name of an equal number is an alias, which iteration skips.
     assert len(list(RandomStream)) == len(RandomStream.__members__)
 
 
-def test_each_stream_draws_what_it_drew_before_the_streams_were_one_enum():
+def test_each_stream_gives_the_numbers_of_earlier_versions():
     keys = [SampleKey(3, 1, 0), SampleKey(1_000_003, 2, 1)]
     config = DataConfig(image_size=[32, 32], mixup=0.8, cutmix=1.0, random_erasing=0.9)
     batch = Batch(None, {}, torch.ones(2, dtype=torch.bool), keys, augmented=True)

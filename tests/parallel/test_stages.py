@@ -28,7 +28,7 @@ def test_balanced_stages_are_as_fast_as_the_best_of_all_placements(stages, first
     assert slowest(counts, first, last) == pytest.approx(best)
 
 
-def test_equal_stages_where_nothing_weighs_besides():
+def test_stages_are_equal_without_other_costs():
     assert balance_layers(12, 4) == [3, 3, 3, 3]
 
 

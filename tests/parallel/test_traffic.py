@@ -1,4 +1,4 @@
-"""What a real run sends, call by call and byte by byte, against the arithmetic of `megavit.planner.communication`."""
+"""Compare each call and each byte that a real run sends with the arithmetic of `megavit.planner.communication`."""
 
 from collections import Counter
 from contextlib import nullcontext
@@ -55,22 +55,22 @@ RUNS = {
     "MAE, TP 2 + SP, PP 2": (4, [*MAE, *MAE_SP, *PP, "parallel.stages=[3,1]"]),
     "one rank": (1, []),
 }
-# Of each kind of call one at least, alone and coalesced, waited for at once and later.
+# At least one call of each kind, single and coalesced, waited for at once and later.
 PROFILED = ("DP 2, overlapped", "TP 2 + SP, PP 2, bf16, full recompute")
 MICRO_BATCH, HIDDEN, LAYERS, FP32 = 4, 32, 4, 4
-# Of 8 × 8 pixels in patches of 2, with one class token, and with the eight that sequence parallelism is given.
+# Tokens of 8 × 8 pixels in patches of 2, with one class token, and with eight for sequence parallelism.
 TOKENS, TOKENS_SP = 17, 24
 
 
 @dataclass
 class Seen:
-    """What one rank has sent in a run's training loop, and its place.
+    """The calls of one rank in a run's training loop, and its coordinates.
 
     Attributes:
-        calls: how often each was made.
-        by_gloo: gloo's own count, where it was asked for; `expected_by_gloo` what it should be of the calls.
+        calls: count of each call.
+        by_gloo: gloo's own count, if it was recorded; `expected_by_gloo` is the count that the calls imply.
         ranks: global ranks along each axis.
-        share: what it holds.
+        share: the part of the network that the rank holds.
         shape: the network.
     """
 
@@ -83,7 +83,7 @@ class Seen:
 
 
 def record_runs(runs: list[tuple[ExperimentConfig, bool]]) -> list[Seen]:
-    """Train each run on this rank; with True gloo counts too."""
+    """Train each run on this rank; with True record gloo's count too."""
     return [record_run(config, profiles=profiles) for config, profiles in runs]
 
 
@@ -99,7 +99,7 @@ def record_run(config: ExperimentConfig, *, profiles: bool) -> Seen:
     loop, calls, by_gloo = trainer._train, [], Counter()
 
     def train(*arguments) -> None:
-        # What begins and ends a run is left out; of the loop nothing is.
+        # Exclude the calls before and after the training loop.
         with counted_by_gloo() if profiles else nullcontext(Counter()) as counter, recorded() as own:
             loop(*arguments)
         calls.extend(own)
@@ -153,7 +153,7 @@ def settings(name: str) -> ExperimentConfig:
 
 @cache
 def real_runs(world: int, run_dir: str) -> dict[str, list[Seen]]:
-    """Of each run of so many ranks what every rank has seen."""
+    """Return the calls of every rank in each run with this number of ranks."""
     names = [name for name, (ranks, _) in RUNS.items() if ranks == world]
     runs = []
     for index, name in enumerate(names):
@@ -171,7 +171,7 @@ def real(tmp_path_factory):
 
 
 def expected_calls(name: str, seen: Seen) -> Counter:
-    """By collective, ranks and bytes, what the arithmetic says of the run."""
+    """Return the calls that the arithmetic expects of the run, by collective, ranks and bytes."""
     config, world = settings(name), RUNS[name][0]
     parallel, bf16 = config.parallel, config.train.precision is Precision.bf16_o2
     split = Split(
@@ -198,7 +198,7 @@ def expected_calls(name: str, seen: Seen) -> Counter:
         ranks = seen.ranks[exchange.axis]
         assert exchange.ranks == len(ranks) + (exchange.axis in (Axis.next_stage, Axis.previous_stage))
         calls[exchange.collective.value, ranks, exchange.num_bytes] += STEPS * exchange.calls
-        # Gathered during the next step, and once more at the run's end; the first step gathers what all have already.
+        # Weights are gathered during the next step and at the run's end; the first step gathers unchanged weights.
         if parallel.overlap_param_gather and exchange.purpose == "weights":
             calls[exchange.collective.value, ranks, exchange.num_bytes] += 1
     return calls
@@ -218,7 +218,7 @@ def test_every_call_of_a_run_is_expected_and_every_expected_call_is_made(name, r
 
 
 def of_tokens(seen: Seen, tokens: int, hidden: int = HIDDEN) -> dict[str, float]:
-    """Tensor-parallel calls of so many tokens in fp32, per micro batch."""
+    """Return the tensor-parallel calls with this number of tokens in fp32, per micro batch."""
     size, microbatches = tokens * MICRO_BATCH * hidden * FP32, 16 // MICRO_BATCH * STEPS
     return {
         call.collective: count / microbatches
@@ -237,12 +237,12 @@ def of_tokens(seen: Seen, tokens: int, hidden: int = HIDDEN) -> dict[str, float]
         ("TP 2 + SP, selective recompute", TOKENS_SP, {"all_gather": 7, "reduce_scatter": 4}),
     ],
 )
-def test_tensor_parallel_ranks_exchange_the_tokens_so_often_for_each_layer_and_micro_batch(
+def test_tensor_parallel_ranks_exchange_the_tokens_that_often_for_each_layer_and_micro_batch(
     name, tokens, per_layer, real, figure
 ):
     for seen in real(name):
         calls = of_tokens(seen, tokens)
-        # Beside the layers': the embedding's gradient and the head's tokens.
+        # Calls outside the layers: the embedding's gradient and the head's tokens.
         edges = 2 if "SP" in name else 0
         assert calls == {what: LAYERS * count + edges * (what == "all_gather") for what, count in per_layer.items()}
     figure(f"{name}: per layer and micro batch {per_layer}, {edges} gathers besides, each of tokens · batch · hidden")
@@ -251,7 +251,7 @@ def test_tensor_parallel_ranks_exchange_the_tokens_so_often_for_each_layer_and_m
 def test_a_decoders_layers_are_sent_on_the_last_stage_and_never_split(real):
     decoder_layers, narrow = 2, 24
     for rank, seen in enumerate(real("MAE, TP 2 × PP 2, qk-norm")):
-        # 4 of 16 patches and the class token are seen; the decoder has all. Two layers of the encoder on each stage.
+        # The encoder reads 4 of 16 patches and the class token, the decoder all. Each stage has two encoder layers.
         assert of_tokens(seen, 5) == {"all_reduce": 2 * 4}
         assert of_tokens(seen, 17, narrow) == ({"all_reduce": 4 * decoder_layers} if rank >= 2 else {})
     for rank, seen in enumerate(real("MAE, TP 2 + SP, PP 2")):
@@ -269,11 +269,11 @@ def test_data_parallel_ranks_reduce_fp32_gradients_and_gather_weights_once_a_ste
         large = Counter({call: count for call, count in seen.calls.items() if call.num_bytes > 1000})
         gradients, gathered = sorted(large, key=lambda call: call.collective, reverse=True)
         assert (gradients.collective, gradients.dtype, large[gradients]) == ("reduce_scatter", torch.float32, STEPS)
-        # Where gathers overlap, the run's first pass makes one of weights that all have.
+        # With overlapped gathers, the run's first pass gathers weights that all ranks have.
         assert (gathered.collective, large[gathered] - (name == "DP 2, overlapped")) == ("all_gather", STEPS)
         values = gradients.num_bytes / 4
         assert gathered.num_bytes == values * weight_bytes
-        # Each weight begins at a multiple of 64 values, the end is one of 128.
+        # Each weight begins at a multiple of 64 values, and the buffer ends at a multiple of 128.
         assert sum(weights) <= values < sum(weights) + 64 * len(weights) + 128
     figure(
         f"{name}: per step {gradients.num_bytes:,} bytes of gradients reduced and scattered, {gathered.num_bytes:,} of "
@@ -287,7 +287,7 @@ def test_data_parallel_ranks_reduce_fp32_gradients_and_gather_weights_once_a_ste
         ("PP 2", 2, TOKENS * MICRO_BATCH * HIDDEN * FP32),
         ("VPP 2, overlapped p2p", 4, TOKENS * MICRO_BATCH * HIDDEN * FP32),
         ("PP 4, VPP 2", 8, TOKENS * MICRO_BATCH * HIDDEN * FP32),
-        # In bf16, and of each rank its own tokens.
+        # In bf16, each rank sends its own tokens.
         ("TP 2 + SP, PP 2, bf16, full recompute", 2, TOKENS_SP // 2 * MICRO_BATCH * HIDDEN * 2),
         ("MAE, TP 2 × PP 2, qk-norm", 2, 5 * MICRO_BATCH * HIDDEN * FP32),
     ],
@@ -315,7 +315,7 @@ def test_stages_send_one_activation_forwards_and_one_gradient_backwards_for_each
 
 
 @pytest.mark.parametrize("name", PROFILED)
-def test_gloo_counts_the_same_calls_beneath(name, real):
+def test_gloo_counts_the_same_calls(name, real):
     for seen in real(name):
         assert seen.by_gloo == seen.expected_by_gloo
         assert seen.by_gloo.total() == seen.calls.total() > 0

@@ -1,4 +1,4 @@
-"""What a rank really sends: every call that reaches torch's process groups while a run goes on."""
+"""Record every call of a rank that reaches torch's process groups during a run."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-# All ways into a process group, by the words of torch.distributed. Whatever name a function was imported under, alone,
-# as one of a batch or coalesced with others, it ends in one of these; a process group has the older names too.
+# All methods of a process group, with their names in torch.distributed. Every function of torch.distributed, single,
+# in a batch or coalesced, calls one of these, under whatever name it was imported; some are older names.
 ENTRIES = {
     "allreduce": "all_reduce",
     "allreduce_coalesced": "all_reduce",
@@ -49,10 +49,10 @@ class Call:
     """One call.
 
     Attributes:
-        collective: what was done.
-        ranks: global ranks of the group; of a `send` or `recv` the other rank alone.
-        num_bytes: of the whole tensor: of the larger side, where what goes in and what comes out differ.
-        dtype: of its values, None where nothing is sent.
+        collective: the operation.
+        ranks: global ranks of the group; for a `send` or `recv` only the other rank.
+        num_bytes: bytes of the full tensor: the larger one of input and output.
+        dtype: number format of the values; None if nothing is sent.
     """
 
     collective: str
@@ -63,7 +63,7 @@ class Call:
 
 @contextmanager
 def recorded() -> Iterator[list[Call]]:
-    """Record what this rank calls, in order."""
+    """Record this rank's calls, in order."""
     calls: list[Call] = []
 
     def record(entry: str, function: Any) -> Any:
@@ -74,7 +74,7 @@ def recorded() -> Iterator[list[Call]]:
         return called
 
     there = {entry: getattr(dist.ProcessGroup, entry) for entry in ENTRIES if hasattr(dist.ProcessGroup, entry)}
-    # Not a patch of the functions: Megatron-Core has bound some of them at import, and under old names.
+    # Patch the group's methods, not the functions, some of which Megatron-Core has imported under old names.
     with mock.patch.multiple(dist.ProcessGroup, **{entry: record(entry, there[entry]) for entry in there}):
         yield calls
 
@@ -96,7 +96,7 @@ def _tensors(argument: Any) -> list[torch.Tensor]:
 
 @contextmanager
 def counted_by_gloo() -> Iterator[Counter]:
-    """Count what gloo itself begins, beneath all of Python, by its name for it and the values this rank gives."""
+    """Count the operations that gloo itself starts, by its name for them and this rank's number of values."""
     counter: Counter = Counter()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         yield counter
@@ -106,7 +106,7 @@ def counted_by_gloo() -> Iterator[Counter]:
 
 
 def as_gloo_counts(call: Call) -> tuple[str, int]:
-    """What gloo counts for a call: it reduces the whole tensor where a part of the sum is asked for (torch 2.15)."""
+    """Return gloo's count for a call; for a reduce-scatter gloo reduces the full tensor (torch 2.15)."""
     assert call.dtype is not None
     values = call.num_bytes // call.dtype.itemsize
     if call.collective == "all_gather":

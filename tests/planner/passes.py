@@ -1,4 +1,4 @@
-"""What a rank's real schedule does, in its order: every pass, every exchange with a neighbour, every wait for one."""
+"""Log a rank's real schedule in order: every pass, every exchange with a neighbour and every wait for one."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,15 +13,16 @@ from megavit.planner.pipeline_timeline import Pass, StageCost, Timeline
 
 @dataclass(frozen=True)
 class Send:
-    """To the next rank, where `step` is 1, or to the one before, −1; received by that rank's `Wait` of the same step,
-    in the order of its `Ask`s.
+    """A send to the next rank (`step` 1) or to the previous one (−1).
+
+    The receiving rank's `Wait` of the same step ends it, in the order of the `Receive` events.
     """
 
     step: int
 
 
 @dataclass(frozen=True)
-class Ask:
+class Receive:
     step: int
     number: int
 
@@ -33,15 +34,15 @@ class Wait:
 
 @dataclass
 class Log:
-    """Of one training step on one rank.
+    """The log of one training step on one rank.
 
     Attributes:
-        events: in order.
-        entered: by pass, a checksum of the tensor that it was given, 0 for none.
-        left: by pass, one of the tensor that it made, 0 for none.
+        events: events in order.
+        entered: checksum of each pass's input tensor, 0 for none.
+        left: checksum of each pass's output tensor, 0 for none.
     """
 
-    events: list[Pass | Send | Ask | Wait] = field(default_factory=list)
+    events: list[Pass | Send | Receive | Wait] = field(default_factory=list)
     entered: dict[Pass, int] = field(default_factory=dict)
     left: dict[Pass, int] = field(default_factory=dict)
 
@@ -52,13 +53,13 @@ class Log:
 
 @contextmanager
 def logged(log: Log, *, pp: int, pp_rank: int) -> Iterator[None]:
-    """Log what Megatron-Core's schedules do on this rank."""
+    """Log the schedule of Megatron-Core on this rank."""
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     run_forward, run_backward = schedules.forward_step, schedules.backward_step
     communicate = P2PCommunicator._communicate
-    # By the output's identity: a backward pass is told nothing else. The output is kept, so that no other gets its id.
+    # Keyed by the output's id, all that a backward pass gets. The output is stored, so that no other gets its id.
     forward_of: dict[int, tuple[Pass, Any]] = {}
     numbers = iter(range(10**9))
 
@@ -81,19 +82,19 @@ def logged(log: Log, *, pp: int, pp_rank: int) -> Iterator[None]:
         return answer
 
     def exchange(self: Any, *, wait_on_reqs: bool = True, **named: Any) -> Any:
-        asked = {}
+        receives = {}
         for step, side in ((-1, "prev"), (1, "next")):
             if named[f"tensor_send_{side}"] is not None:
                 log.events.append(Send(step))
         for step, side in ((1, "prev"), (-1, "next")):
             if named[f"recv_{side}"]:
-                asked[f"recv_{side}"] = next(numbers)
-                log.events.append(Ask(step, asked[f"recv_{side}"]))
+                receives[f"recv_{side}"] = next(numbers)
+                log.events.append(Receive(step, receives[f"recv_{side}"]))
         *tensors, works = communicate(self, wait_on_reqs=wait_on_reqs, **named)
         if wait_on_reqs:
-            log.events += [Wait(number) for number in asked.values()]
+            log.events += [Wait(number) for number in receives.values()]
             return *tensors, works
-        return *tensors, {key: _Awaited(work, asked.get(key), log) for key, work in works.items()}
+        return *tensors, {key: _Awaited(work, receives.get(key), log) for key, work in works.items()}
 
     with (
         mock.patch.object(schedules, "forward_step", forward_step),
@@ -104,7 +105,7 @@ def logged(log: Log, *, pp: int, pp_rank: int) -> Iterator[None]:
 
 
 class _Awaited:
-    """A receive under way that logs when the schedule waits for it."""
+    """A receive that logs when the schedule waits for it."""
 
     def __init__(self, work: Any, number: int | None, log: Log) -> None:
         self.work, self.number, self.log = work, number, log
@@ -128,14 +129,14 @@ def _checksum(tensors: Any) -> int:
 
 
 def replay(logs: list[Log], costs: list[StageCost]) -> Timeline:
-    """Give every pass of a logged step its cost: when would it have run, had each rank done what it did in this order?
+    """Compute when each pass of a logged step would run at given costs, if each rank keeps its order.
 
-    A rank's clock moves with its passes; what it sends carries the clock, and whoever waits for it moves on to that.
+    A rank's clock advances by its passes. A message carries the sender's clock, and the receiver waits until that time.
     """
     clocks, busy, done = ([0] * len(logs) for _ in range(3))
     spans: dict[Pass, tuple[int, int]] = {}
     sent: dict[tuple[int, int], list[int]] = defaultdict(list)
-    asked: dict[tuple[int, int], int] = defaultdict(int)
+    receives: dict[tuple[int, int], int] = defaultdict(int)
     place: dict[tuple[int, int], tuple[tuple[int, int], int]] = {}
     while any(done[rank] < len(log.events) for rank, log in enumerate(logs)):
         before = sum(done)
@@ -148,9 +149,9 @@ def replay(logs: list[Log], costs: list[StageCost]) -> Timeline:
                     busy[rank] += cost
                 elif isinstance(event, Send):
                     sent[(rank + event.step) % len(logs), event.step].append(clocks[rank])
-                elif isinstance(event, Ask):
-                    place[rank, event.number] = (rank, event.step), asked[rank, event.step]
-                    asked[rank, event.step] += 1
+                elif isinstance(event, Receive):
+                    place[rank, event.number] = (rank, event.step), receives[rank, event.step]
+                    receives[rank, event.step] += 1
                 else:
                     line, index = place[rank, event.number]
                     if len(sent[line]) <= index:

@@ -21,7 +21,7 @@ def test_sequence_parallelism_sends_a_quarter_more_and_under_full_recompute_a_si
         assert layers_bytes(split) == pytest.approx(times * layers_bytes(alone))
 
 
-def test_an_all_reduce_sends_twice_what_its_ring_passes_on():
+def test_an_all_reduce_sends_twice_what_a_reduce_scatter_sends():
     tokens = 204 * 16 * 768 * 2
     assert layers_bytes(Split(tp=4)) == 12 * 8 * 4 * 2 * 3 / 4 * tokens
 

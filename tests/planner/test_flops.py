@@ -18,8 +18,8 @@ def test_flops_agree_with_torchs_own_count():
     config = ModelConfig(hidden_size=32, ffn_size=96, num_heads=4, num_layers=3, patch_size=4)
     shape = NetworkShape(hidden=32, ffn=96, layers=3, tokens=17, patches=16, patch_values=48, classes=10)
     model = TorchViT(config, image_size=[16, 16], channels=3, num_classes=10)
-    # The products of attention one by one: torch 2.14 does not count the CPU's attention kernel, 2.15 counts what its
-    # backward pass computes again, too.
+    # Compute attention's products separately: torch 2.14 does not count the CPU's attention kernel, 2.15 also counts
+    # the recompute of its backward pass.
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
             loss = model(torch.randn(2, 3, 16, 16)).sum()

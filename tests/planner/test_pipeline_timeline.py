@@ -1,4 +1,4 @@
-"""Order and idle ticks of the pipeline: by arithmetic, and in real runs of Megatron-Core's schedules."""
+"""Order and idle ticks of the pipeline: the simulation, compared with real runs of Megatron-Core's schedules."""
 
 from dataclasses import replace
 from functools import cache
@@ -24,13 +24,13 @@ from tests.planner.passes import Log, logged, replay
 from tests.reference import SMALL
 from tests.test_mae_parity import MAE
 
-# (virtual size, micro batches, whether exchanges overlap), by pipeline size; with fewer micro batches than ranks too.
+# (virtual size, micro batches, whether exchanges overlap) by pipeline size; some have fewer micro batches than ranks.
 REAL = {
     2: [(1, 1, False), (1, 5, False), (2, 2, False), (2, 6, False), (2, 6, True)],
     4: [(1, 2, False), (1, 6, False), (2, 4, False), (2, 8, False), (2, 8, True)],
 }
 CASES = [(pp, *case) for pp, cases in REAL.items() for case in cases]
-# The decoder weighs twice what the whole encoder does.
+# The decoder costs twice as much as the full encoder.
 NETWORK = [*SMALL, *MAE, "model.hidden_size=16", "model.ffn_size=32", "model.num_layers=8", "task.baseline_samples=4"]
 EVEN, DECODER, ODD = "even stages", "decoder on the last stage", "odd stages"
 ONE_STEP = ["train.steps=1", "optim.warmup_steps=0", "train.micro_batch=1"]
@@ -41,7 +41,7 @@ def odd_costs(num_stages: int) -> list[StageCost]:
 
 
 def log_steps(runs: list[ExperimentConfig]) -> list[tuple[Log, NetworkShape, list[int]]]:
-    """Train a step of each run; what this rank's schedule did, and the network and its stages."""
+    """Train a step of each run; return the log of this rank's schedule, the network and its stages."""
     from megavit.parallel.layout import world_size_from_environment
     from megavit.train.trainer import Trainer
 
@@ -58,7 +58,7 @@ def log_steps(runs: list[ExperimentConfig]) -> list[tuple[Log, NetworkShape, lis
 
 @cache
 def real_steps(pp: int, run_dir: str) -> dict:
-    """By case, each rank's log, the network and its stages."""
+    """Return each rank's log, the network and its stages, by case."""
     config, runs = compose([*NETWORK, *ONE_STEP]), []
     for index, (vpp, num_microbatches, overlaps) in enumerate(REAL[pp]):
         runs.append(
@@ -89,7 +89,7 @@ def test_ranks_run_the_passes_in_the_order_that_is_listed(pp, vpp, num_microbatc
 
 
 @pytest.mark.parametrize(("pp", "vpp", "num_microbatches", "overlaps"), CASES)
-def test_each_pass_is_given_what_the_pass_it_waits_for_has_made(pp, vpp, num_microbatches, overlaps, real):
+def test_each_pass_receives_the_output_of_the_pass_it_waits_for(pp, vpp, num_microbatches, overlaps, real):
     logs, _, _ = real(pp, vpp, num_microbatches, overlaps)
     entered = {made: value for log in logs for made, value in log.entered.items()}
     left = {made: value for log in logs for made, value in log.left.items()}
@@ -99,7 +99,7 @@ def test_each_pass_is_given_what_the_pass_it_waits_for_has_made(pp, vpp, num_mic
         before = made.stage + (1 if made.is_backward else -1)
         begins = before in (-1, last + 1)
         assert value == (0 if begins else left[Pass(before, made.microbatch, made.is_backward)]), made
-    # Else the comparison would see nothing.
+    # Guard against an empty comparison.
     crossing = [value for made, value in entered.items() if value]
     assert len(set(crossing)) == len(crossing) == 2 * last * num_microbatches
 
@@ -124,7 +124,7 @@ def test_idle_ticks_of_the_real_schedule_are_the_simulations(
         assert ran.idle_fraction == closed
         assert len(set(ran.idle)) == 1
     if costs_of == DECODER:
-        # Of one micro batch's ticks all ranks but one wait, whatever the stages cost.
+        # With one micro batch all ranks but one are idle at any time, whatever the stages cost.
         assert ran.idle_fraction > closed if num_microbatches > 1 else ran.idle_fraction == closed
         figure(
             f"PP {pp}, VPP {vpp}{' overlapped' if overlaps else ''}, {num_microbatches} micro batches, MAE's stages "
@@ -151,7 +151,7 @@ def test_uneven_stages_wait_longer_where_exchanges_do_not_overlap():
     assert alone > overlapped
 
 
-def test_ranks_that_wait_for_each_other_are_named():
+def test_ranks_that_deadlock_are_named():
     circle = [[(Pass(0, 0, True),), (Pass(0, 0, False),)], [(Pass(1, 0, False),), (Pass(1, 0, True),)]]
     with pytest.raises(ValueError, match=r"0: \(Pass\(stage=0, microbatch=0, is_backward=True\)"):
         simulate(circle, [StageCost(1, 2)] * 2)

@@ -1,4 +1,4 @@
-"""Hugging Face's ViTMAEForPreTraining as a reference: our plain weights in its names and back, the same mask."""
+"""Hugging Face's ViTMAEForPreTraining as a reference: convert weights to its names and back, and use the same mask."""
 
 import re
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import torch
 
 from megavit.config.experiment import ExperimentConfig
 
-# Plain name, theirs; `#` is the layer.
+# Name in MAE checkpoints, and Hugging Face's name; `#` is the layer.
 LAYER = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
@@ -27,7 +27,7 @@ WHOLE = {
 
 
 def _their_names(name: str) -> list[str]:
-    """Theirs for one of ours: one name, or the three of a fused qkv."""
+    """Return Hugging Face's name for a weight, or its three names for a fused qkv."""
     found = re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)", name)
     if found is None:
         stem, dot, leaf = name.rpartition(".")
@@ -52,7 +52,7 @@ def from_theirs(theirs: dict[str, torch.Tensor], names: Iterator[str]) -> dict[s
 
 
 def build(config: ExperimentConfig, positions: torch.Tensor, decoder_positions: torch.Tensor) -> torch.nn.Module:
-    """Their model in our sizes. Their own start leaves both position embeddings at zero (5.23): filled here."""
+    """Build Hugging Face's model of the same sizes, and fill its positions, which transformers 5.23 leaves at zero."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
     from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder
 
@@ -73,14 +73,14 @@ def build(config: ExperimentConfig, positions: torch.Tensor, decoder_positions: 
         decoder_num_attention_heads=task.decoder_num_heads,
         decoder_num_hidden_layers=task.decoder_num_layers,
     )
-    # Its decoder fills positions for square images alone, and raises for others.
+    # Hugging Face's decoder fills positions only for square images, and raises for others.
     original = ViTMAEDecoder.initialize_weights
     ViTMAEDecoder.initialize_weights = lambda self, num_patches: None
     try:
         theirs = ViTMAEForPreTraining(settings)
     finally:
         ViTMAEDecoder.initialize_weights = original
-    # It cuts other than square images into patches only when told to interpolate.
+    # Hugging Face's model cuts images that are not square into patches only with interpolation.
     theirs.patchify = lambda images, **_: type(theirs).patchify(theirs, images, True)
     with torch.no_grad():
         theirs.vit.embeddings.position_embeddings.copy_(positions)
@@ -89,6 +89,6 @@ def build(config: ExperimentConfig, positions: torch.Tensor, decoder_positions: 
 
 
 def noise_for(keep: torch.Tensor, num_patches: int) -> torch.Tensor:
-    """The noise whose sort keeps these patches, in this order."""
+    """Return noise whose sort keeps these patches, in this order."""
     noise = torch.arange(num_patches).float().repeat(len(keep), 1) + num_patches
     return noise.scatter(1, keep, torch.arange(keep.shape[1]).float().repeat(len(keep), 1))

@@ -1,4 +1,4 @@
-"""The classifier's losses beside torch's and timm's; a run with everything that augments, in several layouts."""
+"""The classifier's losses, compared with torch's and timm's, and a run with every augmentation in several layouts."""
 
 from types import SimpleNamespace
 
@@ -40,7 +40,7 @@ def loss(*overrides: str, trains: bool = True) -> tuple[float, dict[str, torch.T
 
 
 def shares(*overrides: str) -> torch.Tensor:
-    """Each class's share, an image at a time."""
+    """Return the class probabilities, one image at a time."""
     mix = open_classifier(*overrides).preprocess.mix(batch_of(augmented=True))
     found = torch.zeros(6, 10)
     for row, share in enumerate(mix.share_B.tolist()):
@@ -67,7 +67,7 @@ def test_mixed_cross_entropy_is_timms_for_soft_targets():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_binary_cross_entropy_is_timms_on_labels_and_on_mixed_shares(smoothing):
+def test_binary_cross_entropy_is_timms_on_labels_and_on_mixed_targets(smoothing):
     timm_loss = pytest.importorskip("timm.loss")
     settings = ["task.loss=bce", f"task.label_smoothing={smoothing}"]
     by_label = timm_loss.BinaryCrossEntropy(smoothing=smoothing)(LOGITS, LABELS)
@@ -99,7 +99,7 @@ def test_the_validation_loss_has_neither_the_trainings_class_weights_nor_its_smo
     assert loss(*settings, "task.loss=bce", trains=False)[0] == pytest.approx(float(by_class), abs=1e-7)
 
 
-def test_the_right_class_of_a_mixed_image_is_that_of_the_larger_share():
+def test_the_correct_class_of_a_mixed_image_has_the_larger_weight():
     task = open_classifier(*MIXED)
     right = shares(*MIXED).argmax(1)
     assert not torch.equal(right, LABELS)
@@ -127,7 +127,7 @@ def test_wrong_losses_are_refused(overrides, message):
         open_classifier(*overrides)
 
 
-# Colours, everything on the device, smoothed and weighed binary cross-entropy.
+# Colour changes, all transforms on the device, and smoothed, weighted binary cross-entropy.
 EVERYTHING = [
     *SMALL,
     *MIXED,

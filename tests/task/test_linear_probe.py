@@ -1,4 +1,4 @@
-"""Frozen weights, and the linear probe on them: as in plain torch in any layout, and an ordinary classifier outside."""
+"""Frozen weights and the linear probe: equal to plain torch in any layout, and exported as an ordinary classifier."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.train.test_parity import largest_differences
 from tests.trained import refusal, run_command, train_small
 
 PROBE = ["task=linear_probe", "optim=lars", "optim.lr=2", "optim.weight_decay=0"]
-# The statistics are those of a step's images together, whichever rank holds them.
+# The statistics cover all of a step's images, whichever rank holds them.
 LAYOUTS = {
     "TP 2 × PP 2": (4, ["parallel.tp=2", "parallel.pp=2", "train.micro_batch=16"]),
     "DP 2": (2, ["train.micro_batch=8"]),
@@ -66,7 +66,7 @@ def test_a_frozen_pipeline_stage_and_a_frozen_layer_stay_and_the_others_learn_as
     ],
     ids=lambda value: None if isinstance(value, int) else value[0],
 )
-def test_what_is_recomputed_above_a_frozen_embedding_learns_as_in_plain_torch(ways, world, tmp_path):
+def test_recomputed_layers_above_a_frozen_embedding_learn_as_in_plain_torch(ways, world, tmp_path):
     frozen = [*SMALL, "model.class_tokens=8", "optim.freeze=[patch_embed.*,cls_token,pos_embed,blocks.0.*]"]
     want = train_torch(frozen)
     got = run_ranks(ranks.train, world, [*frozen, *ways, f"run.dir={tmp_path}"])[0]
@@ -76,7 +76,7 @@ def test_what_is_recomputed_above_a_frozen_embedding_learns_as_in_plain_torch(wa
     assert norm <= 2e-6
 
 
-def test_a_pattern_is_of_timms_names_alone(tmp_path):
+def test_a_pattern_matches_timms_names_only(tmp_path):
     start = train_torch([*SMALL, "optim.lr=0"]).weights
     got = run_ranks(ranks.train, 1, [*SMALL, "optim.freeze=['blocks.*']", f"run.dir={tmp_path}"])[0]["weights"]
     stays = [name for name, weight in start.items() if torch.equal(got[name], weight)]
@@ -103,7 +103,7 @@ def test_a_batch_that_is_not_finite_does_not_stay_in_the_statistics():
     assert run_ranks(norm_a_bad_batch, 1)[0] == (True, False)
 
 
-def test_a_run_does_not_go_on_with_other_weights_frozen_and_does_not_warn_once_it_goes_on(tmp_path):
+def test_a_run_is_not_resumed_with_other_weights_frozen_and_a_resume_does_not_warn(tmp_path):
     keys = [*SMALL, "train.steps=2", "optim.warmup_steps=1", "task=linear_probe", f"run.dir={tmp_path / 'probe'}"]
     assert "frozen with random initial weights" in run_command("train", *keys, "train.stop_at=1")[1]
     code, output, err = run_command("train", *keys)
@@ -116,7 +116,7 @@ def test_a_run_does_not_go_on_with_other_weights_frozen_and_does_not_warn_once_i
 
 
 def kept_for_the_backward_pass(overrides: list[str]) -> tuple[int, bool]:
-    """Bytes that the first stage keeps for the backward pass, and whether its output wants a gradient."""
+    """Return the bytes that the first stage saves for the backward pass, and whether its output requires a gradient."""
     from megavit.config.compose import compose
     from megavit.train.trainer import Trainer
 
@@ -135,7 +135,7 @@ def kept_for_the_backward_pass(overrides: list[str]) -> tuple[int, bool]:
     return kept, tokens.requires_grad
 
 
-def test_a_frozen_encoder_keeps_nothing_for_a_backward_pass(tmp_path):
+def test_a_frozen_encoder_saves_nothing_for_a_backward_pass(tmp_path):
     keys = [*SMALL, f"run.dir={tmp_path}"]
     assert run_ranks(kept_for_the_backward_pass, 1, [*keys, *PROBE])[0] == (0, False)
     kept, wants_gradient = run_ranks(kept_for_the_backward_pass, 1, keys)[0]
@@ -145,7 +145,7 @@ def test_a_frozen_encoder_keeps_nothing_for_a_backward_pass(tmp_path):
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory):
-    """A probe on the encoder of a run, and what it said of itself."""
+    """Train a probe on the encoder of a run; return its folder and its log."""
     root = tmp_path_factory.mktemp("probe")
     train_small(root / "run")
     run = train_small(
@@ -162,7 +162,7 @@ def scores(run_dir: str) -> torch.Tensor:
         return megavit.load(run_dir)(torch.stack([Digits("val").image(index) for index in range(360)]))
 
 
-def test_a_probe_leaves_as_an_ordinary_classifier(probed, tmp_path):
+def test_a_probe_is_exported_as_an_ordinary_classifier(probed, tmp_path):
     run, last = probed
     assert 0.2 < last["top1"] < 1
     logits = run_ranks(scores, 1, str(run))[0]
@@ -207,5 +207,5 @@ def test_a_probe_leaves_as_an_ordinary_classifier(probed, tmp_path):
     ],
     ids=lambda value: None if isinstance(value, str) else value[-1],
 )
-def test_what_cannot_be_is_refused(settings, message, tmp_path):
+def test_settings_that_do_not_fit_a_probe_are_refused(settings, message, tmp_path):
     assert message in refusal("train", *SMALL, *settings, f"run.dir={tmp_path}")

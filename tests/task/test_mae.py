@@ -1,4 +1,4 @@
-"""The masked autoencoder against Hugging Face's, the constant guess, the pictures."""
+"""The masked autoencoder: compared with Hugging Face's and with the constant prediction, and its pictures."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ SHAPES = {
 
 
 def compare(overrides: list[str]) -> dict[str, float]:
-    """Loss and gradients of our engine beside Hugging Face's: the largest relative differences."""
+    """Return the largest relative differences of the engine's loss and gradients from Hugging Face's."""
     from benchmarks.step.torch_mae import TorchMae
     from megavit.checkpoint.param_mapping import from_timm, to_timm
     from megavit.model.vit import parameter_names
@@ -65,7 +65,7 @@ def compare(overrides: list[str]) -> dict[str, float]:
     )
     theirs = huggingface.build(config, plain.pos_embed, plain.decoder_pos_embed)
 
-    # Both ways: ours to theirs, changed there, and back.
+    # Convert in both directions, with changed weights in between.
     plain.load_state_dict(to_timm({n: p.detach() for n, p in parameter_names(ours).items()}, dims_of(config)))
     missing = theirs.load_state_dict(huggingface.to_theirs(plain.state_dict()), strict=False)
     assert not missing.unexpected_keys
@@ -125,8 +125,8 @@ def test_validation_and_its_ratio_to_the_mean_image_are_the_same_in_every_layout
         assert got[name] == pytest.approx(want[name], rel=2e-6)
 
 
-def test_the_mean_image_is_the_best_constant_guess(tmp_path):
-    """A decoder that says the mean image scores a ratio of 1, on all 1,437 digits, and any other guess more."""
+def test_the_mean_image_is_the_best_constant_prediction(tmp_path):
+    """A decoder that predicts the mean image has a ratio of 1 on all 1,437 digits, any other constant a larger one."""
     found = run_ranks(guess_constants, 1, [*SMALL, *MAE, "task.baseline_samples=2000", f"run.dir={tmp_path}"])[0]
     assert found["mean"] == pytest.approx(1, abs=1e-6)
     assert found["more"] > 1.001
@@ -230,7 +230,7 @@ def idle_stages(overrides: list[str]) -> list[str]:
     return list(idle_stages(config, config.network_shape(num_classes=0)))
 
 
-def test_a_run_says_where_more_stages_cannot_help():
+def test_a_run_warns_if_more_stages_cannot_help():
     settings = ["recipe=mae_b16_800ep", "data.path=/data"]
     (said,) = run_ranks(idle_stages, 1, [*settings, "parallel.pp=4"])[0]
     assert "parallel.pp=4 is no faster than 2" in said
@@ -276,7 +276,7 @@ def test_wrong_settings_are_refused_with_the_way_out(overrides, world, message):
     assert "\n" not in str(refused.value)
 
 
-def test_a_run_paints_and_its_checkpoint_reconstructs_pictures_of_ones_own(tmp_path):
+def test_a_run_draws_pictures_and_its_checkpoint_reconstructs_other_images(tmp_path):
     run_dir, images = tmp_path / "run", tmp_path / "images"
     overrides = [
         *SMALL,

@@ -1,4 +1,4 @@
-"""Which patches are hidden: exactly as many as asked, without a pattern, a function of the key alone."""
+"""Masks hide the stated number of patches, without a pattern, as a function of the key."""
 
 import pytest
 import torch
@@ -64,11 +64,11 @@ def test_neighbouring_patches_of_an_image_are_hidden_independently():
     mask, p = hidden(torch.arange(20_000)), 1 - KEPT / PATCHES
     for distance in (1, 8):
         pairs = (mask[:, distance:] - p) * (mask[:, :-distance] - p)
-        # Drawing without replacement makes any two patches correlate by −1 / (P − 1).
+        # Sampling without replacement makes any two patches correlate by −1 / (P − 1).
         assert abs(pairs.mean() / (p * (1 - p)) + 1 / (PATCHES - 1)) < 4.5 / (20_000 * 56) ** 0.5
 
 
-def test_a_batch_across_two_epochs_draws_each_image_of_its_own():
+def test_a_batch_across_two_epochs_masks_each_image_by_its_epoch():
     ids, epochs = torch.tensor([7, 8, 7, 8]), torch.tensor([3, 3, 4, 4])
     zeros = torch.zeros_like(ids)
     both = random_keep(ids, epochs, zeros, PATCHES, num_kept=KEPT, seed=0)
@@ -77,13 +77,13 @@ def test_a_batch_across_two_epochs_draws_each_image_of_its_own():
     assert not torch.equal(both[:2], both[2:])
 
 
-def test_equal_draws_keep_the_patches_order(monkeypatch):
+def test_equal_random_numbers_keep_the_patches_order(monkeypatch):
     from megavit.task import masking
 
     monkeypatch.setattr(masking, "hash_int64", lambda *parts: torch.tensor([[5, 5, 1, 5, 5, 5]]))
     assert draw([0], patches=6, kept=3).tolist() == [[0, 1, 2]]
 
 
-def test_the_draw_is_this_one_for_ever():
-    # A change here changes the masks of every run that goes on: it needs a new schema version of checkpoints.
+def test_the_mask_of_a_key_never_changes():
+    # A change here changes the masks of every resumed run: it needs a new schema version of checkpoints.
     assert draw([0, 123456789], epochs=2, patches=16, kept=4).tolist() == [[7, 8, 11, 15], [2, 4, 5, 7]]

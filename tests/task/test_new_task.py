@@ -1,4 +1,4 @@
-"""A task of one file, one YAML and one row trains: the class of each pixel, cropped and flipped as its image."""
+"""A new task is one file, one YAML and one row: train segmentation, whose targets are cropped as their images."""
 
 import shutil
 
@@ -40,7 +40,7 @@ SEGMENT = [
 
 @pytest.fixture
 def conf_dir(tmp_path):
-    """The folder of YAML files with one more."""
+    """Copy the folder of YAML files and add one."""
     folder = tmp_path / "conf"
     shutil.copytree(config_dir(), folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     (folder / "task" / "segment.yaml").write_text(YAML)
@@ -60,7 +60,7 @@ def test_a_task_with_dense_targets_trains_in_each_layout(world, layout, conf_dir
     assert losses[-1] < 0.2 < 0.6 < losses[0]
 
 
-def test_the_settings_of_a_new_task_are_known_and_answered(conf_dir, monkeypatch):
+def test_the_settings_of_a_new_task_are_known_and_suggested(conf_dir, monkeypatch):
     monkeypatch.setitem(TASKS, "segment", toy_segmentation.ROW["segment"])
     monkeypatch.setattr(compose, "config_dir", lambda: conf_dir)
     config = compose.compose(["task=segment", "task.pixel_classes=5"])

@@ -1,4 +1,4 @@
-"""The table of tasks: each task's settings are its own, and saved configurations of earlier runs are read."""
+"""The table of tasks: each task has its own settings, and saved configurations of earlier runs are read."""
 
 from dataclasses import replace
 from importlib import import_module
@@ -30,7 +30,7 @@ def test_a_setting_of_several_tasks_has_one_type():
 @pytest.mark.parametrize(
     ("task", "config"), [("classify", ClassificationConfig), ("linear_probe", LinearProbeConfig), ("mae", MaeConfig)]
 )
-def test_a_task_has_its_own_settings_alone_and_their_defaults_are_those_of_its_yaml(task, config):
+def test_a_task_has_only_its_own_settings_and_their_defaults_are_those_of_its_yaml(task, config):
     composed = compose([f"task={task}"])
     assert type(composed.task) is config
     assert composed.task == config().with_sizes(composed.model)
@@ -84,7 +84,7 @@ def test_a_saved_configuration_from_before_there_was_a_choice_of_losses_means_cr
         ),
     ],
 )
-def test_a_setting_of_another_task_is_answered_with_that_task(overrides, message):
+def test_the_error_for_a_setting_of_another_task_names_that_task(overrides, message):
     with pytest.raises(ConfigError) as error:
         compose(overrides)
     assert str(error.value) == message

@@ -45,7 +45,7 @@ class SegmentConfig(TaskConfig):
 
 
 class SegmentNetwork(EncoderStage):
-    """One stage of the encoder; on the last stage a linear layer on each patch's token."""
+    """Add to one stage of the encoder, on the last stage, a linear layer for each patch's token."""
 
     def __init__(self, config, *, mcore_config, layout, stage, pixel_classes):
         super().__init__(config, mcore_config=mcore_config, layout=layout, stage=stage, final_norm=True)
@@ -65,7 +65,7 @@ class SegmentNetwork(EncoderStage):
 
 
 class SegmentTask(Task):
-    """Cross-entropy of each pixel's class."""
+    """Minimise the cross-entropy of each pixel's class."""
 
     targets = ("pixel_class",)
 
@@ -95,7 +95,7 @@ class SegmentTask(Task):
 
 
 class Rectangles:
-    """Images with a bright rectangle on noise, and for each pixel whether it is inside."""
+    """Images of a bright rectangle on noise, with a target that marks the pixels inside."""
 
     classes = ()
     image_shape = None
@@ -126,13 +126,13 @@ ROW = {"segment": TaskRow(SegmentConfig, "tests.task.toy_segmentation:SegmentTas
 
 
 def train(conf_dir: str, overrides: list[str]) -> list[float]:
-    """Train with the task as one rank; the loss of each step, on the first rank."""
+    """Train with the task as one rank, and return the loss of each step on the first rank."""
     from megavit.config import compose
     from megavit.config.validate import validate
     from megavit.parallel.layout import world_size_from_environment
     from megavit.train.trainer import Trainer
 
-    # Restored afterwards: the process runs other tests.
+    # Restore the table afterwards: the process runs other tests.
     with mock.patch.dict(TASKS, ROW), mock.patch.object(compose, "config_dir", return_value=Path(conf_dir)):
         config = compose.compose(overrides)
         validate(config, world_size_from_environment())
