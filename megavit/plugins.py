@@ -1,4 +1,4 @@
-"""Plug-ins by name, `package.module:name`, from installed packages or the working folder."""
+"""Import plug-ins by name, `package.module:name`, from installed packages or the working folder."""
 
 import importlib
 import re
@@ -14,21 +14,27 @@ _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def is_plugin(text: str) -> bool:
-    """Return whether a setting names a plug-in rather than a part of megavit."""
+    """Return whether a setting names a plug-in and not a part of megavit."""
     return ":" in text
 
 
 def check_name(text: str, setting: str) -> None:
     """Check the name of a plug-in without importing it.
 
+    Args:
+        text: `package.module:name`.
+        setting: the setting that named it, for the error.
+
     Raises:
-        ConfigError: if it has another form, belongs to the standard library or is not installed.
+        ConfigError: if the name has another form, belongs to the standard library or is not installed.
     """
     if not _NAME.fullmatch(text):
         raise ConfigError(f"{setting}={text} must be package.module:name, for example my_images.py's my_images:Scans")
     top = text.partition(":")[0].partition(".")[0]
     if top in sys.stdlib_module_names or top in sys.builtin_module_names:
-        raise ConfigError(f"{setting}={text}: {top} is Python's own; name a package of yours or a file of this folder")
+        raise ConfigError(
+            f"{setting}={text}: {top} is in Python's standard library; name your own package or a file here"
+        )
     if not _in_working_folder(top) and top not in packages_distributions():
         raise ConfigError(
             f"{setting}={text}: {top} is neither an installed package nor {top}.py or {top}/ in {Path.cwd()}; install "
@@ -44,7 +50,7 @@ def import_plugin(text: str, setting: str) -> Any:
         setting: the setting that named it, for the error.
 
     Raises:
-        ConfigError: if it is not allowed (see `check_name`), or does not exist. Errors it raises itself propagate.
+        ConfigError: if the name is not allowed (see `check_name`), or does not exist. Errors of the plug-in propagate.
     """
     check_name(text, setting)
     module_name, _, name = text.partition(":")

@@ -1,4 +1,4 @@
-"""Checks of single values, shared by the `check` methods of all groups."""
+"""Check and parse single values, for the `check` methods of all groups and for commands' arguments."""
 
 import difflib
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 from megavit.errors import ConfigError
 
-# In the place of a number of steps: computed from the number of training images.
+# The value of settings in steps that megavit computes from the number of training images.
 AUTO = "auto"
 
 
@@ -20,18 +20,18 @@ def require_number(
     above: float | None = None,
     below: float = math.inf,
 ) -> None:
-    """Raise for settings that are not finite or out of range; null passes.
+    """Check that settings are finite and in range; null passes.
 
     Args:
-        group: the group's name, for the message.
-        config: its dataclass.
-        keys: its fields.
+        group: name of the group, for the message.
+        config: the group's dataclass.
+        keys: names of the fields to check.
         at_least: smallest allowed value.
         above: exclusive lower bound, instead of at_least.
         below: exclusive upper bound.
 
     Raises:
-        ConfigError: naming the setting, its value and the range.
+        ConfigError: if a setting is not finite or out of range; the message names setting, value and range.
     """
     for key in keys:
         value = getattr(config, key)
@@ -47,16 +47,16 @@ def require_number(
 
 
 def require_steps(group: str, config: Any, *keys: str, at_least: int) -> None:
-    """Raise for settings that are neither `auto` nor a number of steps in range; null passes.
+    """Check that settings are `auto` or a number of steps in range; null passes.
 
     Args:
-        group: the group's name, for the message.
-        config: its dataclass.
-        keys: its fields.
+        group: name of the group, for the message.
+        config: the group's dataclass.
+        keys: names of the fields to check.
         at_least: smallest allowed value.
 
     Raises:
-        ConfigError: naming the setting, its value and what is allowed.
+        ConfigError: if a setting is neither; the message names setting, value and allowed values.
     """
     for key in keys:
         value = getattr(config, key)
@@ -68,7 +68,7 @@ def require_steps(group: str, config: Any, *keys: str, at_least: int) -> None:
 
 
 def format_value(value: Any) -> Any:
-    """Return a setting's value as a user types it."""
+    """Return a setting's value in the form that a user types: null, true, false or an enum's value."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -81,11 +81,11 @@ def parse_int(key: str, text: str, *, at_least: int = 1) -> int:
 
     Args:
         key: name of the argument, for the message.
-        text: as typed.
+        text: the argument as typed.
         at_least: smallest allowed value, 0 or more.
 
     Raises:
-        ConfigError: if it is not a whole number, or too small.
+        ConfigError: if the text is not an integer, or the number is too small.
     """
     if not text.isdecimal() or int(text) < at_least:
         raise ConfigError(f"{key}={text} must be a whole number of at least {at_least}")
@@ -93,21 +93,25 @@ def parse_int(key: str, text: str, *, at_least: int = 1) -> int:
 
 
 def parse_ints(key: str, text: str) -> list[int]:
-    """Parse counts separated by commas; duplicates are dropped.
+    """Parse counts separated by commas, and drop duplicates.
+
+    Args:
+        key: name of the argument, for the message.
+        text: the argument as typed.
 
     Raises:
-        ConfigError: if one is not a whole number of at least 1.
+        ConfigError: if a part is not an integer of at least 1.
     """
     return list(dict.fromkeys(parse_int(key, part) for part in text.split(",")))
 
 
 def suggest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """Return the known word nearest to a mistyped one; None where none is near.
+    """Return the known word that is most similar to a mistyped one; None if none is similar.
 
     Args:
-        word: as typed.
-        known: the words that are allowed.
-        cutoff: least similarity, in [0, 1]; 0 takes the nearest at any distance.
+        word: the word as typed.
+        known: the allowed words.
+        cutoff: smallest similarity, in [0, 1]; with 0 every word is similar.
     """
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return near[0] if near else None

@@ -92,9 +92,9 @@ def mine(tmp_path, monkeypatch):
         ("my-parts:x", "must be package.module:name"),
         ("/etc/x:y", "must be package.module:name"),
         (".my_parts:Stripes", "must be package.module:name"),
-        ("os:system", "os is Python's own"),
-        ("builtins:eval", "builtins is Python's own"),
-        ("subprocess:run", "subprocess is Python's own"),
+        ("os:system", "os is in Python's standard library"),
+        ("builtins:eval", "builtins is in Python's standard library"),
+        ("subprocess:run", "subprocess is in Python's standard library"),
         ("no_such_thing:x", "no_such_thing is neither an installed package nor no_such_thing.py"),
     ],
 )

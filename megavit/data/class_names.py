@@ -23,7 +23,7 @@ def find_places(classes: Sequence[str], trained: Sequence[str]) -> list[int] | N
 
 
 def go_by_number(classes: Sequence[str], trained: Sequence[str]) -> bool:
-    """Return whether the data's classes, in order, can be those of a classifier whose classes are only numbered.
+    """Return whether the data's classes, in order, can be those of a classifier with numbers for class names.
 
     Both must have the same number of classes. Names that are numbers, such as 007, must increase: folders are sorted as
     text (0, 1, 10, 2).

@@ -209,11 +209,11 @@ class SampleDataset(Dataset[MicroBatch]):
         The last pipeline stage reads only labels, so a replacement with another label would need communication.
         """
         yield key.sample_id
-        alike = self._of_class(self.source.label(key.sample_id))
+        same_class = self._of_class(self.source.label(key.sample_id))
         for number in range(_TRIES):
             place = (key.epoch, key.sample_id, key.occurrence)
             draw = int(hash_int64(self.seed, *place, RandomStream.BAD_SAMPLE, number))
-            yield int(alike[draw % len(alike)])
+            yield int(same_class[draw % len(same_class)])
 
     def _of_class(self, label: int) -> np.ndarray:
         # Read only if an image is bad: a million labels take a second.

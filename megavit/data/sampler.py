@@ -73,7 +73,7 @@ class DeterministicSampler:
         return self._block[position - first]
 
     def first(self, count: int) -> list[int]:
-        """Return the ids of the first training samples, at most all: a random choice, the same in every layout."""
+        """Return the ids of the first `count` samples of the training order, the same in every layout."""
         return [self.at(position).sample_id for position in range(min(count, self.num_samples))]
 
     def _keys(self, positions: np.ndarray) -> list[SampleKey]:

@@ -13,7 +13,7 @@ from megavit.parallel.rng import hash_int64
 
 
 def initialise(model: EncoderStage, config: ModelConfig, layout: ParallelLayout, *, seed: int) -> None:
-    """Fill this stage's parameters, in place, with this rank's slice of the whole model's initial weights.
+    """Fill this stage's parameters, in place, with this rank's slice of the full model's initial weights.
 
     Args:
         model: one pipeline stage, on the CPU.

@@ -81,7 +81,7 @@ def build_optimizer(
             lr=peak_lr,
             min_lr=config.min_lr,
             weight_decay=config.weight_decay,
-            # Never off: the norm is logged, and a norm that is not finite stops the run.
+            # Clipping stays on with an infinite limit, because it computes the norm, which is logged and checked.
             clip_grad=config.clip_grad or float("inf"),
             bf16=mcore_config.bf16,
             params_dtype=mcore_config.params_dtype,

@@ -8,7 +8,7 @@ from megavit.validation import require_number
 
 
 class Recompute(Enum):
-    """Which activations the backward pass recomputes.
+    """The activations that the backward pass recomputes.
 
     `selective` recomputes, in every layer, the outputs of both norms, of fc1 and of GELU: of the saved bytes per token
     and layer, 8h + (8h + 4f)/tp in bf16, 4h + 8h/tp remain. `full` keeps only each layer's input.
@@ -20,7 +20,7 @@ class Recompute(Enum):
 
 
 class RecomputeMethod(Enum):
-    """Which layers full recompute covers: groups of equal size over all layers, or the first ones of a stage."""
+    """The layers that full recompute covers: groups of equal size over all layers, or the first ones of a stage."""
 
     uniform = "uniform"
     block = "block"

@@ -69,7 +69,7 @@ def run_on_cpu() -> bool:
 
 
 class _Retarget(ast.NodeTransformer):
-    """`.cuda` → `.cpu`, `'cuda'` → `'cpu'`, `'torch.cuda.FloatTensor'` → `'torch.FloatTensor'`, no compiled fusions."""
+    """Replace `.cuda`, `'cuda'` and `'torch.cuda.FloatTensor'` by their CPU forms, and disable compiled fusions."""
 
     def __init__(self) -> None:
         self.rewrites = 0

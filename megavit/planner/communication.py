@@ -74,7 +74,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Split:
-    """How the ranks share the work, named as in the group `parallel`.
+    """The sizes of the layout, named as in the group `parallel`.
 
     Attributes:
         tp: tensor-parallel size.

@@ -22,7 +22,7 @@ from megavit.task.base import LossFunction, Task, build_model_chunks
 from megavit.task.config import ClassificationConfig, Loss
 
 _TOP1 = TaskMetric("top1", "top-1", "top-1 accuracy", ".4f", higher=True)
-_HIT1 = TaskMetric("hit1", "best guess right", "best guess is a label", ".4f", higher=True)
+_HIT1 = TaskMetric("hit1", "top prediction correct", "top prediction is a label", ".4f", higher=True)
 
 
 class ClassificationTask(Task):
@@ -95,8 +95,8 @@ class ClassificationTask(Task):
         labels_B, mix = batch.targets[LABELS], self.preprocess.mix(batch)
         shares_BK = labels_B.float() if self.data.multi_label else None
         if mix is not None:
-            whole_BK = shares_BK if shares_BK is not None else F.one_hot(labels_B, self.num_classes).float()
-            shares_BK = mix.targets(whole_BK)
+            one_hot_BK = shares_BK if shares_BK is not None else F.one_hot(labels_B, self.num_classes).float()
+            shares_BK = mix.targets(one_hot_BK)
             labels_B = labels_B if self.data.multi_label else shares_BK.argmax(dim=1)
         losses_B = self._losses(logits_BK, labels_B, shares_BK, trains=batch.augmented)
         with torch.no_grad():
@@ -155,7 +155,7 @@ class ClassificationTask(Task):
 
     def summary(self, validation: dict[str, float]) -> str:
         """Describe top-1, or with several labels the fraction of images whose best score is of one of them."""
-        name = "best guess right" if self.data.multi_label else "top-1"
+        name = "top prediction correct" if self.data.multi_label else "top-1"
         return f"validation {name} {validation[self.hits[0]]:.4f}"
 
 

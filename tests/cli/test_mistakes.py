@@ -198,7 +198,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "a list of other columns": (with_other_columns, "must name the columns path and label"),
     "a classifier without labels": (without_labels, "task.name=classify needs labels"),
     "a module that is not there": (with_a_module_that_is_not_there, "my_scans is neither an installed package nor"),
-    "Python's own module": (lambda root: train(root, "data.source=os:system"), "os is Python's own"),
+    "Python's own module": (lambda root: train(root, "data.source=os:system"), "os is in Python's standard library"),
     "unknown source": (lambda root: train(root, "data.source=foldre"), "did you mean folder?"),
     "unknown class": (
         lambda root: train_own(root, folder(root), "data.classes=[ants]"),

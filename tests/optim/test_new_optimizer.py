@@ -156,7 +156,7 @@ def test_the_summary_counts_lions_state(row):
         (["optim.name=zzz", *AS_ROW[1:]], "known: adamw, sgd, lars, lion, or package.module:Class"),
         ([*AS_ROW, "parallel.overlap_param_gather=true"], "optim.name=lion keeps them whole"),
         ([*AS_PLUGIN, "parallel.overlap_param_gather=true"], "Lion keeps them whole"),
-        (["optim.name=os:system"], "os is Python's own"),
+        (["optim.name=os:system"], "os is in Python's standard library"),
         (["optim.name=nobody:Lion"], "nobody is neither an installed package"),
     ],
 )

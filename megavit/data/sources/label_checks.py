@@ -43,10 +43,10 @@ def _empty_classes(source: Source) -> list[str]:
 
 
 def _describe_likenesses(names: Sequence[str]) -> Iterator[str]:
-    alike = defaultdict(list)
+    similar = defaultdict(list)
     for name in names:
-        alike[_LEADING_ZEROS.sub("", " ".join(name.split()).casefold())].append(name)
-    groups = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
+        similar[_LEADING_ZEROS.sub("", " ".join(name.split()).casefold())].append(name)
+    groups = [" and ".join(map(repr, group)) for group in similar.values() if len(group) > 1]
     if groups:
         yield (
             f"warning: classes whose names differ only in blanks, case or leading zeros: {_list(groups)}; give them "

@@ -15,7 +15,7 @@ _ENDINGS = tuple(suffix[1:] for suffix in SUFFIXES)
 # Labels count from 0, and each up to the largest becomes a class; a larger label is taken for a mistake.
 _MAX_LABEL = 1_000_000
 
-# Bytes that are checked after the end: tar pads its last record, usually of 10,240 bytes, with zeros.
+# Number of bytes after the end that must be zero: tar pads its last record, usually of 10,240 bytes, with zeros.
 _TRAILER_BYTES = 1 << 20
 
 

@@ -106,8 +106,8 @@ def test_validation_files_of_other_columns_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        (None, "row 1 holds no image"),
-        ({"bytes": None, "path": None}, "row 1 holds no image"),
+        (None, "row 1 has no image"),
+        ({"bytes": None, "path": None}, "row 1 has no image"),
         ({"bytes": b"no picture", "path": None}, "row 1 cannot be read as an image"),
         ({"bytes": None, "path": "/nowhere/x.png"}, "row 1, /nowhere/x.png cannot be read"),
     ],
