@@ -17,7 +17,7 @@ DOCKER ?= docker
 IMAGE ?= megavit:$(VERSION)
 BUILD_ARGS ?=
 
-.PHONY: train bench test test-slow test-gpu check format docs image image-cpu clean
+.PHONY: train bench test test-slow test-gpu check format docs pages image image-cpu clean
 
 train: $(INSTALLED)
 	$(BIN)/megavit train $(LAYOUT) $(ARGS)
@@ -47,10 +47,13 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The site, in build/site, after the pages that follow from the code. An issue that Zensical finds fails the build.
+# The site, in build/site. An issue that Zensical finds, a link without a target for one, fails the build.
 docs: $(INSTALLED)
-	$(BIN)/python docs/generate.py
 	$(BIN)/zensical build --strict --clean
+
+# The pages that follow from the code.
+pages: $(INSTALLED)
+	$(BIN)/python docs/generate.py
 
 define build_image
 	@command -v $(DOCKER) > /dev/null || \

@@ -64,7 +64,7 @@ def settings_page() -> str:
         "",
         "Every setting of `megavit train`, by group, and those of `megavit submit`. A default is the value that "
         "`megavit train data=folder` uses; where another choice of a group has another default, it follows in "
-        "brackets. [configuration.md](configuration.md) explains how values are typed, [recipes.md](recipes.md) lists "
+        "brackets. [Configuration](configuration.md) explains how values are typed, [Recipes](recipes.md) lists "
         "complete experiments.",
         "",
         "## General",
@@ -242,8 +242,8 @@ def commands_page() -> str:
         "# Commands",
         "",
         "`megavit COMMAND --help` prints the same. RUN is a run's folder or one of its checkpoints; `ema:RUN` is the "
-        "moving average of its weights. Settings are those of [settings.md](settings.md). "
-        "[configuration.md](configuration.md#exit-codes) lists the exit codes.",
+        "moving average of its weights. Settings are those of [Settings](settings.md). "
+        "[Configuration](configuration.md#exit-codes) lists the exit codes.",
         "",
         *_markdown(["command", "what it does"], [(f"[`{name}`](#{name})", row.help) for name, row in COMMANDS.items()]),
     ]
