@@ -9,6 +9,7 @@ Types, defaults and values come from the dataclasses, texts from the `Attributes
 import argparse
 import inspect
 import sys
+import textwrap
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields
@@ -18,7 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import griffe
 
-from megavit.cli.arguments import Argument, arguments_of, usage
+from megavit.cli.arguments import Argument, NoArguments, arguments_of, usage
 from megavit.cli.main import COMMANDS, LoadedCommand
 from megavit.cluster.config import ClusterConfig
 from megavit.cluster.registry import BACKENDS
@@ -251,9 +252,8 @@ def commands_page() -> str:
         entry = LoadedCommand.of(row)
         settings = getattr(entry.kind, "SETTINGS", entry.takes_settings)
         lines += ["", f"## {name}", "", f"{row.help[:1].upper() + row.help[1:]}.", "", "```text"]
-        lines += [usage(f"megavit {name}", entry.kind, settings=settings), "```", ""] if entry.kind else []
-        if not entry.kind:
-            lines += [f"megavit {name}{' [key=value …]' if settings else ''}", "```", ""]
+        line = usage(f"megavit {name}", entry.kind or NoArguments, settings=settings)
+        lines += [*textwrap.wrap(line, 88, subsequent_indent="    ", break_on_hyphens=False), "```", ""]
         rows = [
             (
                 f"`{own.key}`" + (f", `{own.short}`" if own.short else ""),
