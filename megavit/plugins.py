@@ -14,7 +14,11 @@ _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def is_plugin(text: str) -> bool:
-    """Return whether a setting names a plug-in and not a part of megavit."""
+    """Return whether a setting names a plug-in and not a part of megavit.
+
+    Args:
+        text: the setting's value.
+    """
     return ":" in text
 
 
@@ -48,6 +52,9 @@ def import_plugin(text: str, setting: str) -> Any:
     Args:
         text: `package.module:name`.
         setting: the setting that named it, for the error.
+
+    Returns:
+        The class or function.
 
     Raises:
         ConfigError: if the name is not allowed (see `check_name`), or does not exist. Errors of the plug-in propagate.

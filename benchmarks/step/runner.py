@@ -57,7 +57,7 @@ class CaseRunner:
         step = Megavit(self._work, config, self._layout)
         self._candidates[name] = step
         if self._timm_weights is None and self._layout.world_size == 1:
-            # For the baselines, which train in one process.
+            # The baselines, which train in one process, start from these weights.
             self._timm_weights = step.timm_weights()
 
     def outputs(self, name: str) -> tuple[Any, float]:

@@ -45,8 +45,8 @@ def _clip(part: MegatronOptimizer, parameters: list[torch.nn.Parameter], norm: f
     """Scale gradients of this norm down to the largest allowed norm before the update."""
     largest = part.config.clip_grad
     if isinstance(part.optimizer, FusedAdam):
-        # Its kernel scales while it reads. A separate pass over B/16's gradients takes a tenth of the time of norm,
-        # clipping, update and copy to bf16 (two cores, norm above the largest).
+        # The fused kernel scales while it reads. A separate pass over B/16's gradients takes a tenth of the time of
+        # norm, clipping, update and copy to bf16 (two cores, norm above the largest).
         part.optimizer.divide_gradients_by(max(1.0, (norm + 1e-6) / largest))
     else:
         clip_grad_by_total_norm_fp32(parameters, max_norm=largest, total_norm=norm)

@@ -103,7 +103,7 @@ class _Retarget(ast.NodeTransformer):
 
 class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
-        # Compiled in every process: Python's bytecode cache must not hold rewritten code, since a GPU run would use it.
+        # Compile in every process: Python's bytecode cache must not hold rewritten code, which a GPU run would use.
         path = self.get_filename(fullname)
         module: ast.Module = ast.parse(self.get_data(path), path)
         name = fullname.removeprefix(_CORE)

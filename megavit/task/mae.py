@@ -142,7 +142,7 @@ class MaeTask(Task):
 
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """Return the mean `loss`, and `loss_ratio`, its ratio to the mean image's on the same patches."""
-        # Where every image is the mean image nothing is left to learn, and no ratio says so.
+        # If every image equals the mean image, the baseline is 0 and the ratio is not defined.
         ratio = totals["loss"] / totals["baseline"] if totals["baseline"] else math.nan
         return {"loss": totals["loss"] / totals["count"], "loss_ratio": ratio}
 

@@ -91,7 +91,7 @@ def choose(source: Source, config: DataConfig, split: str) -> Source:
             members = _thin(members, name, config)
         indices.append(members)
         labels.append(np.full(len(members), label))
-    # In the order of the full source.
+    # Keep the order of the full source.
     chosen, of = np.concatenate(indices), np.concatenate(labels)
     order = chosen.argsort()
     return Subset(source, chosen[order], of[order], names)
@@ -107,6 +107,6 @@ def _thin(members: np.ndarray, name: str, config: DataConfig) -> np.ndarray:
             f"data.samples_per_class={count} is more than the {len(members)} training images of class "
             f"{name or '(none)'}; lower it"
         )
-    # Keyed by the class's name: the choice does not depend on the other classes.
+    # The key contains the class's name, so that the choice does not depend on the other classes.
     key = [_SUBSET_SEED, zlib.crc32(name.encode())]
     return np.random.Generator(np.random.Philox(key=key)).permutation(members)[:count]

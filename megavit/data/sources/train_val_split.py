@@ -85,7 +85,7 @@ def split_indices(labels: np.ndarray, fraction: float | None, split: str, *, whe
             f"or another data.path"
         )
     validates = np.zeros(len(labels), dtype=bool)
-    # Sorted once: searching 1.3 million labels for each of 1,000 classes takes seconds.
+    # Sort once: searching 1.3 million labels for each of 1,000 classes takes seconds.
     by_label = labels.argsort(kind="stable")
     distinct, starts = np.unique(labels[by_label], return_index=True)
     for label, members in zip(distinct, np.split(by_label, starts)[1:], strict=True):
