@@ -130,7 +130,7 @@ class SampleDataset(Dataset[MicroBatch]):
 
     def _read(self, keys: list[SampleKey]) -> MicroBatch:
         names = self.fields.targets
-        # Compute the seeds of the micro batch at once.
+        # Compute all seeds of the micro batch in one call.
         draws = self.view.sample_seeds(keys, seed=self.seed) if self.fields.images or self._dense else []
         targets = {
             name: self._dense_target(name, keys, draws) if name in self._dense else self._labels_of(keys)

@@ -1,4 +1,4 @@
-"""Random numbers as pure functions of their purpose (seed, epoch, sample), so that no generator state is saved.
+"""Compute random numbers as pure functions of seed, epoch and sample, so that no generator state is saved.
 
 Shapes: any; integers are int64 and wrap, as the hash needs.
 """

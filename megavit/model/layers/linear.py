@@ -91,7 +91,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _add_product(left_OR: Tensor, right_RI: Tensor, weight_OI: Any) -> Tensor:
-    """Add a product to a weight's gradient buffer; return a placeholder gradient for autograd, which nothing reads."""
+    """Add a product to a weight's gradient buffer; return an unread placeholder as the gradient for autograd."""
     buffer_OI, beta = weight_OI.main_grad, 0 if weight_OI.is_grad_stale else 1
     weight_OI.grad_added_to_main_grad = True
     if buffer_OI.dtype == weight_OI.dtype:
