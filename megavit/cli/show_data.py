@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megavit.cli.arguments import argument
-from megavit.cli.config_flags import ConfigFlags
+from megavit.cli.config_flags import ConfigFlags, show_configuration
 from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
 from megavit.config.validate import check_task
@@ -54,6 +54,9 @@ def show_data(args: ShowDataArgs, settings: list[str]) -> int:
     Raises:
         ConfigError: if a setting is wrong, or the data cannot be read.
     """
+    if args.only_shows:
+        show_configuration(args, settings)
+        return 0
     config = compose(settings)
     for group in (config.model, config.task, config.data):
         group.check()

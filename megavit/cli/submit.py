@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavit.cli.arguments import argument
-from megavit.cli.config_flags import ConfigFlags
+from megavit.cli.config_flags import ConfigFlags, show_configuration
 from megavit.cluster.backend import Backend, Submitted
 from megavit.cluster.job import Job, plan_job, split_sweep
 from megavit.cluster.registry import get_backend, split_cluster
@@ -40,6 +40,9 @@ def submit(args: SubmitArgs, settings: list[str]) -> int:
         ConfigError: for a setting that is wrong, or a cluster that takes no such job.
     """
     cluster_args, overrides = split_cluster(settings)
+    if args.only_shows:
+        show_configuration(args, _resolve_auto(overrides, mark="# "))
+        return 0
     search, _ = split_search_path(settings)
     backend = get_backend(cluster_args, search=search)
     refuse_secret_names(backend.config.env)
@@ -61,14 +64,14 @@ def submit(args: SubmitArgs, settings: list[str]) -> int:
     return max(submitted.code for submitted in _hand_over(backend, files, jobs))
 
 
-def _resolve_auto(overrides: list[str]) -> list[str]:
+def _resolve_auto(overrides: list[str], *, mark: str = "") -> list[str]:
     """Replace `model=auto` by the model of the weights, which are read on this machine."""
     if AUTO_MODEL not in overrides:
         return overrides
     from megavit.train.auto_model import resolve_auto
 
     resolved, taken = resolve_auto(overrides)
-    print(taken)
+    print(f"{mark}{taken}")
     return resolved
 
 

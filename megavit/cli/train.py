@@ -4,21 +4,14 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from megavit.cli.arguments import argument
-from megavit.cli.config_flags import ConfigFlags
+from megavit.cli.config_flags import ConfigFlags, show_configuration
 from megavit.runtime.run_dir import FINISHED
 from megavit.runtime.signals import HELD_BACK
 
 
 @dataclass(frozen=True)
 class TrainArgs(ConfigFlags):
-    """The command's own arguments.
-
-    Attributes:
-        cfg: print the configuration and start nothing.
-    """
-
-    cfg: bool = argument(False, key="--cfg")
+    """The command's own arguments."""
 
 
 def train(args: TrainArgs, settings: list[str]) -> int:
@@ -31,7 +24,6 @@ def train(args: TrainArgs, settings: list[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
 
     from megavit.config.compose import AUTO_MODEL, compose, fix_start_time
-    from megavit.config.saved import to_yaml
     from megavit.config.validate import validate
     from megavit.runtime.workers import num_ranks, start_ranks
 
@@ -39,12 +31,12 @@ def train(args: TrainArgs, settings: list[str]) -> int:
         from megavit.train.auto_model import resolve_auto
 
         settings, taken = resolve_auto(settings)
-        print(f"# {taken}" if args.cfg else taken, flush=True)
+        print(f"# {taken}" if args.only_shows else taken, flush=True)
     settings = fix_start_time(settings)
-    config = compose(settings)
-    if args.cfg:
-        print(to_yaml(config), end="")
+    if args.only_shows:
+        show_configuration(args, settings)
         return FINISHED
+    config = compose(settings)
     ranks = num_ranks(config)
     validate(config, ranks)
     if ranks > 1:

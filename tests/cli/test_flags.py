@@ -1,14 +1,18 @@
 """Flags of the command line: values, short forms, and what they print."""
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megavit.cli.arguments import argument, describe, parse
 from megavit.cli.config_flags import ConfigFlags
 from megavit.cli.main import COMMANDS, LoadedCommand, main
+from megavit.config.compose import compose
+from megavit.config.saved import to_yaml
 from megavit.errors import ConfigError
 
 
@@ -99,3 +103,62 @@ def test_a_folder_of_choices_is_read_in_two_words(tmp_path, capsys):
     assert "  num_layers: 3\n" in capsys.readouterr().out
     assert main(["evaluate", "from=x", "-cd", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("megavit: -cd: only commands that compose a run read it")
+
+
+def printed(capsys, typed: str) -> str:
+    assert main(typed.split()) == 0
+    return capsys.readouterr().out
+
+
+def test_cfg_shows_interpolations_as_written_and_resolve_the_runs_own_yaml(capsys):
+    written = printed(capsys, "train --cfg recipe=digits_mae run.name=a")
+    assert "  dir: runs/${run.name}\n" in written
+    assert printed(capsys, "train recipe=digits_mae run.name=a -c job") == written
+    assert printed(capsys, "submit recipe=digits_mae run.name=a --cfg=job") == written
+    resolved = printed(capsys, "train --cfg job --resolve recipe=digits_mae run.name=a")
+    assert resolved == to_yaml(compose(["recipe=digits_mae", "run.name=a"]))
+
+
+def test_package_shows_one_node_and_hydras_settings_are_shown_apart(capsys):
+    assert printed(capsys, "train --cfg job -p optim.betas") == "# @package optim.betas\n- 0.9\n- 0.999\n"
+    assert printed(capsys, "train --cfg --package run.dir run.name=a") == "runs/a\n"
+    assert set(yaml.safe_load(printed(capsys, "train --cfg hydra"))) == {"hydra"}
+    both = yaml.safe_load(printed(capsys, "train --cfg all optim.lr=1"))
+    assert both["hydra"]["overrides"]["task"][0] == "optim.lr=1"
+    assert both["optim"]["lr"] == 1
+
+
+@pytest.mark.parametrize(
+    ("topic", "lines"),
+    [
+        ("defaults", ["| Config path  ", "| model/vit_digits            | model  "]),
+        ("defaults-tree", ["    model: vit_digits", "    recipe: digits"]),
+        ("searchpath", ["| Provider     | Search path "]),
+        ("config", ["  num_layers: 4", "    model: vit_digits", "| hydra        | pkg://hydra.conf"]),
+        ("plugins", ["\t\tBasicSweeper"]),
+        ("all", ["\t\tBasicSweeper", "Installed Hydra Plugins", "  num_layers: 4"]),
+    ],
+)
+def test_info_is_hydras_own(topic, lines, capsys, tmp_path):
+    out = printed(capsys, f"train --info {topic} --config-dir {tmp_path}")
+    for line in lines:
+        assert f"\n{line}" in out
+    if topic in ("searchpath", "config", "all"):
+        assert re.search(rf"^\| --config-dir +\| \S+{tmp_path} +\|$", out, re.M)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("train --resolve", "--resolve says how --cfg prints the configuration: add --cfg"),
+        ("train -p model", "--package says how --cfg prints the configuration: add --cfg"),
+        ("train --cfg --info", "--cfg and --info print different things: type one of them"),
+        ("train --cfg jobs", "--cfg=jobs must be one of job, hydra, all"),
+        ("train --cfg -p model.patch", "--package model.patch: the configuration has no model.patch; did you mean"),
+        ("train --cfg -p zzzzz", "--package zzzzz: the configuration has no zzzzz; it has run, train, parallel"),
+        ("show-data --info tree", "--info=tree must be one of all, config, defaults, defaults-tree, searchpath,"),
+    ],
+)
+def test_a_wrong_use_of_cfg_and_info_is_one_line_and_code_2(typed, message, capsys):
+    assert main(typed.split()) == 2
+    assert capsys.readouterr().err.startswith(f"megavit: {message}")
