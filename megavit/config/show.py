@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import Container, DictConfig, OmegaConf, open_dict
@@ -33,9 +34,9 @@ def config_text(composition: Composition, *, part: Part, resolve: bool, package:
     if package in (None, "_global_"):
         return str(OmegaConf.to_yaml(node))
     assert package is not None
-    selected = OmegaConf.select(node, package, default=_Absent)
+    selected: Any = OmegaConf.select(node, package, default=_Absent)
     if selected is _Absent:
-        near = nearest(package, _paths(node))
+        near = nearest(package, _paths(OmegaConf.to_container(node)))
         hint = f"did you mean {alternatives(near)}?" if near else f"it has {', '.join(map(str, node))}"
         raise ConfigError(f"--package {package}: the configuration has no {package}; {hint}")
     if not isinstance(selected, Container):
@@ -59,14 +60,11 @@ def _part(composition: Composition, part: Part, *, resolve: bool) -> DictConfig:
     return OmegaConf.masked_copy(node, [_HYDRA]) if part is Part.hydra else node
 
 
-def _paths(node: DictConfig, prefix: str = "") -> list[str]:
-    found = []
-    for name in node:
-        found.append(f"{prefix}{name}")
-        child = node._get_node(name)
-        if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
-            found += _paths(child, f"{prefix}{name}.")
-    return found
+def _paths(node: Any, prefix: str = "") -> list[str]:
+    """Return the paths of all nodes of a nested dictionary."""
+    if not isinstance(node, dict):
+        return []
+    return [path for name, child in node.items() for path in (f"{prefix}{name}", *_paths(child, f"{prefix}{name}."))]
 
 
 def print_info(composition: Composition, topic: Topic) -> None:
