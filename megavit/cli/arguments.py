@@ -301,7 +301,7 @@ def _refuse_flag(program: str, key: str, known: dict[str, Argument]) -> None:
 
 def arguments_of(kind: type) -> list[Argument]:
     """Return the arguments that a command's dataclass declares."""
-    hints, about = get_type_hints(kind), _docstring_lines(kind)
+    hints, about = get_type_hints(kind), docstring_lines(kind)
     found = []
     for part in fields(kind):
         hint, metadata = hints[part.name], part.metadata
@@ -336,7 +336,7 @@ def _form(kind: Any, default: Any) -> str:
     return "…" if default in (MISSING, None, ()) else str(format_value(default))
 
 
-def _docstring_lines(kind: type) -> dict[str, str]:
+def docstring_lines(kind: type) -> dict[str, str]:
     """Return the explanation of each attribute of a dataclass and those that it extends, in one line each."""
     found: dict[str, str] = {}
     for each in reversed(inspect.getmro(kind)):

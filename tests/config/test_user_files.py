@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megavit.cli.main import run
 from megavit.cluster.registry import get_backend
 from megavit.config.compose import compose, compose_with_sources, fix_start_time
 from megavit.config.portable import make_portable
@@ -259,3 +260,18 @@ def test_fuzzed_files_compose_or_are_refused_in_one_line(here, monkeypatch, coun
         assert "\n" not in message, text
         refused += bool(message)
     assert 0 < refused < count
+
+
+@pytest.mark.parametrize("source", [["recipe=digits_mae"], ["recipe=digits_probe"], ["optim=lars", "optim.lr=0.1"]])
+def test_a_new_recipe_file_composes_to_what_it_was_written_from(here, capsys, source):
+    assert run(["config", "new", "new/mine.yaml", *source]) == 0
+    assert "megavit train recipe=new/mine.yaml" in capsys.readouterr().out
+    assert compose(["recipe=new/mine.yaml"]) == compose(source)
+    with pytest.raises(ConfigError, match="exists; choose another name"):
+        run(["config", "new", "new/mine.yaml"])
+
+
+@pytest.mark.parametrize("words", [[], ["new"], ["new", "recipe=digits"], ["old", "a.yaml"]])
+def test_config_says_how_it_is_typed(here, words):
+    with pytest.raises(ConfigError, match=r"write megavit config new FILE\.yaml"):
+        run(["config", *words])
