@@ -52,7 +52,9 @@ COMMANDS = {
     "convert": Command("convert", "convert", "convert weights from and to timm, Hugging Face, MAE and NeMo"),
     "show-data": Command("show_data", "show_data", "draw training images beside what the network receives of them"),
     "recipes": Command("recipes", "list_recipes", "list the complete experiments that come with megavit"),
-    "config": Command("config", "config", "config new FILE.yaml: write a recipe of one's own, every setting explained"),
+    "config": Command(
+        "new_recipe", "config", "config new FILE.yaml: write a recipe of one's own, every setting explained"
+    ),
     "submit": Command("submit", "submit", "check a run here and submit it as a job to a cluster"),
     "doctor": Command(
         "doctor.command", "doctor", "check whether training can start on this machine; exit code 3 if it cannot"
