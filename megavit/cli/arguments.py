@@ -4,9 +4,7 @@ Nothing here imports torch or Hydra: `megavit doctor` parses its arguments where
 """
 
 import difflib
-import inspect
 import math
-import re
 import textwrap
 from collections.abc import Collection
 from dataclasses import MISSING, dataclass, field, fields
@@ -16,6 +14,7 @@ from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from megavit.config.overrides import read_text
+from megavit.config.reference import explanations
 from megavit.errors import ConfigError
 from megavit.validation import format_value, parse_int, parse_ints
 
@@ -301,7 +300,7 @@ def _refuse_flag(program: str, key: str, known: dict[str, Argument]) -> None:
 
 def arguments_of(kind: type) -> list[Argument]:
     """Return the arguments that a command's dataclass declares."""
-    hints, about = get_type_hints(kind), docstring_lines(kind)
+    hints, about = get_type_hints(kind), explanations(kind)
     found = []
     for part in fields(kind):
         hint, metadata = hints[part.name], part.metadata
@@ -334,19 +333,3 @@ def _form(kind: Any, default: Any) -> str:
     if isinstance(default, tuple) and default:
         return ",".join(map(str, default))
     return "…" if default in (MISSING, None, ()) else str(format_value(default))
-
-
-def docstring_lines(kind: type) -> dict[str, str]:
-    """Return the explanation of each attribute of a dataclass and those that it extends, in one line each."""
-    found: dict[str, str] = {}
-    for each in reversed(inspect.getmro(kind)):
-        _, _, section = inspect.cleandoc(each.__doc__ or "").partition("Attributes:\n")
-        name = ""
-        for line in section.splitlines():
-            start = re.match(r" {4}(\w+): (.*)", line)
-            if start:
-                name = start[1]
-                found[name] = start[2]
-            elif name and line.strip():
-                found[name] += f" {line.strip()}"
-    return found

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from megavit.cli.arguments import docstring_lines
 from megavit.config.compose import Composition, compose, compose_with_sources
 from megavit.config.overrides import write_setting
+from megavit.config.reference import explanations as explanations_of
 from megavit.config.search_path import SUFFIXES, groups
 from megavit.config.settings import flatten
 from megavit.errors import ConfigError
@@ -79,7 +79,7 @@ def new_recipe(composition: Composition, *, command: str, source: list[str]) -> 
                 # A key without a value would set the group to null.
                 lines[lines.index(f"{part.name}:")] = f"# {part.name}:"
         else:
-            explanation = docstring_lines(type(composition.config)).get(part.name, "")
+            explanation = explanations_of(type(composition.config)).get(part.name, "")
             lines += ["", *_setting(part.name, value, explanation, indent="", is_set=part.name in is_set)]
     return "\n".join(lines) + "\n"
 
@@ -99,7 +99,7 @@ def _settings_to_write(overrides: list[str], wanted: dict[str, Any]) -> set[str]
 def _group(group: Any, name: str, node: DictConfig, is_set: set[str]) -> Iterator[str]:
     explanations: dict[str, str] = {}
     for kind in reversed(type(group).__mro__):
-        explanations |= docstring_lines(kind) if is_dataclass(kind) else {}
+        explanations |= explanations_of(kind) if is_dataclass(kind) else {}
     for part in fields(group):
         value = getattr(group, part.name)
         if is_dataclass(value) or (name, part.name) == ("task", "name"):
