@@ -17,6 +17,7 @@ from torch import Tensor
 from megavit.checkpoint.optimizer_shards import use_per_rank_shards
 from megavit.checkpoint.safe_pickle import check_pickles
 from megavit.errors import ConfigError
+from megavit.parallel.collectives import gather_objects
 from megavit.parallel.layout import ParallelLayout
 
 # Megatron-Core's only format of the distributed optimizer's state that loads in every layout (0.16.1).
@@ -200,6 +201,8 @@ def sharded_state(
     if optimizer is not None:
         use_per_rank_shards(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(_SHARDING))
+        if not is_loading and not isinstance(optimizer.chained_optimizers[0], DistributedOptimizer):
+            _share_count(state["optimizer"])
         if not any(group["params"] for group in optimizer.param_groups):
             # The first rank's empty lists would be kept, and merged with another layout's non-empty lists (0.16.1).
             state["optimizer"].pop("fp32_from_fp16_params", None)
@@ -208,6 +211,19 @@ def sharded_state(
             name: _rotate_writers(_sharded_averages(chunk, averages[name])) for name, chunk in chunks.items()
         }
     return state
+
+
+def _share_count(state: dict[str, Any]) -> None:
+    """Set a plug-in's count of updates from the ranks that train weights; every rank calls this.
+
+    A checkpoint holds the first rank's common part, and that rank has no count if its stages are frozen.
+    """
+    of_weights = state.get("optimizer", state)["state"]
+    mine = of_weights.get("common_step")
+    counts = [count for count in gather_objects(mine.cpu() if torch.is_tensor(mine) else mine) if count is not None]
+    if counts:
+        assert all(count == counts[0] for count in counts), f"ranks have taken {min(counts)} to {max(counts)} updates"
+        of_weights["common_step"] = counts[0]
 
 
 def _sharded_weights(chunk: MegatronModule) -> dict[str, Any]:

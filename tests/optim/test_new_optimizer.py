@@ -202,6 +202,24 @@ def test_a_count_of_steps_is_resumed_too(tmp_path):
         assert_bit_equal(mine, full)
 
 
+@pytest.mark.parametrize("more", [[], pytest.param(["train.precision=bf16_o2"], marks=pytest.mark.slow)])
+def test_a_count_of_steps_is_saved_by_a_rank_that_trains_weights(more, tmp_path, figure):
+    # On two stages the first rank trains nothing.
+    frozen = "optim.freeze=[patch_embed.*,cls_token,pos_embed,blocks.0.*,blocks.1.*]"
+    keys = [*STEPS, "optim.name=torch.optim:RAdam", frozen, *more]
+    want = run_ranks(ranks.train_and_keep, 1, [*keys, f"run.dir={tmp_path}/full"])[0]
+    parts = [*keys, f"run.dir={tmp_path}/parts"]
+    run_ranks(ranks.train_and_keep, 2, [*parts, "parallel.pp=2", "train.stop_at=3"])
+    first, last = run_ranks(ranks.train_and_keep, 2, [*parts, "parallel.pp=2", "train.stop_at=6"])
+    assert not first["optimizer"]
+    assert {float(state["step"]) for state in last["optimizer"]} == {6}
+    (got,) = run_ranks(ranks.train_and_keep, 1, parts)
+    assert {float(state["step"]) for state in got["optimizer"]} == {8}
+    worst = max(abs(got["losses"][step] - loss) for step, loss in want["losses"].items())
+    figure(f"RAdam, PP 2 with a frozen first stage, then one rank, {more}: largest |Δloss| {worst:.1e}")
+    assert worst <= (5e-3 if more else 1e-6)
+
+
 def test_evaluating_a_run_does_not_import_its_optimizer(tmp_path):
     config = compose(["optim.name=torch.optim:RMSprop", "optim.momentum=0.9"])
     text = to_yaml(config).replace("torch.optim:RMSprop", "somebodys:Code")

@@ -74,10 +74,15 @@ def test_a_subset_of_the_classes_is_evaluated_under_its_names(numbered):
     assert got["top1_per_class"] == {name: own["top1_per_class"][name] for name in ("2", "10")}
 
 
-def test_names_that_the_checkpoint_does_not_know_are_refused(numbered, tmp_path):
-    write_images(tmp_path, ["ant", "1"], each=4)
+# As many as the checkpoint's: a network of the same shape, for classes of other names.
+OTHERS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "koi", "lynx"]
+
+
+@pytest.mark.parametrize(("names", "unknown"), [(["ant", "1"], "does not know 1: ant"), (OTHERS, "does not know 12:")])
+def test_names_that_the_checkpoint_does_not_know_are_refused(names, unknown, numbered, tmp_path):
+    write_images(tmp_path, names, each=4)
     output = refusal("evaluate", f"from={numbered}/run", "data.source=folder", f"data.path={tmp_path}")
-    assert "does not know 1: ant" in output
+    assert unknown in output
 
 
 @pytest.mark.parametrize(
@@ -134,8 +139,9 @@ def test_a_resume_refuses_another_normalisation(three):
 
 def test_a_run_in_epochs_goes_on_with_another_batch_until_its_images_are_consumed(three):
     # 18 training images, 4 epochs: 72 images, of which 4 steps of 6 took 24.
-    code, said, err = run_command(*resumed(three, "train.global_batch=12"))
+    code, said, err = run_command(*resumed(three, "train.global_batch=12", "data.crop_pct=0.9"))
     assert code == 0, err
+    assert "changed since step 4: train.global_batch was 6 and is 12; data.crop_pct was 0.875 and is 0.9" in said
     assert "complete: step 8 of 8" in said
     assert "train.epochs=4 of 18 images = 72, of which 48 are left for steps of 12" in said
     rows = [json.loads(line) for line in (three / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -3,8 +3,11 @@
 from types import SimpleNamespace
 
 import numpy as np
+from PIL import Image
 
 from megavit.data.sources.label_checks import describe_oddities
+from tests.reference import SMALL
+from tests.trained import train
 
 
 def source(classes, counts=None):
@@ -38,3 +41,17 @@ def test_classes_without_images_are_named():
 def test_names_that_differ_in_blanks_case_or_leading_zeros_alone_are_reported_once():
     (line,) = oddities(source(["Apple", "apple", "1", "001", "10", "sky ", "sky", "class_01", "class_1"]))
     assert "'Apple' and 'apple', '1' and '001', 'sky ' and 'sky', 'class_01' and 'class_1'" in line
+
+
+def test_a_run_reports_classes_that_look_alike_and_classes_without_validation_images(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    labels = {"train": ["apple", " apple ", "Apple", "1", "001"], "val": ["apple"]}
+    for part, names in labels.items():
+        (tmp_path / f"{part}.csv").write_text("\n".join(["path,label", *(f"a.png,{name}" for name in names)]) + "\n")
+    own = ["data=csv", f"data.path={tmp_path}", "data.workers=0", "data.image_size=[8,8]", "model.patch_size=4"]
+    steps = ["train.steps=1", "train.global_batch=4", "train.micro_batch=4", "optim.warmup_steps=0"]
+    train([*SMALL, *own, *SMALL[:4], *steps, f"run.dir={tmp_path / 'run'}"])
+    warnings = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "warning: " in line]
+    (alike,) = [line for line in warnings if " and " in line and "'" in line]
+    assert "'Apple' and 'apple'" in alike and "'001'" in alike and "'1'" in alike
+    assert any("3 of 4 classes" in line and "have no validation images" in line for line in warnings), warnings
