@@ -105,7 +105,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def usage() -> str:
     """Return the text of `megavit --help`."""
-    lines = ["megavit COMMAND key=value …     megavit --version", "", "commands"]
+    lines = [
+        "megavit COMMAND key=value …",
+        "megavit --version",
+        "megavit --shell-completion install=bash|zsh|fish",
+        "",
+        "commands",
+    ]
     for name, command in COMMANDS.items():
         lines += textwrap.wrap(command.help, 104, initial_indent=f"  {name:<13}", subsequent_indent=" " * 15)
     options = "".join(f"  {option}\n" for option in list_untested())
@@ -125,6 +131,12 @@ def run(arguments: list[str]) -> int:
         print(f"megavit {__version__} (torch {_version('torch')}, megatron-core {_version('megatron-core')})")
         return FINISHED
     name, *rest = arguments
+    if name in ("--shell-completion", "-sc"):
+        # Not at the top: only this needs every setting's type.
+        from megavit.cli import shell_completion
+
+        shell_completion.run(rest, {name: (full_name(row.module), row.function) for name, row in COMMANDS.items()})
+        return FINISHED
     if name == "bench" or any(text.startswith("bench.") for text in rest):
         raise ConfigError("the benchmark left the package: now `make bench`, or python -m benchmarks.step in a clone")
     if name not in COMMANDS:
@@ -151,9 +163,8 @@ class LoadedCommand:
     @classmethod
     def of(cls, command: Command) -> "LoadedCommand":
         silence_import_warnings()
-        module = command.module if command.module.startswith("megavit.") else f"megavit.cli.{command.module}"
         with gc_paused():
-            function = getattr(import_module(module), command.function)
+            function = getattr(import_module(full_name(command.module)), command.function)
         parameters = inspect.signature(function).parameters
         kind = get_type_hints(function)["args"] if "args" in parameters else None
         return cls(function, kind, "settings" in parameters)
@@ -169,6 +180,11 @@ class LoadedCommand:
         args, rest = parse(program, kind, arguments, settings=settings)
         given = {"args": args} if self.kind is not None else {}
         return self.function(**given, **({"settings": rest} if self.takes_settings else {}))
+
+
+def full_name(module: str) -> str:
+    """Return the name of a command's module, which the table shortens."""
+    return module if module.startswith("megavit.") else f"megavit.cli.{module}"
 
 
 def _version(package: str) -> str:

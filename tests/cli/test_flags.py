@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megavit.cli.arguments import argument, describe, parse
+from megavit.cli.argument_words import read_words
+from megavit.cli.arguments import NoArguments, argument, describe, parse
 from megavit.cli.config_flags import ConfigFlags
-from megavit.cli.main import COMMANDS, LoadedCommand, main
+from megavit.cli.main import COMMANDS, full_name, main
 from megavit.config.compose import compose
 from megavit.config.saved import to_yaml
 from megavit.errors import ConfigError
@@ -85,15 +86,10 @@ def test_help_shows_a_flags_value_and_its_short_form():
 
 
 def test_the_commands_that_read_config_dir_are_those_that_the_others_name():
-    readers = []
-    for name, row in COMMANDS.items():
-        kind = LoadedCommand.of(row).kind
-        if kind is not None and issubclass(kind, ConfigFlags):
-            readers.append(name)
+    readers = [name for name, row in COMMANDS.items() if read_words(full_name(row.module), row.function).composes]
     with pytest.raises(ConfigError) as error:
-        parse("megavit x", type("None_", (), {"__dataclass_fields__": {}}), ["--config-dir=a"])
-    names = str(error.value).rpartition(": ")[2].split(", ")
-    assert sorted(names) == sorted(readers)
+        parse("megavit x", NoArguments, ["--config-dir=a"])
+    assert sorted(str(error.value).rpartition(": ")[2].split(", ")) == sorted(readers)
 
 
 def test_a_folder_of_choices_is_read_in_two_words(tmp_path, capsys):
