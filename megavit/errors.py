@@ -1,4 +1,4 @@
-"""Define the error for wrong settings and data, and make text printable for its message."""
+"""Define the errors that a user sees, and make text printable for their messages."""
 
 import errno
 import io
@@ -16,6 +16,24 @@ class ConfigError(ValueError):
     instead. A fault of megavit itself is an `assert` or any other exception: megavit prints the traceback and returns
     exit code 1.
     """
+
+
+class RunError(RuntimeError):
+    """A command that a Python call has started in other processes failed.
+
+    Attributes:
+        code: its exit code (see `megavit.runtime.run_dir`).
+    """
+
+    def __init__(self, message: str, *, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def disk_full(error: OSError) -> str:
+    """Return the message for one of `DISK_ERRORS` in a run."""
+    file = f" {error.filename}" if error.filename else ""
+    return f"a file{file} of the run cannot be written: {error.strerror}; free space and run again to continue"
 
 
 def printable(text: str | bytes) -> str:

@@ -163,7 +163,11 @@ def test_a_source_a_transform_and_a_task_of_ones_own_train(mine):
     assert torch.equal(own["images"], 255 - plain["images"])
     assert own["validation"]["seen"] == 16
     assert plain["validation"]["top1"] == 1
-    for name in ("data.source is my_parts:Stripes, of ", "data.transform is my_parts:negative", "my_parts:Wide, of "):
+    for name in (
+        "data.source is my_parts:Stripes, from ",
+        "data.transform is my_parts:negative",
+        "my_parts:Wide, from ",
+    ):
         assert name in own["log"]
     assert f"{mine}/my_parts.py" in own["log"]
 

@@ -15,9 +15,9 @@ from benchmarks.step.torch_mae import TorchMae
 from benchmarks.step.workload import Work
 from megavit.checkpoint.convert.hf_hub import check_hf_compatible, hf_config
 from megavit.checkpoint.convert.hf_mapping import split_prefix, to_hf
-from megavit.cli.convert import hf_decoder
 from megavit.config.experiment import ExperimentConfig
 from megavit.errors import ConfigError
+from megavit.inference.convert import hf_decoder
 from megavit.model.config import Pool, Positions
 from megavit.model.layers.patch_embed import patchify
 from megavit.model.torch_vit import TorchViT

@@ -32,7 +32,7 @@ def evaluate(args: EvaluateArgs, settings: list[str]) -> int:
         ConfigError: if there is no checkpoint, or a setting is wrong.
     """
     with gc_paused():
-        from megavit.cli.run_config import prepare
+        from megavit.inference.run_config import prepare
         from megavit.runtime.workers import num_ranks, start_ranks
 
     config, _ = prepare(args.from_, settings)
@@ -51,8 +51,8 @@ def main(arguments: list[str]) -> int:
 
     def work() -> int:
         with gc_paused():
-            from megavit.cli.run_config import prepare
             from megavit.inference.evaluate import evaluate
+            from megavit.inference.run_config import prepare
             from megavit.parallel.layout import world_size_from_environment
 
         args, settings = parse("megavit evaluate", EvaluateArgs, arguments, settings=True)

@@ -7,12 +7,12 @@ from typing import Any
 
 from megavit.checkpoint.convert.write import write_tensors
 from megavit.cli.arguments import argument
-from megavit.cli.run_config import prepare_on_one_rank
 from megavit.data.sources.base import name_of
 from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
 from megavit.inference.features import FeatureExtractor, Features
 from megavit.inference.load import check_pool
+from megavit.inference.run_config import prepare_on_one_rank
 from megavit.model.config import Pool
 from megavit.runtime.output import complete_file, make_folder
 from megavit.validation import format_value

@@ -7,12 +7,12 @@ from statistics import fmean
 import numpy as np
 
 from megavit.cli.arguments import argument
-from megavit.cli.run_config import prepare_on_one_rank
 from megavit.data.sources.base import all_labels
 from megavit.errors import ConfigError
 from megavit.inference.features import FeatureExtractor, open_labelled
 from megavit.inference.fewshot import C, draw_rows, fit_and_score
 from megavit.inference.load import check_pool
+from megavit.inference.run_config import prepare_on_one_rank
 from megavit.model.config import Pool
 from megavit.runtime.output import check_json, write_json
 

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavit.cli.arguments import argument
-from megavit.cli.run_config import prepare_on_one_rank
 from megavit.errors import ConfigError
 from megavit.inference.features import FeatureExtractor, open_labelled
 from megavit.inference.knn import GUESSES, count_right
 from megavit.inference.load import check_pool
+from megavit.inference.run_config import prepare_on_one_rank
 from megavit.model.config import Pool
 from megavit.runtime.output import check_json, write_json
 

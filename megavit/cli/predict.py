@@ -7,18 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TextIO
 
-import torch
-
 from megavit.cli.arguments import argument
 from megavit.data.config import PIXEL_SETTINGS
 from megavit.data.sources.image_files import find_images
-from megavit.errors import ConfigError, printable
-from megavit.inference.load import open_encoder
-from megavit.inference.trained_run import read_classes, read_run, with_settings
+from megavit.errors import ConfigError
+from megavit.inference.predict import Classifier, Prediction
 from megavit.runtime.output import check_writable, complete_file
-from megavit.task.config import ClassificationConfig, Loss
-
-_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -52,64 +46,49 @@ def predict(args: PredictArgs, settings: list[str]) -> int:
     Raises:
         ConfigError: if the run is not a classifier, or images cannot be read (after the others have been written).
     """
-    weights, config = read_run(args.from_, classifies=True, does="predicts")
-    config = with_settings(config, settings)
-    classes = read_classes(weights.checkpoint)
-    top, out = min(args.top, len(classes)), args.out
+    classifier, out = Classifier(args.from_, settings), args.out
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"out={out} must end in .csv or .jsonl")
     if out is not None:
         check_writable(out)
     paths = find_images(args.images)
-    encoder, layout = open_encoder(config, weights)
-    model = encoder.to(layout.device)
     rows, unread = [], list[ConfigError]()
-    for first in range(0, len(paths), _AT_ONCE):
-        some, images = [], []
-        for path in paths[first : first + _AT_ONCE]:
-            try:
-                images.append(model.read(path))
-                some.append(path)
-            except ConfigError as error:
-                unread.append(error)
-                if len(paths) > 1:
-                    print(f"megavit: {error}", file=sys.stderr)
-        if not images:
+    for result in classifier.classify(paths, top=args.top):
+        if isinstance(result, Prediction):
+            rows.append(result)
             continue
-        with torch.no_grad():
-            logits = model(torch.cat(images).to(layout.device))
-        # A model trained with binary cross-entropy gives each class an independent probability.
-        assert isinstance(config.task, ClassificationConfig)
-        chances = logits.sigmoid() if config.task.loss is Loss.bce else logits.softmax(dim=1)
-        best = chances.topk(top, dim=1)
-        for path, scores, labels in zip(some, best.values.tolist(), best.indices.tolist(), strict=True):
-            guesses = [{"class": classes[k], "probability": p} for k, p in zip(labels, scores, strict=True)]
-            rows.append({"image": printable(str(path)), "guesses": guesses})
+        unread.append(result)
+        if len(paths) > 1:
+            print(f"megavit: {result}", file=sys.stderr)
     if len(paths) == 1 and unread:
         raise unread[0]
     if rows:
-        _write(rows, out, top)
+        _write(rows, out, min(args.top, len(classifier.classes)))
     if unread:
         others = f"; {out or 'the output'} has the other {len(rows):,}" if rows else ""
         raise ConfigError(f"{len(unread):,} of {len(paths):,} images could not be read, see above{others}")
     return 0
 
 
-def _write(rows: list[dict], out: Path | None, top: int) -> None:
+def _write(rows: list[Prediction], out: Path | None, top: int) -> None:
     if out is None:
         _write_csv(rows, sys.stdout, top)
         return
     with complete_file(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         if out.suffix == ".jsonl":
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(json.dumps({"image": row.path, "guesses": _guesses(row)}) + "\n" for row in rows)
         else:
             _write_csv(rows, file, top)
     print(f"{out}: {len(rows)} images")
 
 
-def _write_csv(rows: list[dict], file: TextIO, top: int) -> None:
+def _guesses(row: Prediction) -> list[dict[str, str | float]]:
+    return [{"class": name, "probability": p} for name, p in zip(row.classes, row.probabilities, strict=True)]
+
+
+def _write_csv(rows: list[Prediction], file: TextIO, top: int) -> None:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["image", *(name for k in range(1, top + 1) for name in (f"class_{k}", f"probability_{k}"))])
     for row in rows:
-        cells = [cell for guess in row["guesses"] for cell in (guess["class"], f"{guess['probability']:.6f}")]
-        writer.writerow([row["image"], *cells])
+        guesses = zip(row.classes, row.probabilities, strict=True)
+        writer.writerow([row.path, *(cell for name, p in guesses for cell in (name, f"{p:.6f}"))])

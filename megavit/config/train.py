@@ -54,6 +54,8 @@ class TrainConfig:
             epoch and at most 50 times a run.
         on_nonfinite: what happens when a gradient is not finite.
         stop_at: save and exit after this step, as after a signal (exit code 75).
+        callbacks: package.module:name of functions, or of classes with a method on_step_end, that are called at the end
+            of each step.
     """
 
     steps: int | None = None
@@ -67,3 +69,4 @@ class TrainConfig:
     eval_every: int | str | None = None
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     stop_at: int | None = None
+    callbacks: list[str] | None = None

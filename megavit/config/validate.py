@@ -9,6 +9,7 @@ from megavit.optim.config import ENCODER
 from megavit.optim.registry import is_sharded
 from megavit.parallel.config import Recompute
 from megavit.parallel.stages import plan_stages
+from megavit.plugins import check_name
 from megavit.validation import format_value, require_number, require_steps
 
 
@@ -63,6 +64,8 @@ def _check_train(config: ExperimentConfig, world_size: int) -> None:
         )
     require_number("train", train, "steps", "global_batch", "micro_batch", "stop_at", at_least=1)
     require_steps("train", train, "eval_every", at_least=1)
+    for name in train.callbacks or ():
+        check_name(name, "train.callbacks")
     require_number("train", train, "epochs", above=0)
     if train.stop_at is not None and train.steps is not None and train.stop_at > train.steps:
         raise ConfigError(f"train.stop_at={train.stop_at} is after the last step, train.steps={train.steps}")

@@ -1,6 +1,7 @@
 """Read and transform the samples of micro batches, in this process or in worker processes."""
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -288,8 +289,10 @@ def prefetch(samples: SampleDataset, batches: Iterator[list[SampleKey]], *, pins
             collate_fn=_as_it_is,  # type: ignore[arg-type]
         )
     )
-    # torch's own handler raises an error anywhere in this process when a worker ends, even during cleanup.
-    signal.signal(signal.SIGCHLD, before)
+    # torch's own handler raises an error anywhere in this process when a worker ends, even during cleanup. torch
+    # installs it in the main thread only.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
     while True:
         try:
             read = _next(reads, samples)

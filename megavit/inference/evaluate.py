@@ -108,7 +108,7 @@ def _report(
         data: the data group.
         present: the class names of the data, in the data's own order.
     """
-    folder = _folder(weights, data)
+    folder = results_folder(weights, data)
     folder.mkdir(parents=True, exist_ok=True)
     count = int(totals["count"])
     results: dict[str, object] = {
@@ -139,7 +139,7 @@ def _report(
     print(f"{weights}: {count} images{part}  {summary}; details in {folder}")
 
 
-def _folder(weights: CheckpointRef, data: DataConfig) -> Path:
+def results_folder(weights: CheckpointRef, data: DataConfig) -> Path:
     """Return `RUN/evaluation/step_…`; for other data or preprocessing than the run's, append a name for them."""
     checkpoint = weights.checkpoint
     name = f"{checkpoint.name}{'_ema' if weights.averaged else ''}"

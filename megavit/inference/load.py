@@ -3,6 +3,7 @@
 Shapes: B images, C channels, N tokens, H hidden, K classes.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from megavit.model.config import ModelConfig, Pool
 from megavit.model.parameters import is_decoder, is_last_layer
 from megavit.model.torch_vit import TorchViT
 from megavit.model.vit import parameter_names
-from megavit.parallel.layout import ParallelLayout
+from megavit.parallel.layout import ParallelLayout, temporary_world
+from megavit.runtime.startup import import_warnings_silenced
 
 
 class TrainedEncoder(torch.nn.Module):
@@ -148,11 +150,12 @@ class TrainedClassifier(TrainedEncoder):
         return self.vit(self.normalize(images_BCYX))
 
 
-def load(path: str | Path, *settings: str) -> TrainedEncoder:
+def load(path: str | os.PathLike[str], *settings: str) -> TrainedEncoder:
     """Load a run's newest checkpoint, or a given checkpoint, as a torch module.
 
     Args:
-        path: a run's folder or one of its checkpoints; the prefix `ema:` loads the moving average of the weights.
+        path: a `Run`, a run's folder or one of its checkpoints; the prefix `ema:` loads the moving average of the
+            weights.
         settings: values that replace the run's data.mean, data.std, data.crop_pct or data.interpolation, each as a
             command-line setting such as "data.crop_pct=0.875".
 
@@ -162,8 +165,9 @@ def load(path: str | Path, *settings: str) -> TrainedEncoder:
     Raises:
         ConfigError: if there is no checkpoint, or a setting is wrong.
     """
-    weights = resolve_checkpoint(str(path))
-    return open_encoder(with_settings(read_config(weights.checkpoint), list(settings)), weights)[0]
+    with import_warnings_silenced(), temporary_world():
+        weights = resolve_checkpoint(os.fspath(path))
+        return open_encoder(with_settings(read_config(weights.checkpoint), list(settings)), weights)[0]
 
 
 def open_encoder(config: ExperimentConfig, weights: CheckpointRef) -> tuple[TrainedEncoder, ParallelLayout]:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 from megavit.metrics.config import MetricsConfig
+from megavit.metrics.notebook import NotebookProgress
 from megavit.metrics.plots import plot_image_grid
 from megavit.metrics.task_metric import TaskMetric, console_formats
 from megavit.metrics.wandb import WandbRun
@@ -82,7 +83,7 @@ class MetricLogger:
     ) -> None:
         self._speaks, self._run_dir = is_main, run_dir
         self._formats = {"loss": "loss {:.4f}", **console_formats(task_metrics), **_TRAINING_FORMATS}
-        self._progress: Progress | None = None
+        self._progress: Progress | NotebookProgress | None = None
         self._task: TaskID | None = None
         self._clock = _Clock(first_step, num_steps)
         self._tensorboard: Any = None
@@ -91,7 +92,9 @@ class MetricLogger:
         self._log: TextIO | None = None
         if not is_main:
             return
-        self.console = Console(soft_wrap=True, highlight=False)
+        in_notebook = Console().is_jupyter
+        # In a notebook rich would make a block of HTML of each line.
+        self.console = Console(soft_wrap=True, highlight=False, force_jupyter=False)
         self._lines = _append_to(run_dir / "metrics.jsonl")
         self._log = (run_dir / "train.log").open("a", errors="backslashreplace")
         if config.tensorboard:
@@ -101,8 +104,10 @@ class MetricLogger:
             self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
         if config.wandb is not None:
             self._wandb = WandbRun(config.wandb, name=name, run_dir=run_dir, settings=settings)
-        if self.console.is_terminal:
-            self._progress = Progress(
+        if in_notebook:
+            self._progress, self._task = NotebookProgress(completed=first_step, total=num_steps), TaskID(0)
+        elif self.console.is_terminal:
+            bar = Progress(
                 TextColumn("step"),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -110,7 +115,8 @@ class MetricLogger:
                 TextColumn("{task.fields[left]}"),
                 console=self.console,
             )
-            self._task = self._progress.add_task("", completed=first_step, total=num_steps, left="")
+            self._progress = bar
+            self._task = bar.add_task("", completed=first_step, total=num_steps, left="")
 
     def __enter__(self) -> "MetricLogger":
         if self._progress is not None:

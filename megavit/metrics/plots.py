@@ -1,26 +1,17 @@
 """Draw a run's curves, image grids, sample sheets and confusion matrix into PNG files."""
 
-import json
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
+from megavit.metrics.rows import read_rows, without_repeated
 from megavit.metrics.task_metric import TaskMetric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-def _rows(metrics_file: Path) -> list[dict[str, Any]]:
-    """Return the lines of a `metrics.jsonl`, without those that a full disk or a killed run left incomplete."""
-    rows = []
-    for line in metrics_file.read_text().splitlines():
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+    from matplotlib.figure import Figure
 
 
 def draw_curves(metrics_file: Path, picture: Path, *, task_metrics: tuple[TaskMetric, ...]) -> None:
@@ -31,9 +22,16 @@ def draw_curves(metrics_file: Path, picture: Path, *, task_metrics: tuple[TaskMe
         picture: the PNG to write.
         task_metrics: metrics of the task; the first one that the run reports is drawn.
     """
+    figure = curves_figure(metrics_file, task_metrics=task_metrics)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+
+
+def curves_figure(metrics_file: Path, *, task_metrics: tuple[TaskMetric, ...]) -> "Figure":
+    """Return the figure that `draw_curves` writes; its arguments are those of `draw_curves`."""
     from matplotlib.figure import Figure
 
-    rows = _rows(metrics_file)
+    rows = read_rows(metrics_file)
     curves = {split: _curve(rows, split) for split in ("train", "val")}
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, result = figure.subplots(1, 2)
@@ -64,20 +62,12 @@ def draw_curves(metrics_file: Path, picture: Path, *, task_metrics: tuple[TaskMe
     loss.set_yscale("log")
     _label_log_axis(loss)
     _leave_the_start_out(result, falling)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
+    return figure
 
 
 def _curve(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    """Return one split's lines that have a loss, without those that a crashed run logged after the resumed step."""
-    points: list[dict[str, Any]] = []
-    for row in rows:
-        if row["split"] != split:
-            continue
-        while points and points[-1]["step"] >= row["step"]:
-            points.pop()
-        points.append(row)
-    return [row for row in points if row["loss"] is not None]
+    """Return one split's lines that have a loss."""
+    return [row for row in without_repeated(rows, split) if row["loss"] is not None]
 
 
 def _label_log_axis(axes: "Axes") -> None:

@@ -1,7 +1,11 @@
 """Describe the parallel layout: its sizes, this rank's coordinates, its device and process groups."""
 
+import gc
 import math
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -16,6 +20,9 @@ from megavit.parallel.config import ParallelConfig
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+# torch.distributed and Megatron-Core have one state for each process.
+_WORLD = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,42 @@ class ParallelLayout:
             device=device,
             groups=ProcessGroupCollection.use_mpu_process_groups(),
         )
+
+
+@contextmanager
+def temporary_world() -> Iterator[None]:
+    """Leave, after the body, the process group and the parallel groups that the body has created.
+
+    Raises:
+        ConfigError: if another body is under way in this process, such as the run of whose callback this is a call.
+    """
+    if not _WORLD.acquire(blocking=False):
+        raise ConfigError("a run, or another use of a network, is under way in this process; call this when it ends")
+    was_initialized = dist.is_initialized()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and not was_initialized:
+            leave_world()
+        _WORLD.release()
+
+
+def leave_world() -> None:
+    """Destroy the parallel groups and the process group of this process, with the networks that were trained in it."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    from megavit.parallel.ddp import GradientBuffers
+
+    # Megatron-Core's wrapper stays alive through hooks that the garbage collector cannot see, and with it the weights,
+    # every process group and gloo's threads (0.16.1). Nobody uses it any more, so it is emptied by hand.
+    # By type, not isinstance: that looks into weak proxies, of which torch.compile leaves dead ones.
+    for wrapper in [thing for thing in gc.get_objects() if issubclass(type(thing), GradientBuffers)]:
+        wrapper.__dict__.clear()
+    gc.collect()
+    mcore_random.get_cuda_rng_tracker().reset()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def world_size_from_environment() -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from megavit.errors import DISK_ERRORS, ConfigError, escape_unprintable
+from megavit.errors import DISK_ERRORS, ConfigError, disk_full, escape_unprintable
 from megavit.parallel.layout import rank_from_environment, world_size_from_environment
 from megavit.runtime.rank_log import RankLog
 from megavit.runtime.run_dir import FAULT, USER_ERROR, write_exit
@@ -87,9 +87,7 @@ def run_rank(
             raise
         if error.errno not in DISK_ERRORS:
             return _fail(FAULT, traceback.format_exc(), run_dir(), log, peers)
-        file = f" {error.filename}" if error.filename else ""
-        text = f"a file{file} of the run cannot be written: {error.strerror}; free space and run again to continue"
-        return _fail(USER_ERROR, f"megavit: {text}", run_dir(), log, peers, starting=starting)
+        return _fail(USER_ERROR, f"megavit: {disk_full(error)}", run_dir(), log, peers, starting=starting)
     except Exception as error:
         if _is_lost_connection(error):
             # Only the launcher knows that a peer was killed. It reports that and ends this rank during the sleep.

@@ -3,6 +3,9 @@
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -23,11 +26,22 @@ def unblock() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
-class StopRequest:
-    """Record which signal has requested this process to stop, if any."""
+def _leave_process() -> None:
+    sys.stderr.write("megavit: ended at once; the last checkpoint is valid, run again to continue from it\n")
+    sys.stderr.flush()
+    os._exit(_LEFT_AT_ONCE)
 
-    def __init__(self) -> None:
+
+class StopRequest:
+    """Record which signal has requested this process to stop, if any.
+
+    Args:
+        on_second: called at the second SIGINT.
+    """
+
+    def __init__(self, *, on_second: Callable[[], object] = _leave_process) -> None:
         self.asked_by: str | None = None
+        self._on_second = on_second
 
     def listen(self) -> None:
         """Record signals from now on, including those that arrived while the launcher blocked them.
@@ -38,12 +52,34 @@ class StopRequest:
             signal.signal(number, self._take_note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Record signals while the body runs, then restore the handlers; outside the main thread, do nothing."""
+        with handlers_restored() as may_listen:
+            if may_listen:
+                self.listen()
+            yield
+
     def _take_note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.asked_by == "SIGINT":
-            sys.stderr.write("megavit: ended at once; the last checkpoint is valid, run again to continue from it\n")
-            sys.stderr.flush()
-            os._exit(_LEFT_AT_ONCE)
+            self._on_second()
         self.asked_by = signal.Signals(number).name
+
+
+@contextmanager
+def handlers_restored() -> Iterator[bool]:
+    """Restore the handlers of `STOPPING` after the body; yield whether this thread may set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield False
+        return
+    handlers = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOPPING}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        yield True
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class StopConsensus:

@@ -7,6 +7,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_LOGGERS = (
+    "torch.utils.cpp_extension",
+    # This logger warns at each save, on ranks whose layers are all frozen.
+    "megatron.core.dist_checkpointing.optimizer",
+)
+
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
@@ -31,6 +37,19 @@ def silence_import_warnings() -> None:
     """Silence the warnings of Megatron-Core and torch about missing optional packages."""
     # Otherwise each rank warns of every missing optional package, and of missing CUDA.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    # This logger warns at each save, on ranks whose layers are all frozen.
-    logging.getLogger("megatron.core.dist_checkpointing.optimizer").setLevel(logging.ERROR)
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def import_warnings_silenced() -> Iterator[None]:
+    """Silence these warnings while the body runs, then restore filters and loggers."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        silence_import_warnings()
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

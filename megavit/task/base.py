@@ -34,6 +34,10 @@ class MonitoredMetric:
     metric: str
     higher: bool
 
+    def name_in(self, found: Mapping[str, float]) -> str:
+        """Return the metric's name in an evaluation: that of the averaged weights, where there is one."""
+        return f"ema_{self.metric}" if f"ema_{self.metric}" in found else self.metric
+
     def is_better(self, found: dict[str, float], than: dict[str, float]) -> bool:
         """Return whether an evaluation is better than the best one so far.
 
@@ -43,7 +47,7 @@ class MonitoredMetric:
             found: metrics of the evaluation.
             than: metrics of the best evaluation so far; empty if there is none.
         """
-        name = f"ema_{self.metric}" if f"ema_{self.metric}" in found else self.metric
+        name = self.name_in(found)
         # A missing value is worse than every value, and so is NaN, which compares false with all.
         if name not in found or name not in than:
             return name in found and found[name] == found[name]

@@ -1,9 +1,13 @@
-"""Define the report that the trainer passes to its callbacks at the end of each step."""
+"""Define the report that the trainer passes to callbacks at the end of each step, and import callbacks by name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from megavit.errors import ConfigError
+from megavit.plugins import import_plugin
 
 
 @dataclass(frozen=True)
@@ -23,4 +27,35 @@ class StepReport:
     skipped: str | None
 
 
-StepCallback = Callable[[StepReport], None]
+StepCallback = Callable[[StepReport], object]
+
+
+class HasOnStepEnd(Protocol):
+    """An object that is called at the end of each step."""
+
+    def on_step_end(self, report: StepReport) -> object:
+        """Take a step's report; what it returns is ignored."""
+
+
+Callback = StepCallback | HasOnStepEnd | type[HasOnStepEnd]
+
+
+def open_callback(name: str) -> Callable[[StepReport], object]:
+    """Import a callback of `train.callbacks`: a function, or an object or a class with a method `on_step_end`.
+
+    Args:
+        name: `package.module:name`.
+
+    Raises:
+        ConfigError: if it does not exist, or is none of these.
+    """
+    found: Any = import_plugin(name, "train.callbacks")
+    if isinstance(found, type):
+        found = found()
+    call = getattr(found, "on_step_end", found)
+    if not callable(call):
+        raise ConfigError(
+            f"train.callbacks: {name} is a {type(found).__name__}; a function is needed, or an object with a method "
+            f"on_step_end"
+        )
+    return call

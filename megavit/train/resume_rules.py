@@ -29,6 +29,7 @@ _SETTINGS = {
         # A changed length is logged separately.
         "train.steps train.epochs "
         "train.micro_batch train.gradient_accumulation_fusion train.compile train.eval_every train.stop_at "
+        "train.callbacks "
         "parallel.tp parallel.pp parallel.vpp parallel.sequence_parallel parallel.stages "
         "parallel.recompute parallel.recompute_method parallel.recompute_layers parallel.overlap_grad_reduce "
         "parallel.bucket_size parallel.overlap_param_gather parallel.overlap_p2p "

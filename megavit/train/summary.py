@@ -1,6 +1,5 @@
 """Describe a run in log lines before the first step: layout, data, batch, optimizer, kernel, schedule."""
 
-import sys
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -20,7 +19,7 @@ from megavit.optim.registry import is_sharded
 from megavit.parallel.layout import ParallelLayout
 from megavit.planner.flops import NetworkShape, embedding_flops, forward_flops, head_flops, layer_flops
 from megavit.planner.stage_balance import useful_stages
-from megavit.plugins import is_plugin
+from megavit.plugins import is_plugin, origin
 from megavit.train.freeze import count_weights
 from megavit.train.setup import ModelSetup
 from megavit.validation import AUTO
@@ -73,9 +72,10 @@ def describe_run(
         "task.implementation": config.task.implementation,
         "optim.name": config.optim.name,
     }
-    for setting, name in plugins.items():
+    callbacks = [("train.callbacks", name) for name in config.train.callbacks or ()]
+    for setting, name in (*plugins.items(), *callbacks):
         if name is not None and is_plugin(name):
-            yield f"{setting} is {name}, from {sys.modules[name.partition(':')[0]].__file__}"
+            yield f"{setting} is {name}, from {origin(name)}"
     yield from idle_stages(config, resolved.shape)
     trained, every = count_weights(network.chunks, layout=layout)
     bf16 = config.train.precision is Precision.bf16_o2

@@ -34,7 +34,7 @@ from megavit.parallel.rng import seed_step
 from megavit.planner.flops import training_flops
 from megavit.runtime.run_dir import FINISHED, STOPPED
 from megavit.runtime.signals import StopConsensus, StopRequest
-from megavit.train.callbacks import StepCallback, StepReport
+from megavit.train.callbacks import StepCallback, StepReport, open_callback
 from megavit.train.checkpointer import Checkpointer
 from megavit.train.engine import Engine, prepare_task, wrap_network
 from megavit.train.freeze import freeze
@@ -52,7 +52,8 @@ class Trainer:
     Args:
         config: the run's configuration, checked for this world size.
         stop: records a signal that requests this process to stop.
-        on_step_end: callbacks, called in order at the end of each step, after its evaluation and save.
+        on_step_end: callbacks, called in order at the end of each step, after its evaluation and save;
+            then those of `train.callbacks`.
         evaluates: whether the validation set is evaluated.
         saves: whether checkpoints are written.
     """
@@ -67,7 +68,8 @@ class Trainer:
         saves: bool = True,
     ) -> None:
         self.config, self.stop = config, stop or StopRequest()
-        self.on_step_end, self.evaluates, self.saves = on_step_end, evaluates, saves
+        self.on_step_end = [*on_step_end, *map(open_callback, config.train.callbacks or ())]
+        self.evaluates, self.saves = evaluates, saves
         self.run_dir = Path(config.run.dir)
         self.store = CheckpointManager(self.run_dir / "checkpoints")
         self.layout = layout = ParallelLayout.create(config.parallel, timeout_s=config.run.timeout_s)

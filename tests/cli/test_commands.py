@@ -131,8 +131,8 @@ def test_classes_whose_names_are_no_utf8_are_evaluated_and_predicted(tmp_path):
 def evaluate_in_process(arguments: list[str]) -> int:
     from megavit.cli.arguments import parse
     from megavit.cli.evaluate import EvaluateArgs
-    from megavit.cli.run_config import prepare
     from megavit.inference.evaluate import evaluate
+    from megavit.inference.run_config import prepare
 
     args, settings = parse("megavit evaluate", EvaluateArgs, arguments, settings=True)
     return evaluate(*prepare(args.from_, settings, world_size=1))
@@ -222,7 +222,7 @@ def test_inspect_says_what_a_run_is(trained, monkeypatch, capsys):
     [
         (["evaluate"], "needs from=RUN"),
         (["evaluate", "from=nowhere"], "from=nowhere holds no checkpoint"),
-        (["evaluate", "from={run}", "model.num_layer=3"], "did you mean model.num_layers"),
+        (["evaluate", "from={run}", "model.num_layer=3"], "did you mean model.num_layers?"),
         (["evaluate", "from={run}", "model=vit_b16"], "a run's groups are as they were"),
         (
             ["evaluate", "from={run}", "parallel.tp=3", "run.ranks=3"],
