@@ -7,8 +7,6 @@ import yaml
 from megavit.cluster.backend import Backend
 from megavit.cluster.job import Job, plan_job
 from megavit.cluster.registry import get_backend, split_cluster
-from megavit.config.compose import compose
-from megavit.config.search_path import choices
 
 # Everything that a shell, YAML or Kubernetes would take for more than a letter, but for line breaks.
 EVIL = "a; touch X $(touch X) `touch X` 'q' \"r\" \\ $HOME $(HOME) $$(HOME) {{ x }} #: & | > X * ~ é"
@@ -46,12 +44,15 @@ def setting_of(config_class: type, key: str, value: str) -> str:
     return {list: f"cluster.{key}=[{word}]", dict: f"cluster.{key}.KEY={word}"}.get(kind, f"cluster.{key}={word}")
 
 
-def recipes() -> list[str]:
-    return choices("recipe")
-
-
-def needs_path(recipe: str) -> bool:
-    return compose([f"recipe={recipe}"]).data.source not in ("digits", "synthetic")
+# Of each task one recipe with a data path and one without; test_submit.py plans all of them.
+RECIPES = {
+    "digits": False,
+    "digits_mae": False,
+    "digits_probe": False,
+    "mae_b16_800ep": True,
+    "mae_b16_finetune": True,
+    "mae_b16_probe": True,
+}
 
 
 def key_paths(document, prefix: str = "") -> set[str]:

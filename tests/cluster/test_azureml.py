@@ -17,11 +17,10 @@ from tests.cluster.manifest import (
     EVIL,
     EVILS,
     GOLDEN,
+    RECIPES,
     key_paths,
-    needs_path,
     parsed,
     planned,
-    recipes,
     rendered,
     setting_of,
     typed,
@@ -107,9 +106,9 @@ def test_azures_client_refuses_a_wrong_field(tmp_path):
             read(tmp_path / "job.yaml")
 
 
-@pytest.mark.parametrize("recipe", recipes())
-def test_every_recipe_renders(recipe, tmp_path):
-    data = [DATA, "data.path=."] if needs_path(recipe) else []
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_of_each_task_renders(recipe, tmp_path):
+    data = [DATA, "data.path=."] if RECIPES[recipe] else []
     job = parsed(rendered(*BASE, f"recipe={recipe}", *data))
     path = ["data.path=/mnt/INPUT_data"] if data else []
     # Quoted for Hydra, as ${{…}} is when it is typed.

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from megavit.cli.main import run
+from megavit.cluster import job
 from megavit.cluster.config import ClusterConfig, LocalConfig, SlurmConfig
 from megavit.cluster.job import plan_job
 from megavit.cluster.registry import get_backend
@@ -71,6 +72,9 @@ def places(config: type[ClusterConfig], nasty: str) -> list[dict]:
 def test_no_key_of_a_cluster_lets_a_command_through(nasty, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stage = Stage(tmp_path / "stage", "srun", "scontrol", "module", "python")
+    # The run's settings are the same for each key of the cluster.
+    composed = job.compose([])
+    monkeypatch.setattr(job, "compose", lambda overrides: composed)
     scripts = []
     for config, plain in ((SlurmConfig, PLAIN), (LocalConfig, {"kind": "local"})):
         base = get_backend([cluster_file(tmp_path, plain)])

@@ -16,11 +16,10 @@ from tests.cluster.manifest import (
     EVIL,
     EVILS,
     GOLDEN,
+    RECIPES,
     key_paths,
-    needs_path,
     parsed,
     planned,
-    recipes,
     rendered,
     setting_of,
     typed,
@@ -96,9 +95,9 @@ def test_kubeflows_client_knows_every_field_of_the_runtime():
     assert as_the_library_writes_it(manifest) == manifest
 
 
-@pytest.mark.parametrize("recipe", recipes())
-def test_every_recipe_renders(recipe):
-    path = ["data.path=/data/images"] if needs_path(recipe) else []
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_of_each_task_renders(recipe):
+    path = ["data.path=/data/images"] if RECIPES[recipe] else []
     _, job = planned(*BASE, f"recipe={recipe}", *path)
     for api in APIS:
         backend = get_backend([*BASE, f"cluster.api={api}"])

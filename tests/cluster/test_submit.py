@@ -184,11 +184,11 @@ def test_each_combination_of_a_sweep_is_a_run_with_a_name():
 @pytest.mark.parametrize("recipe", choices("recipe"))
 def test_every_recipe_renders_for_slurm_and_for_this_machine(recipe):
     own = [] if recipe.startswith("digits") else ["data.path=/data"]
-    for cluster in ("slurm", "local"):
-        backend = get_backend([f"cluster={cluster}", "cluster.gpus_per_node=8"])
-        job = plan_job([f"recipe={recipe}", *own], backend.config)
+    backends = [get_backend([f"cluster={cluster}", "cluster.gpus_per_node=8"]) for cluster in ("slurm", "local")]
+    job = plan_job([f"recipe={recipe}", *own], backends[0].config)
+    assert (job.world_size, job.device) == (8, "cuda")
+    for backend in backends:
         assert f"recipe={recipe}\n" in backend.render(job)
-        assert (job.world_size, job.device) == (8, "cuda")
 
 
 def test_a_cluster_of_ones_own_is_a_file(tmp_path):
@@ -214,12 +214,20 @@ def test_cluster_is_not_a_setting_of_megavit_train(tmp_path):
     )
 
 
+def submit_here(folder: Path, *settings: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "megavit", "submit", *SMALL, *QUICK, *settings]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
 def test_a_local_job_leaves_with_the_runs_code(tmp_path):
-    submitted = [sys.executable, "-m", "megavit", "submit", *SMALL, *QUICK]
-    done = subprocess.run([*submitted, "train.stop_at=1"], capture_output=True, text=True, cwd=tmp_path)
+    done = submit_here(tmp_path, "train.stop_at=1")
     assert done.returncode == 75, done.stdout + done.stderr
     assert json.loads((tmp_path / "runs/digits/exit.json").read_text())["code"] == 75
-    wrong = subprocess.run([*submitted, "data.path=/nowhere"], capture_output=True, text=True, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_local_job_with_a_wrong_setting_leaves_with_2(tmp_path):
+    wrong = submit_here(tmp_path, "data.path=/nowhere")
     assert wrong.returncode == 2, wrong.stdout + wrong.stderr
     assert "Traceback" not in wrong.stderr
 

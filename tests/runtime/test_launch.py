@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from tests import ranks
+from tests.distributed import run_ranks
 from tests.reference import SMALL
 
 QUICK = [*SMALL, "train.steps=3", "train.global_batch=16"]
@@ -59,9 +61,11 @@ def test_megavit_train_starts_the_ranks_and_leaves_a_run_folder(tmp_path, figure
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "split", "consumed_samples", "loss", "lr", "grad_norm", "images_per_s"} <= rows[0].keys()
 
-    again = run(*command)
-    assert again.returncode == 0, again.stderr
-    assert "complete: step 3 of 3" in again.stdout
+    # Started again, a complete run trains no step.
+    (again, _) = run_ranks(ranks.train_and_keep, 2, command[command.index("parallel.tp=2") :])
+    assert again["code"] == 0
+    assert again["due"] == []
+    assert again["losses"] == {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
 
     # The folder's checkpoint is of another model: one rank rejects it with code 2, and the checkpoint stays.
     other = run(*command, "model.num_layers=2")
@@ -114,7 +118,9 @@ def test_under_torchrun_the_same_job_runs_and_the_code_is_in_exit_json(tmp_path)
     result = run(*TORCHRUN, *job)
     assert result.returncode == 0, result.stderr
     assert exit_record(tmp_path / "run") == {"code": 0, "error": None}
-    result = run(*TORCHRUN, *job, "train.global_batch=10", "train.micro_batch=4")
+    one_rank = ["1" if word == "2" else word for word in TORCHRUN]
+    wrong = [*QUICK, f"run.dir={tmp_path / 'run'}", "train.global_batch=10", "train.micro_batch=4"]
+    result = run(*one_rank, "-m", "megavit.train", *wrong)
     assert result.returncode == 1  # torchrun's own code, whatever a worker's was
     # torchrun prints a traceback about the failed worker; megavit prints the one line.
     assert result.stderr.count("megavit: ") == 1

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -38,37 +40,67 @@ def undisturbed(run_dir, *overrides: str) -> dict[int, float]:
     return run_ranks(ranks.train_and_keep, 2, settings, timeout_s=300)[0]["losses"]
 
 
-def interrupt(run_dir, *, times: int, latest_s: float, seed: int, figure) -> None:
-    """Restart a run repeatedly, signal each start at a random moment, and compare with an uninterrupted run."""
-    draw, layout = random.Random(seed), ["run.ranks=2", "parallel.tp=2", "model.hidden_dropout=0.1"]
+LAYOUT = ["run.ranks=2", "parallel.tp=2", "model.hidden_dropout=0.1"]
+
+
+def stop_and_save(run_dir, *, wait: Callable[[], None], signal_number: int) -> float:
+    """Start the run or go on with it, wait, and signal it; the seconds until it has saved and left with 75."""
+    running = start(run_dir, *LAYOUT)
+    wait()
+    asked = time.monotonic()
+    running.send_signal(signal_number)
+    out, err = running.communicate(timeout=120)
+    left_s = time.monotonic() - asked
+    assert running.returncode == STOPPED, err
+    assert "Traceback" not in err
+    assert out.count("saved; run again to go on") == 1
+    return left_s
+
+
+def saved_step(run_dir) -> int:
+    return int((run_dir / "checkpoints" / "latest").read_text().removeprefix("step_"))
+
+
+def interrupt(run_dir, moments: list[tuple[Callable[[], None], int]], *, figure) -> None:
+    """Start a run again and again, and signal each at its moment; then compare with one that ran through."""
     left_s, step = [], 0
-    for _ in range(times):
-        running = start(run_dir, *layout)
-        time.sleep(draw.uniform(0.3, latest_s))
-        asked = time.monotonic()
-        running.send_signal(draw.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]))
-        out, err = running.communicate(timeout=120)
-        left_s.append(time.monotonic() - asked)
-        assert running.returncode == STOPPED, err
-        assert "Traceback" not in err
-        assert out.count("saved; run again to continue") == 1
-        saved = int((run_dir / "checkpoints" / "latest").read_text().removeprefix("step_"))
-        assert saved > step
-        step = saved
-    assert losses(run_dir) == undisturbed(run_dir.parent / "whole", *layout, f"train.stop_at={step}")
-    figure(
-        f"{times} signals at random moments, TP 2: all left with 75, the last step {step}, {max(left_s):.1f} s at most"
+    for wait, signal_number in moments:
+        left_s.append(stop_and_save(run_dir, wait=wait, signal_number=signal_number))
+        assert saved_step(run_dir) > step
+        step = saved_step(run_dir)
+    assert losses(run_dir) == undisturbed(run_dir.parent / "whole", *LAYOUT, f"train.stop_at={step}")
+    figure(f"{len(moments)} signals, TP 2: all left with 75, the last step {step}, {max(left_s):.1f} s at most")
+
+
+def wait_for_steps(run_dir, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while not (run_dir / "metrics.jsonl").exists() or max(losses(run_dir), default=0) < count:
+        assert time.monotonic() < deadline, "no step in time"
+        time.sleep(0.05)
+
+
+def test_signals_in_the_start_and_in_training_stop_save_and_change_no_bit(tmp_path, figure):
+    run_dir = tmp_path / "run"
+    interrupt(
+        run_dir,
+        [
+            (lambda: wait_for_steps(run_dir, 5), signal.SIGINT),
+            # The ranks still import.
+            (lambda: time.sleep(1), signal.SIGTERM),
+        ],
+        figure=figure,
     )
-
-
-def test_signals_at_random_moments_stop_save_and_change_no_bit(tmp_path, figure):
-    interrupt(tmp_path / "run", times=3, latest_s=8, seed=0, figure=figure)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_twenty_signals_at_random_moments(tmp_path, figure):
-    interrupt(tmp_path / "run", times=20, latest_s=14, seed=1, figure=figure)
+    draw = random.Random(1)
+    moments = [
+        (partial(time.sleep, draw.uniform(0.3, 14)), draw.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]))
+        for _ in range(20)
+    ]
+    interrupt(tmp_path / "run", moments, figure=figure)
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path):

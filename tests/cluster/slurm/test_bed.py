@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 COMMON = "#!/bin/bash\n#SBATCH --open-mode=append --requeue --output={folder}/job.log\n"
 
 # The scontrol is part of the job that it ends: nothing can be trusted to run behind it.
@@ -44,6 +46,7 @@ def lines(folder) -> list[str]:
     return (folder / "job.log").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_a_job_that_requeues_itself_runs_again_as_restart_1_and_appends_to_its_log(slurm, tmp_path):
     number = submit(slurm, tmp_path, REQUEUES_ITSELF)
     wait_for_end(slurm, number)
