@@ -53,7 +53,7 @@ def stop_and_save(run_dir, *, wait: Callable[[], None], signal_number: int) -> f
     left_s = time.monotonic() - asked
     assert running.returncode == STOPPED, err
     assert "Traceback" not in err
-    assert out.count("saved; run again to go on") == 1
+    assert out.count("saved; run again to continue") == 1
     return left_s
 
 
