@@ -121,7 +121,13 @@ def test_a_run_takes_the_steps_of_the_serial_computation(world, rule, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("world", "rule"), [(1, AS_ROW), (2, AS_ROW), (2, AS_PLUGIN), (2, [*AS_PLUGIN, "train.precision=bf16_o2"])]
+    ("world", "rule"),
+    [
+        pytest.param(1, AS_ROW, marks=pytest.mark.slow),
+        (2, AS_ROW),
+        pytest.param(2, AS_PLUGIN, marks=pytest.mark.slow),
+        (2, [*AS_PLUGIN, "train.precision=bf16_o2"]),
+    ],
 )
 def test_lion_resumes_bit_equal(world, rule, tmp_path):
     keys = [*STEPS, *rule]
