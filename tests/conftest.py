@@ -18,6 +18,31 @@ def pytest_collection():
         return (yield)
 
 
+# The files that take longest, the longest first: two processes that take file after file then end together.
+LONGEST = (
+    "test_readme.py",
+    "cluster/slurm/test_submit.py",
+    "train/test_resume.py",
+    "train/test_engine.py",
+    "train/test_parity.py",
+    "runtime/test_launch.py",
+    "runtime/test_kill.py",
+    "checkpoint/test_layouts.py",
+    "runtime/test_signals.py",
+    "cli/test_mistakes.py",
+    "test_mae_parity.py",
+    "parallel/test_traffic.py",
+    "test_config.py",
+    "benchmarks/test_step.py",
+    "cli/test_commands.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """Mount a disk of a size, such as 300k; skipped where that is not allowed."""

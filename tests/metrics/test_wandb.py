@@ -1,13 +1,15 @@
 """Weights & Biases without a network: a resumed run keeps its id."""
 
 import json
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from tests.cli.test_mistakes import main_here
 from tests.distributed import run_ranks
 from tests.reference import SMALL
-from tests.runtime.test_launch import assert_one_message, run
 
 
 def train_offline(overrides: list[str]) -> None:
@@ -18,6 +20,12 @@ def train_offline(overrides: list[str]) -> None:
 
     os.environ["WANDB_MODE"] = "offline"
     Trainer(compose(overrides)).run()
+
+
+def main_without_wandb(arguments: list[str]) -> tuple[int, str]:
+    """Run a command as on a machine without the package, whether or not it is installed here."""
+    with mock.patch.dict(sys.modules, {"wandb": None}):
+        return main_here(arguments)
 
 
 @pytest.mark.slow
@@ -35,10 +43,9 @@ def test_a_resumed_run_keeps_its_id(tmp_path):
 
 
 def test_without_the_package_the_setting_is_refused(tmp_path):
-    # Hide the package, whether or not it is installed.
-    (tmp_path / "wandb.py").write_text("raise ImportError('No module named wandb')\n")
-    command = ["-m", "megavit", "train", *SMALL, "metrics.wandb=tests", f"run.dir={tmp_path / 'run'}"]
-    result = run(*command, PYTHONPATH=str(tmp_path))
-    assert result.returncode == 2
-    assert_one_message(result, "metrics.wandb=tests needs the package wandb: pip install wandb, or set metrics.wandb=n")
+    arguments = ["train", *SMALL, "metrics.wandb=tests", f"run.dir={tmp_path / 'run'}"]
+    code, output = run_ranks(main_without_wandb, 1, arguments)[0]
+    assert code == 2
+    assert output.count("megavit: ") == output.count("\n") == 1
+    assert "metrics.wandb=tests needs the package wandb: pip install wandb, or set metrics.wandb=n" in output
     assert json.loads(Path(tmp_path / "run" / "exit.json").read_text())["code"] == 2

@@ -51,11 +51,21 @@ LAYOUTS = {
 }
 
 
-EIGHT_RANKS = "TP 2 × PP 2 × VPP 2 × DP 2, selective recompute, all overlapped"
+# For `make test-slow`: the last one has eight ranks, the quick layouts contain what the others do.
+SLOW = (
+    "VPP 2",
+    "VPP 2 × TP 2",
+    "VPP 2, overlapped p2p",
+    "DP 2, overlapped",
+    "DP 2, overlapped, small buckets",
+    "TP 2 × PP 2, full recompute",
+    "VPP 2, oneDNN, full recompute",
+    "TP 2 × PP 2 × VPP 2 × DP 2, selective recompute, all overlapped",
+)
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=pytest.mark.slow) if name == EIGHT_RANKS else name for name in LAYOUTS]
+    "layout", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LAYOUTS]
 )
 def test_ten_steps_equal_plain_torch(layout, tmp_path, figure):
     got, want = train_both(*LAYOUTS[layout], tmp_path)

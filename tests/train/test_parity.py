@@ -70,6 +70,8 @@ def assert_same_training(got: dict, want: Result, title: str, figure) -> None:
 
 # Kept for `make test-slow`: others do the same and more.
 SLOW = (
+    "TP 2",
+    "PP 2",
     "PP 2, 4 + 0 layers",
     "PP 4",
     "DP 2 × TP 2",
@@ -87,8 +89,8 @@ def test_ten_steps_equal_plain_torch(layout, tmp_path, figure):
 
 @pytest.mark.parametrize(
     "layout",
-    ["TP 2 × PP 2", "DP 2"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("TP 2", "PP 2", "TP 2 + SP", "accumulation 4")],
+    ["TP 2 × PP 2"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("TP 2", "PP 2", "DP 2", "TP 2 + SP", "accumulation 4")],
 )
 def test_final_weights_equal_plain_torch_under_sgd(layout, tmp_path):
     ranks_needed, overrides = LAYOUTS[layout]
