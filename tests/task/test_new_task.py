@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from megavit.config import compose
+from megavit.config import compose, search_path
 from megavit.config.search_path import config_dir
 from megavit.errors import ConfigError
 from megavit.task.registry import TASKS
@@ -66,7 +66,8 @@ def test_a_task_with_dense_targets_trains_in_each_layout(conf_dir, tmp_path, fig
 
 def test_the_settings_of_a_new_task_are_known_and_suggested(conf_dir, monkeypatch):
     monkeypatch.setitem(TASKS, "segment", toy_segmentation.ROW["segment"])
-    monkeypatch.setattr(compose, "config_dir", lambda: conf_dir)
+    for module in (compose, search_path):
+        monkeypatch.setattr(module, "config_dir", lambda: conf_dir)
     config = compose.compose(["task=segment", "task.pixel_classes=5"])
     assert config.task == toy_segmentation.SegmentConfig(pixel_classes=5)
     assert compose.from_yaml(compose.to_yaml(config)) == config

@@ -127,13 +127,18 @@ ROW = {"segment": TaskRow(SegmentConfig, "tests.task.toy_segmentation:SegmentTas
 
 def train(conf_dir: str, overrides: list[str]) -> list[float]:
     """Train with the task as one rank, and return the loss of each step on the first rank."""
-    from megavit.config import compose
+    from megavit.config import compose, search_path
     from megavit.config.validate import validate
     from megavit.parallel.layout import world_size_from_environment
     from megavit.train.trainer import Trainer
 
     # Restore the table afterwards: the process runs other tests.
-    with mock.patch.dict(TASKS, ROW), mock.patch.object(compose, "config_dir", return_value=Path(conf_dir)):
+    folder = mock.Mock(return_value=Path(conf_dir))
+    with (
+        mock.patch.dict(TASKS, ROW),
+        mock.patch.object(compose, "config_dir", folder),
+        mock.patch.object(search_path, "config_dir", folder),
+    ):
         config = compose.compose(overrides)
         validate(config, world_size_from_environment())
         Trainer(config).run()
