@@ -21,7 +21,7 @@ from megavit.cluster.config import ClusterConfig
 from megavit.cluster.registry import BACKENDS
 from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
-from megavit.config.reference import enum_text, explanations, type_in_words
+from megavit.config.reference import enum_text, explanations, first_sentence, header_lines, type_in_words
 from megavit.config.search_path import choices, config_dir
 from megavit.config.settings import flatten
 from megavit.task.config import TaskConfig
@@ -114,14 +114,8 @@ def _choices_of(group: str) -> list[str]:
     names = choices(group) if folder.is_dir() else []
     if len(names) < 2:
         return []
-    rows = [(f"`{group}={name}`", _escape(_about(folder / f"{name}.yaml"))) for name in names]
+    rows = [(f"`{group}={name}`", _escape(first_sentence(folder / f"{name}.yaml"))) for name in names]
     return [*_markdown(["choice", "content"], rows), ""]
-
-
-def _about(path: Path) -> str:
-    """Return the first sentence of the comment that a YAML file opens with."""
-    sentence, stop, _ = " ".join(_header(path)).partition(". ")
-    return sentence + stop.strip()
 
 
 def _defaults(group: str) -> dict[str, Any]:
@@ -254,20 +248,9 @@ def recipes_page() -> str:
         "sets everything that its file names, and what you type overrides it.",
     ]
     for name in names:
-        command, *text = _header(config_dir() / "recipe" / f"{name}.yaml")
+        command, *text = header_lines(config_dir() / "recipe" / f"{name}.yaml")
         lines += ["", f"## {name}", "", "```text", command, "```", "", _escape(" ".join(text).strip())]
     return _NOTE + "\n".join(lines) + "\n"
-
-
-def _header(path: Path) -> list[str]:
-    """Return the lines of the comment that a YAML file opens with, without Hydra's package line."""
-    lines = []
-    for line in path.read_text().splitlines():
-        if not line.startswith("#"):
-            break
-        if not line.startswith("# @package"):
-            lines.append(line.removeprefix("#").strip())
-    return lines
 
 
 def stale() -> list[str]:

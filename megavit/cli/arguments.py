@@ -246,7 +246,7 @@ def describe(program: str, kind: type, *, about: str, settings: bool | Collectio
         width = min(24, max(map(len, rows))) + 2
         lines += ["", "arguments"]
         for left, right in rows.items():
-            first = f"  {left:<{width}}" if len(left) < width else f"  {left}  "
+            first = f"  {left:<{width}}" if len(left) < width - 1 else f"  {left}  "
             lines += textwrap.wrap(right, _WIDTH, initial_indent=first, subsequent_indent=" " * (width + 2))
     if settings is True:
         lines += ["", "key=value: settings of the run, as in megavit train; megavit train --cfg lists them all"]

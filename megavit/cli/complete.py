@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from megavit.cli.argument_words import CommandWords, Word, read_words
-from megavit.cluster.azureml_config import AzureMLConfig
-from megavit.cluster.config import ClusterConfig, LocalConfig, SlurmConfig
-from megavit.cluster.kubernetes_config import KubernetesConfig
-from megavit.config.overrides import types_of
+from megavit.cli.cluster_settings import CLUSTER, cluster_types
 from megavit.config.reference import values_of
 from megavit.config.search_path import SUFFIXES, SearchPath, groups, split_search_path
 from megavit.config.settings import run_types
 from megavit.errors import ConfigError
 
-_CLUSTER = "cluster"
 SHELLS = ("bash", "zsh", "fish")
 # Settings and arguments whose values are paths.
 _PATHS = ("data.path", "run.dir", "init_from", "from", "to", "out")
@@ -126,12 +122,12 @@ class _Command:
     def _types(self) -> dict[str, Any]:
         if self.own.settings is not True:
             return {key: run_types()[key] for key in self.own.settings or () if key in run_types()}
-        return run_types() | (_cluster_types() if self.takes_cluster else {})
+        return run_types() | (cluster_types() if self.takes_cluster else {})
 
     def _groups(self) -> list[str]:
         if not self.own.composes:
             return []
-        return [*groups(), _CLUSTER] if self.takes_cluster else groups()
+        return [*groups(), CLUSTER] if self.takes_cluster else groups()
 
     def _search(self) -> SearchPath:
         """Return the folders that the words before name; without them if they are wrong."""
@@ -147,13 +143,6 @@ class _Command:
             return split_search_path(named)[0]
         except ConfigError:
             return SearchPath()
-
-
-def _cluster_types() -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for kind in (ClusterConfig, LocalConfig, SlurmConfig, KubernetesConfig, AzureMLConfig):
-        found |= types_of(kind, f"{_CLUSTER}.")
-    return found
 
 
 def _sections(types: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple, get_type_hints
 
 from megavit import __version__
-from megavit.cli.arguments import NoArguments, describe, parse
+from megavit.cli.arguments import NoArguments, parse
 from megavit.config.untested import list_untested
 from megavit.errors import ConfigError, escape_unprintable
 from megavit.runtime.run_dir import FAULT, FINISHED, USER_ERROR
@@ -173,8 +173,11 @@ class LoadedCommand:
         kind: type = self.kind or NoArguments
         # A command that takes some settings only names them in its dataclass.
         settings = getattr(kind, "SETTINGS", self.takes_settings)
-        if "-h" in arguments or "--help" in arguments:
-            print(describe(program, kind, about=about, settings=settings))
+        if any(text.partition("=")[0] in ("-h", "--help") for text in arguments):
+            # Not at the top: the other commands do not need every setting's type.
+            from megavit.cli.help import help_text
+
+            print(help_text(program, kind, arguments, about=about, settings=settings))
             return FINISHED
         args: Any
         args, rest = parse(program, kind, arguments, settings=settings)

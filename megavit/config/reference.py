@@ -82,3 +82,21 @@ def _values(kind: Any) -> Iterator[str]:
             yield from ("true", "false")
         elif isinstance(part, type) and issubclass(part, Enum):
             yield from (str(member.value) for member in part)
+
+
+def header_lines(path: Path) -> list[str]:
+    """Return the lines of the comment that a YAML file opens with, without Hydra's package line."""
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            lines.append(line.removeprefix("#").strip())
+    return lines
+
+
+def first_sentence(path: Path) -> str:
+    """Return the first sentence of the comment that a YAML file opens with, without a recipe's command."""
+    text = " ".join(line for line in header_lines(path) if not line.startswith("megavit "))
+    sentence, stop, _ = text.strip().partition(". ")
+    return sentence + stop.strip()
