@@ -70,17 +70,18 @@ def test_a_saved_configuration_from_before_there_was_a_choice_of_losses_means_cr
         (
             ["task=mae", "task.label_smoothing=0.1"],
             "task.label_smoothing=0.1 would be ignored by task.name=mae: it is a setting of task=classify and "
-            "task=linear_probe; leave it away",
+            "task=linear_probe; remove it",
         ),
         (
             ["recipe=digits_mae", "task=classify"],
-            "task.norm_pix_loss would be ignored by task.name=classify: it is a setting of task=mae; leave it away",
+            "task.norm_pix_loss would be ignored by task.name=classify: it is a setting of task=mae; remove it",
         ),
         (["task.name=mae"], "task.name=mae: choose the task with its settings, by task=mae"),
         (["task.name=draw"], "task.name=draw does not exist; known: classify, linear_probe, mae"),
         (
             ["task=mae", "task.mask_ration=0.5"],
-            "the setting task.mask_ration does not exist; did you mean task.mask_ratio?",
+            "the setting task.mask_ration does not exist; did you mean task.mask_ratio, data.val_fraction or "
+            "data.max_bad_fraction?",
         ),
     ],
 )
