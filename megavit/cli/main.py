@@ -69,6 +69,7 @@ examples
   megavit train                                       the embedded digits: all GPUs, or one CPU process
   megavit train run.ranks=4 parallel.tp=2 parallel.pp=2
   megavit train --cfg                                 show the configuration and start nothing
+  megavit train --help model                          explain each setting of a group
   megavit train recipe=digits_mae                     a masked autoencoder
   megavit evaluate from=runs/digits run.ranks=2 parallel.tp=2
 

@@ -158,3 +158,17 @@ def test_info_is_hydras_own(topic, lines, capsys, tmp_path):
 def test_a_wrong_use_of_cfg_and_info_is_one_line_and_code_2(typed, message, capsys):
     assert main(typed.split()) == 2
     assert capsys.readouterr().err.startswith(f"megavit: {message}")
+
+
+def test_every_command_of_the_page_runs_and_starts_nothing(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text()
+    typed = [line for block in re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S) for line in block.splitlines()]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "my_vit.yaml").write_text("defaults: [vit_digits]\n")
+    assert len(typed) > 10
+    for line in typed:
+        assert main(line.split()[1:]) == 0, line
+        assert capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
