@@ -177,6 +177,20 @@ def test_an_encoder_alone_of_a_masked_autoencoder_has_its_fixed_positions(autoen
     assert torch.equal(got["weights"]["blocks.1.mlp.fc2.weight"], full["blocks.1.mlp.fc2.weight"])
 
 
+def test_maes_classifier_on_images_of_another_normalisation_is_reported(tmp_path):
+    theirs = timm.models.VisionTransformer(
+        img_size=8, patch_size=2, num_classes=10, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2, global_pool="avg",
+    )  # fmt: skip
+    torch.save({"model": theirs.state_dict()}, tmp_path / "ft.pth")
+    data = ["data.source=synthetic", "data.num_classes=10", "data.num_samples=64", "data.channels=3"]
+    own = ["data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]", "data.image_size=[8,8]"]
+    keys = [f"init_from=mae:{tmp_path / 'ft.pth'}", "model.pool=mean", "model.patch_size=2"]
+    said = start(tmp_path, *data, *own, *keys)["said"]
+    for setting, theirs_is in (("mean", "[0.485, 0.456, 0.406]"), ("std", "[0.229, 0.224, 0.225]")):
+        note = f"note: data.{setting} was {theirs_is} when these weights were trained and is [0.5, 0.5, 0.5] here"
+        assert note in said
+
+
 def test_nemos_weights_begin_its_fine_tuning_on_larger_images_with_a_head_of_zeros(tmp_path):
     weights = nemo_weights(two_matrices=True)
     torch.save({"state_dict": weights}, tmp_path / "nemo.ckpt")

@@ -79,7 +79,9 @@ def test_a_line_of_an_image_makes_no_frame_of_millions_of_pixels(shape, monkeypa
 def test_an_image_that_is_too_large_to_be_resized_is_named(monkeypatch):
     monkeypatch.setattr(resize, "_MAX_PIXELS", 10_000)
     view = ImageTransform(config(image_size=[8, 8]), augment=False)
-    with pytest.raises(ConfigError, match=r"^tower\.png cannot be resized: of its 1 × 2,000 pixels 8 × 2,000 would be"):
+    with pytest.raises(
+        ConfigError, match=r"^tower\.png cannot be resized: resizing its 1 × 2,000 pixels to 8 × 8 needs an"
+    ):
         view.preprocess(torch.zeros(3, 2000, 1, dtype=torch.uint8), name="tower.png")
 
 
