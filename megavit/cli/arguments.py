@@ -111,7 +111,7 @@ class Argument:
         return not self.is_flag or self.kind is not bool
 
     @property
-    def shown(self) -> str:
+    def as_typed(self) -> str:
         """The argument as typed: key=FORM, --flag, --flag FORM or --flag [FORM]."""
         if not self.is_flag:
             return f"{self.key}={self.form}"
@@ -122,7 +122,7 @@ class Argument:
     @property
     def usage(self) -> str:
         if self.is_flag:
-            return f"[{self.shown}]"
+            return f"[{self.as_typed}]"
         return f"{self.key}={self.form}" if self.default is MISSING else f"[{self.key}={self.form}]"
 
     def read(self, text: str) -> Any:
@@ -215,7 +215,7 @@ def _read_flag(program: str, own: Argument, typed: str, words: list[str]) -> Any
     if words and not words[0].startswith("-") and (own.bare is MISSING or is_word(words[0])):
         return words.pop(0)
     if own.bare is MISSING:
-        raise ConfigError(f"{key} needs a value: {own.shown}")
+        raise ConfigError(f"{key} needs a value: {own.as_typed}")
     return own.bare
 
 
@@ -241,7 +241,7 @@ def describe(program: str, kind: type, *, about: str, settings: bool | Collectio
     """
     lines = [usage(program, kind, settings=settings), "", about]
     arguments = arguments_of(kind)
-    rows = {f"{a.shown}, {a.short}" if a.short else a.shown: _about(a) for a in arguments}
+    rows = {f"{a.as_typed}, {a.short}" if a.short else a.as_typed: _about(a) for a in arguments}
     if rows:
         width = min(24, max(map(len, rows))) + 2
         lines += ["", "arguments"]

@@ -34,8 +34,8 @@ def candidates(words: list[str], commands: Mapping[str, tuple[str, str]]) -> lis
     if len(before) < 2:
         return _beginning_with(typed, [*commands, "--help", "--version", "--shell-completion"])
     if before[1] == "--shell-completion":
-        verbs = ("", "install=", "uninstall=")
-        return _beginning_with(typed, [f"{verb}{shell}" for verb in verbs for shell in SHELLS])
+        actions = ("", "install=", "uninstall=")
+        return _beginning_with(typed, [f"{action}{shell}" for action in actions for shell in SHELLS])
     if before[1] not in commands:
         return []
     return _Command(read_words(*commands[before[1]]), before[2:], takes_cluster=before[1] == "submit").candidates(typed)

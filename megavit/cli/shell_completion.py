@@ -1,6 +1,7 @@
 """Completion in a shell: its scripts, where they are installed, and the call that each press of the key makes."""
 
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from megavit.errors import ConfigError
 FLAG = "--shell-completion"
 # The first word of the calls that the scripts make.
 _CALL = "candidates"
+# Signs in the names of files that bash would read.
+_UNSAFE = re.compile(r"([\s\"'`$&|;<>()*?!#\\{}])")
 _MARK = "# completion of megavit"
 
 _BASH = """\
@@ -61,16 +64,16 @@ def run(arguments: list[str], commands: Mapping[str, tuple[str, str]]) -> None:
     if arguments[:1] == [_CALL]:
         print("\n".join(_answer(arguments[1:], commands)))
         return
-    verb, sign, shell = arguments[0].rpartition("=") if len(arguments) == 1 else ("", "", "")
-    if shell not in SHELLS or f"{verb}{sign}" not in ("", "install=", "uninstall="):
+    action, sign, shell = arguments[0].rpartition("=") if len(arguments) == 1 else ("", "", "")
+    if shell not in SHELLS or f"{action}{sign}" not in ("", "install=", "uninstall="):
         known = "|".join(SHELLS)
         typed = " ".join([FLAG, *arguments])
         raise ConfigError(f"{typed}: write {FLAG} install={known}, uninstall={known}, or {known} to print the script")
-    if not verb:
+    if not action:
         print(_SCRIPTS[shell], end="")
         return
     try:
-        for line in _install(shell) if verb == "install" else _uninstall(shell):
+        for line in _install(shell) if action == "install" else _uninstall(shell):
             # Comments, for those who type eval "$(…)".
             print(f"# {line}")
     except OSError as error:
@@ -91,7 +94,7 @@ def _answer(arguments: list[str], commands: Mapping[str, tuple[str, str]]) -> li
         words.append("")
     # bash replaces the part behind the last of these alone.
     kept = max((words[-1].rfind(sign) + 1 for sign in "=:" if sign in breaks), default=0)
-    return [found[kept:] for found in candidates(words, commands)]
+    return [_UNSAFE.sub(r"\\\1", found[kept:]) for found in candidates(words, commands)]
 
 
 def _files(shell: str) -> tuple[Path, Path | None]:

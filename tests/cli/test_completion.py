@@ -124,6 +124,13 @@ def test_bash_gets_the_part_behind_the_sign_that_it_breaks_words_at(env):
     assert found == ["show-data", "train.precision=", "bf16_o2", "fp32 fp16", "", "complete -F _megavit megavit"]
 
 
+def test_bash_gets_a_files_name_quoted_and_after_a_colon_the_rest(env, tmp_path, monkeypatch):
+    (tmp_path / "my images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    lines = ["megavit train data.path=my", r"megavit train data.path=my\ im", "megavit evaluate from=ema:my"]
+    assert in_shell("bash", "-c", BASH, "bash", *lines, env=env)[:3] == [r"my\ images/"] * 3
+
+
 @pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
 def test_fish_proposes_the_same(env):
     assert main(["--shell-completion", "fish"]) == 0

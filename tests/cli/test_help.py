@@ -13,7 +13,7 @@ from megavit.config.search_path import choices, groups
 from megavit.config.settings import settings_below
 
 
-def shown(capsys, *typed: str) -> str:
+def printed(capsys, *typed: str) -> str:
     assert main(list(typed)) == 0
     return capsys.readouterr().out
 
@@ -21,7 +21,7 @@ def shown(capsys, *typed: str) -> str:
 def test_help_of_train_lists_flags_groups_and_choices(capsys, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("")
-    out = shown(capsys, "train", "--help", "-cd", str(tmp_path))
+    out = printed(capsys, "train", "--help", "-cd", str(tmp_path))
     joined = out.replace("|\n      ", "|")
     for group in groups():
         names = sorted([*choices(group), "mine"]) if group == "model" else choices(group)
@@ -42,23 +42,23 @@ def test_a_groups_help_explains_each_of_its_settings(group):
 
 def test_one_setting_shows_the_value_that_the_other_words_lead_to(capsys):
     expected = "  model.drop_path=0.1  (number)\n      probability of dropping a residual branch in the last layer;"
-    assert shown(capsys, "train", "--help", "model.drop_path", "model.drop_path=0.1").startswith(expected)
-    assert shown(capsys, "train", "recipe=digits_mae", "--help=task.mask_ratio").startswith(
+    assert printed(capsys, "train", "--help", "model.drop_path", "model.drop_path=0.1").startswith(expected)
+    assert printed(capsys, "train", "recipe=digits_mae", "--help=task.mask_ratio").startswith(
         "  task.mask_ratio=0.75  (number)\n"
     )
-    assert "  task.mask_ratio  (number; task=mae)\n" in shown(capsys, "train", "--help", "task")
-    enum = shown(capsys, "train", "-h", "parallel.recompute")
+    assert "  task.mask_ratio  (number; task=mae)\n" in printed(capsys, "train", "--help", "task")
+    enum = printed(capsys, "train", "-h", "parallel.recompute")
     assert "(" in enum and "selective" in enum.partition("\n")[0]
-    assert shown(capsys, "train", "--help", "optim.betas").startswith(
+    assert printed(capsys, "train", "--help", "optim.betas").startswith(
         "  optim.betas=[0.9,0.999]  (list of number or null)\n"
     )
-    assert shown(capsys, "train", "--help", "init_from").startswith(
+    assert printed(capsys, "train", "--help", "init_from").startswith(
         "  init_from=null  (text or null)\n      weights that"
     )
 
 
 def test_submit_explains_the_settings_of_clusters(capsys):
-    out = shown(capsys, "submit", "--help", "cluster")
+    out = printed(capsys, "submit", "--help", "cluster")
     assert "\n  cluster=slurm " in out
     for key in cluster_types():
         assert f"\n  {key}=" in out or f"\n  {key}  (" in out
@@ -66,9 +66,9 @@ def test_submit_explains_the_settings_of_clusters(capsys):
 
 
 def test_an_argument_of_the_commands_own_is_explained(capsys):
-    assert shown(capsys, "train", "--help", "package").startswith("megavit train [--package PATH]\n      with --cfg,")
+    assert printed(capsys, "train", "--help", "package").startswith("megavit train [--package PATH]\n      with --cfg,")
     assert (
-        shown(capsys, "recipes", "--help")
+        printed(capsys, "recipes", "--help")
         == "megavit recipes\n\nlist the complete experiments that come with megavit\n"
     )
 
