@@ -21,6 +21,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
+from megavit.parallel.megatron_patches import replace_shards
+
 _FORM = "fully_reshardable"
 _PREFIX = "optimizer.state"
 _STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -30,8 +32,7 @@ def use_per_rank_shards(optimizer: MegatronOptimizer) -> None:
     """Make Megatron-Core's distributed optimizers save and load with this module."""
     for part in optimizer.chained_optimizers:
         if isinstance(part, DistributedOptimizer):
-            part.sharded_state_dict = partial(_sharded_state, part)
-            part.load_parameter_state_from_fully_reshardable = partial(_load, part)
+            replace_shards(part, save=partial(_sharded_state, part), load=partial(_load, part))
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 
 from megavit.checkpoint.manifest import Entry, describe
+from megavit.parallel.megatron_patches import use_local_queue
 
 T = TypeVar("T")
 
@@ -59,8 +59,7 @@ class ShardWriter:
 
     def __init__(self, state: dict[str, Any], folder: Path, *, copy_to_host: bool) -> None:
         self.folder = folder
-        # Megatron-Core would otherwise start a manager process for its queue.
-        filesystem_async._results_queue = queue.Queue()
+        use_local_queue()
         live = _memory(state) if copy_to_host else set()
         shards, common = save_preprocess(state)
         self._plan, self._metadata = _Planning(_BACKEND, _VERSION).async_save(shards, folder)

@@ -78,13 +78,3 @@ class FusedAdam(torch.optim.Optimizer):
                 maximize=False,
                 grad_scale=None if divisor == 1 else torch.full((), divisor, device=params[0].device),
             )
-
-
-def offer_to_megatron(adam: type) -> None:
-    """Set the Adam class that Megatron-Core constructs."""
-    import megatron.core.optimizer as mcore_optimizer
-    import megatron.core.optimizer.distrib_optimizer as mcore_distributed
-
-    mcore_optimizer.Adam, mcore_optimizer.USING_PYTORCH_OPTIMIZER = adam, False
-    mcore_distributed.Adam = adam
-    mcore_distributed.HAVE_APEX_OR_TE, mcore_distributed.USING_APEX_OPTIMIZER = True, True

@@ -7,19 +7,18 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
 from megavit.errors import ConfigError
-from megavit.optim import fused_adam
 from megavit.optim.config import OptimConfig, Schedule
 from megavit.optim.param_groups import group_overrides
 from megavit.optim.plugin import inspect_plugin
 from megavit.optim.registry import OPTIMIZERS, OptimizerSpec
 from megavit.optim.step import use_batched_norms
+from megavit.parallel import megatron_patches
 from megavit.plugins import import_plugin, is_plugin
 
 _FP32_BYTES = 4
@@ -66,7 +65,7 @@ def build_optimizer(
     build = _import_class(spec, config)
     numbers = {}
     if spec.sharded:
-        fused_adam.offer_to_megatron(build)
+        megatron_patches.replace_adam(build)
         assert config.betas is not None and config.eps is not None
         numbers = dict(adam_beta1=config.betas[0], adam_beta2=config.betas[1], adam_eps=config.eps)
     else:
@@ -74,7 +73,7 @@ def build_optimizer(
         if "tensor_parallel_group" in inspect.signature(build).parameters:
             keywords["tensor_parallel_group"] = model[0].tp_group
         # Megatron-Core constructs only Adam and SGD; any other class is built where it would construct SGD (0.16.1).
-        megatron_optimizer.SGD = partial(_build_other, build, keywords)
+        megatron_patches.replace_sgd(partial(_build_other, build, keywords))
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam" if spec.sharded else "sgd",

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import utils
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, clip_grads
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from megavit.optim.fused_adam import FusedAdam
+from megavit.parallel import megatron_patches
 
 
 def step_if_finite(optimizer: MegatronOptimizer, model: list[DistributedDataParallel]) -> tuple[float, bool]:
@@ -72,12 +72,9 @@ def _any_uncounted_not_finite(optimizer: MegatronOptimizer, device: torch.device
 def use_batched_norms() -> None:
     """Make Megatron-Core compute norms of gradients and scale them in a few launches, without waiting for the device.
 
-    Without Transformer Engine and apex, Megatron-Core 0.16.1 reads the norm of every single gradient back to the host.
-    If one of them is installed, its functions stay in use.
+    If Transformer Engine or apex is installed, its functions stay in use.
     """
-    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
-        clip_grads.l2_norm_impl = _l2_norm
-        clip_grads.multi_tensor_scale_impl = _scale
+    megatron_patches.replace_norm_functions(l2_norm=_l2_norm, scale=_scale)
 
 
 def _l2_norm(
