@@ -8,6 +8,7 @@ Types, defaults and values come from the dataclasses, texts from the `Attributes
 
 import argparse
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -208,7 +209,7 @@ def commands_page() -> str:
         settings = getattr(entry.kind, "SETTINGS", entry.takes_settings)
         lines += ["", f"## {name}", "", f"{row.help[:1].upper() + row.help[1:]}.", "", "```text"]
         line = usage(f"megavit {name}", entry.kind or NoArguments, settings=settings)
-        lines += [*textwrap.wrap(line, 88, subsequent_indent="    ", break_on_hyphens=False), "```", ""]
+        lines += [*_wrapped(line), "```", ""]
         rows = [
             (
                 f"`{own.key}`" + (f", `{own.short}`" if own.short else ""),
@@ -230,6 +231,13 @@ def _argument_kind(own: Argument) -> str:
     if own.is_flag:
         return f"flag with {_kind(own.kind)}" if own.takes_value else "flag"
     return _kind(own.kind) + (" or null" if own.may_be_null else "")
+
+
+def _wrapped(line: str) -> list[str]:
+    """Return a usage line in several lines, none of which ends within brackets."""
+    kept = re.sub(r"\[[^]]*\]", lambda found: found[0].replace(" ", "\u00a0"), line)
+    lines = textwrap.wrap(kept, 88, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False)
+    return [part.replace("\u00a0", " ") for part in lines]
 
 
 def _show_argument(value: Any) -> str:
