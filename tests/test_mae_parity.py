@@ -35,6 +35,10 @@ LAYOUTS = {
     ),
     "VPP 2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
     "learned positions, no class token": (1, ["model.positions=learned", "model.class_tokens=0", "model.pool=mean"]),
+    "half hidden, qk-norm, layer scale": (
+        1,
+        ["task.mask_ratio=0.5", "model.qk_norm=true", "model.layer_scale=0.1"],
+    ),
     "half hidden, qk-norm, layer scale, TP 2": (
         2,
         ["parallel.tp=2", "task.mask_ratio=0.5", "model.qk_norm=true", "model.layer_scale=0.1"],
@@ -43,7 +47,14 @@ LAYOUTS = {
 
 
 # Kept for `make test-slow`: each is its neighbours' sum.
-SLOW = ("TP 2", "PP 2", "TP 2 + SP, PP 2", "selective recompute, TP 2 × PP 2", "full recompute of groups of 2, PP 2")
+SLOW = (
+    "TP 2",
+    "PP 2",
+    "TP 2 + SP, PP 2",
+    "selective recompute, TP 2 × PP 2",
+    "full recompute of groups of 2, PP 2",
+    "half hidden, qk-norm, layer scale, TP 2",
+)
 
 
 @pytest.mark.parametrize(

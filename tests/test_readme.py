@@ -167,7 +167,7 @@ def test_unlabelled_images_become_a_classifier_as_the_page_says(tmp_path, figure
     for line in commands(block):
         name, *arguments = shlex.split(line)[1:]
         if name == "train":
-            length = f"train.epochs=20 {decoder}" if "task=mae" in arguments else "train.epochs=10"
+            length = f"train.epochs=12 {decoder}" if "task=mae" in arguments else "train.epochs=10"
             short = [text for text in arguments if not text.startswith("train.epochs=")]
             arguments = [*short, *length.split(), *small.split()]
         code, out, err = run_command(name, *arguments, folder=tmp_path)
@@ -178,7 +178,7 @@ def test_unlabelled_images_become_a_classifier_as_the_page_says(tmp_path, figure
         assert "starts from the weights of runs/pre/checkpoints/step_" in said[run]
     top1 = float(re.search(r"top1 (\d\.\d+)", said["evaluate"]).group(1))
     near = float(re.search(r"k=10  top1 (\d\.\d+)", said["knn"]).group(1))
-    figure(f"digits as files, 2 layers, 20 epochs of MAE: kNN {near:.4f}, fine-tuned 10 epochs {top1:.4f}")
+    figure(f"digits as files, 2 layers, 12 epochs of MAE: kNN {near:.4f}, fine-tuned 10 epochs {top1:.4f}")
     # A guess is right one time in ten.
     assert near > 0.25
     assert top1 > 0.25

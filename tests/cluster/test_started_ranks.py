@@ -51,7 +51,7 @@ def test_ranks_without_torchrun_refuse_a_setting_in_one_message(tmp_path):
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 2
 
 
-@pytest.mark.parametrize("late", ["0", "1"])
+@pytest.mark.parametrize("late", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_a_rank_that_comes_late_to_a_wrong_setting_does_not_report_it_again(late):
     ranks = start_processes("tests.runtime.failing_rank", "late", late)
     said = wait_for(ranks)

@@ -46,6 +46,7 @@ def logits_of(overrides: list[str], images: torch.Tensor, weights: dict | None, 
     return chunk.train(training)(images).detach()
 
 
+@pytest.mark.slow  # The quick suite converts small models of timm, test_convert.py.
 def test_timm_vit_b16_gives_the_same_logits(figure):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)

@@ -121,7 +121,7 @@ def hashes_of_images(tmp_path, monkeypatch):
 
 
 def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_save(tmp_path, figure):
-    kill_again_and_again(tmp_path / "run", range(1, 3), seed=0, figure=figure)
+    kill_again_and_again(tmp_path / "run", range(1, 2), seed=0, figure=figure)
 
 
 @pytest.mark.slow

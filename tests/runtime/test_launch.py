@@ -139,7 +139,7 @@ def test_under_torchrun_the_same_job_runs_and_the_code_is_in_exit_json(tmp_path)
 def test_an_error_on_one_rank_ends_all_ranks_with_that_error(kind, code, message):
     script = (
         "from megavit.runtime.workers import start_ranks; import sys;"
-        f"sys.exit(start_ranks(['{kind}'], ranks=3, module='tests.runtime.failing_rank'))"
+        f"sys.exit(start_ranks(['{kind}'], ranks=2, module='tests.runtime.failing_rank'))"
     )
     started = time.monotonic()
     result = run("-c", script, timeout_s=90)

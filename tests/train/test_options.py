@@ -132,7 +132,10 @@ def test_the_loss_is_the_same_with_and_without(work, name, figure):
     assert worst <= option.bound(work)
 
 
-@pytest.mark.parametrize("name", ["VPP 2, overlapped p2p", "DP 2, reduce and gather overlapped"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("VPP 2, overlapped p2p", marks=pytest.mark.slow), "DP 2, reduce and gather overlapped"],
+)
 def test_the_first_steps_are_the_same_with_and_without(name, figure):
     option = OPTIONS[name]
     on = train("digits", option.ranks, option.on, steps=QUICK_STEPS)

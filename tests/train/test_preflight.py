@@ -24,7 +24,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("DP 2") else name for name in LAYOUTS]
+)
 def test_a_rehearsed_run_is_the_same_to_the_bit(layout, tmp_path):
     ranks, overrides = LAYOUTS[layout]
     runs = {}
