@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from megavit.config import compose, search_path
+from megavit.config.saved import from_yaml, to_yaml
 from megavit.config.search_path import config_dir
 from megavit.errors import ConfigError
 from megavit.task.registry import TASKS
@@ -57,7 +58,8 @@ def test_a_task_with_dense_targets_trains_in_each_layout(conf_dir, tmp_path, fig
     # Measured 0.861, then 0.083. Without the images the loss stays at the entropy of the classes, 0.40.
     assert alone[-1] < 0.2 < 0.6 < alone[0]
     for layout in ("parallel.pp=2", "parallel.tp=2"):
-        overrides = [*SEGMENT, layout, f"train.stop_at={LAYOUT_STEPS}", f"run.dir={tmp_path / layout}"]
+        length = [f"train.stop_at={LAYOUT_STEPS}", f"train.eval_every={LAYOUT_STEPS}"]
+        overrides = [*SEGMENT, layout, *length, f"run.dir={tmp_path / layout}"]
         losses = run_ranks(toy_segmentation.train, 2, str(conf_dir), overrides)[0]
         worst = max(abs(loss - other) for loss, other in zip(losses, alone[:LAYOUT_STEPS], strict=True))
         figure(f"dense targets, {layout}: {LAYOUT_STEPS} losses within {worst:.1e} of one rank's")
@@ -70,7 +72,7 @@ def test_the_settings_of_a_new_task_are_known_and_suggested(conf_dir, monkeypatc
         monkeypatch.setattr(module, "config_dir", lambda: conf_dir)
     config = compose.compose(["task=segment", "task.pixel_classes=5"])
     assert config.task == toy_segmentation.SegmentConfig(pixel_classes=5)
-    assert compose.from_yaml(compose.to_yaml(config)) == config
+    assert from_yaml(to_yaml(config)) == config
     with pytest.raises(ConfigError, match=r"would be ignored by task\.name=mae: it is a setting of task=segment"):
         compose.compose(["task=mae", "task.pixel_classes=5"])
     with pytest.raises(ConfigError, match=r"did you mean task\.pixel_classes"):
