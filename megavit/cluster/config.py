@@ -125,6 +125,8 @@ class SlurmConfig(ClusterConfig):
         requeue: whether a stopped or crashed job is queued again.
         max_restarts: crashes in a row, without a new checkpoint between them, after which the job is not queued again.
         port: port of the rendezvous on the first node; null derives it from the job's number.
+        array: submit the runs of a sweep (--multirun) as one job array.
+        array_limit: number of an array's runs that train at the same time; null for no limit.
     """
 
     partition: str | None = None
@@ -148,6 +150,8 @@ class SlurmConfig(ClusterConfig):
     requeue: bool = True
     max_restarts: int = 3
     port: int | None = None
+    array: bool = False
+    array_limit: int | None = None
 
     def check(self) -> None:
         """Raise ConfigError if the settings contradict each other."""
@@ -157,6 +161,9 @@ class SlurmConfig(ClusterConfig):
         # Slurm stores it in 16 bits.
         require_number("cluster", self, "grace_s", at_least=0, below=65536)
         require_number("cluster", self, "port", at_least=1024, below=65536)
+        require_number("cluster", self, "array_limit", at_least=1)
+        if self.array_limit is not None and not self.array:
+            raise ConfigError(f"cluster.array_limit={self.array_limit} would be ignored without cluster.array=true")
         # Slurm parses these words: a comma, a quote or a space would have a meaning.
         require_form(self, _SLURM_WORDS, taker="Slurm")
         for name, value in self.options.items():
@@ -190,7 +197,7 @@ _OUR_OPTIONS = {
     "ntasks-per-node": "it is 1, a torchrun on each node",
     "cpus-per-task": "set cluster.cpus_per_rank",
     "gpus-per-node": "set cluster.gpus_per_node",
-    "array": "--multirun submits several jobs",
+    "array": "--multirun submits several jobs, with cluster.array=true as one array",
 }
 _WORD, _HOSTS = r"[\w.+-]+", r"[\w.,\[\]-]+"
 _SLURM_WORDS = {

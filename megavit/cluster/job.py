@@ -1,15 +1,13 @@
 """Plan a run as a job, and check it before submission against the requested nodes."""
 
-import itertools
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megavit.cluster.config import ClusterConfig, Kind
-from megavit.config.compose import AUTO_MODEL, compose
+from megavit.config.compose import compose
 from megavit.config.experiment import ExperimentConfig
-from megavit.config.overrides import key_of, sweep, write_home_out, write_text
+from megavit.config.overrides import write_home_out
 from megavit.config.portable import make_portable
 from megavit.config.settings import run_types
 from megavit.config.validate import validate
@@ -62,6 +60,49 @@ class Job:
         return f"{self.name} on {nodes}{each}"
 
 
+@dataclass(frozen=True)
+class ArrayJob(Job):
+    """The runs of a sweep as one job array; the folder is the sweep's.
+
+    Attributes:
+        tasks: the runs.
+    """
+
+    tasks: tuple[Job, ...] = ()
+
+    def __str__(self) -> str:
+        return f"an array of {len(self.tasks)} runs, each {super().__str__()}"
+
+
+def gather_array(jobs: list[Job], *, name: str) -> ArrayJob:
+    """Return runs of a sweep as one job array.
+
+    Args:
+        jobs: the runs.
+        name: the array's name; its folder is multirun/NAME.
+
+    Raises:
+        ConfigError: if the runs need different numbers of ranks: the tasks of an array have the same resources.
+    """
+    first = jobs[0]
+    for job in jobs:
+        if (job.ranks_per_node, job.gpus_per_node) != (first.ranks_per_node, first.gpus_per_node):
+            raise ConfigError(
+                f"cluster.array=true: {first.name} has {first.ranks_per_node} ranks on each node and {job.name} has "
+                f"{job.ranks_per_node}, but the tasks of an array have the same resources; set cluster.ranks_per_node, "
+                f"or cluster.array=false"
+            )
+    run = replace(first.config.run, name=name, dir=str(Path("multirun") / name))
+    return ArrayJob(
+        first.overrides,
+        replace(first.config, run=run),
+        first.nodes,
+        first.gpus_per_node,
+        first.ranks_per_node,
+        tuple(jobs),
+    )
+
+
 def plan_job(
     overrides: list[str], cluster: ClusterConfig, *, resolve: Callable[[list[str]], list[str]] = lambda typed: typed
 ) -> Job:
@@ -109,44 +150,6 @@ def plan_job(
     validate(config, job.world_size)
     _check_data_path(config.data.path)
     return job
-
-
-def split_sweep(overrides: list[str]) -> list[list[str]]:
-    """Return a list of settings for each combination of values (key=a,b); each run gets a name of its own.
-
-    Raises:
-        ConfigError: if no setting has several values, a value is repeated, or the runs would share one folder.
-    """
-    choices, swept = [], []
-    for text in overrides:
-        values = sweep(text, run_types())
-        if len(set(values)) < len(values):
-            raise ConfigError(f"'{text}' names a value twice; each combination is one job")
-        if values != [text]:
-            swept.append(key_of(text))
-        choices.append(values)
-    if not swept:
-        raise ConfigError("--multirun needs a setting with several values, as optim.lr=1e-3,3e-3")
-    fixed = [text for text in overrides if text.startswith("run.dir=") and "run.dir" not in swept]
-    if fixed and "run.name" not in swept:
-        raise ConfigError(f"{fixed[0]} would be the folder of every job; leave it away, they are runs/NAME-VALUES")
-    return [_named(list(combination), swept) for combination in itertools.product(*choices)]
-
-
-def _named(overrides: list[str], swept: list[str]) -> list[str]:
-    if "run.name" in swept or "run.dir" in swept:
-        return overrides
-    short = [key.rsplit(".", 1)[-1] for key in swept]
-    words = []
-    for text in overrides:
-        key, _, value = text.partition("=")
-        if key in swept:
-            last = key.rsplit(".", 1)[-1]
-            safe = re.sub(r"[^\w.+-]+", ".", value).strip(".")
-            words.append(f"{last if short.count(last) == 1 else key}_{safe}")
-    rest = [text for text in overrides if not text.startswith("run.name=")]
-    name = compose([text for text in overrides if text != AUTO_MODEL]).run.name
-    return [*rest, write_text("run.name", f"{name}-{'-'.join(words)}")]
 
 
 def _count_gpus() -> int:

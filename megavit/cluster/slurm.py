@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from megavit.cluster.backend import Submitted
 from megavit.cluster.config import ClusterConfig, Container, SlurmConfig
-from megavit.cluster.job import Job
+from megavit.cluster.job import ArrayJob, Job
 from megavit.cluster.paths import local_init_from, own_data_path
 from megavit.cluster.render import render_shell
 from megavit.errors import ConfigError
@@ -38,11 +38,15 @@ class Slurm:
             ConfigError: if the container cannot access the job's files.
         """
         slurm = self._slurm
-        log = str(job.run_dir / "launch" / "slurm-%j.log")
+        tasks = job.tasks if isinstance(job, ArrayJob) else ()
+        pattern = "%A_%a" if tasks else "%j"
+        log = f"{job.run_dir / 'launch' / 'slurm-'}".replace("%", "%%") + f"{pattern}.log"
         gpus = f"{slurm.gpu_type}:{job.gpus_per_node}" if slurm.gpu_type else job.gpus_per_node
         words = {name: value for name in _WORDS if (value := getattr(slurm, name)) is not None}
         words |= {"exclusive": None} if slurm.exclusive else {}
         words |= slurm.options
+        # The same for all tasks; each is checked.
+        containers = [self._container(each) for each in tasks or (job,)]
         in_container = slurm.container is not Container.none
         return render_shell(
             "slurm.sh.j2",
@@ -54,7 +58,9 @@ class Slurm:
                 "gpus": gpus if job.gpus_per_node else None,
                 "options": [f"--{name}={value}" if value else f"--{name}" for name, value in words.items()],
                 # Escape percent signs of the folder's name, which Slurm would read as patterns.
-                "log": log.replace("%", "%%").replace("%%j", "%j"),
+                "log": log,
+                "tasks": tasks,
+                "array": _array(len(tasks), slurm.array_limit),
                 "grace_s": slurm.grace_s,
                 "requeue": slurm.requeue,
                 "max_restarts": slurm.max_restarts,
@@ -67,7 +73,7 @@ class Slurm:
                 "env": slurm.env,
                 "settings": job.overrides,
                 "port": slurm.port,
-                "container": self._container(job),
+                "container": containers[0],
                 "python": slurm.python or ("python" if in_container else sys.executable),
             },
         )
@@ -130,7 +136,8 @@ class Slurm:
             ConfigError: if Slurm rejects the job, with its message.
         """
         job_id = _ask(["sbatch", "--parsable", str(file)]).split(";")[0].strip()
-        log = str(job.run_dir / "launch" / f"slurm-{job_id}.log")
+        task = "_0" if isinstance(job, ArrayJob) else ""
+        log = str(job.run_dir / "launch" / f"slurm-{job_id}{task}.log")
         return Submitted(
             job_id,
             {
@@ -144,6 +151,11 @@ class Slurm:
     def take_back(self, submitted: Submitted) -> None:
         """Cancel the job."""
         _ask(["scancel", submitted.job_id])
+
+
+def _array(count: int, limit: int | None) -> str:
+    """Return the numbers of an array's tasks in Slurm's form."""
+    return f"0-{count - 1}" + (f"%{limit}" if limit is not None else "")
 
 
 def _ask(command: list[str], *, stdin: str | None = None, refused: str = "Slurm rejects the job") -> str:

@@ -129,10 +129,8 @@ def write_home_out(typed: str, types: Mapping[str, Any]) -> str:
     return typed if text == value else write_text(key, text)
 
 
-def sweep(typed: str, types: Mapping[str, Any]) -> list[str]:
-    """Expand a sweep into its arguments: key=a,b or key=choice(a,b) is key=a and key=b.
-
-    Commas separate the values of a text setting; a value that contains a comma is quoted.
+def split_text_values(typed: str, types: Mapping[str, Any]) -> list[str] | None:
+    """Return `key=value` for each value of a text setting, a,b or choice(a,b); None for a setting of another type.
 
     Raises:
         ConfigError: if it cannot be parsed.
@@ -140,14 +138,16 @@ def sweep(typed: str, types: Mapping[str, Any]) -> list[str]:
     key, sign, value = typed.partition("=")
     bare = _bare(_type_of(key.lstrip("+"), types))
     if not sign or bare not in (str, list[str]):
-        setting = read_setting(typed, types)
-        if not setting.override.is_sweep_override():
-            return [typed]
-        return [f"{key}={each}" for each in setting.override.sweep_string_iterator()]
+        return None
     choice = re.fullmatch(r"choice\((.*)\)", value, re.S)
     values = list(_split(choice[1] if choice else value, _LIST if bare == list[str] else _TEXT))
     if len(values) < 2 and not choice:
         return [typed]
+    if not choice and (function := re.match(r"(range|interval|glob|shuffle|sort|tag)\(", value)):
+        raise ConfigError(
+            f"'{typed}': a text setting takes a,b or choice(a,b), and not {function[1]}(); a text with a comma goes in "
+            f"quotes"
+        )
     if "" in values:
         raise ConfigError(f"'{typed}' gives an empty value between two commas; an empty text goes in quotes")
     return [f"{key}={each}" for each in values]

@@ -13,18 +13,20 @@ from typing import Any
 _PACKAGES = ("megavit", "torch", "megatron-core", "torchvision", "numpy", "flash-attn", "transformer-engine", "apex")
 
 
-def record_launch(run_dir: Path, *, layout: str, step: int) -> None:
+def record_launch(run_dir: Path, *, layout: str, step: int, monitor: dict[str, Any]) -> None:
     """Add a line about this start; one rank calls this.
 
     Args:
         run_dir: the run's folder.
         layout: description of the layout.
         step: steps done before this start.
+        monitor: the metric that selects the best checkpoint, and whether a larger value is better.
     """
     line = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "step": step,
         "layout": layout,
+        "monitor": monitor,
         "command": sys.argv,
         **provenance(),
     }

@@ -33,8 +33,13 @@ def claim_folder(run_dir: Path) -> IO[str]:
     return lock
 
 
-def lock_folder(run_dir: Path) -> IO[str]:
+def lock_folder(run_dir: Path, *, setting: str = "run.dir", instead: str = "run.name") -> IO[str]:
     """Lock a folder for this process.
+
+    Args:
+        run_dir: the folder.
+        setting: the setting that names it, for messages.
+        instead: the setting that chooses another folder, for messages.
 
     Returns:
         The lock file, which holds the lock while it is open. The operating system releases the lock when the process
@@ -52,19 +57,19 @@ def lock_folder(run_dir: Path) -> IO[str]:
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             raise ConfigError(
-                f"run.dir={run_dir} is in use by {holder}; wait for it, stop it, or choose another run.name"
+                f"{setting}={run_dir} is in use by {holder}; wait for it, stop it, or choose another {instead}"
             ) from None
         lock.truncate(0)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         lock.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
         lock.flush()
     except OSError as error:
-        raise _unwritable(run_dir, error) from error
+        raise _unwritable(run_dir, error, setting=setting) from error
     return lock
 
 
-def _unwritable(run_dir: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"run.dir={run_dir} cannot be written: {error.strerror}; choose another")
+def _unwritable(run_dir: Path, error: OSError, *, setting: str = "run.dir") -> ConfigError:
+    return ConfigError(f"{setting}={run_dir} cannot be written: {error.strerror}; choose another")
 
 
 def write_exit(run_dir: Path | None, code: int | None, error: str | None) -> None:

@@ -1,6 +1,7 @@
 """Train: build the parts of a run in the order of the data flow, then run the only training loop."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ class Trainer:
         if layout.rank == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.yaml").write_text(to_yaml(config))
-            record_launch(self.run_dir, layout=layout.describe(), step=self.step)
+            record_launch(self.run_dir, layout=layout.describe(), step=self.step, monitor=asdict(self.task.monitor))
         logger = MetricLogger(
             config.metrics,
             self.run_dir,

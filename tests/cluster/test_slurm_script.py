@@ -4,10 +4,12 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from megavit.cli.main import main
 from megavit.cluster.job import plan_job
 from megavit.cluster.registry import get_backend
 from megavit.errors import ConfigError
@@ -207,3 +209,47 @@ def test_shellcheck_finds_nothing_in_what_is_rendered(tmp_path):
         file.write_text(script(*arguments))
         found = subprocess.run([checker, str(file)], capture_output=True, text=True)
         assert found.returncode == 0, found.stdout
+
+
+ARRAY = ["optim.lr=1e-3,3e-3", "run.seed=0,1", "train.steps=5"]
+
+
+def array_script(tmp_path, monkeypatch, capsys, *arguments: str) -> str:
+    monkeypatch.chdir(tmp_path)
+    words = ["submit", "-m", *CPU, "cluster.array=true", "cluster.dry_run=true", *arguments]
+    assert main(words) == 0
+    return capsys.readouterr().out
+
+
+def test_a_sweep_as_one_array_has_a_task_for_each_run_and_its_own_folder(tmp_path, monkeypatch, capsys):
+    text = array_script(tmp_path, monkeypatch, capsys, "cluster.array_limit=2", *ARRAY)
+    assert text.startswith(f"# {tmp_path}/multirun/digits/launch/job.sbatch: an array of 4 runs, each digits on 1 CPU")
+    golden = Path(__file__).parent / "golden" / "array.sbatch"
+    script = text.partition("\n")[2].replace(str(tmp_path), "/folder").replace(sys.executable, "python")
+    assert script.strip() == golden.read_text().strip()
+
+
+def test_an_arrays_task_trains_its_run_and_queues_itself_again_alone(tmp_path, monkeypatch, capsys):
+    text = array_script(tmp_path, monkeypatch, capsys, *ARRAY)
+    stage = Stage(tmp_path / "stage", "srun", "scontrol", "module")
+    task = {**JOB, "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "3"}
+    run = "runs/digits-lr_0.003-seed_1"
+    srun = f'echo \'{{"code": 75, "error": null}}\' > {run}/exit.json; exit 1'
+    played = stage.play(text, folder=tmp_path, environment=task, srun=srun, scontrol=RUNNING)
+    assert played.of("srun")[0][-4:] == ["optim.lr=0.003", "run.seed=1", "train.steps=5", f"run.name={Path(run).name}"]
+    assert (played.code, played.of("scontrol")[-1]) == (75, ["requeue", "40_3"])
+    none = stage.play(text, folder=tmp_path, environment={**task, "SLURM_ARRAY_TASK_ID": "4"}, scontrol=RUNNING)
+    assert (none.code, none.of("srun")) == (2, [])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("cluster.array=true optim.lr=1e-3", "cluster.array=true is for the runs of a sweep; add --multirun"),
+        ("-m cluster.array_limit=2 optim.lr=1e-3,2e-3", "cluster.array_limit=2 would be ignored without cluster.array"),
+        ("-m cluster.array=true parallel.tp=1,2", "the tasks of an array have the same resources"),
+    ],
+)
+def test_an_array_that_cannot_be_is_refused(line, message, capsys):
+    assert main(["submit", *CPU, *line.split()]) == 2
+    assert message in capsys.readouterr().err

@@ -12,10 +12,11 @@ import pytest
 from megavit.cli.main import run
 from megavit.cluster.azureml_config import AzureMLConfig
 from megavit.cluster.config import SlurmConfig
-from megavit.cluster.job import plan_job, split_sweep
+from megavit.cluster.job import plan_job
 from megavit.cluster.kubernetes_config import KubernetesConfig
 from megavit.cluster.registry import get_backend
 from megavit.config.search_path import choices
+from megavit.config.sweep import split_sweep
 from megavit.errors import ConfigError
 from tests.cluster.stage import Stage
 from tests.reference import SMALL

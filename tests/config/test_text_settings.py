@@ -16,7 +16,7 @@ from megavit.cli.features import FeaturesArgs
 from megavit.cli.predict import PredictArgs
 from megavit.cluster.azureml_config import AzureMLConfig
 from megavit.cluster.config import LocalConfig, SlurmConfig
-from megavit.cluster.job import plan_job, split_sweep
+from megavit.cluster.job import plan_job
 from megavit.cluster.kubernetes_config import KubernetesConfig
 from megavit.cluster.registry import get_backend
 from megavit.config.compose import compose
@@ -24,6 +24,7 @@ from megavit.config.experiment import ExperimentConfig
 from megavit.config.overrides import read_setting, read_text, types_of, write_text
 from megavit.config.saved import from_yaml, merge, to_yaml
 from megavit.config.settings import flatten, run_types
+from megavit.config.sweep import split_sweep
 from megavit.data.sources.open import open_source
 from megavit.errors import ConfigError
 from megavit.runtime.workers import literal

@@ -145,6 +145,23 @@ def test_a_multirun_of_two_submits_both_and_both_finish(at):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_sweep_as_one_array_trains_each_run_and_queues_a_stopped_task_again_alone(at):
+    sweep = ["cluster.array=true", *SMALL, "train.steps=120", "run.seed=1,2", "run.name=swept"]
+    done = at.run("submit", "--multirun", *CPU, *sweep)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (number,) = (line.split()[-1] for line in done.stdout.splitlines() if line.startswith("  job "))
+    at.wait_for_step("swept-seed_2", 5)
+    assert at.slurm.run("scancel", "--signal=USR1", f"{number}_1").returncode == 0
+    for task, restarts in ((0, "0"), (1, "1")):
+        log = at.folder / f"multirun/swept/launch/slurm-{number}_{task}.log"
+        job = at.wait(f"{number}_{task}", "COMPLETED", "FAILED", timeout_s=300)
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", restarts), log.read_text()
+        assert sorted(at.losses(f"swept-seed_{task + 1}")) == list(range(1, 121))
+        assert "complete: step 120 of 120" in log.read_text()
+
+
+@pytest.mark.slow
 def test_a_cancelled_job_saves_and_stays_cancelled(at):
     (number,) = at.submit(*SMALL, *TP_2, "train.steps=100000", "run.name=cancelled")
     at.wait_for_step("cancelled", 5)
