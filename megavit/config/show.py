@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import Container, DictConfig, OmegaConf, open_dict
+from omegaconf import Container, DictConfig, OmegaConf, flag_override, open_dict
 
 from megavit.config.compose import Composition, hydra_initialized
 from megavit.config.settings import alternatives, nearest
@@ -57,7 +57,13 @@ def _part(composition: Composition, part: Part, *, resolve: bool) -> DictConfig:
     if part is Part.job:
         with open_dict(node):
             del node[_HYDRA]
-    return OmegaConf.masked_copy(node, [_HYDRA]) if part is Part.hydra else node
+    if part is not Part.hydra:
+        return node
+    hydra = OmegaConf.masked_copy(node, [_HYDRA])
+    with flag_override(hydra[_HYDRA], ["struct", "readonly"], [False, False]):
+        # Templates of Hydra's help, which Hydra does not print here either.
+        del hydra[_HYDRA]["help"], hydra[_HYDRA]["hydra_help"]
+    return hydra
 
 
 def _paths(node: Any, prefix: str = "") -> list[str]:

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 
 from megavit.cli.argument_words import read_words
 from megavit.cli.arguments import NoArguments, argument, describe, parse
 from megavit.cli.config_flags import ConfigFlags
 from megavit.cli.main import COMMANDS, full_name, main
-from megavit.config.compose import compose
+from megavit.config.compose import compose, compose_with_sources, hydra_initialized
 from megavit.config.saved import to_yaml
+from megavit.config.show import config_text
+from megavit.config.show_flags import Part
 from megavit.errors import ConfigError
 
 
@@ -172,3 +175,32 @@ def test_every_command_of_the_page_runs_and_starts_nothing(tmp_path, monkeypatch
         assert main(line.split()[1:]) == 0, line
         assert capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "resolve", "package"),
+    [
+        ("job", False, None),
+        ("job", True, "_global_"),
+        ("job", False, "optim"),
+        ("job", False, "hydra.runtime"),
+        ("hydra", True, None),
+        ("hydra", False, "run.dir"),
+        ("all", False, None),
+        ("all", True, "run.dir"),
+    ],
+)
+def test_cfg_prints_what_hydra_prints(part, resolve, package, capsys):
+    composition = compose_with_sources(["recipe=digits", "optim.lr=1e-3"])
+    overrides = list(composition.node.hydra.overrides.task)
+    with hydra_initialized(composition.search):
+        try:
+            GlobalHydra.instance().hydra.show_cfg("train", overrides, part, package, resolve=resolve)
+        except SystemExit:
+            with pytest.raises(ConfigError, match="the configuration has no"):
+                config_text(composition, part=Part(part), resolve=resolve, package=package)
+            return
+    texts = (config_text(composition, part=Part(part), resolve=resolve, package=package), capsys.readouterr().out)
+    # Hydra's own folder is named by the time.
+    ours, theirs = (re.sub(r"\d\d-\d\d-\d\d", "TIME", text) for text in texts)
+    assert ours == theirs
