@@ -48,13 +48,40 @@ PLAIN = st.one_of(
     st.sampled_from(["fp32", "bf16_o2", "..", "a/b"]),
     st.text(max_size=12),
     st.text("${}[]():,=~@!'\"\\ ", max_size=8),
-    st.sampled_from(["adamw", "sgd", "mae", "vit_b16", "digits", "digits_mae", "nowhere", "default"]),
+    st.sampled_from(
+        [
+            "adamw",
+            "sgd",
+            "nowhere.yaml",
+            "[digits,nowhere.yaml]",
+            "[digits,digits_mae]",
+            "mae",
+            "vit_b16",
+            "digits",
+            "digits_mae",
+            "nowhere",
+            "default",
+        ]
+    ),
 )
 NAMES = st.one_of(
     st.sampled_from(KEYS),
     st.sampled_from([*groups(), *KEYS]).map(lambda key: key[:-1]),
     st.sampled_from(groups()),
-    st.sampled_from(["run", "train", "hydra", "hydra.run.dir", "_target_", "optim._target_", "defaults"]),
+    st.sampled_from(
+        [
+            "run",
+            "train",
+            "hydra",
+            "hydra.run.dir",
+            "hydra.searchpath",
+            "--config-dir",
+            "--config-name",
+            "_target_",
+            "optim._target_",
+            "defaults",
+        ]
+    ),
     st.text(max_size=8),
 )
 FORMS = st.sampled_from(["{}={}"] * 8 + ["+{}={}", "++{}={}", "~{}={}", "~{}", "{}", "{}@x={}", "{}="])
@@ -111,6 +138,7 @@ def compose_and_check(overrides: list[str], world_size: int) -> None:
     finally:
         _watching[0] = False
     assert refused is None or (refused and "Traceback" not in refused)
+    assert refused is None or "\n" not in refused or "\n" in "".join(overrides)
     assert not _ran
 
 
@@ -122,10 +150,10 @@ def test_settings_at_random_are_taken_or_refused_in_one_message(overrides, world
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.timeout(7200)
+@settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(OVERRIDES, min_size=1, max_size=4), st.sampled_from([1, 2, 3, 4, 8]))
-def test_two_thousand_settings_at_random(overrides, world_size):
+def test_ten_thousand_lines_of_settings_at_random(overrides, world_size):
     compose_and_check(overrides, world_size)
 
 
