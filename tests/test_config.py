@@ -37,7 +37,7 @@ def test_a_saved_configuration_with_a_removed_setting_is_read():
     assert from_yaml(text) == config
 
 
-def test_other_data_leave_the_digits_recipe_away_unless_it_is_typed():
+def test_other_data_drop_the_recipe_of_the_digits_unless_it_is_typed():
     with_recipe = compose(["recipe=digits", "data.path=/data"])
     assert (compose([]).run.name, with_recipe.run.name) == ("digits", "digits")
     for data in ("data=folder", "data.path=/data"):

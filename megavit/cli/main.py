@@ -50,7 +50,9 @@ COMMANDS = {
     "verify": Command("checkpoints", "verify", "read every byte of a run's checkpoints; exit code 3 if one is broken"),
     "prune": Command("checkpoints", "prune", "remove older checkpoints of a run"),
     "convert": Command("convert", "convert", "convert weights from and to timm, Hugging Face, MAE and NeMo"),
-    "show-data": Command("show_data", "show_data", "draw training images beside what the network receives of them"),
+    "show-data": Command(
+        "show_data", "show_data", "draw training images next to the inputs that the network receives of them"
+    ),
     "recipes": Command("recipes", "list_recipes", "list the complete experiments that come with megavit"),
     "config": Command(
         "new_recipe", "config", "config new FILE.yaml: write a recipe of one's own, every setting explained"
@@ -77,7 +79,7 @@ exit codes: 0 finished, 1 a fault, 2 wrong settings or data, 3 findings (verify,
 
 Without GPUs the ranks are CPU processes; MEGAVIT_DEVICE=cpu asks for that on a GPU machine too.
 Not run on a GPU yet: everything. Layouts were measured on CPU processes, which run the same Megatron-Core code. On a
-GPU a run names those of these settings that it uses, and goes on:
+GPU a run names those of these settings that it uses, and continues:
 """
 
 

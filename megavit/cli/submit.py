@@ -22,7 +22,7 @@ _FOLDER = "launch"
 
 @dataclass(frozen=True)
 class SubmitArgs(ConfigFlags):
-    """The command's own arguments, beside the settings `cluster=NAME` and `cluster.KEY=VALUE`.
+    """The command's own arguments, in addition to the settings `cluster=NAME` and `cluster.KEY=VALUE`.
 
     Attributes:
         multirun: submit a job for each combination of settings with several values.

@@ -57,7 +57,7 @@ class ResolvedRun(ResolvedStep):
     """A run on given training data: its step, its length and its pace.
 
     Attributes:
-        num_steps: optimizer steps of the whole run.
+        num_steps: optimizer steps of the run.
         num_samples: training images.
         pace: when the run warms up, evaluates and saves.
     """
@@ -132,7 +132,7 @@ def resolve_num_microbatches(config: ExperimentConfig, world_size: int) -> int:
 
 
 def resolve_num_images(config: ExperimentConfig, num_samples: int) -> int:
-    """Return the images of the whole run, where its length is set in epochs.
+    """Return the images of the run, where its length is set in epochs.
 
     Args:
         config: the run's.
@@ -143,7 +143,7 @@ def resolve_num_images(config: ExperimentConfig, num_samples: int) -> int:
 
 
 def resolve_num_steps(config: ExperimentConfig, num_samples: int, *, step: int = 0, consumed_samples: int = 0) -> int:
-    """Return the optimizer steps of the whole run, from whichever of steps and epochs is set.
+    """Return the optimizer steps of the run, from whichever of steps and epochs is set.
 
     Epochs count images: a run that resumes with another batch size takes as many steps as the remaining images need.
 
@@ -170,7 +170,7 @@ def resolve_pace(config: ExperimentConfig, num_steps: int, *, num_samples: int) 
 
     Args:
         config: the run's.
-        num_steps: of the whole run.
+        num_steps: of the run.
         num_samples: training images.
     """
     epoch = -(-num_samples // config.train.global_batch)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from megavit.errors import ConfigError
 from megavit.validation import require_number
 
+_FOLDER = "runs/${run.name}"
+
 
 @dataclass
 class RunConfig:
@@ -21,7 +23,7 @@ class RunConfig:
     """
 
     name: str = "run"
-    dir: str = "runs/${run.name}"
+    dir: str = _FOLDER
     seed: int = 0
     ranks: int | None = None
     preflight: bool | None = None
@@ -35,10 +37,15 @@ class RunConfig:
         require_number("run", self, "seed", at_least=0)
         if self.ranks is not None and self.ranks != world_size:
             raise ConfigError(
-                f"run.ranks={self.ranks} would be ignored: another launcher has started {world_size} ranks; leave "
-                f"run.ranks away"
+                f"run.ranks={self.ranks} would be ignored: another launcher has started {world_size} ranks; remove "
+                f"run.ranks"
             )
         if self.name in ("", ".", "..") or "/" in self.name:
             raise ConfigError(f"run.name={self.name!r} must be a word without a slash; run.dir takes a path")
         if not self.dir:
-            raise ConfigError("run.dir is empty; leave it away to take runs/NAME")
+            raise ConfigError("run.dir is empty; remove it to take runs/NAME")
+
+
+def default_folder(name: str) -> str:
+    """Return the folder of a run of this name."""
+    return _FOLDER.replace("${run.name}", name)

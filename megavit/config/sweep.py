@@ -177,7 +177,7 @@ def split_sweep(overrides: list[str]) -> list[list[str]]:
     swept = runs[0].varied
     fixed = [text for text in overrides if text.startswith("run.dir=") and "run.dir" not in swept]
     if fixed and "run.name" not in swept:
-        raise ConfigError(f"{fixed[0]} would be the folder of every job; leave it away, they are runs/NAME-VALUES")
+        raise ConfigError(f"{fixed[0]} would be the folder of every job; remove it, and they are runs/NAME-VALUES")
     if "run.name" in swept or "run.dir" in swept:
         return [run.overrides for run in runs]
     return [with_name(run) for run in runs]

@@ -40,7 +40,7 @@ class TrainConfig:
     """Section `train`: length, batch and precision.
 
     Attributes:
-        steps: optimizer steps of the whole run; or null and epochs.
+        steps: optimizer steps of the run; or null and epochs.
         epochs: passes over the training data; or null and steps.
         global_batch: images per step, over all ranks.
         micro_batch: images per micro batch on one rank; null makes one micro batch of all of a rank's images.

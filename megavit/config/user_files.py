@@ -10,6 +10,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, OmegaConf
 
+from megavit.config.run import default_folder
 from megavit.config.search_path import FILE_SCHEME, FOLDER_SCHEME
 from megavit.config.yaml_file import UserYaml
 from megavit.task.registry import TASKS
@@ -71,7 +72,7 @@ class UserFolder(ConfigSource):
 
 
 class SingleFile(UserFolder):
-    """A file that is chosen by its path; files beside it are choices of the same group.
+    """A file that is chosen by its path; other files of its folder are choices of the same group.
 
     Its path is [group, name of the choice, file] in JSON.
     """
@@ -90,6 +91,7 @@ class SingleFile(UserFolder):
         result = self._result(self._file(config_path), config_path, package=package)
         if result.header.get("package") == _GLOBAL:
             _choose_task(result.config)
+            _let_folder_follow_name(result.config)
         return result
 
     def available(self) -> bool:
@@ -130,7 +132,7 @@ def package_of(config_path: str, header: dict[str, str | None]) -> str | None:
         header: of the file.
 
     Returns:
-        "" for a whole experiment; None where the package is computed.
+        "" for an experiment; None where the package is computed.
     """
     group = config_path.rpartition("/")[0].replace("/", ".")
     package = header["package"] or "_group_"
@@ -139,6 +141,14 @@ def package_of(config_path: str, header: dict[str, str | None]) -> str | None:
     if package == "_group_":
         return group
     return None if "_" in package and package.startswith("_") else package
+
+
+def _let_folder_follow_name(config: Any) -> None:
+    """Remove the default folder from a run's own config.yaml, so that run.name=OTHER is a run in another folder."""
+    run = config.get("run") if isinstance(config, DictConfig) else None
+    written: Any = OmegaConf.to_container(run, resolve=False) if isinstance(run, DictConfig) else {}
+    if "name" in written and written.get("dir") == default_folder(str(written["name"])):
+        del run["dir"]
 
 
 def _choose_task(config: Any) -> None:

@@ -37,7 +37,7 @@ def _check_init_from(config: ExperimentConfig, world_size: int) -> None:
     if config.init_from is not None and config.checkpoint.resume not in ("auto", "never"):
         raise ConfigError(
             f"init_from={config.init_from} and checkpoint.resume={config.checkpoint.resume} exclude each other: a run "
-            f"starts anew from weights, or goes on with all its state"
+            f"starts from weights, or continues with all its state"
         )
 
 
@@ -196,7 +196,7 @@ def _check_overlap(config: ExperimentConfig, world_size: int) -> None:
     if config.parallel.overlap_param_gather and not is_sharded(config.optim.name):
         raise ConfigError(
             f"parallel.overlap_param_gather=true needs weights that the optimizer shards, as optim=adamw does; "
-            f"optim.name={config.optim.name} keeps them whole: set it to false"
+            f"optim.name={config.optim.name} does not shard them: set it to false"
         )
     if config.parallel.overlap_param_gather and config.optim.ema is not None:
         raise ConfigError(

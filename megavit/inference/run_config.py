@@ -51,7 +51,7 @@ def prepare_on_one_rank(program: str, path: str, settings: list[str]) -> tuple[E
     """
     for setting in settings:
         if setting.startswith(("parallel.", "run.ranks=")):
-            raise ConfigError(f"{setting}: {program} runs in one process, which holds the whole model; leave it away")
+            raise ConfigError(f"{setting}: {program} runs in one process, which holds all of the model; remove it")
     if world_size_from_environment() > 1:
         raise ConfigError(f"{program} runs in one process; start it once, without torchrun")
     return prepare(path, settings, world_size=1)

@@ -85,7 +85,8 @@ def test_a_runs_own_config_is_a_recipe(here, recipe):
     config = compose([f"recipe={recipe}", *(["data.path=/x"] if recipe.startswith("nemo") else [])])
     _write(here / "config.yaml", to_yaml(config))
     assert compose(["recipe=config.yaml"]) == config
-    assert compose(["recipe=config.yaml", "run.seed=7"]).run.seed == 7
+    other = compose(["recipe=config.yaml", "run.seed=7", "run.name=other"])
+    assert (other.run.seed, other.run.dir) == (7, "runs/other")
 
 
 def test_text_settings_of_a_file_are_taken_as_written(here):

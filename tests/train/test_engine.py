@@ -216,7 +216,7 @@ def test_without_a_compiler_it_is_refused_with_the_way_out(monkeypatch):
         (["parallel.bucket_size=1000"], 2, "parallel.bucket_size=1000 would be ignored"),
         (["parallel.overlap_grad_reduce=true"], 1, "leaves data-parallel size 1, nothing is reduced"),
         (["parallel.overlap_param_gather=true"], 1, "needs parallel.overlap_grad_reduce=true"),
-        ([*OVERLAP, "optim=sgd", "train.micro_batch=32"], 2, "optim.name=sgd keeps them whole"),
+        ([*OVERLAP, "optim=sgd", "train.micro_batch=32"], 2, "optim.name=sgd does not shard them"),
         (["parallel.recompute_layers=2"], 1, "would be ignored by parallel.recompute=none"),
         (["parallel.recompute=selective", "parallel.recompute_method=block"], 1, "would be ignored by parallel.recompute=selective"),
         (["parallel.recompute=full", "parallel.recompute_layers=0"], 1, "saves nothing"),
