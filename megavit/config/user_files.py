@@ -146,7 +146,9 @@ def package_of(config_path: str, header: dict[str, str | None]) -> str | None:
 def _let_folder_follow_name(config: Any) -> None:
     """Remove the default folder from a run's own config.yaml, so that run.name=OTHER is a run in another folder."""
     run = config.get("run") if isinstance(config, DictConfig) else None
-    written: Any = OmegaConf.to_container(run, resolve=False) if isinstance(run, DictConfig) else {}
+    if not isinstance(run, DictConfig):
+        return
+    written: Any = OmegaConf.to_container(run, resolve=False)
     if "name" in written and written.get("dir") == default_folder(str(written["name"])):
         del run["dir"]
 

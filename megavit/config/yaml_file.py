@@ -163,7 +163,7 @@ class UserYaml:
             choice = parts[0][1] if parts else None
             choices = choice.value if isinstance(choice, yaml.SequenceNode) else [choice] if choice else []
             words = [parts[0][0], *choices] if len(parts) == 1 else []
-            if not words or not all(isinstance(word, yaml.ScalarNode) and word.value for word in words):
+            if not words or not all(_is_word(word) for word in words):
                 raise self._error(
                     entry.start_mark, "an entry of defaults is FILE, GROUP: CHOICE or override /GROUP: CHOICE"
                 )
@@ -191,6 +191,11 @@ def _read(path: Path) -> str:
 def _is_text(kind: Any) -> bool:
     parts = [part for part in get_args(kind) if part is not NoneType] if NoneType in get_args(kind) else [kind]
     return len(parts) == 1 and (parts[0] in (str, list[str]) or get_origin(parts[0]) is dict)
+
+
+def _is_word(node: yaml.Node) -> bool:
+    """Return whether a node is a non-empty text or null."""
+    return isinstance(node, yaml.ScalarNode) and bool(node.value) and node.tag[len(_STANDARD) :] in ("str", "null")
 
 
 def _take_as_text(node: yaml.Node) -> None:

@@ -158,6 +158,7 @@ def test_now_is_the_same_in_every_process_of_a_run(here, monkeypatch):
         ("defaults:\n  - nothing\n", 2, "recipe/nothing does not exist"),
         ("defaults:\n  - r\n", 1, "the defaults lists include each other: r → r"),
         ("defaults: digits\n", 1, "defaults is a list"),
+        ("defaults:\n  - model: 5\n", 2, "an entry of defaults is"),
         ("defaults:\n  - {a: b, c: d}\n", 2, "an entry of defaults is"),
         ("# @packag e: _global_\n", 1, "a header is a comment such as"),
         ("- 1\n", 1, "a configuration has keys and values"),
