@@ -71,6 +71,8 @@ def _check_choice(typed: str, group: str, value: str, search: SearchPath) -> Non
         )
     if value == "null" and group != "recipe":
         raise ConfigError(f"{typed}: write ~{group} to compose without a choice of {group}, or {group}=NAME")
+    if value and typed.startswith("~") and read_text(value) not in search.choices(group):
+        raise ConfigError(f"{typed}: {group} has no choice {value}, so that it cannot be deleted; write ~{group}")
     if typed.startswith("~") or value == "null" or value.startswith("["):
         return
     known, choice = search.choices(group), read_text(value).removesuffix(".yaml")
