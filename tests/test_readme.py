@@ -200,7 +200,7 @@ def test_a_source_of_ones_own_as_the_guide_says(tmp_path):
     short = command.replace("train.epochs=10", "train.epochs=1 train.global_batch=8 data.workers=1").strip()
     done = shell(short, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"data.source is my_scans:Scans, of {tmp_path}/my_scans.py" in done.stdout
+    assert f"data.source is my_scans:Scans, from {tmp_path}/my_scans.py" in done.stdout
     # Somebody else's checkpoint would run their code: it must be typed.
     refused = shell("megavit evaluate from=runs/scans", tmp_path)
     assert refused.returncode == 2
