@@ -40,25 +40,31 @@ def run_command(arguments: list[str]) -> int:
         KeyboardInterrupt: if a SIGINT has ended it without a save.
         RunError: if it fails.
     """
-    # In a session of its own: a terminal and Jupyter send SIGINT to a whole process group, and a second SIGINT ends the
-    # ranks at once.
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megavit", *arguments],
-        stdout=None if _is_terminal(sys.stdout, 1) else subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        start_new_session=True,
-    )
-    output, errors = _copy(process.stdout, sys.stdout), _copy(process.stderr, sys.stderr)
     received: list[int] = []
+    processes: list[subprocess.Popen[bytes]] = []
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        process.send_signal(number)
+        for process in processes:
+            process.send_signal(number)
 
     with handlers_restored() as may_listen:
+        # Before the start: a signal that comes meanwhile is handed on too.
         for number in STOPPING if may_listen else ():
             signal.signal(number, hand_on)
+        # In a session of its own: a terminal and Jupyter send SIGINT to a whole process group, and a second SIGINT ends
+        # the ranks at once.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megavit", *arguments],
+            stdout=None if _is_terminal(sys.stdout, 1) else subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+        for early in received:
+            process.send_signal(early)
+        processes.append(process)
+        output, errors = _copy(process.stdout, sys.stdout), _copy(process.stderr, sys.stderr)
         try:
             code = process.wait()
         finally:
