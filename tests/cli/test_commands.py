@@ -222,7 +222,7 @@ def test_inspect_says_what_a_run_is(trained, monkeypatch, capsys):
     [
         (["evaluate"], "needs from=RUN"),
         (["evaluate", "from=nowhere"], "from=nowhere holds no checkpoint"),
-        (["evaluate", "from={run}", "model.num_layer=3"], "did you mean model.num_layers?"),
+        (["evaluate", "from={run}", "model.num_layer=3"], "did you mean model.num_layers"),
         (["evaluate", "from={run}", "model=vit_b16"], "a run's groups are as they were"),
         (
             ["evaluate", "from={run}", "parallel.tp=3", "run.ranks=3"],

@@ -206,7 +206,7 @@ def test_wrong_input_leaves_with_2_and_a_way_out(trained, tmp_path):
         ([f"out={tmp_path / 'file'}"], f"{tmp_path / 'file'} is a file; give a folder"),
         ([f"out={held}"], f"{held / 'val.safetensors'} exists already and is not overwritten; give another out="),
         (["out=x", "parallel.tp=2"], "parallel.tp=2: megavit features runs in one process"),
-        (["out=x", "data.wokers=2"], "did you mean data.workers?"),
+        (["out=x", "data.wokers=2"], "did you mean data.workers"),
         (["out=x", "data.source=my_data:Mine"], "data.source=my_data:Mine"),
     ):
         assert message in refusal("features", f"from={trained}", *arguments), arguments

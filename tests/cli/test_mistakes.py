@@ -209,7 +209,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "data.samples_per_class=7 is more than the 6 training images of class ant",
     ),
     "misspelt setting": (lambda root: train(root, "optim.learning_rate=1"), "the setting optim.learning_rate does not"),
-    "unknown recipe": (lambda root: ["train", "recipe=digit"], "did you mean recipe=digits?"),
+    "unknown recipe": (lambda root: ["train", "recipe=digit"], "did you mean recipe=digits"),
     "a word for a number": (lambda root: train(root, "train.global_batch=many"), "train.global_batch: Value 'many'"),
     "several values": (lambda root: train(root, "optim.lr=1e-3,1e-4"), "gives several values, and a run takes one"),
     "no setting at all": (lambda root: train(root, "faster"), "'faster' is no setting: write key=value"),

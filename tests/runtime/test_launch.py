@@ -81,7 +81,7 @@ def test_megavit_train_starts_the_ranks_and_leaves_a_run_folder(tmp_path, figure
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "model.hiden_size=3"], "did you mean model.hidden_size?"),
+        (["train", "model.hiden_size=3"], "did you mean model.hidden_size"),
         (["train", "run.ranks=3", "parallel.tp=2"], "world size 3 is not a multiple"),
         (["trian"], "the command trian does not exist; did you mean train?"),
         (["train", "run.dir=/proc/megavit", *QUICK], "run.dir=/proc/megavit cannot be written"),
