@@ -99,7 +99,8 @@ def test_the_layouts_of_the_guide_train_on_cpu_processes(tmp_path):
     first, larger = blocks("docs/parallelism.md", "Layouts", "bash")
     own, torchrun = commands(first)
     (network,) = commands(larger)
-    small = "train.global_batch=8 train.micro_batch=4 data.image_size=[32,32] model.num_layers=4 train.steps=2"
+    small = "train.global_batch=8 train.micro_batch=4 data.image_size=[32,32] model.num_layers=4 "
+    small += "model.hidden_size=128 model.ffn_size=256 model.num_heads=4 train.steps=2"
     lines = [
         f"{own} run.ranks=4 train.steps=2 run.name=own",
         f"{torchrun.replace('--nproc-per-node 8', '--nproc-per-node 4')} train.steps=2 run.name=torchrun",
