@@ -144,7 +144,7 @@ def test_the_requirements_are_setup_pys_and_the_extras_asked_for(tmp_path):
     assert set(torch).isdisjoint(others)
     refused = subprocess.run([*command, "wandbb"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1
-    assert "setup.py has no extra 'wandbb'; it has flash, te, wandb, dev" in refused.stderr
+    assert "setup.py has no extra 'wandbb'; it has flash, te, wandb, sweep, dev" in refused.stderr
 
 
 def test_an_image_in_which_pip_replaced_torch_is_refused(tmp_path, monkeypatch):

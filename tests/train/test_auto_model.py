@@ -58,7 +58,7 @@ def test_a_run_of_ones_own_gives_them_too_with_its_decoder_for_an_autoencoder(tm
 def test_without_weights_it_is_refused_and_other_verbs_say_whose_it_is(folder):
     with pytest.raises(ConfigError, match="model=auto takes the network of the weights that init_from names"):
         resolve_auto(["model=auto"])
-    assert "nowhere is no file" in refusal("train", "model=auto", "init_from=timm:nowhere")
+    assert "nowhere is not a file" in refusal("train", "model=auto", "init_from=timm:nowhere")
     assert "model=auto is for megavit train and megavit submit" in refusal("show-data", "model=auto", "out=x.png")
 
 

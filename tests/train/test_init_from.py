@@ -262,7 +262,7 @@ def test_hugging_faces_folder_serves_as_it_is(former, tmp_path):
             ["model.class_tokens=8"], "model.class_tokens is 1 in the weights and 8 here", marks=pytest.mark.slow
         ),
         (["init_from=hf:no/such-model-anywhere"], "init_from=hf:no/such-model-anywhere is not a path here"),
-        (["init_from=timm:nowhere.safetensors"], "nowhere.safetensors is no file"),
+        (["init_from=timm:nowhere.safetensors"], "nowhere.safetensors is not a file"),
         pytest.param(["init_from=nowhere"], "init_from=nowhere holds no checkpoint", marks=pytest.mark.slow),
     ],
     ids=lambda value: None if isinstance(value, str) else value[0],

@@ -35,14 +35,6 @@ ROOT = Path(__file__).parents[2]
 STOPPED = 75
 
 
-@pytest.fixture(autouse=True)
-def signal_mask():
-    """Restore the signals that megavit train blocks: other tests start processes that need them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    yield
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def start(folder: Path, *arguments: str, module: str = "tests.train.sweep_driver") -> subprocess.Popen:
     """Start a sweep; its own process group, as a shell gives it."""
     folder.mkdir(exist_ok=True)
