@@ -227,7 +227,7 @@ def test_several_ranks_stop_at_sigint_and_a_wrong_image_is_a_config_error(tmp_pa
     run = megavit.train("digits", *SMALL, **settings)
     assert run.stopped
     assert 0 < run.step < 100_000
-    for index in range(64):
+    for index in range(100):
         image = tmp_path / "images" / "ab"[index % 2] / f"{index}.png"
         image.parent.mkdir(parents=True, exist_ok=True)
         image.write_bytes(b"no image")
