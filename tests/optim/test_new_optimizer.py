@@ -32,6 +32,16 @@ AS_PLUGIN = [f"optim.name={PLACE}", "optim.betas=[0.9,0.99]"]
 STEPS = [*SMALL, "train.steps=8", "optim.lr=3e-4"]
 
 
+class Adaptive(torch.optim.SGD):
+    """A step size that is learned and kept in the parameter groups, as Prodigy's."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        for group in self.param_groups:
+            group["scale"] = group.get("scale", 1.0) * 1.1
+            group["num_calls"] = group.get("num_calls", 0) + 1
+        super().step(closure)
+
+
 class Lion(torch.optim.Optimizer):
     """Lion.
 
@@ -178,6 +188,8 @@ def test_a_setting_that_does_not_fit_is_refused(overrides, message, row):
         (["optim.name=tests.optim.test_new_optimizer:NoDecay"], "takes no argument weight_decay"),
         (["optim.name=tests.optim.test_new_optimizer:Factored"], r"a state rows of shape \(3,\)"),
         (["optim.name=tests.optim.test_new_optimizer:Tiger"], "has no Tiger"),
+        (["optim.name=tests.optim.test_new_optimizer:Adaptive"], "changes num_calls, scale of its parameter groups"),
+        (["optim.name=torch.optim:NAdam", "optim.betas=[0.9,0.99]"], "mu_product"),
     ],
 )
 def test_a_plugin_that_does_not_fit_is_refused_before_the_first_step(overrides, message):
