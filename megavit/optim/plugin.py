@@ -37,8 +37,8 @@ def inspect_plugin(config: OptimConfig) -> OptimizerSpec:
     state, changed = _try_steps(build, config, settings)
     if changed:
         raise ConfigError(
-            f"optim.name={config.name} changes {', '.join(changed)} of its parameter groups, or holds it as a number of "
-            f"each weight; a resume would reset it. Hold it as an fp32 tensor of the weight's shape"
+            f"optim.name={config.name} changes {', '.join(changed)} of its parameter groups, or holds it as a number "
+            f"of each weight; a resume would reset it. Hold it as an fp32 tensor of the weight's shape"
         )
     for key, value in state.items():
         if value.shape != _SHAPE or value.dtype != torch.float32:
