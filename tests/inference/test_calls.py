@@ -28,8 +28,10 @@ def images(tmp_path_factory):
 
 
 def test_evaluate_returns_what_the_command_writes_and_leaves_no_world(run):
+    # A command that another test called in this process may have left its world.
+    before = dist.is_initialized()
     found = megavit.evaluate(run)
-    assert not dist.is_initialized()
+    assert dist.is_initialized() == before
     assert run_command("evaluate", f"from={run.dir}")[0] == 0
     file = next((run.dir / "evaluation").glob("*/metrics.json"))
     assert found == json.loads(file.read_text())

@@ -73,7 +73,7 @@ def interrupt(run_dir, moments: list[tuple[Callable[[], None], int]], *, figure)
 
 
 def wait_for_steps(run_dir, count: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240  # a start takes a minute on a machine with a load of 40
     while not (run_dir / "metrics.jsonl").exists() or max(losses(run_dir), default=0) < count:
         assert time.monotonic() < deadline, "no step in time"
         time.sleep(0.05)
