@@ -1,6 +1,6 @@
 """Parse the overrides of a command line and check their names."""
 
-from megavit.config.overrides import Setting, key_of, read_setting, read_text
+from megavit.config.overrides import Setting, key_of, list_items, read_setting, read_text
 from megavit.config.search_path import SearchPath, groups
 from megavit.config.settings import alternatives, explain_setting, nearest, run_types, settings_below
 from megavit.errors import ConfigError
@@ -73,10 +73,14 @@ def _check_choice(typed: str, group: str, value: str, search: SearchPath) -> Non
         raise ConfigError(f"{typed}: write ~{group} to compose without a choice of {group}, or {group}=NAME")
     if value and typed.startswith("~") and read_text(value) not in search.choices(group):
         raise ConfigError(f"{typed}: {group} has no choice {value}, so that it cannot be deleted; write ~{group}")
-    if typed.startswith("~") or value == "null" or value.startswith("["):
+    if typed.startswith("~") or value == "null":
         return
-    known, choice = search.choices(group), read_text(value).removesuffix(".yaml")
-    if choice in known or any(choice == file.name for file in search.files):
+    is_list = value.startswith("[") and value.endswith("]")
+    choices = [text.removesuffix(".yaml") for text in (list_items(value) if is_list else [read_text(value)])]
+    known = search.choices(group)
+    exist = {*known, *(file.name for file in search.files)}
+    choice = next((text for text in choices if text not in exist), None)
+    if choice is None:
         return
     near = nearest(choice, known)
     meant = [f"{group}={name}" for name in near]
