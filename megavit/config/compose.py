@@ -230,8 +230,8 @@ def _with_paths(message: str, search: SearchPath) -> str:
 def _notes(search: SearchPath, node: DictConfig) -> Iterator[str]:
     """Say which conf/ was found, and which of two files with the name of a choice is used."""
     if search.found is not None:
-        theirs = {group: [path.stem for path in sorted((search.found / group).glob("*.yaml"))] for group in groups()}
-        words = [f"{group}={'|'.join(names)}" for group, names in theirs.items() if names]
+        choices = {group: [path.stem for path in sorted((search.found / group).glob("*.yaml"))] for group in groups()}
+        words = [f"{group}={'|'.join(names)}" for group, names in choices.items() if names]
         if words:
             yield f"choices found in {printable(str(search.found))}: {', '.join(words)}"
     for group, choice in node.hydra.runtime.choices.items():

@@ -214,7 +214,7 @@ def _read_in_hydras_grammar(typed: str, types: Mapping[str, Any]) -> SweptSettin
     if not values:
         raise ConfigError(f"'{typed}' has no value: its start is not before its end")
     if is_shuffled:
-        # The same command shuffles alike, so that a sweep is continued in its order.
+        # The same command shuffles into the same order, so that a sweep is continued in it.
         random.Random(typed).shuffle(values)
     return SweptSetting(typed, tuple(values), is_range=isinstance(sweep, RangeSweep) and not is_shuffled)
 

@@ -120,15 +120,15 @@ def _by_hydra(line: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any
 def test_an_override_means_what_it_means_to_hydra(line, comparison, what, monkeypatch, tmp_path, capfd):
     monkeypatch.chdir(tmp_path)
     words = line.split("  ")
-    theirs = _by_hydra(words, monkeypatch)
+    by_hydra = _by_hydra(words, monkeypatch)
     if comparison in (BOTH_REFUSE, WE_REFUSE):
-        assert (theirs is None) == (comparison == BOTH_REFUSE)
+        assert (by_hydra is None) == (comparison == BOTH_REFUSE)
         with pytest.raises(ConfigError) as refused:
             compose(words)
         assert what in str(refused.value)
         return
     ours = flatten(compose(words))
     if comparison == SAME:
-        assert ours == theirs
+        assert ours == by_hydra
     else:
-        assert theirs is None or ours[what] != theirs.get(what)
+        assert by_hydra is None or ours[what] != by_hydra.get(what)

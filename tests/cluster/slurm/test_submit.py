@@ -93,7 +93,7 @@ def at(slurm, tmp_path):
 def test_usr1_in_mid_run_on_two_nodes_saves_requeues_and_ends_as_one_that_was_not_interrupted(at):
     settings = [*SMALL, "train.steps=60", "model.hidden_dropout=0.1"]
     (number,) = at.submit(*settings, "cluster.nodes=2", "cluster.ranks_per_node=1", "run.name=told")
-    at.wait_for_step("told", 5)
+    at.wait_for_step("signalled", 5)
     assert at.slurm.run("scancel", "--signal=USR1", number).returncode == 0
     # The tests' ranks have one thread, as cluster.cpus_per_rank gives: another number rounds differently.
     uninterrupted = run_ranks(ranks.train_and_keep, 2, [*settings, f"run.dir={at.folder}/runs/whole"])[0]["losses"]
@@ -101,8 +101,8 @@ def test_usr1_in_mid_run_on_two_nodes_saves_requeues_and_ends_as_one_that_was_no
     assert (job["JobState"], job["Restarts"], job["NumNodes"]) == ("COMPLETED", "1", "2"), at.log(number)
     assert "megavit: stopped and saved; queued again" in at.log(number)
     assert "Traceback" not in at.log(number)
-    assert len(at.losses("told")) == 60
-    assert at.losses("told") == uninterrupted
+    assert len(at.losses("signalled")) == 60
+    assert at.losses("signalled") == uninterrupted
 
 
 @pytest.mark.slow

@@ -52,6 +52,6 @@ def test_a_run_reports_classes_that_look_alike_and_classes_without_validation_im
     steps = ["train.steps=1", "train.global_batch=4", "train.micro_batch=4", "optim.warmup_steps=0"]
     train([*SMALL, *own, *SMALL[:4], *steps, f"run.dir={tmp_path / 'run'}"])
     warnings = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "warning: " in line]
-    (alike,) = [line for line in warnings if " and " in line and "'" in line]
-    assert "'Apple' and 'apple'" in alike and "'001'" in alike and "'1'" in alike
+    (reported,) = [line for line in warnings if " and " in line and "'" in line]
+    assert "'Apple' and 'apple'" in reported and "'001'" in reported and "'1'" in reported
     assert any("3 of 4 classes" in line and "have no validation images" in line for line in warnings), warnings
