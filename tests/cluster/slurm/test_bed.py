@@ -15,7 +15,7 @@ echo "start ${SLURM_RESTART_COUNT-first}"
 ON_TWO_NODES = """
 #SBATCH --nodes=2 --ntasks-per-node=2
 srun bash -c '
-    trap "kill \\$!; echo rank $SLURM_PROCID on $SLURMD_NODENAME was told; exit 75" USR1
+    trap "kill \\$!; echo rank $SLURM_PROCID on $SLURMD_NODENAME got the signal; exit 75" USR1
     touch {folder}/$SLURM_PROCID
     # The signal may kill the sleep before it reaches the shell, which then waits for its own signal.
     for _ in 1 2 3; do sleep 20 & wait; done'
@@ -61,10 +61,10 @@ def test_a_signal_reaches_the_ranks_of_both_nodes_and_their_code_comes_back(slur
     wait_for_end(slurm, number)
     first, second = slurm.nodes
     assert sorted(line for line in lines(tmp_path) if line.startswith("rank")) == [
-        f"rank 0 on {first} was told",
-        f"rank 1 on {first} was told",
-        f"rank 2 on {second} was told",
-        f"rank 3 on {second} was told",
+        f"rank 0 on {first} got the signal",
+        f"rank 1 on {first} got the signal",
+        f"rank 2 on {second} got the signal",
+        f"rank 3 on {second} got the signal",
     ]
     assert lines(tmp_path)[-1] == "srun returned 75"
 

@@ -92,7 +92,7 @@ def at(slurm, tmp_path):
 
 def test_usr1_in_mid_run_on_two_nodes_saves_requeues_and_ends_as_one_that_was_not_interrupted(at):
     settings = [*SMALL, "train.steps=60", "model.hidden_dropout=0.1"]
-    (number,) = at.submit(*settings, "cluster.nodes=2", "cluster.ranks_per_node=1", "run.name=told")
+    (number,) = at.submit(*settings, "cluster.nodes=2", "cluster.ranks_per_node=1", "run.name=signalled")
     at.wait_for_step("signalled", 5)
     assert at.slurm.run("scancel", "--signal=USR1", number).returncode == 0
     # The tests' ranks have one thread, as cluster.cpus_per_rank gives: another number rounds differently.
