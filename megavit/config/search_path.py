@@ -189,13 +189,6 @@ def split_search_path(overrides: list[str]) -> tuple[SearchPath, list[str]]:
     return path, [text for text in overrides if not text.startswith(_TOKENS)]
 
 
-def with_absolute_folders(overrides: list[str]) -> list[str]:
-    """Write the folders of --config-dir in full, for a process in another working directory."""
-    return [
-        f"{_CONFIG_DIR}{_folder(text, _CONFIG_DIR)}" if text.startswith(_CONFIG_DIR) else text for text in overrides
-    ]
-
-
 def group_of(typed: str) -> str | None:
     """Return the group that an override chooses, or None."""
     key = key_of(typed)
